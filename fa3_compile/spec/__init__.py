@@ -1,0 +1,1 @@
+"""What an attention computes, as two symbolic expressions; no tensor, no torch operator."""

@@ -1,0 +1,206 @@
+"""The vocabulary of score and mask expressions.
+
+An expression answers "what is element (b, h, q, kv)?". It is a sympy expression over
+
+- the coordinates `b`, `h`, `q`, `kv` (integers from 0) and the raw dot product `s` = sum_d Q K;
+- sizes: `Sq`, `Skv` (lengths) and `n0`, `n1`, ... (any other dynamic integer);
+- `load(i, *index)`: the element of captured tensor i; booleans load as 0 or 1;
+- `where(condition, a, b)`, `floordiv`, `mod` (Python's rounding), `trunc`, and sympy's own
+  arithmetic, comparisons, logic and elementary functions.
+
+Values are real numbers in float32, indices are integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import sympy
+from sympy import Expr
+from sympy.logic.boolalg import Boolean, BooleanAtom
+
+__all__ = [
+    "B",
+    "COORDINATES",
+    "H",
+    "KV",
+    "Q",
+    "S",
+    "SKV",
+    "SQ",
+    "Expr",
+    "Boolean",
+    "depends_on",
+    "erf",
+    "floordiv",
+    "is_integer_valued",
+    "load",
+    "loads_in",
+    "mod",
+    "round_half_even",
+    "size_symbol",
+    "sizes_in",
+    "trunc",
+    "where",
+]
+
+S = sympy.Symbol("s", real=True)
+B, H, Q, KV = sympy.symbols("b h q kv", integer=True, nonnegative=True)
+SQ, SKV = sympy.symbols("Sq Skv", integer=True, positive=True)
+COORDINATES = (B, H, Q, KV)
+
+
+def size_symbol(index: int) -> sympy.Symbol:
+    """The symbol of the op's `sizes[index]`, a dynamic integer that is neither length."""
+    return sympy.Symbol(f"n{index}", integer=True, positive=True)
+
+
+class load(sympy.Function):
+    """`load(i, *index)`: captured tensor number i at a multi-index; bool tensors give 0 or 1."""
+
+    is_real = True
+    is_commutative = True
+
+    @classmethod
+    def eval(cls, *args):
+        if not args or not args[0].is_Integer or args[0] < 0:
+            raise ValueError(f"load needs a tensor number first, got {args}")
+
+    @property
+    def tensor(self) -> int:
+        return int(self.args[0])
+
+    @property
+    def index(self) -> tuple[Expr, ...]:
+        return self.args[1:]
+
+
+class where(sympy.Function):
+    """`where(condition, a, b)`: a where the condition holds, else b, element by element."""
+
+    nargs = 3
+    is_real = True
+    is_commutative = True
+
+    @classmethod
+    def eval(cls, condition, a, b):
+        if condition == sympy.true:
+            return a
+        if condition == sympy.false:
+            return b
+        if a == b:
+            return a
+        return None
+
+
+class floordiv(sympy.Function):
+    """Integer division rounded towards minus infinity, as Python's `//`."""
+
+    nargs = 2
+    is_integer = True
+    is_commutative = True
+
+    @classmethod
+    def eval(cls, a, b):
+        if b == 1:
+            return a
+        if a == 0:
+            return sympy.S.Zero
+        if a.is_Integer and b.is_Integer and b != 0:
+            return a // b
+        return None
+
+
+class mod(sympy.Function):
+    """Remainder with the sign of the divisor, as Python's `%`."""
+
+    nargs = 2
+    is_integer = True
+    is_commutative = True
+
+    @classmethod
+    def eval(cls, a, b):
+        if b == 1 or a == 0:
+            return sympy.S.Zero
+        if a.is_Integer and b.is_Integer and b != 0:
+            return a % b
+        return None
+
+
+class trunc(sympy.Function):
+    """A float cast to an integer: rounded towards zero."""
+
+    nargs = 1
+    is_integer = True
+    is_commutative = True
+
+    @classmethod
+    def eval(cls, x):
+        if x.is_integer:
+            return x
+        return None
+
+
+class round_half_even(sympy.Function):
+    """Rounded to the nearest integer, ties to even, as `torch.round`."""
+
+    nargs = 1
+    is_integer = True
+    is_commutative = True
+
+    @classmethod
+    def eval(cls, x):
+        if x.is_integer:
+            return x
+        return None
+
+
+class erf(sympy.Function):
+    """The error function; its own class because sympy's rewrites itself under negation."""
+
+    nargs = 1
+    is_real = True
+    is_commutative = True
+
+    def fdiff(self, argindex=1):
+        return 2 / sympy.sqrt(sympy.pi) * sympy.exp(-(self.args[0] ** 2))
+
+
+def _where_diff(self, symbol):
+    condition, a, b = self.args
+    return where(condition, a.diff(symbol), b.diff(symbol))
+
+
+where._eval_derivative = _where_diff  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def loads_in(*exprs: Expr | Boolean) -> list[load]:
+    """Every distinct load, by tensor number and then text, so that the order is reproducible."""
+    found: set[load] = set()
+    for expr in exprs:
+        found |= expr.atoms(load)
+    return sorted(found, key=lambda x: (x.tensor, str(x)))
+
+
+def sizes_in(*exprs: Expr | Boolean) -> list[sympy.Symbol]:
+    """Every `n<i>` symbol used, in order of i."""
+    found = {x for e in exprs for x in e.free_symbols if x.name[0] == "n" and x.name[1:].isdigit()}
+    return sorted(found, key=lambda x: int(x.name[1:]))
+
+
+def depends_on(expr: Expr | Boolean, symbols: Iterable[sympy.Symbol]) -> bool:
+    """Whether any of the symbols occurs, load indices included."""
+    return not expr.free_symbols.isdisjoint(symbols)
+
+
+def is_integer_valued(expr: Expr | Boolean, integer_loads: frozenset[int] = frozenset()) -> bool:
+    """Whether the expression is computed in integers; `integer_loads` are the int tensors."""
+    if isinstance(expr, (Boolean, BooleanAtom)) and not isinstance(expr, sympy.Symbol):
+        return False
+    if isinstance(expr, load):
+        return expr.tensor in integer_loads
+    if isinstance(expr, where):
+        return all(is_integer_valued(x, integer_loads) for x in expr.args[1:])
+    if isinstance(expr, (sympy.Add, sympy.Mul, sympy.Max, sympy.Min, sympy.Abs)):
+        return all(is_integer_valued(x, integer_loads) for x in expr.args)
+    return bool(expr.is_integer) and not isinstance(expr, sympy.Float)
