@@ -1,0 +1,47 @@
+# Every target makes the virtual environment it needs: git, make and Python 3.10-3.13 are enough.
+#   make demo    compile four attention models, print what was found, the error and the times
+#   make test    all tests (PYTEST="-k report" narrows them)
+#   make lint    ruff and pyright
+#   make check   lint and test, as CI does
+#   make format  let ruff rewrite the files
+PYTHON ?= python3
+PYTEST ?= -n auto
+
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
+TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+
+.PHONY: demo test lint check format clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/test.stamp
+	$(VENV)/bin/python examples/demo.py
+
+test: $(VENV)/test.stamp
+	$(VENV)/bin/python -m pytest $(PYTEST)
+
+lint: $(VENV)/dev.stamp
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright
+
+check: lint test
+
+format: $(VENV)/dev.stamp
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+# torch goes first and alone: named exactly, pip takes a local CPU wheel where one is offered; any
+# looser requirement may take the newest release and its gigabytes of CUDA packages instead.
+$(VENV)/test.stamp: pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt $(TORCH)
+	$(PIP) install -c constraints.txt -e '.[test]'
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/test.stamp
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
