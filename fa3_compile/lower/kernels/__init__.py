@@ -1,0 +1,1 @@
+"""Kernel families, one file each; importing one registers it with `lower.choose`."""

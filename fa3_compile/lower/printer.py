@@ -1,0 +1,598 @@
+"""Score and mask expressions as source text: torch, Triton and CUDA C++.
+
+One rule per sympy node type, in `Printer`; a language overrides the few that differ. Every
+printed piece carries its kind, because the languages do not agree on mixed arithmetic:
+
+- "int": exact integer arithmetic (index expressions),
+- "float": float32 (the compute dtype in torch),
+- "bool": a condition.
+
+Integers become floats only where they meet a float or are divided; `floordiv` and `mod` round
+as in Python everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import sympy
+
+from fa3_compile.spec import expr as E
+
+# Binding strength of a printed piece; an operand weaker than its operator gets parentheses.
+LOW, ADD, MUL, ATOM = range(4)
+
+FLOAT32_MAX = 3.4028234663852886e38
+LARGEST_PRODUCT = 16  # integer powers up to here are written as products
+
+
+class UnprintableError(TypeError):
+    """An expression has a node that the target language has no text for."""
+
+
+@dataclass(frozen=True)
+class Env:
+    """What the symbols and loads of an expression are called in the target program.
+
+    names  symbol name ("q", "Skv", "n0", ...) -> text of its value; a missing name stands for
+           itself
+    load   (the load node, its printed integer index) -> text of the element
+    aux    kind of each captured tensor, as in AttentionSpec.aux; a missing one is "float"
+    """
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    load: Callable[[E.load, list[str]], str] | None = None
+    aux: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Text:
+    """A printed piece."""
+
+    body: str
+    kind: str
+    strength: int = ATOM
+    literal: bool = False
+
+    def at(self, strength: int) -> str:
+        """The text as an operand of an operator of that strength."""
+        return self.body if self.strength >= strength else f"({self.body})"
+
+
+class Printer:
+    """Base printer; `print` for one expression, `print_block` for several with shared parts."""
+
+    ASSIGN = "{name} = {value}"
+    TRUE, FALSE = "True", "False"
+    FUNCTIONS: Mapping[str, str] = {}  # vocabulary name -> function of one float
+
+    def print(self, expr: E.Expr | E.Boolean, env: Env = Env()) -> str:
+        """One expression; UnprintableError names a node the language lacks."""
+        return _Session(self, env, {}).text(self.rewrite(expr)).body
+
+    def print_float(self, expr: E.Expr, env: Env = Env()) -> str:
+        """As `print`, with the value converted to the float type."""
+        return self.to_float(_Session(self, env, {}).text(self.rewrite(expr))).body
+
+    def print_block(
+        self, exprs: Iterable[E.Expr | E.Boolean], env: Env = Env(), prefix: str = "t"
+    ) -> tuple[list[str], list[str]]:
+        """(lines, results): assignments of the subexpressions that occur more than once,
+        to variables `<prefix>0`, ..., and the text of each expression in terms of them."""
+        exprs = [self.rewrite(x) for x in exprs]
+        bound: dict[sympy.Basic, Text] = {}
+        session = _Session(self, env, bound)
+        lines = []
+        for shared in _shared(exprs):
+            value = session.text(shared)
+            name = f"{prefix}{len(lines)}"
+            lines.append(self.ASSIGN.format(name=name, value=value.body))
+            bound[shared] = Text(name, value.kind)
+        return lines, [session.text(x).body for x in exprs]
+
+    # What a language decides.
+
+    def rewrite(self, expr):
+        """The expression in nodes that the language has text for."""
+        return expr
+
+    def number(self, value: float) -> str:
+        raise NotImplementedError
+
+    def to_float(self, x: Text) -> Text:
+        if x.kind == "float":
+            return x
+        if x.literal:
+            return Text(self.number(float(x.body)), "float", x.strength, True)
+        return self.cast_float(x)
+
+    def to_int(self, x: Text) -> Text:
+        return x if x.kind == "int" else self.cast_int(x)
+
+    def cast_float(self, x: Text) -> Text:
+        raise NotImplementedError
+
+    def cast_int(self, x: Text) -> Text:
+        raise NotImplementedError
+
+    def truth(self, x: Text, expected: bool) -> Text:
+        """Whether a loaded bool is as expected."""
+        return Text(f"{x.at(ATOM)} {'!=' if expected else '=='} 0", "bool", LOW)
+
+    def where(self, condition: Text, a: Text, b: Text) -> Text:
+        raise NotImplementedError
+
+    def extremum(self, name: str, a: Text, b: Text) -> Text:
+        raise NotImplementedError
+
+    def logic(self, operator: str, args: list[Text]) -> Text:
+        raise NotImplementedError
+
+    def floordiv(self, a: Text, b: Text, plain: bool) -> Text:
+        """`plain`: both are known to have no minus sign, so that any rounding will do."""
+        raise NotImplementedError
+
+    def mod(self, a: Text, b: Text, plain: bool) -> Text:
+        raise NotImplementedError
+
+    def power(self, base: Text, exponent: Text, expr: sympy.Pow) -> Text:
+        raise NotImplementedError
+
+    def unary(self, name: str, x: Text) -> Text:
+        """A function of one float, by its name in the vocabulary."""
+        if name not in self.FUNCTIONS:
+            raise UnprintableError(f"{type(self).__name__} has no text for {name}")
+        return Text(f"{self.FUNCTIONS[name]}({self.to_float(x).body})", "float")
+
+    def absolute(self, x: Text) -> Text:
+        raise NotImplementedError
+
+
+class _Session:
+    """Prints nodes for one (printer, env); `bound` are subexpressions that have a variable."""
+
+    def __init__(self, printer: Printer, env: Env, bound: dict[sympy.Basic, Text]) -> None:
+        self.to, self.env, self.bound = printer, env, bound
+
+    def text(self, expr) -> Text:
+        if expr in self.bound:
+            return self.bound[expr]
+        if expr.is_number and not isinstance(expr, sympy.logic.boolalg.BooleanAtom):
+            return self.constant(expr)
+        for cls in type(expr).__mro__:
+            if rule := getattr(self, "_" + cls.__name__, None):
+                return rule(expr)
+        raise UnprintableError(f"no text for {type(expr).__name__}: {expr}")
+
+    def texts(self, exprs) -> list[Text]:
+        return [self.text(x) for x in exprs]
+
+    def constant(self, expr) -> Text:
+        if expr.is_Integer:
+            body = str(int(expr))
+            return Text(body, "int", _sign_strength(body), True)
+        body = self.to.number(float(expr))
+        return Text(body, "float", _sign_strength(body), True)
+
+    def _BooleanTrue(self, expr) -> Text:
+        return Text(self.to.TRUE, "bool")
+
+    def _BooleanFalse(self, expr) -> Text:
+        return Text(self.to.FALSE, "bool")
+
+    def _Symbol(self, expr) -> Text:
+        return Text(self.env.names.get(expr.name, expr.name), "float" if expr == E.S else "int")
+
+    def _load(self, expr) -> Text:
+        if self.env.load is None:
+            raise UnprintableError(f"{expr}: the environment has no `load`")
+        index = [self.to.to_int(x).body for x in self.texts(expr.index)]
+        body = self.env.load(expr, index)
+        aux = tuple(self.env.aux)
+        kind = aux[expr.tensor] if expr.tensor < len(aux) else "float"
+        return self.to.cast_float(Text(body, kind)) if kind == "float" else Text(body, kind)
+
+    def numbers(self, exprs) -> list[Text]:
+        """Numeric operands of one kind: all exact integers, or all floats."""
+        args = [self.to.to_int(x) if x.kind == "bool" else x for x in self.texts(exprs)]
+        if all(x.kind == "int" for x in args):
+            return args
+        return [self.to.to_float(x) for x in args]
+
+    def _Add(self, expr) -> Text:
+        """Integer terms are summed exactly before they meet the floats."""
+        exact: list[tuple[bool, Text]] = []
+        rest: list[tuple[bool, Text]] = []
+        for term in expr.args:
+            coefficient = term.as_coeff_Mul()[0]
+            negative = bool(coefficient.is_negative)
+            [x] = self.numbers([-term if negative else term])
+            (exact if x.kind == "int" else rest).append((negative, x))
+        if not rest:
+            return _sum(exact, "int")
+        if len(exact) == 1:
+            [(negative, x)] = exact
+            rest.append((negative, self.to.to_float(x)))
+        elif exact:
+            rest.append((False, self.to.to_float(_sum(exact, "int"))))
+        return _sum(rest, "float")
+
+    def _Mul(self, expr) -> Text:
+        coefficient, product = expr.as_coeff_Mul()
+        above, below = [], []
+        for factor in sympy.Mul.make_args(product):
+            base, exponent = factor.as_base_exp() if factor.is_Pow else (factor, sympy.S.One)
+            if exponent.is_number and exponent.is_negative:
+                below.append(sympy.Pow(base, -exponent))
+            else:
+                above.append(factor)
+        minus = coefficient == -1
+        if not minus and coefficient != 1:
+            above.insert(0, coefficient)
+        args = self.numbers(above)
+        if below:
+            args = [self.to.to_float(x) for x in args]
+            body = "*".join(x.at(MUL) for x in args) or self.to.number(1.0)
+            for x in self.numbers(below):
+                body += f" / {self.to.to_float(x).at(ATOM)}"
+        else:
+            body = "*".join([args[0].at(MUL), *(x.at(ATOM) for x in args[1:])])
+        kind = "int" if args and all(x.kind == "int" for x in args) else "float"
+        return Text(f"-{body}" if minus else body, kind, ADD if minus or body[0] == "-" else MUL)
+
+    def _Pow(self, expr) -> Text:
+        base, exponent = expr.base, expr.exp
+        if exponent.is_Integer and 2 <= exponent <= LARGEST_PRODUCT:
+            [x] = self.numbers([base])
+            return Text("*".join([x.at(ATOM)] * int(exponent)), x.kind, MUL)
+        if exponent.is_number and exponent.is_negative:
+            below = self.to.to_float(self.text(sympy.Pow(base, -exponent)))
+            return Text(f"{self.to.number(1.0)} / {below.at(ATOM)}", "float", MUL)
+        if exponent == sympy.Rational(1, 2) or exponent == 0.5:
+            return self.to.unary("sqrt", self.text(base))
+        if base.is_number and base.is_positive:
+            scaled = exponent if base == 2 else exponent * sympy.log(base, 2).evalf(20)
+            return self.to.unary("exp2", self.text(scaled))
+        x, y = (self.to.to_float(x) for x in self.texts([base, exponent]))
+        return self.to.power(x, y, expr)
+
+    def _where(self, expr) -> Text:
+        a, b = self.numbers(expr.args[1:])
+        return self.to.where(self.text(expr.args[0]), a, b)
+
+    def _floordiv(self, expr) -> Text:
+        return self.division(self.to.floordiv, *expr.args)
+
+    def _mod(self, expr) -> Text:
+        return self.division(self.to.mod, *expr.args)
+
+    def division(self, rule, a, b) -> Text:
+        plain = bool(a.is_nonnegative and b.is_positive)
+        x, y = (self.to.to_int(x) for x in self.texts([a, b]))
+        return rule(x, y, plain)
+
+    def _trunc(self, expr) -> Text:
+        return self.to.to_int(self.text(expr.args[0]))
+
+    def _Max(self, expr) -> Text:
+        return self.fold("max", expr.args)
+
+    def _Min(self, expr) -> Text:
+        return self.fold("min", expr.args)
+
+    def fold(self, name: str, exprs) -> Text:
+        """Literals last: some languages have a shorter text for them."""
+        args = sorted(self.numbers(exprs), key=lambda x: (x.literal, x.body))
+        out = args[0]
+        for x in args[1:]:
+            out = self.to.extremum(name, out, x)
+        return out
+
+    def _Abs(self, expr) -> Text:
+        [x] = self.numbers(expr.args)
+        return self.to.absolute(x)
+
+    def _sign(self, expr) -> Text:
+        x = expr.args[0]
+        return self.text(E.where(x > 0, 1, E.where(x < 0, -1, 0)))
+
+    def _And(self, expr) -> Text:
+        return self.to.logic("and", self.conditions(expr.args))
+
+    def _Or(self, expr) -> Text:
+        return self.to.logic("or", self.conditions(expr.args))
+
+    def _Not(self, expr) -> Text:
+        return self.to.logic("not", self.conditions(expr.args))
+
+    def conditions(self, exprs) -> list[Text]:
+        return sorted(self.texts(exprs), key=lambda x: x.body)
+
+    def _Relational(self, expr) -> Text:
+        sign = _SIGNS[type(expr)]
+        bools = [x for x in self.texts(expr.args) if x.kind == "bool"]
+        if bools and sign in ("==", "!=") and sympy.S.Zero in expr.args:
+            return self.to.truth(bools[0], sign == "!=")
+        a, b = self.numbers(expr.args)
+        return Text(f"{a.at(ADD)} {sign} {b.at(ADD)}", "bool", LOW)
+
+    def _Function(self, expr) -> Text:
+        name = _FUNCTION_NAMES.get(type(expr).__name__, type(expr).__name__)
+        return self.to.unary(name, self.text(expr.args[0]))
+
+
+_FUNCTION_NAMES = {"ceiling": "ceil", "round_half_even": "round"}
+_SIGNS = {sympy.Lt: "<", sympy.Le: "<=", sympy.Gt: ">", sympy.Ge: ">="}
+_SIGNS |= {sympy.Eq: "==", sympy.Ne: "!="}
+
+
+def _sign_strength(body: str) -> int:
+    return ADD if body.startswith("-") else ATOM
+
+
+def _sum(terms: list[tuple[bool, Text]], kind: str) -> Text:
+    terms = sorted(terms, key=lambda x: x[0])  # a positive term first, where there is one
+    body = ""
+    for negative, x in terms:
+        if body:
+            body += f" {'-' if negative else '+'} {x.at(MUL)}"
+        else:
+            body = f"-{x.at(MUL)}" if negative else x.at(ADD)
+    return Text(body, kind, ADD)
+
+
+def _shared(exprs: Sequence[sympy.Basic]) -> list[sympy.Basic]:
+    """Subexpressions worth a variable, innermost first."""
+    count: Counter[sympy.Basic] = Counter()
+    order: list[sympy.Basic] = []
+
+    def visit(node) -> None:
+        if not node.args or node.is_number:
+            return
+        count[node] += 1
+        if count[node] == 1:
+            for child in node.args:
+                visit(child)
+            order.append(node)
+
+    for expr in exprs:
+        visit(expr)
+    return [x for x in order if count[x] > 1]
+
+
+def _float32(value: float) -> float:
+    """The value as a literal: within float32's range as it is, beyond it an infinity."""
+    if abs(value) <= FLOAT32_MAX:
+        return value
+    try:
+        return struct.unpack("f", struct.pack("f", value))[0]
+    except OverflowError:
+        return math.copysign(math.inf, value)
+
+
+class TorchPrinter(Printer):
+    """Expressions of tensors that broadcast against each other.
+
+    The program has `dtype` (the float type) and `device` in scope, and every symbol is a tensor:
+    coordinates and sizes int64, `s` of `dtype`. A constant expression prints as a number.
+    """
+
+    FUNCTIONS = {
+        name: f"torch.{name}"
+        for name in (
+            "exp exp2 log sin cos tan tanh sinh cosh atan erf floor ceil round sqrt".split()
+        )
+    }
+
+    def number(self, value: float) -> str:
+        return f'float("{value}")' if math.isinf(value) else repr(value)
+
+    def cast_float(self, x: Text) -> Text:
+        return Text(f"{x.at(ATOM)}.to(dtype)", "float")
+
+    def cast_int(self, x: Text) -> Text:
+        return Text(f"{x.at(ATOM)}.to(torch.int64)", "int")
+
+    def truth(self, x: Text, expected: bool) -> Text:
+        return x if expected else Text(f"~{x.at(ATOM)}", "bool", MUL)
+
+    def where(self, condition: Text, a: Text, b: Text) -> Text:
+        first = a.body
+        if a.literal and b.literal:
+            kind = "dtype" if a.kind == "float" else "torch.int64"
+            first = f"torch.full((), {a.body}, dtype={kind}, device=device)"
+        return Text(f"torch.where({condition.body}, {first}, {b.body})", a.kind)
+
+    def extremum(self, name: str, a: Text, b: Text) -> Text:
+        if b.literal:
+            bound = "min" if name == "max" else "max"
+            return Text(f"torch.clamp({a.body}, {bound}={b.body})", a.kind)
+        return Text(f"torch.{name}imum({a.body}, {b.body})", a.kind)
+
+    def logic(self, operator: str, args: list[Text]) -> Text:
+        if operator == "not":
+            return Text(f"~{args[0].at(ATOM)}", "bool", MUL)
+        return Text(_OPERATORS[operator].join(x.at(ATOM) for x in args), "bool", LOW)
+
+    def floordiv(self, a: Text, b: Text, plain: bool) -> Text:
+        return Text(f"{a.at(MUL)} // {b.at(ATOM)}", "int", MUL)
+
+    def mod(self, a: Text, b: Text, plain: bool) -> Text:
+        return Text(f"{a.at(MUL)} % {b.at(ATOM)}", "int", MUL)
+
+    def power(self, base: Text, exponent: Text, expr: sympy.Pow) -> Text:
+        return Text(f"torch.pow({base.body}, {exponent.body})", "float")
+
+    def absolute(self, x: Text) -> Text:
+        return Text(f"torch.abs({x.body})", x.kind)
+
+
+_OPERATORS = {"and": " & ", "or": " | "}
+
+
+def _python_mod(a: Text, b: Text) -> str:
+    """The sign of the divisor, whichever way the language's `%` rounds."""
+    return f"({a.at(MUL)} % {b.at(ATOM)} + {b.at(ADD)}) % {b.at(ATOM)}"
+
+
+class TritonPrinter(Printer):
+    """Elements of Triton blocks: int32 (int64 where a load or a size is) and float32.
+
+    Needs `tl` alone (no libdevice), so that it also runs under TRITON_INTERPRET=1.
+    """
+
+    FUNCTIONS = {
+        name: f"tl.{name}" for name in "exp exp2 log log2 sin cos erf floor ceil sqrt".split()
+    }
+
+    def rewrite(self, expr):
+        """tanh, tan, sinh, cosh, atan and round out of what `tl` has."""
+        for cls, formula in _TRITON_FORMULAS.items():
+            if expr.has(cls):
+                expr = expr.replace(cls, formula)
+        return expr
+
+    def number(self, value: float) -> str:
+        value = _float32(value)
+        if math.isinf(value):
+            return f'float("{value}")'
+        # Triton reads a literal below float32's normal range as float64.
+        return repr(value) if abs(value) >= 2.0**-126 else "0.0"
+
+    def cast_float(self, x: Text) -> Text:
+        return Text(f"tl.cast({x.body}, tl.float32)", "float")
+
+    def cast_int(self, x: Text) -> Text:
+        return Text(f"tl.cast({x.body}, tl.int32)", "int")
+
+    def where(self, condition: Text, a: Text, b: Text) -> Text:
+        return Text(f"tl.where({condition.body}, {a.body}, {b.body})", a.kind)
+
+    def extremum(self, name: str, a: Text, b: Text) -> Text:
+        return Text(f"tl.{name}imum({a.body}, {b.body})", a.kind)
+
+    def logic(self, operator: str, args: list[Text]) -> Text:
+        if operator == "not":  # not `~`: of a constexpr bool that is -1 or -2
+            return Text(f"{args[0].at(ATOM)} == 0", "bool", LOW)
+        return Text(_OPERATORS[operator].join(x.at(ATOM) for x in args), "bool", LOW)
+
+    def floordiv(self, a: Text, b: Text, plain: bool) -> Text:
+        if plain:
+            return Text(f"{a.at(MUL)} // {b.at(ATOM)}", "int", MUL)
+        return Text(f"({a.at(ADD)} - {_python_mod(a, b)}) // {b.at(ATOM)}", "int", MUL)
+
+    def mod(self, a: Text, b: Text, plain: bool) -> Text:
+        body = f"{a.at(MUL)} % {b.at(ATOM)}" if plain else _python_mod(a, b)
+        return Text(body, "int", MUL)
+
+    def power(self, base: Text, exponent: Text, expr: sympy.Pow) -> Text:
+        y = exponent.at(MUL)
+        if not expr.exp.is_Integer:
+            return Text(f"tl.exp2({y}*tl.log2({base.body}))", "float")
+        magnitude = f"tl.exp2({y}*tl.log2(tl.abs({base.body})))"
+        if expr.exp.is_even:
+            return Text(magnitude, "float")
+        return Text(f"tl.where({base.at(ADD)} < 0, -{magnitude}, {magnitude})", "float")
+
+    def absolute(self, x: Text) -> Text:
+        return Text(f"tl.abs({x.body})", x.kind)
+
+
+_MINUS_2_LOG2_E = sympy.Float(-2 / math.log(2))
+
+
+def _tanh(x):
+    """2 / (1 + e^(-2x)) - 1: no overflow at either end, absolute error about 1e-7."""
+    return 2 / (1 + sympy.Pow(2, x * _MINUS_2_LOG2_E)) - 1
+
+
+def _round(x):
+    low = sympy.floor(x, evaluate=False)
+    odd = low - 2 * sympy.floor(low * 0.5, evaluate=False)
+    up = E.where(x - low > 0.5, 1.0, E.where(x - low < 0.5, 0.0, odd))
+    return low + up
+
+
+# Minimax on [0, 1] in z**2 of atan(z) / z (Abramowitz and Stegun 4.4.49), error 2e-8.
+_ATAN = (1.0, -0.3333314528, 0.1999355085, -0.1420889944)
+_ATAN += (0.1065626393, -0.0752896400, 0.0429096138, -0.0161657367, 0.0028662257)
+
+
+def _atan(x):
+    size = sympy.Abs(x, evaluate=False)
+    z = sympy.Min(size, 1 / size, evaluate=False)
+    out = sympy.Float(_ATAN[-1])
+    for coefficient in reversed(_ATAN[:-1]):
+        out = out * z**2 + coefficient
+    folded = E.where(size > 1, math.pi / 2, 0.0) + E.where(size > 1, -1.0, 1.0) * z * out
+    return E.where(x < 0, -1.0, 1.0) * folded
+
+
+_TRITON_FORMULAS = {
+    sympy.tanh: _tanh,
+    sympy.tan: lambda x: sympy.sin(x) / sympy.cos(x),
+    sympy.sinh: lambda x: (sympy.exp(x) - sympy.exp(-x)) / 2,
+    sympy.cosh: lambda x: (sympy.exp(x) + sympy.exp(-x)) / 2,
+    sympy.atan: _atan,
+    E.round_half_even: _round,
+}
+
+
+class CudaPrinter(Printer):
+    """CUDA C++ scalars: `int` (64 bits where a load or a size is) and `float`."""
+
+    ASSIGN = "const auto {name} = {value};"
+    TRUE, FALSE = "true", "false"
+    FUNCTIONS = {
+        name: f"{name}f"
+        for name in "exp exp2 log sin cos tan sinh cosh atan erf floor ceil sqrt".split()
+    } | {"round": "rintf"}
+
+    def rewrite(self, expr):
+        """tanhf has a branch and about 20 instructions; this is one exp2 and one division."""
+        return expr.replace(sympy.tanh, _tanh)
+
+    def number(self, value: float) -> str:
+        value = _float32(value)
+        if math.isinf(value):  # NVRTC has no INFINITY without a header
+            return f"__int_as_float(0x{'7f' if value > 0 else 'ff'}800000)"
+        return f"{value!r}f"
+
+    def cast_float(self, x: Text) -> Text:
+        return Text(f"float({x.body})", "float")
+
+    def cast_int(self, x: Text) -> Text:
+        return Text(f"int({x.body})", "int")
+
+    def where(self, condition: Text, a: Text, b: Text) -> Text:
+        return Text(f"{condition.at(ATOM)} ? {a.at(ADD)} : {b.at(ADD)}", a.kind, LOW)
+
+    def extremum(self, name: str, a: Text, b: Text) -> Text:
+        function = f"f{name}f" if a.kind == "float" else name
+        return Text(f"{function}({a.body}, {b.body})", a.kind)
+
+    def logic(self, operator: str, args: list[Text]) -> Text:
+        if operator == "not":
+            return Text(f"!{args[0].at(ATOM)}", "bool", MUL)
+        return Text(
+            {"and": " && ", "or": " || "}[operator].join(x.at(ATOM) for x in args), "bool", LOW
+        )
+
+    def floordiv(self, a: Text, b: Text, plain: bool) -> Text:
+        if plain:
+            return Text(f"{a.at(MUL)} / {b.at(ATOM)}", "int", MUL)
+        return Text(f"({a.at(ADD)} - {_python_mod(a, b)}) / {b.at(ATOM)}", "int", MUL)
+
+    def mod(self, a: Text, b: Text, plain: bool) -> Text:
+        body = f"{a.at(MUL)} % {b.at(ATOM)}" if plain else _python_mod(a, b)
+        return Text(body, "int", MUL)
+
+    def power(self, base: Text, exponent: Text, expr: sympy.Pow) -> Text:
+        return Text(f"powf({base.body}, {exponent.body})", "float")
+
+    def absolute(self, x: Text) -> Text:
+        return Text(f"{'fabsf' if x.kind == 'float' else 'abs'}({x.body})", x.kind)
