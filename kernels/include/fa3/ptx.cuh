@@ -1,0 +1,117 @@
+// Scalar PTX used by every Hopper kernel: fixed-width names, approximate math, packing, registers.
+// NVRTC compiles this without any CUDA header, which keeps a cold build near half a second.
+#pragma once
+
+namespace fa3 {
+
+using uint32_t = unsigned int;
+using uint64_t = unsigned long long;
+using int64_t = long long;
+
+struct Bf16 {};
+struct Fp16 {};
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+#define FA3_DEVICE __device__ __forceinline__
+
+FA3_DEVICE float inf() { return __int_as_float(0x7f800000); }
+
+constexpr __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
+constexpr __device__ int round_up(int a, int b) { return (a + b - 1) / b * b; }
+
+FA3_DEVICE float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+FA3_DEVICE float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Relative error 2^-11: below the rounding of a bf16 or fp16 score, too coarse for fp32 inputs.
+FA3_DEVICE float tanh_approx(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 2^x for x <= 127 on the FMA pipe: x = n + f, a cubic for 2^f, n added to the exponent.
+// Relative error 9e-5, below bf16 rounding. The MUFU unit gives 16 exponentials a clock and is
+// the bound of softmax at small head dims; some of them done here run beside it.
+FA3_DEVICE float exp2_polynomial(float x) {
+  x = fmaxf(x, -127.0f);
+  float shifted;
+  asm("add.rm.ftz.f32 %0, %1, 0f4B400000;" : "=f"(shifted) : "f"(x));  // floor in the low bits
+  float f = x - (shifted - 12582912.0f);
+  float y = fmaf(f, 0.077119089663f, 0.227564394474f);
+  y = fmaf(y, f, 0.695146143436f);
+  y = fmaf(y, f, 1.0f);
+  return __int_as_float((__float_as_int(shifted) << 23) + __float_as_int(y));
+}
+
+template <class Dtype>
+FA3_DEVICE uint32_t pack(float lo, float hi);
+
+template <>
+FA3_DEVICE uint32_t pack<Bf16>(float lo, float hi) {
+  uint32_t y;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(hi), "f"(lo));
+  return y;
+}
+
+template <>
+FA3_DEVICE uint32_t pack<Fp16>(float lo, float hi) {
+  uint32_t y;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(hi), "f"(lo));
+  return y;
+}
+
+template <class Dtype>
+FA3_DEVICE float2 unpack(uint32_t x);
+
+template <>
+FA3_DEVICE float2 unpack<Bf16>(uint32_t x) {
+  return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
+}
+
+template <>
+FA3_DEVICE float2 unpack<Fp16>(uint32_t x) {
+  float2 y;
+  asm("{.reg .f16 lo, hi; mov.b32 {lo, hi}, %2; cvt.f32.f16 %0, lo; cvt.f32.f16 %1, hi;}"
+      : "=f"(y.x), "=f"(y.y) : "r"(x));
+  return y;
+}
+
+// One element of global memory as float or int, through the read-only path.
+template <class T>
+FA3_DEVICE T ldg(const T* p) { return __ldg(p); }
+
+template <class Dtype>
+FA3_DEVICE float ldg_half(const void* p) {
+  unsigned short bits;
+  asm("ld.global.nc.u16 %0, [%1];" : "=h"(bits) : "l"(p));
+  return unpack<Dtype>(bits).x;
+}
+FA3_DEVICE float ldg(const Bf16* p) { return ldg_half<Bf16>(p); }
+FA3_DEVICE float ldg(const Fp16* p) { return ldg_half<Fp16>(p); }
+
+FA3_DEVICE uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+template <int Registers>
+FA3_DEVICE void grow_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
+}
+
+template <int Registers>
+FA3_DEVICE void shrink_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
+}
+
+}  // namespace fa3

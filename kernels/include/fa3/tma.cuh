@@ -1,0 +1,31 @@
+// Tensor memory accelerator: bulk loads of a box of a 4-D tensor into swizzled shared memory.
+#pragma once
+#include "fa3/ptx.cuh"
+
+namespace fa3 {
+
+// CUtensorMap as the driver encodes it; axes from the innermost: d, sequence, head, batch.
+struct alignas(64) TensorMap {
+  uint64_t opaque[16];
+};
+
+// L2 eviction policies in the encoding of createpolicy: queries are read once, keys and values by
+// every query block of the head.
+constexpr uint64_t kEvictFirst = 0x12F0000000000000ull;
+constexpr uint64_t kEvictLast = 0x14F0000000000000ull;
+
+FA3_DEVICE void tma_prefetch(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// Elements outside the tensor arrive as zeros and count towards the barrier's bytes.
+FA3_DEVICE void tma_load(uint32_t dst, const TensorMap& map, uint32_t barrier, uint64_t policy,
+                         int d, int row, int head, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(dst),
+      "l"(&map), "r"(d), "r"(row), "r"(head), "r"(batch), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
+}  // namespace fa3

@@ -1,0 +1,69 @@
+// What one attention is, apart from its shapes: the score modifier, the mask and where its key
+// blocks lie. The template prints a struct that derives from PlainVariant and hides what differs.
+//
+// Every term sits where it changes: head terms once a tile, row terms once a row, column terms once
+// a column of a key block, affine terms in (kv - q) as one FFMA, and the rest an element.
+// Scores have a unit: exp2(score * scale(head)) is the weight, so that a linear score costs the one
+// FFMA that softmax needs anyway. For s * 0.125 with log2(e), score is s and scale 0.125 * log2(e);
+// for a softcap of 50, score is tanh(s * 0.125 / 50) and scale 50 * log2(e).
+#pragma once
+#include "fa3/ptx.cuh"
+
+namespace fa3 {
+
+// Keys [begin, end) hold everything the query block may see; all of [full_begin, full_end) is seen
+// by each of its rows, so that those blocks run without the mask.
+struct KeyBounds {
+  int begin, end, full_begin, full_end;
+};
+
+template <class AuxT>
+struct Site {
+  const AuxT& aux;  // captured tensors and their strides
+  int batch, head, queries, keys;
+};
+
+template <class AuxT>
+struct PlainVariant {
+  using Aux = AuxT;
+  using At = Site<AuxT>;
+  struct Head {};
+  struct Row {};
+  struct Col {};
+  using TileDtype = Bf16;
+
+  static constexpr bool kScore = false;        // score() is not the identity
+  static constexpr bool kAffine = false;       // slope(head) * (kv - q) is added to the score
+  static constexpr bool kMask = false;         // mask() decides an element of a masked block
+  static constexpr bool kRowEnd = false;       // row_end() bounds the keys of a row
+  static constexpr bool kRowBegin = false;     // row_begin() does so on the left
+  static constexpr bool kLeftBlocks = false;   // masked blocks lie left of the full ones too
+  static constexpr bool kFiniteScores = true;  // no score is -inf where the mask allows it
+  static constexpr bool kSink = false;         // sink(head) joins the row sum
+  static constexpr bool kBlockMap = false;     // key blocks come from lists built at run time
+  static constexpr bool kDenseTile = false;    // a dense (q, kv) input arrives by TMA beside K
+
+  FA3_DEVICE static Head head(const At&) { return {}; }
+  FA3_DEVICE static Row row(const At&, const auto&, int q) { return {}; }
+  FA3_DEVICE static Col col(const At&, const auto&, int kv) { return {}; }
+
+  FA3_DEVICE static float scale(const auto&) { return kLog2e; }
+  FA3_DEVICE static float slope(const auto&) { return 0.0f; }
+  FA3_DEVICE static float score(float s, const At&, const auto&, const auto&, const auto&, int q,
+                                int kv, float tile) {
+    return s;
+  }
+  FA3_DEVICE static bool mask(const At&, const auto&, const auto&, const auto&, int q, int kv,
+                              float tile) {
+    return true;
+  }
+  FA3_DEVICE static int row_begin(const At&, const auto&, const auto&, int q) { return 0; }
+  FA3_DEVICE static int row_end(const At& at, const auto&, const auto&, int q) { return at.keys; }
+  // In log2 units: the sink logit times log2(e).
+  FA3_DEVICE static float sink(const At&, const auto&) { return 0.0f; }
+  FA3_DEVICE static KeyBounds bounds(const At& at, int q_begin, int q_end) {
+    return {0, at.keys, 0, at.keys};
+  }
+};
+
+}  // namespace fa3
