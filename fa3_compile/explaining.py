@@ -1,0 +1,142 @@
+"""`explain`: compile something once, run it, and report what became of its attention."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from fa3_compile.report import Report, collect
+from fa3_compile.source import short_path
+
+
+def explain(
+    model_or_fn: nn.Module | Callable[..., Any],
+    *args: Any,
+    options: Mapping[str, Any] | None = None,
+    training: bool | None = None,
+    **kwargs: Any,
+) -> Report:
+    """Compile `model_or_fn` with backend="fa3", call it on the arguments, report what was done.
+
+    options   those of `torch.compile(..., backend="fa3")`
+    training  False: in eval mode, without gradients. True: in training mode, and the backward of
+              the sum of all real outputs is run too; no `.grad` is written. None: as it is, forward
+              only.
+
+    Something already compiled is explained as it was before. Dynamo is reset before and after, so
+    everything compiled in this process compiles again at its next call. The caches of compiled
+    graphs are not used: the pass does not run on a hit, and there would be nothing to report. A
+    training run has its side effects, such as random numbers drawn and batch statistics.
+
+    Raises what the model raises.
+    """
+    plain = getattr(model_or_fn, "_orig_mod", None)
+    plain = plain or getattr(model_or_fn, "_torchdynamo_orig_callable", model_or_fn)
+    torch._dynamo.reset()
+    try:
+        with _no_graph_caches(), _mode(plain, training), collect() as report:
+            breaks = _GraphBreaks()
+            compiled = torch.compile(plain, backend=breaks.backend, options=dict(options or {}))
+            start = time.perf_counter()
+            output = compiled(*args, **kwargs)
+            if training:
+                _run_backward(plain, (args, kwargs), output, report)
+            report.compile_seconds = time.perf_counter() - start
+            report.graph_breaks = breaks.texts()
+        return report
+    finally:
+        torch._dynamo.reset()
+
+
+class _GraphBreaks:
+    """Notes why Dynamo broke the graph, on the way to the backend."""
+
+    def __init__(self) -> None:
+        self.before = _counted_breaks()
+        self.placed: dict[str, str] = {}
+
+    def backend(self, gm: torch.fx.GraphModule, example_inputs: list[Any], **kwargs: Any) -> Any:
+        from fa3_compile.backend import fa3
+
+        ended = getattr(gm, "compile_subgraph_reason", None)
+        if ended is not None and ended.graph_break:
+            frame = ended.user_stack[-1] if ended.user_stack else None
+            self.placed[ended.reason] = (
+                f"{short_path(frame.filename)}:{frame.lineno}: {frame.line}" if frame else ""
+            )
+        return fa3(gm, example_inputs, **kwargs)
+
+    def texts(self) -> list[str]:
+        # A break before the first operation makes no graph; only the counter knows of it.
+        counted = _counted_breaks() - self.before
+        reasons = [*self.placed, *(reason for reason in counted if reason not in self.placed)]
+        return [
+            reason.partition("\n")[0]
+            + (f" at {self.placed[reason]}" if self.placed.get(reason) else "")
+            for reason in reasons
+        ]
+
+
+def _counted_breaks() -> Counter[str]:
+    # Imported here, as it takes most of a second and brings Triton.
+    from torch._dynamo.utils import counters
+
+    return Counter(counters["graph_break"])
+
+
+@contextmanager
+def _no_graph_caches() -> Iterator[None]:
+    from torch._functorch import config as functorch_config
+    from torch._inductor import config as inductor_config
+
+    with (
+        inductor_config.patch({"fx_graph_cache": False, "fx_graph_remote_cache": False}),
+        functorch_config.patch({"enable_autograd_cache": False}),
+    ):
+        yield
+
+
+@contextmanager
+def _mode(model: Any, training: bool | None) -> Iterator[None]:
+    """Training or eval mode and gradients, each module's own flag restored afterwards."""
+    if training is None:
+        yield
+        return
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    flags = [module.training for module in modules]
+    if isinstance(model, nn.Module):
+        model.train(training)
+    try:
+        with torch.set_grad_enabled(training):
+            yield
+    finally:
+        for module, flag in zip(modules, flags):
+            module.training = flag
+
+
+def _run_backward(model: Any, inputs: Any, output: Any, report: Report) -> None:
+    losses = [
+        leaf.sum()
+        for leaf in tree_leaves(output)
+        if isinstance(leaf, torch.Tensor) and leaf.requires_grad and leaf.is_floating_point()
+    ]
+    parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
+    wanted = [
+        leaf
+        for leaf in (*parameters, *tree_leaves(inputs))
+        if isinstance(leaf, torch.Tensor) and leaf.requires_grad
+    ]
+    if losses and wanted:
+        torch.autograd.grad(losses, wanted, allow_unused=True)
+    else:
+        report.notes.append(
+            "no backward was run: no output requires a gradient, or nothing that it could be "
+            "taken for is an argument or a parameter of the model"
+        )

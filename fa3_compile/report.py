@@ -1,0 +1,286 @@
+"""What became of each attention region: the record, its three renderings, and its collection.
+
+The pipeline calls `record` for every region it meets, fused or declined. Each call writes one log
+line (`TORCH_LOGS="+fa3_compile"`), and adds to the reports that are being collected:
+
+    with collect() as report:
+        torch.compile(model, backend="fa3")(x)
+    print(report)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch._guards import CompileContext
+
+from fa3_compile.errors import Decline
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How many tiles of a score matrix are skipped, run with the mask, and run without it.
+
+    The counts are those of one batch element and head, or None where they cannot be known before
+    the kernel runs; then `reason` says why.
+    """
+
+    empty: int | None = None
+    partial: int | None = None
+    full: int | None = None
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.empty is None or self.partial is None or self.full is None:
+            return self.reason
+        total = self.empty + self.partial + self.full
+        return f"{self.empty} skipped, {self.partial} masked, {self.full} full, of {total}"
+
+
+@dataclass(frozen=True)
+class RegionReport:
+    """One attention region. Texts that do not apply are "".
+
+    index          its number among the regions of its graph, from 0
+    graph          Dynamo's compile id of its graph, as in its logs: "0/0"
+    fused          whether it became one fa3::attention
+    where          file, line and source of the user's code
+    form           the named form: "causal + softcap"; "custom" where nothing has a name
+    score, mask    formulas of an element, in s (the dot product), b, h, q, kv
+    tiles          what the mask lets the kernel skip
+    kernel         the kernel family that runs it
+    config         its tile config
+    other_kernels  why each other family was not taken
+    stage, code, reason, hint, node
+                   for a region left alone: who declined it, as an identifier and as a sentence,
+                   what to change, and the graph node it was decided at
+    spec           the canonical text of the attention, which names it in every process
+    """
+
+    index: int
+    graph: str
+    fused: bool
+    where: str = ""
+    form: str = ""
+    score: str = ""
+    mask: str = ""
+    tiles: Tiles | None = None
+    kernel: str = ""
+    config: str = ""
+    other_kernels: dict[str, str] = field(default_factory=dict)
+    stage: str = ""
+    code: str = ""
+    reason: str = ""
+    hint: str = ""
+    node: str = ""
+    spec: str = ""
+
+    @classmethod
+    def declined(cls, index: int, graph: str, decline: Decline, **known: Any) -> RegionReport:
+        """The record of a region that a stage declined; `known` is what is known of it."""
+        return cls(
+            index=index,
+            graph=graph,
+            fused=False,
+            stage=decline.stage,
+            code=decline.code,
+            reason=decline.message,
+            hint=decline.hint,
+            node=str(decline.node) if decline.node is not None else "",
+            **known,
+        )
+
+    def line(self) -> str:
+        """The region in one line, for the log."""
+        if self.fused:
+            said = f"fused as {self.form}" + (f" by {self.kernel}" if self.kernel else "")
+        else:
+            said = f"left as it was by {self.stage} ({self.code}): {self.reason}"
+        return f"region {self.index} of graph {self.graph}: {said}" + (
+            f"; {self.where}" if self.where else ""
+        )
+
+    def rows(self) -> list[tuple[str, str]]:
+        """What there is to say of it, as (name, text)."""
+        others = [f"not {name}: {why}" for name, why in self.other_kernels.items()]
+        rows = [
+            ("where", self.where),
+            ("form", self.form),
+            ("score", self.score),
+            ("mask", self.mask),
+            ("tiles", str(self.tiles) if self.tiles else ""),
+            ("kernel", f"{self.kernel} {self.config}".strip()),
+            *(("", other) for other in others),
+            ("reason", f"{self.reason} [{self.code}]" if self.code else self.reason),
+            ("node", self.node),
+            ("hint", self.hint),
+        ]
+        return [(name, text) for name, text in rows if text]
+
+    def alike(self, other: RegionReport) -> bool:
+        """Whether it differs from `other` by nothing but its place in the graph."""
+        here = dataclasses.replace(self, index=other.index, graph=other.graph, node=other.node)
+        return here == other
+
+
+@dataclass
+class Report:
+    """What `backend="fa3"` did with a model.
+
+    regions          every attention region, in the order in which they were met
+    graphs           how many graphs Dynamo made
+    graph_breaks     why there is more than one
+    notes            what else is worth knowing
+    compile_seconds  wall-clock seconds of the first call, compilation included; None if unknown
+    """
+
+    regions: list[RegionReport] = field(default_factory=list)
+    graphs: int = 0
+    graph_breaks: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    compile_seconds: float | None = None
+
+    @property
+    def fused(self) -> list[RegionReport]:
+        return [region for region in self.regions if region.fused]
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def summary(self) -> str:
+        """The whole in one line."""
+        said = [
+            f"{len(self.fused)} of {_counted(len(self.regions), 'attention region')} fused",
+            _counted(self.graphs, "graph"),
+            _counted(len(self.graph_breaks), "graph break"),
+        ]
+        if self.compile_seconds is not None:
+            said.append(f"first call {self.compile_seconds:.1f} s")
+        return "fa3_compile: " + ", ".join(said)
+
+    def text(self) -> str:
+        """One block a region; a region like an earlier one refers to it."""
+        blocks = [self.summary()]
+        for i, region in enumerate(self.regions):
+            verdict = "fused" if region.fused else f"left as it was by {region.stage}"
+            head = f"region {i} (graph {region.graph}): {verdict}"
+            twin = next((j for j in range(i) if self.regions[j].alike(region)), None)
+            if twin is None:
+                rows = [f"  {name:<7} {text}" for name, text in region.rows()]
+                blocks.append("\n".join([head, *rows]))
+            else:
+                blocks.append(f"{head}, like region {twin}")
+        for title, lines in (("graph break", self.graph_breaks), ("note", self.notes)):
+            blocks.extend(f"{title}: {line}" for line in lines)
+        return "\n\n".join(blocks)
+
+    def json(self) -> str:
+        """All fields, as a JSON object."""
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False)
+
+    def markdown(self) -> str:
+        """A table, one row a region, for an issue or a pull request."""
+        titles = ("region", "fused", "form", "score", "mask", "tiles", "kernel or reason", "where")
+        lines = [self.summary(), "", _table_row(titles), _table_row(["---"] * len(titles))]
+        for i, region in enumerate(self.regions):
+            became = f"{region.kernel} {region.config}".strip()
+            if not region.fused:
+                became = ". ".join(said for said in (region.reason, region.hint) if said)
+            cells = (
+                f"{region.graph} #{i}",
+                "yes" if region.fused else "no",
+                region.form,
+                _code(region.score),
+                _code(region.mask),
+                str(region.tiles or ""),
+                became,
+                _code(region.where),
+            )
+            lines.append(_table_row(cells))
+        lines.extend(f"\nGraph break: {line}" for line in self.graph_breaks)
+        lines.extend(f"\nNote: {line}" for line in self.notes)
+        return "\n".join(lines)
+
+
+@contextmanager
+def collect() -> Iterator[Report]:
+    """Collect a report of every region that is compiled inside the `with` block.
+
+    Blocks may be nested, and several threads may each have their own. What a thread without a
+    block compiles, such as autograd's backward threads, goes to all.
+    """
+    report = Report()
+    entry = (threading.get_ident(), report)
+    with _lock:
+        _open.append(entry)
+    try:
+        yield report
+    finally:
+        with _lock:
+            _open[:] = [other for other in _open if other is not entry]
+
+
+def enter_graph() -> str:
+    """Count the graph being compiled; returns Dynamo's id of it, for `RegionReport.graph`."""
+    compile_id = CompileContext.current_compile_id()
+    for report in _reports():
+        report.graphs += 1
+    return str(compile_id) if compile_id is not None else "0/0"
+
+
+def record(region: RegionReport) -> None:
+    """Log what became of a region, and add it to the reports being collected."""
+    log.info("%s", region.line())
+    for report in _reports():
+        report.regions.append(region)
+
+
+def update(spec: str, **changes: Any) -> None:
+    """Change fields of the recorded regions that have this spec text.
+
+    For what is known only when the graph is lowered: the kernel, its config, a failed build.
+    """
+    for report in _reports():
+        report.regions[:] = [
+            dataclasses.replace(region, **changes) if region.spec == spec else region
+            for region in report.regions
+        ]
+
+
+def note(text: str) -> None:
+    """Log a remark that belongs to no region, and add it to the reports being collected."""
+    log.info("%s", text)
+    for report in _reports():
+        if text not in report.notes:
+            report.notes.append(text)
+
+
+_lock = threading.Lock()
+_open: list[tuple[int, Report]] = []
+
+
+def _reports() -> list[Report]:
+    with _lock:
+        mine = [report for thread, report in _open if thread == threading.get_ident()]
+        return mine or [report for _, report in _open]
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _code(text: str) -> str:
+    return f"`{text}`" if text else ""
+
+
+def _table_row(cells: Any) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
