@@ -1,8 +1,8 @@
 """FlashAttention-3 class kernels for attention written in plain PyTorch.
 
 Nothing has to be imported to use it: `torch.compile(model, backend="fa3")` finds the backend by
-its entry point. This module holds what one imports to look at the result. Each name is loaded on
-first use, so that `import fa3_compile` costs nothing and never imports Triton.
+its entry point. This module holds what one imports to look at the result. What is behind each name
+is loaded on first use, so that `import fa3_compile` costs nothing and never imports Triton.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fa3_compile.explaining import explain
-    from fa3_compile.lower.choose import list_kernels
     from fa3_compile.report import Report
 
 __version__ = "0.1.0"
@@ -21,8 +20,14 @@ __all__ = ["Report", "__version__", "explain", "list_kernels"]
 _HOME = {
     "Report": "fa3_compile.report",
     "explain": "fa3_compile.explaining",
-    "list_kernels": "fa3_compile.lower.choose",
 }
+
+
+def list_kernels() -> list[str]:
+    """The kernel families that `options={"kernels": ...}` may name, in the order of preference."""
+    from fa3_compile.lower.choose import kernels
+
+    return [kernel.name for kernel in kernels()]
 
 
 def __getattr__(name: str) -> Any:

@@ -46,10 +46,17 @@ class Options:
             value = _checked(field.name, getattr(self, field.name), where="Options")
             object.__setattr__(self, field.name, value)
 
-    def cache_text(self) -> str:
-        """The options that change what is generated, as text for a cache key."""
-        changing = ("autotune", "kernels", "deterministic", "verify")
-        return " ".join(f"{name}={getattr(self, name)!r}" for name in changing)
+    def for_kernels(self) -> dict[str, str]:
+        """What differs from the default and matters once the graph is rewritten, as text.
+
+        It goes into the operator's spec text (`runtime.op.join_text`), hence into cache keys.
+        """
+        told = {}
+        for name in ("autotune", "kernels", "deterministic", "verify"):
+            value = getattr(self, name)
+            if value != getattr(Options, name):
+                told[name] = ",".join(value) if isinstance(value, tuple) else str(value)
+        return told
 
 
 def split(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -15,6 +17,21 @@ def templates() -> Path:
 def kernels() -> Path:
     """The folder of CUDA C++ headers that the CUDA templates include."""
     return _find("kernels")
+
+
+@functools.cache
+def source_hash() -> str:
+    """16 hex digits that change with any source of ours: salt for the caches of compiled graphs.
+
+    PyTorch's caches know nothing of code outside of it, and would serve what an older version of
+    this package generated.
+    """
+    digest = hashlib.sha256()
+    for root, pattern in ((_PACKAGE, "*.py"), (templates(), "*"), (kernels(), "*")):
+        for file in sorted(path for path in root.rglob(pattern) if path.is_file()):
+            digest.update(f"{file.relative_to(root).as_posix()}\0".encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _find(folder: str) -> Path:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._inductor import config as inductor_config
 
+import fa3_compile
 from fa3_compile.errors import OptionError
 from fa3_compile.options import KERNELS, Options, split
 
@@ -162,7 +163,16 @@ def test_an_option_error_is_a_value_error():
         split({"strict": "yes"})
 
 
-def test_cache_text_holds_what_changes_the_code_and_nothing_else():
-    assert Options(fuel=1, strict=True).cache_text() == Options().cache_text()
-    for change in ({"autotune": "full"}, {"kernels": ("cpu",)}, {"verify": True}):
-        assert Options(**change).cache_text() != Options().cache_text()
+def test_kernels_are_told_what_matters_to_them_and_differs_from_the_default():
+    assert Options(fuel=1, strict=True).for_kernels() == {}
+    chosen = Options("quick", ("cpu", "reference"), deterministic=True, verify=True)
+    assert chosen.for_kernels() == {
+        "autotune": "quick",
+        "kernels": "cpu,reference",
+        "deterministic": "True",
+        "verify": "True",
+    }
+
+
+def test_the_kernels_that_options_know_are_those_that_exist():
+    assert set(KERNELS) == set(fa3_compile.list_kernels())
