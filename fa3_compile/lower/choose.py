@@ -1,0 +1,161 @@
+"""Which kernel family computes an attention, and why the others do not."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fa3_compile.spec.attention import AttentionSpec
+
+# Modules of fa3_compile.lower.kernels; importing one registers its families.
+FAMILIES = ("reference", "cpu", "triton_forward")
+
+
+class KernelBuildError(RuntimeError):
+    """A kernel that said it supports a problem could not be built for it."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One attention on one device; the lengths are hints where they are dynamic."""
+
+    spec: AttentionSpec
+    dtype: torch.dtype
+    device: torch.device
+    capability: tuple[int, int] | None
+    batch: int
+    heads: int
+    kv_heads: int
+    q_len: int
+    kv_len: int
+    dim: int
+    v_dim: int
+    aux_dtypes: tuple[torch.dtype, ...] = ()
+    needs_grad: bool = False
+    aux_needs_grad: tuple[bool, ...] = ()
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one KV head."""
+        return self.heads // max(self.kv_heads, 1)
+
+
+Gradients = tuple["Tensor | None", "Tensor | None", "Tensor | None", "list[Tensor | None]"]
+
+
+class Kernel:
+    """A kernel family. Subclass, fill in, and `register` an instance.
+
+    name      what users write in `kernels=`
+    priority  the highest that supports a problem is chosen
+    inline    `run` is a program of torch operators that Inductor should compile into its own
+              code; otherwise the operator stays one call
+    """
+
+    name: str
+    priority: int
+    inline: bool = False
+
+    def supports(self, problem: Problem) -> str | None:
+        """None, or the reason why not, as a sentence."""
+        raise NotImplementedError
+
+    def prepare(self, problem: Problem) -> None:
+        """Builds the kernel; raises KernelBuildError."""
+
+    def run(
+        self,
+        problem: Problem,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        aux: Sequence[Tensor],
+        sizes: Sequence[int],
+    ) -> tuple[Tensor, Tensor]:
+        """(out [B,H,Sq,Dv], lse [B,H,Sq]); the shapes of AttentionSpec."""
+        raise NotImplementedError
+
+    def supports_backward(self, problem: Problem) -> str | None:
+        """As `supports`, for `run_backward`; without one the reference computes gradients."""
+        return f"{self.name} has no backward of its own"
+
+    def run_backward(
+        self,
+        problem: Problem,
+        dout: Tensor,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        aux: Sequence[Tensor],
+        sizes: Sequence[int],
+        needs: Sequence[bool],
+    ) -> Gradients:
+        """(dq, dk, dv, daux); None for those that `needs` (q, k, v, then each aux) leaves out."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen kernel, and for each of the others the sentence why not."""
+
+    kernel: Kernel | None
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+_kernels: dict[str, Kernel] = {}
+
+
+def register(kernel: Kernel) -> None:
+    """Adds a family; one of the same name is replaced."""
+    _kernels[kernel.name] = kernel
+
+
+@functools.cache
+def _import_families() -> None:
+    for name in FAMILIES:
+        module = f"fa3_compile.lower.kernels.{name}"
+        if importlib.util.find_spec(module):
+            importlib.import_module(module)
+
+
+def kernels() -> list[Kernel]:
+    """Every registered family, the one to try first first."""
+    _import_families()
+    return sorted(_kernels.values(), key=lambda x: -x.priority)
+
+
+def choose(problem: Problem, allowed: Sequence[str] | None = None) -> Choice:
+    """The first family that supports the problem, of the `allowed` names (default: all but
+    "reference", which has to be asked for by name)."""
+    reasons: dict[str, str] = {}
+    chosen = None
+    for kernel in kernels():
+        if allowed is None and kernel.name == REFERENCE:
+            reasons[kernel.name] = f"{REFERENCE} is taken only when asked for by name"
+        elif allowed is not None and kernel.name not in allowed:
+            reasons[kernel.name] = f"{kernel.name} is not among the allowed {', '.join(allowed)}"
+        elif chosen is not None:
+            reasons[kernel.name] = f"{chosen.name} comes first"
+        elif reason := kernel.supports(problem):
+            reasons[kernel.name] = reason
+        else:
+            chosen = kernel
+    return Choice(chosen, reasons)
+
+
+REFERENCE = "reference"
+
+
+def reference() -> Kernel:
+    """The last resort, which supports everything."""
+    _import_families()
+    return _kernels[REFERENCE]

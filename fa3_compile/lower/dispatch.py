@@ -1,0 +1,101 @@
+"""Runs the operators of `runtime.op`: the chosen kernel family, or the reference.
+
+The one place where tensors become a Problem at run time; `lower.inductor` asks the same
+`choose` with the same Problem at compile time.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fa3_compile.lower.choose import (
+    Gradients,
+    Kernel,
+    KernelBuildError,
+    Problem,
+    choose,
+    reference,
+)
+from fa3_compile.runtime.op import split_text
+
+log = logging.getLogger(__name__)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def make_problem(
+    text: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    aux: Sequence[Tensor],
+    needs: Sequence[bool] = (),
+    lengths: Sequence[int] | None = None,
+) -> Problem:
+    """The Problem of one call; `needs` as the backward operator has it, empty for none.
+
+    `lengths` are hints for (B, H, Hkv, Sq, Skv, D, Dv) where the shapes are symbolic.
+    """
+    spec, _ = split_text(text)
+    if lengths is None:
+        lengths = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3])
+        lengths = (*lengths, v.shape[3])
+    return Problem(
+        spec,
+        q.dtype,
+        q.device,
+        _capability(q.device),
+        *lengths,
+        aux_dtypes=tuple(x.dtype for x in aux),
+        needs_grad=any(needs),
+        aux_needs_grad=tuple(needs[3:]) or (False,) * len(aux),
+    )
+
+
+def allowed_kernels(options: Mapping[str, str]) -> tuple[str, ...] | None:
+    """The families that the spec text's options allow; None for the default."""
+    names = options.get("kernels")
+    return tuple(names.split(",")) if names else None
+
+
+@functools.lru_cache(maxsize=4096)
+def built(problem: Problem, allowed: tuple[str, ...] | None) -> Kernel:
+    """The chosen kernel, ready to run; the reference where there is none."""
+    choice = choose(problem, allowed)
+    if choice.kernel is None:
+        return reference()
+    try:
+        choice.kernel.prepare(problem)
+    except KernelBuildError as error:
+        log.warning("%s could not be built, the reference runs: %s", choice.kernel.name, error)
+        return reference()
+    return choice.kernel
+
+
+@functools.lru_cache(maxsize=4096)
+def built_backward(problem: Problem, allowed: tuple[str, ...] | None) -> Kernel:
+    """As `built`, for the gradients: those of the kernel that ran forward, if it has any."""
+    kernel = built(problem, allowed)
+    return reference() if kernel.supports_backward(problem) else kernel
+
+
+def forward(q, k, v, aux, sizes, text: str) -> tuple[Tensor, Tensor]:
+    """`fa3::attention`. The choice does not depend on which gradients will be asked for."""
+    problem = make_problem(text, q, k, v, aux)
+    kernel = built(problem, allowed_kernels(split_text(text)[1]))
+    return kernel.run(problem, q, k, v, aux, sizes)
+
+
+def backward(dout, dlse, q, k, v, out, lse, aux, sizes, text: str, needs) -> Gradients:
+    """`fa3::attention_backward`."""
+    problem = make_problem(text, q, k, v, aux, needs)
+    kernel = built_backward(problem, allowed_kernels(split_text(text)[1]))
+    return kernel.run_backward(problem, dout, dlse, q, k, v, out, lse, aux, sizes, needs)

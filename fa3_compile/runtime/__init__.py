@@ -1,0 +1,1 @@
+"""The operator `fa3::attention` and what runs when it is called."""
