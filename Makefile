@@ -5,7 +5,7 @@
 #   make check   lint and test, as CI does
 #   make format  let ruff rewrite the files
 PYTHON ?= python3
-PYTEST ?= -n auto
+PYTEST ?= -n auto --dist loadgroup
 
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet

@@ -1,0 +1,29 @@
+"""What holds for all tests: no cached graphs, a fresh Dynamo, GPU tests only where there is one."""
+
+import os
+import sys
+
+# On a hit in these caches the pass does not run, and a test of it would test an earlier run.
+os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
+os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("fa3", deadline=None, derandomize="CI" in os.environ)
+hypothesis.settings.load_profile("fa3")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()

@@ -1,0 +1,80 @@
+"""`python -m fa3_compile`."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import fa3_compile
+from fa3_compile import report
+from fa3_compile.__main__ import main
+from fa3_compile.lower import cache
+
+
+@pytest.fixture
+def stub_backend(monkeypatch):
+    def fa3(gm, example_inputs, **kwargs):
+        report.record(report.RegionReport(0, report.enter_graph(), fused=torch.is_grad_enabled()))
+        return gm.forward
+
+    monkeypatch.setitem(sys.modules, "fa3_compile.backend", SimpleNamespace(fa3=fa3))
+
+
+@pytest.fixture
+def factory(tmp_path, monkeypatch):
+    (tmp_path / "somebodys_model.py").write_text(
+        "import torch\n"
+        "def make():\n"
+        "    return torch.nn.Linear(2, 2), (torch.ones(1, 2),)\n"
+        "def make_with_keywords():\n"
+        "    return torch.nn.Linear(2, 2), (), {'input': torch.ones(1, 2)}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    return "somebodys_model"
+
+
+def test_env_names_versions_kernels_and_the_cache(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("FA3_CACHE_DIR", str(tmp_path / "kernels"))
+    assert main(["env"]) == 0
+    printed = capsys.readouterr().out
+    for expected in (fa3_compile.__version__, torch.__version__, str(tmp_path / "kernels")):
+        assert expected in printed
+    assert "reference" in printed
+
+
+def test_a_wrong_option_in_the_environment_is_said_not_raised(capsys, monkeypatch):
+    monkeypatch.setenv("FA3_AUTOTUNE", "fast")
+    assert main(["env"]) == 2
+    assert "'none', 'quick' or 'full'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("function", ["make", "make_with_keywords"])
+def test_explain_prints_the_report(capsys, stub_backend, factory, function):
+    assert main(["explain", f"{factory}:{function}"]) == 0
+    assert "1 of 1 attention region fused, 1 graph" in capsys.readouterr().out
+
+
+def test_explain_can_print_json_and_choose_the_mode(capsys, stub_backend, factory):
+    assert main(["explain", f"{factory}:make", "--json", "--inference"]) == 0
+    assert json.loads(capsys.readouterr().out)["regions"][0]["fused"] is False
+
+
+@pytest.mark.parametrize("place", ["nowhere:make", "somebodys_model:missing", "somebodys_model"])
+def test_explain_says_how_to_name_a_factory(capsys, factory, place):
+    assert main(["explain", place]) == 2
+    assert "package.module:function" in capsys.readouterr().err
+
+
+def test_cache_counts_entries_and_clears_nothing_else(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("FA3_CACHE_DIR", str(tmp_path))
+    entry = cache.write("triton", "somekey", {"kernel.py": "pass"})
+    (tmp_path / "triton" / "notes").mkdir()
+    (tmp_path / "thesis.tex").write_text("mine")
+    assert main(["cache", "--clear"]) == 0
+    printed = capsys.readouterr().out
+    assert "entries: 1" in printed and "triton" in printed
+    assert not entry.exists()
+    assert (tmp_path / "thesis.tex").exists() and (tmp_path / "triton" / "notes").exists()
