@@ -1,0 +1,403 @@
+"""Which tiles of the score matrix a mask leaves empty, fills, or cuts.
+
+`kv_bounds` and `kv_full_bounds` are closed forms that a kernel evaluates once a query block;
+`tile_counts` counts the tiles of one concrete attention, for the report. What cannot be told
+(a captured tensor, a function without a rule) counts as "may hold, may not": sound by
+construction.
+"""
+
+# sympy annotates every argument as Basic and every Function as a type.
+# pyright: reportArgumentType=false, reportReturnType=false, reportOperatorIssue=false
+# pyright: reportAssignmentType=false
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import sympy
+from sympy.logic.boolalg import Boolean
+
+from fa3_compile.spec import expr as E
+from fa3_compile.spec.attention import AttentionSpec
+from fa3_compile.spec.expr import KV, SKV, SQ, Expr, Q, depends_on, floordiv, load, mod, where
+
+ZERO = sympy.S.Zero
+Range = tuple[Expr, Expr]  # the least and the largest value, both inclusive
+
+
+@dataclass(frozen=True)
+class _Bounds:
+    """Keys outside [lo, hi) fail for every query; keys in [full_lo, full_hi) pass for every."""
+
+    lo: Expr = ZERO
+    hi: Expr = SKV
+    full_lo: Expr = ZERO
+    full_hi: Expr = ZERO
+
+    @property
+    def outer(self) -> tuple[Expr, Expr]:
+        return self.lo, self.hi
+
+    @property
+    def full(self) -> tuple[Expr, Expr]:
+        return self.full_lo, self.full_hi
+
+
+UNKNOWN = _Bounds()
+ALL = _Bounds(ZERO, SKV, ZERO, SKV)
+NONE = _Bounds(ZERO, ZERO, ZERO, ZERO)
+
+
+def kv_bounds(mask: Boolean, q_lo: Expr, q_hi: Expr) -> tuple[Expr, Expr]:
+    """(lo, hi): no key outside [lo, hi) passes the mask for any query in [q_lo, q_hi].
+
+    Integer expressions of q_lo, q_hi (integer symbols, q_lo <= q_hi), b, h, Sq, Skv and the
+    sizes, without loads; 0 <= lo and hi <= Skv, and lo >= hi says that no key passes.
+    """
+    lo, hi = _bounds(_normal(mask), q_lo, q_hi).outer
+    return sympy.Max(ZERO, lo), sympy.Min(SKV, hi)
+
+
+def kv_full_bounds(mask: Boolean, q_lo: Expr, q_hi: Expr) -> tuple[Expr, Expr]:
+    """(lo, hi): every key in [lo, hi) passes the mask for every query in [q_lo, q_hi].
+
+    As `kv_bounds`; lo >= hi says that no such range is known.
+    """
+    lo, hi = _bounds(_normal(mask), q_lo, q_hi).full
+    return sympy.Max(ZERO, lo), sympy.Min(SKV, hi)
+
+
+def _normal(mask: Boolean) -> Boolean:
+    """Negations pushed down to the comparisons, which absorb them."""
+    return sympy.to_nnf(mask, simplify=False) if mask.has(sympy.Not) else mask
+
+
+def _bounds(mask: Boolean, q_lo: Expr, q_hi: Expr) -> _Bounds:
+    if mask == sympy.true:
+        return ALL
+    if mask == sympy.false:
+        return NONE
+    if isinstance(mask, sympy.And):
+        return _and([_bounds(x, q_lo, q_hi) for x in mask.args])
+    if isinstance(mask, sympy.Or):
+        return _or([_bounds(x, q_lo, q_hi) for x in mask.args])
+    if isinstance(mask, sympy.core.relational.Relational):
+        return _relation(mask, q_lo, q_hi)
+    return UNKNOWN
+
+
+def _and(parts: list[_Bounds]) -> _Bounds:
+    if any(x.full == (ZERO, ZERO) for x in parts):
+        full = (ZERO, ZERO)
+    else:
+        full = (
+            sympy.Max(*(x.full_lo for x in parts)),
+            sympy.Min(*(x.full_hi for x in parts)),
+        )
+    return _Bounds(sympy.Max(*(x.lo for x in parts)), sympy.Min(*(x.hi for x in parts)), *full)
+
+
+def _or(parts: list[_Bounds]) -> _Bounds:
+    parts = [x for x in parts if x != NONE] or [NONE]
+    lo, hi = sympy.Min(*(x.lo for x in parts)), sympy.Max(*(x.hi for x in parts))
+    ranges = [x.full for x in parts if x.full != (ZERO, ZERO)] or [(ZERO, ZERO)]
+    full = ranges[0]
+    for other in ranges[1:]:
+        full = _longer(full, other)
+    return _Bounds(lo, hi, *full)
+
+
+def _longer(x: tuple[Expr, Expr], y: tuple[Expr, Expr]) -> tuple[Expr, Expr]:
+    if x[0] == y[0]:
+        return x[0], sympy.Max(x[1], y[1])
+    if x[1] == y[1]:
+        return sympy.Min(x[0], y[0]), x[1]
+    first = x[1] - x[0] >= y[1] - y[0]
+    return where(first, x[0], y[0]), where(first, x[1], y[1])
+
+
+def _relation(relation, q_lo: Expr, q_hi: Expr) -> _Bounds:
+    """A comparison as `difference <= 0`, solved for kv."""
+    difference = relation.lhs - relation.rhs
+    if isinstance(relation, sympy.Eq):
+        return _and([_at_most_zero(x, False, q_lo, q_hi) for x in (difference, -difference)])
+    if isinstance(relation, sympy.Ne):
+        return UNKNOWN
+    if isinstance(relation, (sympy.Gt, sympy.Ge)):
+        difference = -difference
+    strict = isinstance(relation, (sympy.Lt, sympy.Gt))
+    return _at_most_zero(difference, strict, q_lo, q_hi)
+
+
+def _at_most_zero(difference: Expr, strict: bool, q_lo: Expr, q_hi: Expr) -> _Bounds:
+    """The keys for which the difference is <= 0, or < 0 where `strict`."""
+    constant, rest = difference.as_coeff_Add()
+    if difference.has(load) or not constant.is_finite or not E.is_integer_valued(rest):
+        return UNKNOWN
+    limit = sympy.ceiling(-constant) - 1 if strict else sympy.floor(-constant)
+    if not depends_on(rest, [KV]):
+        return _condition_on_queries(rest, limit, q_lo, q_hi)
+    return _solve_at_most(rest, (limit, limit), q_lo, q_hi)
+
+
+def _condition_on_queries(value: Expr, limit: Expr, q_lo: Expr, q_hi: Expr) -> _Bounds:
+    found = _range(value, q_lo, q_hi)
+    if found is None:
+        return UNKNOWN
+    least, largest = found
+    return _Bounds(hi=where(least <= limit, SKV, ZERO), full_hi=where(largest <= limit, SKV, ZERO))
+
+
+def _solve_at_most(value: Expr, limit: Range, q_lo: Expr, q_hi: Expr) -> _Bounds:
+    """The keys with value <= T, for a T that is within `limit` for every query of the block."""
+    low, high = limit
+    if value == KV:
+        return _Bounds(ZERO, high + 1, ZERO, low + 1)
+    if value.is_Add:
+        rest = sympy.Add(*(x for x in value.args if not depends_on(x, [KV])))
+        found = _range(rest, q_lo, q_hi)
+        kv_part = value - rest
+        if found is None or kv_part.is_Add:
+            return UNKNOWN
+        return _solve_at_most(kv_part, (low - found[1], high - found[0]), q_lo, q_hi)
+    if isinstance(value, sympy.Abs):
+        inside = value.args[0]
+        return _and([_solve_at_most(x, limit, q_lo, q_hi) for x in (inside, -inside)])
+    factor, rest = _scale(value)
+    if factor.is_positive and factor != 1:
+        limit = floordiv(low, factor), floordiv(high, factor)
+        return _solve_at_most(rest, limit, q_lo, q_hi)
+    if factor.is_negative:
+        return _solve_at_least(
+            rest, (_ceildiv(-high, -factor), _ceildiv(-low, -factor)), q_lo, q_hi
+        )
+    if isinstance(value, floordiv) and _is_divisor(value.args[1]):
+        divisor = value.args[1]
+        limit = divisor * low + divisor - 1, divisor * high + divisor - 1
+        return _solve_at_most(value.args[0], limit, q_lo, q_hi)
+    return UNKNOWN
+
+
+def _solve_at_least(value: Expr, limit: Range, q_lo: Expr, q_hi: Expr) -> _Bounds:
+    """The keys with value >= T; as `_solve_at_most`."""
+    low, high = limit
+    if value == KV:
+        return _Bounds(low, SKV, high, SKV)
+    if isinstance(value, floordiv) and _is_divisor(value.args[1]):
+        divisor = value.args[1]
+        return _solve_at_least(value.args[0], (divisor * low, divisor * high), q_lo, q_hi)
+    if isinstance(value, sympy.Abs):
+        inside = value.args[0]
+        return _or([_solve_at_least(x, limit, q_lo, q_hi) for x in (inside, -inside)])
+    if value.is_Add or _scale(value)[0] != 1:
+        return _solve_at_most(-value, (-high, -low), q_lo, q_hi)
+    return UNKNOWN
+
+
+def _scale(value: Expr) -> tuple[Expr, Expr]:
+    """(a factor of known sign without coordinates, the rest)."""
+    factors = sympy.Mul.make_args(value)
+    constant = [x for x in factors if not depends_on(x, E.COORDINATES) and x.is_nonzero]
+    factor = sympy.Mul(*constant)
+    return factor, sympy.Mul(*(x for x in factors if x not in constant))
+
+
+def _is_divisor(x: Expr) -> bool:
+    return bool(x.is_positive) and not depends_on(x, E.COORDINATES)
+
+
+def _ceildiv(a: Expr, b: Expr) -> Expr:
+    return -floordiv(-a, b)
+
+
+def _range(value: Expr, q_lo: Expr, q_hi: Expr) -> Range | None:
+    """The least and largest value over the queries of a block; None where there is no rule."""
+    if not depends_on(value, [Q]):
+        return value, value
+    if value == Q:
+        return q_lo, q_hi
+    if value.is_Add or isinstance(value, (sympy.Max, sympy.Min)):
+        parts = [_range(x, q_lo, q_hi) for x in value.args]
+        known = [x for x in parts if x is not None]
+        if len(known) < len(parts):
+            return None
+        return value.func(*(x[0] for x in known)), value.func(*(x[1] for x in known))
+    if value.is_Mul:
+        factor, rest = _scale(value)
+        if factor == 1 or (found := _range(rest, q_lo, q_hi)) is None:
+            return None
+        low, high = (factor * x for x in found)
+        return (high, low) if factor.is_negative else (low, high)
+    if isinstance(value, (floordiv, mod)) and _is_divisor(value.args[1]):
+        divisor = value.args[1]
+        if isinstance(value, mod):
+            return ZERO, divisor - 1
+        found = _range(value.args[0], q_lo, q_hi)
+        return found and (floordiv(found[0], divisor), floordiv(found[1], divisor))
+    return None
+
+
+@dataclass(frozen=True)
+class TileCounts:
+    """Tiles of one head: nothing passes the mask, something may, everything does."""
+
+    empty: int
+    partial: int
+    full: int
+
+
+def tile_counts(
+    spec: AttentionSpec,
+    q_len: int,
+    kv_len: int,
+    block_q: int,
+    block_kv: int,
+    sizes: tuple[int, ...] = (),
+) -> TileCounts | None:
+    """How many tiles of block_q queries by block_kv keys the mask leaves, cuts and fills.
+
+    None where no tile can be told, because the mask depends on captured tensors.
+    """
+    q_low, q_high = _tiles(q_len, block_q)
+    kv_low, kv_high = _tiles(kv_len, block_kv)
+    symbols: dict[Expr, tuple] = {
+        Q: (q_low[:, None], q_high[:, None]),
+        KV: (kv_low[None, :], kv_high[None, :]),
+        E.B: (0.0, np.inf),
+        E.H: (0.0, np.inf),
+        SQ: (float(q_len), float(q_len)),
+        SKV: (float(kv_len), float(kv_len)),
+    }
+    symbols |= {E.size_symbol(i): (float(n), float(n)) for i, n in enumerate(sizes)}
+    with np.errstate(all="ignore"):
+        may, must = _Tiles(symbols).truth(spec.mask)
+    shape = (len(q_low), len(kv_low))
+    may, must = np.broadcast_to(may, shape), np.broadcast_to(must, shape)
+    empty, full = int((~may).sum()), int(must.sum())
+    partial = may.size - empty - full
+    if partial == may.size and spec.mask.has(load):
+        return None
+    return TileCounts(empty, partial, full)
+
+
+def _tiles(length: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+    low = np.arange(0, length, block, dtype=np.float64)
+    return low, np.minimum(low + block, length) - 1
+
+
+class _Tiles:
+    """Interval arithmetic over all tiles at once: a number is (least, largest), a condition is
+    (may hold somewhere, holds everywhere)."""
+
+    def __init__(self, symbols: dict[Expr, tuple]) -> None:
+        self.symbols = symbols
+
+    def truth(self, mask) -> tuple[np.ndarray, np.ndarray]:
+        if mask == sympy.true or mask == sympy.false:
+            value = np.array(mask == sympy.true)
+            return value, value
+        if isinstance(mask, sympy.Not):
+            may, must = self.truth(mask.args[0])
+            return ~must, ~may
+        if isinstance(mask, (sympy.And, sympy.Or)):
+            combine = np.logical_and if isinstance(mask, sympy.And) else np.logical_or
+            may, must = self.truth(mask.args[0])
+            for x in mask.args[1:]:
+                other_may, other_must = self.truth(x)
+                may, must = combine(may, other_may), combine(must, other_must)
+            return may, must
+        if isinstance(mask, sympy.core.relational.Relational):
+            return self.relation(mask)
+        return np.array(True), np.array(False)
+
+    def relation(self, relation) -> tuple[np.ndarray, np.ndarray]:
+        difference = relation.lhs - relation.rhs
+        if isinstance(relation, (sympy.Gt, sympy.Ge)):
+            difference = -difference
+        low, high = self.range(difference)
+        if not E.is_integer_valued(difference):  # kernels compare in float32
+            low = np.where(np.isfinite(low), low - 1e-6 * np.abs(low), low)
+            high = np.where(np.isfinite(high), high + 1e-6 * np.abs(high), high)
+        if isinstance(relation, (sympy.Lt, sympy.Gt)):
+            return low < 0, high < 0
+        if isinstance(relation, (sympy.Le, sympy.Ge)):
+            return low <= 0, high <= 0
+        may, must = (low <= 0) & (high >= 0), (low == 0) & (high == 0)
+        return (~must, ~may) if isinstance(relation, sympy.Ne) else (may, must)
+
+    def range(self, value) -> tuple:
+        low, high = self._range(value)
+        low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
+        return np.where(np.isnan(low), -np.inf, low), np.where(np.isnan(high), np.inf, high)
+
+    def _range(self, value) -> tuple:
+        if value.is_number:
+            return float(value), float(value)
+        if value in self.symbols:
+            return self.symbols[value]
+        if value.is_Add:
+            parts = [self.range(x) for x in value.args]
+            return sum(x[0] for x in parts), sum(x[1] for x in parts)
+        if value.is_Mul:
+            low, high = self.range(value.args[0])
+            for x in value.args[1:]:
+                low, high = _corners(np.multiply, (low, high), self.range(x))
+            return low, high
+        if isinstance(value, (sympy.Max, sympy.Min)):
+            combine = np.maximum if isinstance(value, sympy.Max) else np.minimum
+            low, high = self.range(value.args[0])
+            for x in value.args[1:]:
+                other = self.range(x)
+                low, high = combine(low, other[0]), combine(high, other[1])
+            return low, high
+        if isinstance(value, sympy.Abs):
+            low, high = self.range(value.args[0])
+            least = np.maximum(np.maximum(low, -high), 0)
+            return least, np.maximum(np.abs(low), np.abs(high))
+        if isinstance(value, where):
+            return self.where(*value.args)
+        if isinstance(value, (floordiv, mod)):
+            return self.division(value)
+        if type(value) in _MONOTONE:
+            return tuple(_MONOTONE[type(value)](x) for x in self.range(value.args[0]))
+        return -np.inf, np.inf
+
+    def where(self, condition, a, b) -> tuple:
+        may, must = self.truth(condition)
+        a, b = self.range(a), self.range(b)
+        low, high = np.minimum(a[0], b[0]), np.maximum(a[1], b[1])
+        low = np.where(must, a[0], np.where(~may, b[0], low))
+        return low, np.where(must, a[1], np.where(~may, b[1], high))
+
+    def division(self, value) -> tuple:
+        low, high = self.range(value.args[0])
+        least, largest = self.range(value.args[1])
+        if not np.all(least > 0):
+            return -np.inf, np.inf
+        if isinstance(value, floordiv):
+            return _corners(lambda a, b: np.floor(a / b), (low, high), (least, largest))
+        same = (least == largest) & (np.floor(low / least) == np.floor(high / least))
+        remainders = low - np.floor(low / least) * least, high - np.floor(high / least) * least
+        return np.where(same, remainders[0], 0.0), np.where(same, remainders[1], largest - 1)
+
+
+def _corners(function, a, b) -> tuple[np.ndarray, np.ndarray]:
+    """The range of a function that is monotone in each argument."""
+    corners = [function(x, y) for x in a for y in b]
+    bad = np.any([np.isnan(x) for x in np.broadcast_arrays(*corners)], axis=0)
+    low, high = np.minimum.reduce(corners), np.maximum.reduce(corners)
+    return np.where(bad, -np.inf, low), np.where(bad, np.inf, high)
+
+
+_MONOTONE = {
+    E.trunc: np.trunc,
+    E.round_half_even: np.round,
+    sympy.floor: np.floor,
+    sympy.ceiling: np.ceil,
+    sympy.sign: np.sign,
+    sympy.exp: np.exp,
+    sympy.tanh: np.tanh,
+    sympy.atan: np.arctan,
+    sympy.sinh: np.sinh,
+}
