@@ -60,6 +60,8 @@ class load(sympy.Function):
 
     is_real = True
     is_commutative = True
+    # A read is no number, even at a constant place.
+    is_number = False  # pyright: ignore[reportAssignmentType]
 
     @classmethod
     def eval(cls, *args):

@@ -1,0 +1,53 @@
+"""The entry point of `torch.compile(model, backend="fa3")`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+
+def fa3(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
+):
+    """Rewrites the attention of a Dynamo graph and lets Inductor compile the result.
+
+    options   those of `fa3_compile.options.Options`; every other name is one of
+              `torch._inductor.config`
+    mode      as for backend="inductor"; "max-autotune" also tunes the attention kernels fully
+
+    Raises OptionError for an unknown or ill-typed option.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    from fa3_compile.lower import inductor
+    from fa3_compile.options import split
+    from fa3_compile.pipeline import rewrite_attention
+
+    ours, patches = split(options, mode)
+    inductor.install()
+    rewrite_attention(gm, ours, _graph_name())
+    return compile_fx(gm, list(example_inputs), config_patches=patches or None)
+
+
+def _graph_name() -> str:
+    """The name that Dynamo's logs give the graph: "0/0"."""
+    compile_id = torch._guards.CompileContext.current_compile_id()
+    return str(compile_id) if compile_id is not None else ""
+
+
+def _reset() -> None:
+    """What `torch._dynamo.reset()` should also forget: recorded CUDA graphs."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+        reset_cudagraph_trees()
+
+
+fa3.reset = _reset  # pyright: ignore[reportFunctionMemberAccess]

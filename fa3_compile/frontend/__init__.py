@@ -1,0 +1,1 @@
+"""From a Dynamo graph to attention specs, and back into the graph."""

@@ -1,0 +1,82 @@
+"""Element rules: tensors made of nothing but positions and constants."""
+
+from __future__ import annotations
+
+import sympy
+import torch
+from torch import fx
+
+from fa3_compile.frontend.elements.pointwise import rounded
+from fa3_compile.frontend.lift import Element, Lifter, Opaque, element_of, number, sym, truth
+from fa3_compile.spec.expr import where
+
+aten = torch.ops.aten
+
+
+def _value(x):
+    return sym(x.meta["val"] if isinstance(x, fx.Node) else x)
+
+
+def _constant(node: fx.Node, value) -> Element:
+    dtype = node.meta["val"].dtype
+    if dtype == torch.bool:
+        return sympy.true if value else sympy.false
+    value = _value(value)
+    return rounded(value, dtype) if dtype.is_floating_point else value
+
+
+@element_of(aten.full.default, aten.full_like.default)
+def _(node, index, ctx: Lifter) -> Element:
+    return _constant(node, node.args[1])
+
+
+@element_of(aten.scalar_tensor.default)
+def _(node, index, ctx: Lifter) -> Element:
+    return _constant(node, node.args[0])
+
+
+@element_of(aten.zeros.default, aten.zeros_like.default)
+def _(node, index, ctx: Lifter) -> Element:
+    return _constant(node, 0)
+
+
+@element_of(aten.ones.default, aten.ones_like.default)
+def _(node, index, ctx: Lifter) -> Element:
+    return _constant(node, 1)
+
+
+@element_of(aten.arange.start_step, torch.ops.prims.iota.default)
+def _(node, index, ctx: Lifter) -> Element:
+    if node.target is torch.ops.prims.iota.default:
+        start, step = _value(node.kwargs["start"]), _value(node.kwargs["step"])
+    else:
+        start = _value(node.args[0])
+        step = _value(node.args[2] if len(node.args) > 2 else 1)
+    dtype = node.meta["val"].dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        raise Opaque(node, f"positions rounded to {dtype}")
+    return start + step * index[0]
+
+
+@element_of(aten.eye.default, aten.eye.m)
+def _(node, index, ctx: Lifter) -> Element:
+    return where(sympy.Eq(index[-2], index[-1]), 1, 0)
+
+
+@element_of(aten.tril.default)
+def _(node, index, ctx: Lifter) -> Element:
+    return _triangle(node, index, ctx, lambda d, diagonal: d <= diagonal)
+
+
+@element_of(aten.triu.default)
+def _(node, index, ctx: Lifter) -> Element:
+    return _triangle(node, index, ctx, lambda d, diagonal: d >= diagonal)
+
+
+def _triangle(node, index, ctx: Lifter, keeps) -> Element:
+    diagonal = _value(node.args[1] if len(node.args) > 1 else 0)
+    inside = keeps(index[-1] - index[-2], diagonal)
+    element = ctx.element(node.args[0], index)
+    if node.meta["val"].dtype == torch.bool:
+        return sympy.And(inside, truth(element))
+    return where(inside, number(element), 0)

@@ -1,0 +1,108 @@
+"""Element rules: reads at computed places.
+
+A gather whose place is exact integer arithmetic of the coordinates is followed, so that a table
+of relative positions is read in the kernel and masks that index a padding vector stay masks. One
+whose place was itself read for every (q, kv) is not: its result is read instead, once.
+"""
+
+from __future__ import annotations
+
+import sympy
+import torch
+
+from fa3_compile.frontend.elements.movement import dimension
+from fa3_compile.frontend.lift import Element, Lifter, Opaque, element_of, number, shape_of
+from fa3_compile.spec.expr import Expr, load, where
+from fa3_compile.spec.index import bounds, is_nonnegative
+
+aten = torch.ops.aten
+
+
+def place(node, at: Expr, size: Expr, ctx: Lifter) -> Expr:
+    """A gather's position, negative ones counted from the end."""
+    inner = at.atoms(load)
+    if inner and len({symbol for x in inner for symbol in x.free_symbols}) > 1:
+        raise Opaque(node, "places that are read for every element")
+    if inner and not ctx.shadow.dynamo_of.get(node):
+        raise Opaque(node, "places that are read")
+    limits = bounds(at, ctx.ranges)
+    if limits is not None and is_nonnegative(limits[0]):
+        return at
+    if at.is_number:
+        return at + size if at < 0 else at
+    return where(at < 0, at + size, at)
+
+
+@element_of(aten.index.Tensor, aten._unsafe_index.Tensor)
+def _(node, index, ctx: Lifter) -> Element:
+    source, places = node.args
+    places = list(places)
+    shape = shape_of(source)
+    places += [None] * (len(shape) - len(places))
+    tensors = [p for p in places if p is not None]
+    if any(p.meta["val"].dtype in (torch.bool, torch.uint8) for p in tensors):
+        raise Opaque(node, "indexing by a boolean tensor")
+    rank = max(p.meta["val"].dim() for p in tensors)
+    first = next(d for d, p in enumerate(places) if p is not None)
+    last = max(d for d, p in enumerate(places) if p is not None)
+    adjacent = all(p is not None for p in places[first : last + 1])
+    # Advanced indices that stand together take their place; apart, they come first.
+    start = first if adjacent else 0
+    gathered = index[start : start + rank]
+    rest = [*index[:start], *index[start + rank :]]
+    moved: list[Expr] = []
+    for d, p in enumerate(places):
+        if p is None:
+            moved.append(rest.pop(0))
+        else:
+            at = number(ctx.element(p, gathered[rank - p.meta["val"].dim() :]))
+            moved.append(place(node, at, shape[d], ctx))
+    return ctx.element(source, moved)
+
+
+@element_of(aten.embedding.default)
+def _(node, index, ctx: Lifter) -> Element:
+    weight, places = node.args[:2]
+    at = number(ctx.element(places, index[:-1]))
+    return ctx.element(weight, (place(node, at, shape_of(weight)[0], ctx), index[-1]))
+
+
+@element_of(aten.gather.default)
+def _(node, index, ctx: Lifter) -> Element:
+    source, d, places = node.args[:3]
+    d = dimension(d, len(index))
+    at = number(ctx.element(places, index))
+    moved = [*index]
+    moved[d] = place(node, at, shape_of(source)[d], ctx)
+    return ctx.element(source, moved)
+
+
+@element_of(aten.index_select.default)
+def _(node, index, ctx: Lifter) -> Element:
+    source, d, places = node.args
+    d = dimension(d, len(index))
+    at = number(ctx.element(places, (index[d],)))
+    return ctx.element(
+        source, (*index[:d], place(node, at, shape_of(source)[d], ctx), *index[d + 1 :])
+    )
+
+
+@element_of(aten.slice_scatter.default)
+def _(node, index, ctx: Lifter) -> Element:
+    base, patch = node.args[:2]
+    d = dimension(node.args[2] if len(node.args) > 2 else 0, len(index))
+    start = node.args[3] if len(node.args) > 3 and node.args[3] is not None else 0
+    step = node.args[5] if len(node.args) > 5 else 1
+    if not isinstance(start, int) or start < 0 or step != 1:
+        raise Opaque(node, "a strided write")
+    at = index[d] - start
+    size = shape_of(patch)[d]
+    limits = bounds(at, ctx.ranges)
+    if limits is not None and is_nonnegative(limits[0]) and is_nonnegative(size - 1 - limits[1]):
+        return ctx.element(patch, (*index[:d], at, *index[d + 1 :]))
+    patched = number(ctx.element(patch, (*index[:d], at, *index[d + 1 :])))
+    if patched.atoms(load):
+        raise Opaque(node, "a write of values that are read")
+    kept = number(ctx.element(base, index))
+    value = where(sympy.And(at >= 0, at < size), patched, kept)
+    return sympy.Ne(value, 0) if node.meta["val"].dtype == torch.bool else value

@@ -1,0 +1,431 @@
+"""Element rules: arithmetic, comparisons, logic, elementary functions, casts."""
+
+from __future__ import annotations
+
+import math
+
+import sympy
+import torch
+from torch import fx
+
+from fa3_compile.frontend.lift import (
+    Element,
+    Index,
+    Lifter,
+    Opaque,
+    element_of,
+    number,
+    sym,
+    truth,
+)
+from fa3_compile.spec import expr as E
+from fa3_compile.spec.expr import Expr, where
+from fa3_compile.spec.index import bounds, divide, remainder
+
+aten = torch.ops.aten
+
+
+def _is_bool(node: fx.Node) -> bool:
+    return node.meta["val"].dtype == torch.bool
+
+
+def _is_float(node: fx.Node) -> bool:
+    return node.meta["val"].dtype.is_floating_point
+
+
+def _scalar(arg):
+    return sym(arg.meta["val"]) if isinstance(arg, fx.Node) else sym(arg)
+
+
+def through_where(function, *args: Expr) -> Expr:
+    """function(where(c, 1, 0)) -> where(c, function(1), function(0)), for constant branches.
+
+    It keeps masks made by arithmetic, `(1 - mask) * -1e9`, readable as masks.
+    """
+    selects = {a for a in args if isinstance(a, where)}
+    others = [a for a in args if not isinstance(a, where)]
+    constant = len(selects) == 1 and all(x.is_number for x in next(iter(selects)).args[1:])
+    if constant and all(x.is_number for x in others):
+        select = next(iter(selects))
+        condition = select.args[0]
+        branches = [
+            function(*(a.args[side] if isinstance(a, where) else a for a in args))
+            for side in (1, 2)
+        ]
+        return where(condition, *branches)
+    return function(*args)
+
+
+@element_of(aten.add.Tensor, aten.add.Scalar)
+def _(node, index, ctx: Lifter) -> Element:
+    a, b = (ctx.broadcast(x, index) for x in node.args[:2])
+    if _is_bool(node):
+        return sympy.Or(*(truth(ctx.operand(x, index)) for x in node.args[:2]))
+    alpha = _scalar(node.kwargs.get("alpha", 1))
+    return through_where(lambda x, y: x + alpha * y, a, b)
+
+
+@element_of(aten.sub.Tensor, aten.sub.Scalar)
+def _(node, index, ctx: Lifter) -> Element:
+    a, b = (ctx.broadcast(x, index) for x in node.args[:2])
+    alpha = _scalar(node.kwargs.get("alpha", 1))
+    return through_where(lambda x, y: x - alpha * y, a, b)
+
+
+@element_of(aten.rsub.Tensor, aten.rsub.Scalar)
+def _(node, index, ctx: Lifter) -> Element:
+    a, b = (ctx.broadcast(x, index) for x in node.args[:2])
+    return through_where(lambda x, y: y - x, a, b)
+
+
+@element_of(aten.mul.Tensor, aten.mul.Scalar)
+def _(node, index, ctx: Lifter) -> Element:
+    if _is_bool(node):
+        return sympy.And(*(truth(ctx.operand(x, index)) for x in node.args[:2]))
+    a, b = (ctx.broadcast(x, index) for x in node.args[:2])
+    return through_where(lambda x, y: _times(x, y), a, b)
+
+
+def _times(a: Expr, b: Expr) -> Expr:
+    # s * where(c, 1, 0) -> where(c, s, 0): the mask that multiplies, as GPT-1 has it.
+    for x, y in ((a, b), (b, a)):
+        if isinstance(x, where) and not y.is_number and set(x.args[1:]) <= {0, 1}:
+            return where(x.args[0], *(y if branch == 1 else branch for branch in x.args[1:]))
+    return a * b
+
+
+@element_of(aten.div.Tensor, aten.div.Scalar, aten.true_divide.Tensor)
+def _(node, index, ctx: Lifter) -> Element:
+    a, b = (ctx.broadcast(x, index) for x in node.args[:2])
+    return through_where(_quotient, a, b)
+
+
+def _quotient(a: Expr, b: Expr) -> Expr:
+    if b == 0:
+        raise ZeroDivisionError("a score divided by the constant 0")
+    return a * sympy.Float(1 / float(b)) if b.is_number else a / b
+
+
+@element_of(aten.div.Tensor_mode, aten.div.Scalar_mode, aten.floor_divide.default)
+def _(node, index, ctx: Lifter) -> Element:
+    a, b = (ctx.broadcast(x, index) for x in node.args[:2])
+    mode = node.kwargs.get("rounding_mode", "floor" if node.target is not None else None)
+    if mode is None:
+        return through_where(_quotient, a, b)
+    if _is_float(node):
+        return sympy.floor(a / b) if mode == "floor" else E.trunc(a / b)
+    if mode == "floor" and b.is_positive:
+        return divide(a, b, ctx.ranges)
+    limits = bounds(a, ctx.ranges)
+    if b.is_positive and limits is not None and limits[0].is_nonnegative:
+        return divide(a, b, ctx.ranges)
+    raise Opaque(node, "an integer division whose rounding is not known")
+
+
+@element_of(aten.remainder.Scalar, aten.remainder.Tensor, aten.fmod.Scalar, aten.fmod.Tensor)
+def _(node, index, ctx: Lifter) -> Element:
+    a, b = (ctx.broadcast(x, index) for x in node.args[:2])
+    limits = bounds(a, ctx.ranges)
+    positive = limits is not None and limits[0].is_nonnegative
+    rounds_down = node.target in (aten.remainder.Scalar, aten.remainder.Tensor)
+    if not _is_float(node) and b.is_positive and (rounds_down or positive):
+        return remainder(a, b, ctx.ranges)
+    raise Opaque(node, "a remainder whose rounding is not known")
+
+
+@element_of(aten.neg.default)
+def _(node, index, ctx: Lifter) -> Element:
+    return through_where(lambda x: -x, ctx.broadcast(node.args[0], index))
+
+
+@element_of(aten.reciprocal.default)
+def _(node, index, ctx: Lifter) -> Element:
+    return 1 / ctx.broadcast(node.args[0], index)
+
+
+@element_of(aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor, aten.pow.Scalar)
+def _(node, index, ctx: Lifter) -> Element:
+    base, exponent = (ctx.broadcast(x, index) for x in node.args[:2])
+    if not (exponent.is_number and (exponent.is_Integer or float(exponent) in (0.5, -0.5, 2.0))):
+        _transcendental(node, base, exponent)
+    if exponent.is_Float and float(exponent).is_integer():
+        exponent = sympy.Integer(int(exponent))
+    return base**exponent
+
+
+def _transcendental(node: fx.Node, *args: Expr) -> None:
+    """Functions of coordinates alone are cheaper read than computed, and then exactly eager's."""
+    if not any(E.S in x.free_symbols for x in args) and any(x.free_symbols for x in args):
+        raise Opaque(node, "a function of the position alone")
+
+
+UNARY = {
+    aten.exp.default: sympy.exp,
+    aten.log.default: sympy.log,
+    aten.tanh.default: sympy.tanh,
+    aten.sin.default: sympy.sin,
+    aten.cos.default: sympy.cos,
+    aten.tan.default: sympy.tan,
+    aten.sinh.default: sympy.sinh,
+    aten.cosh.default: sympy.cosh,
+    aten.atan.default: sympy.atan,
+    aten.erf.default: E.erf,
+    aten.sqrt.default: sympy.sqrt,
+    aten.rsqrt.default: lambda x: 1 / sympy.sqrt(x),
+    aten.sigmoid.default: lambda x: 1 / (1 + sympy.exp(-x)),
+    aten.exp2.default: lambda x: sympy.exp(x * math.log(2)),
+    aten.expm1.default: lambda x: sympy.exp(x) - 1,
+    aten.log2.default: lambda x: sympy.log(x) / math.log(2),
+    aten.log1p.default: lambda x: sympy.log(1 + x),
+}
+
+
+@element_of(*UNARY)
+def _(node, index, ctx: Lifter) -> Element:
+    x = ctx.broadcast(node.args[0], index)
+    if x.is_number and not x.is_infinite:
+        value = UNARY[node.target](sympy.Float(x))
+        return sympy.Float(value) if value.is_real else value
+    _transcendental(node, x)
+    return UNARY[node.target](x)
+
+
+@element_of(aten.abs.default)
+def _(node, index, ctx: Lifter) -> Element:
+    return through_where(sympy.Abs, ctx.broadcast(node.args[0], index))
+
+
+@element_of(aten.sign.default, aten.sgn.default)
+def _(node, index, ctx: Lifter) -> Element:
+    return through_where(sympy.sign, ctx.broadcast(node.args[0], index))
+
+
+@element_of(aten.relu.default)
+def _(node, index, ctx: Lifter) -> Element:
+    return sympy.Max(ctx.broadcast(node.args[0], index), 0)
+
+
+@element_of(aten.floor.default)
+def _(node, index, ctx: Lifter) -> Element:
+    return through_where(sympy.floor, ctx.broadcast(node.args[0], index))
+
+
+@element_of(aten.ceil.default)
+def _(node, index, ctx: Lifter) -> Element:
+    return through_where(sympy.ceiling, ctx.broadcast(node.args[0], index))
+
+
+@element_of(aten.trunc.default)
+def _(node, index, ctx: Lifter) -> Element:
+    return E.trunc(ctx.broadcast(node.args[0], index))
+
+
+@element_of(aten.round.default)
+def _(node, index, ctx: Lifter) -> Element:
+    return E.round_half_even(ctx.broadcast(node.args[0], index))
+
+
+@element_of(aten.minimum.default)
+def _(node, index, ctx: Lifter) -> Element:
+    return through_where(sympy.Min, *(ctx.broadcast(x, index) for x in node.args))
+
+
+@element_of(aten.maximum.default)
+def _(node, index, ctx: Lifter) -> Element:
+    return through_where(sympy.Max, *(ctx.broadcast(x, index) for x in node.args))
+
+
+@element_of(aten.clamp.default, aten.clamp.Tensor)
+def _(node, index, ctx: Lifter) -> Element:
+    low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min")
+    high = node.args[2] if len(node.args) > 2 else node.kwargs.get("max")
+    x = ctx.broadcast(node.args[0], index)
+    if low is not None:
+        x = through_where(sympy.Max, x, ctx.broadcast(low, index))
+    if high is not None:
+        x = through_where(sympy.Min, x, ctx.broadcast(high, index))
+    return x
+
+
+@element_of(aten.clamp_min.default, aten.clamp_min.Tensor)
+def _(node, index, ctx: Lifter) -> Element:
+    return through_where(sympy.Max, *(ctx.broadcast(x, index) for x in node.args[:2]))
+
+
+@element_of(aten.clamp_max.default, aten.clamp_max.Tensor)
+def _(node, index, ctx: Lifter) -> Element:
+    return through_where(sympy.Min, *(ctx.broadcast(x, index) for x in node.args[:2]))
+
+
+COMPARISONS = {
+    "eq": sympy.Eq,
+    "ne": sympy.Ne,
+    "lt": sympy.Lt,
+    "le": sympy.Le,
+    "gt": sympy.Gt,
+    "ge": sympy.Ge,
+}
+
+
+@element_of(*(getattr(getattr(aten, n), o) for n in COMPARISONS for o in ("Tensor", "Scalar")))
+def _(node, index, ctx: Lifter) -> Element:
+    compare = COMPARISONS[node.target.__name__.split(".")[0]]
+    operands = [ctx.operand(x, index) for x in node.args[:2]]
+    a, b = map(number, operands)
+    if compare in (sympy.Eq, sympy.Ne) and b in (0, 1):
+        # `mask == 0` of a boolean or of where(c, 1, 0) is the mask's negation.
+        for x in operands[:1]:
+            if x is not a or (isinstance(a, where) and set(a.args[1:]) == {0, 1}):
+                logic = truth(x)
+                wants_true = (compare is sympy.Eq) == (b == 1)
+                return logic if wants_true else sympy.Not(logic)
+    if isinstance(a, where) and b.is_number and all(x.is_number for x in a.args[1:]):
+        condition, yes, no = a.args
+        return _choose(condition, compare(yes, b), compare(no, b))
+    if any(E.S in x.free_symbols and isinstance(x, where) for x in (a, b)):
+        raise Opaque(node, "a comparison of masked scores")
+    return compare(a, b)
+
+
+def _choose(condition, a, b):
+    return sympy.Or(sympy.And(condition, a), sympy.And(sympy.Not(condition), b))
+
+
+@element_of(aten.isnan.default)
+def _(node, index, ctx: Lifter) -> Element:
+    return sympy.false if not _reads_floats(ctx.broadcast(node.args[0], index), ctx) else _no(node)
+
+
+@element_of(aten.isinf.default)
+def _(node, index, ctx: Lifter) -> Element:
+    x = ctx.broadcast(node.args[0], index)
+    return compare_infinite(x) if not _reads_floats(x, ctx) else _no(node)
+
+
+def compare_infinite(x: Expr) -> Element:
+    if isinstance(x, where):
+        return _choose(x.args[0], compare_infinite(x.args[1]), compare_infinite(x.args[2]))
+    return sympy.true if x.is_infinite else sympy.false
+
+
+def _reads_floats(x: Expr, ctx: Lifter) -> bool:
+    return E.S in x.free_symbols or bool(x.atoms(E.load))
+
+
+def _no(node: fx.Node):
+    raise Opaque(node, "whether a loaded value is finite is known only when it runs")
+
+
+def _logic(combine):
+    def rule(node, index, ctx: Lifter) -> Element:
+        operands = [ctx.operand(x, index) for x in node.args[:2]]
+        if not _is_bool(node):
+            raise Opaque(node, "bitwise arithmetic of integers")
+        return combine(*map(truth, operands))
+
+    return rule
+
+
+element_of(aten.logical_and.default, aten.bitwise_and.Tensor, aten.bitwise_and.Scalar)(
+    _logic(sympy.And)
+)
+element_of(aten.logical_or.default, aten.bitwise_or.Tensor, aten.bitwise_or.Scalar)(
+    _logic(sympy.Or)
+)
+element_of(aten.logical_xor.default, aten.bitwise_xor.Tensor, aten.bitwise_xor.Scalar)(
+    _logic(lambda a, b: sympy.Or(sympy.And(a, sympy.Not(b)), sympy.And(sympy.Not(a), b)))
+)
+element_of(aten.logical_not.default, aten.bitwise_not.default)(_logic(lambda a: sympy.Not(a)))
+
+
+@element_of(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
+def _(node, index, ctx: Lifter) -> Element:
+    condition, a, b = (ctx.operand(x, index) for x in node.args)
+    condition = truth(condition)
+    if _is_bool(node):
+        return _choose(condition, truth(a), truth(b))
+    return where(condition, number(a), number(b))
+
+
+@element_of(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+def _(node, index, ctx: Lifter) -> Element:
+    x, condition, value = (ctx.operand(a, index) for a in node.args)
+    condition = truth(condition)
+    if _is_bool(node):
+        return _choose(condition, truth(value), truth(x))
+    return where(condition, number(value), number(x))
+
+
+# The largest n such that every integer up to n is exact in the type.
+EXACT_INTEGERS = {torch.bfloat16: 256, torch.float16: 2048, torch.float32: 1 << 24}
+
+
+@element_of(aten._to_copy.default, torch.ops.prims.convert_element_type.default)
+def _(node, index, ctx: Lifter) -> Element:
+    x = ctx.operand(node.args[0], index)
+    source = node.args[0].meta["val"].dtype
+    target = node.meta["val"].dtype
+    if target == torch.bool:
+        return truth(x)
+    x = number(x)
+    if target.is_complex or source.is_complex:
+        raise Opaque(node, "complex numbers")
+    if not target.is_floating_point:
+        return E.trunc(x) if source.is_floating_point else x
+    if not source.is_floating_point and target in EXACT_INTEGERS:
+        limits = bounds(x, ctx.ranges)
+        widest = max((abs(v) for v in limits), default=0) if _numeric(limits) else None
+        depends = bool(x.free_symbols) and not isinstance(x, (where, E.load))
+        if depends and (widest is None or widest > EXACT_INTEGERS[target]):
+            if target != torch.float32 or widest is not None:
+                raise Opaque(node, f"positions rounded to {target}")
+    return rounded(x, target)
+
+
+def _numeric(limits) -> bool:
+    return limits is not None and all(v.is_Integer for v in limits)
+
+
+def rounded(x: Expr, dtype: torch.dtype) -> Expr:
+    """Constants as the type holds them: finfo(float32).min is -inf in bfloat16."""
+    if x.is_number and not x.is_Integer and not x.is_infinite and x.is_real:
+        value = torch.tensor(float(x), dtype=torch.float64).to(dtype).item()
+        if math.isinf(value):
+            return sympy.oo if value > 0 else -sympy.oo
+        exact = abs(float(x)) < 1e4
+        return x if exact else sympy.Float(value)
+    if isinstance(x, where):
+        return where(x.args[0], rounded(x.args[1], dtype), rounded(x.args[2], dtype))
+    return x
+
+
+@element_of(
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.lift_fresh_copy.default,
+    aten.lift_fresh.default,
+    aten.contiguous.default,
+    aten.native_dropout.default,
+)
+def _(node, index, ctx: Lifter) -> Element:
+    if node.args[0].op == "get_attr":
+        return constant(node.args[0], index)
+    return ctx.operand(node.args[0], index)
+
+
+def constant(node: fx.Node, index: Index) -> Element:
+    """A tensor that tracing baked into the shadow: one number, or it has to be read."""
+    owner = node.graph.owning_module
+    value = getattr(owner, str(node.target), None)
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        real = getattr(value, "constant", None)
+        real = value if real is None else real
+        try:
+            item = real.item()
+        except Exception as error:
+            raise Opaque(node, "a constant without a value") from error
+        if isinstance(item, bool):
+            return sympy.true if item else sympy.false
+        return sym(item)
+    raise Opaque(node, "a constant tensor")

@@ -1,0 +1,278 @@
+"""From a reading to a region: which axes are b, h, q and d, and the spec in those terms."""
+
+from __future__ import annotations
+
+import sympy
+import torch
+from torch import fx
+
+from fa3_compile.errors import Decline
+from fa3_compile.frontend.detect import D, Reading, Skeleton, after
+from fa3_compile.frontend.dynamo_graph import example_value
+from fa3_compile.frontend.region import Layout, Operand, Region
+from fa3_compile.frontend.trace import Shadow
+from fa3_compile.spec import simplify
+from fa3_compile.spec.attention import AttentionSpec
+from fa3_compile.spec.expr import (
+    KV,
+    SKV,
+    SQ,
+    B,
+    Expr,
+    H,
+    Q,
+    S,
+    load,
+    loads_in,
+    size_symbol,
+)
+from fa3_compile.spec.index import divide, remainder, simplify_index
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def region(shadow: Shadow, skeleton: Skeleton, reading: Reading) -> Region:
+    """The region that a reading describes. `Decline` where the op cannot say it."""
+    query, key, value = _checked_operands(reading, skeleton)
+    layout = _layout(reading, skeleton, query, key, value)
+    substitution, ranges = _coordinates(layout, reading)
+    _check_axes_known(reading, substitution, skeleton)
+
+    def in_coordinates(expr: Expr) -> Expr:
+        return simplify_index(expr.subs(substitution, simultaneous=True), ranges)
+
+    score = in_coordinates(reading.score)
+    sinks = tuple(simplify.tidy(in_coordinates(x)) for x in reading.sinks)
+    separated = simplify.separate(
+        score,
+        half_fill=example_value(query.source).dtype == torch.float16,
+        dead_rows_zero=skeleton.softmax.dead_rows_zero or reading.dead_rows_zero,
+    )
+    if skeleton.softmax.unshifted and separated.dead == "score":
+        separated = simplify.Separated(separated.score, separated.mask, "nan", None)
+    if S not in separated.score.free_symbols:
+        raise Decline("no-product", skeleton.output, "")
+    fields = [separated.score, separated.mask, separated.fill, *sinks]
+    fields, loads = _renumbered(fields, reading.loads)
+    fields, sizes = _with_sizes(fields, layout, reading.key_length)
+    score, mask, fill, *sinks = fields
+    spec = AttentionSpec(
+        score=score,
+        mask=mask,
+        dead=separated.dead,
+        fill=fill,
+        sinks=tuple(sinks),
+        aux=tuple(_kind(node) for node in loads),
+        out_order=_out_order(reading, layout, skeleton.output),
+    )
+    return Region(
+        output=skeleton.output,
+        output_axes=reading.axes,
+        interior=_interior(shadow, skeleton, reading),
+        query=query,
+        key=key,
+        value=value,
+        layout=layout,
+        key_length=reading.key_length,
+        spec=AttentionSpec.parse(str(spec)),
+        loads=loads,
+        sizes=sizes,
+    )
+
+
+def _interior(shadow: Shadow, skeleton: Skeleton, reading: Reading) -> list[fx.Node]:
+    """The Dynamo nodes that hold something between the two products."""
+    assert reading.product is not None
+    behind, stack = set(), [skeleton.values]
+    while stack:
+        node = stack.pop()
+        for source in node.all_input_nodes:
+            if source not in behind:
+                behind.add(source)
+                stack.append(source)
+    between = behind & after(reading.product)
+    return [d for d, a in shadow.aten_of.items() if a in between]
+
+
+def _checked_operands(reading: Reading, skeleton: Skeleton) -> tuple[Operand, Operand, Operand]:
+    operands = (reading.query, reading.key, reading.value)
+    for operand in operands:
+        if operand is None or operand.view is None:
+            raise Decline("operand-unclear", skeleton.output, "")
+    query, key, value = operands
+    assert query and key and value
+    values = [example_value(x.source) for x in (query, key, value)]
+    dtypes = [v.dtype for v in values]
+    if len(set(dtypes)) > 1:
+        raise Decline(
+            "mixed-dtypes",
+            skeleton.output,
+            "Cast q, k and v to one dtype before the attention.",
+            message="q, k, v are " + ", ".join(map(str, dtypes)),
+        )
+    if dtypes[0] not in DTYPES:
+        raise Decline("dtype", skeleton.output, "Use bfloat16, float16 or float32.")
+    if len({v.device for v in values}) > 1:
+        raise Decline("mixed-devices", skeleton.output, "Move q, k and v to one device.")
+    out = example_value(skeleton.output)
+    if isinstance(out, torch.Tensor) and out.dtype != dtypes[0]:
+        raise Decline(
+            "mixed-dtypes",
+            skeleton.output,
+            "Cast the output instead of q, k and v.",
+            message=f"q, k, v are {dtypes[0]} and the output is {out.dtype}",
+        )
+    return query, key, value
+
+
+def _axes_of(operand: Operand) -> set[sympy.Symbol]:
+    return {part[1].symbol for part in operand.view.parts if part[0] == "axis"}
+
+
+def _layout(reading: Reading, skeleton: Skeleton, query, key, value) -> Layout:
+    """Axes that K or V are indexed by are batch and KV heads; of the others, the rows' are
+    queries and the rest share their KV head."""
+    every = [a for dim in reading.axes for a in dim]
+    in_query, in_key, in_value = (_axes_of(x) for x in (query, key, value))
+    head_dim = [a for a in every if a in reading.head_dim.free_symbols]
+    if len(head_dim) > 1:
+        raise Decline("axes-unclear", skeleton.output, "")
+    if set(head_dim) & (in_query | in_key):
+        raise Decline("axes-unclear", skeleton.output, "")
+    order = _order(reading, every)
+    rest = [a for a in order if a not in head_dim]
+    shared = [a for a in rest if a in in_key | in_value]
+    free = [a for a in rest if a not in shared]
+    row = reading.rows[-1].free_symbols
+    queries = [a for a in free if a in row][-1:] or [a for a in free if a in in_query][-1:]
+    if KV not in in_key or KV not in in_value or D not in in_key or D not in in_query:
+        raise Decline("operand-unclear", skeleton.output, "")
+    free = [a for a in free if a not in queries]
+    if len(shared) >= 2:
+        batch, kv_heads = shared[:-1], shared[-1:]
+        before = [a for a in free if order.index(a) < order.index(shared[0])]
+        group = [a for a in free if a not in before]
+        if before and len(batch) + len(before) > 2:
+            group, before = free, []
+        batch = before + batch
+    elif shared:
+        before = [a for a in free if order.index(a) < order.index(shared[0])]
+        group = [a for a in free if a not in before]
+        if before:
+            batch, kv_heads = before, shared
+        else:
+            batch, kv_heads = shared, []
+    else:
+        batch, kv_heads, group = free[:1], [], free[1:]
+    return Layout(batch, kv_heads, group, queries, head_dim, dict(reading.sizes))
+
+
+def _order(reading: Reading, every) -> list[sympy.Symbol]:
+    """The axes outermost first, as the product's flattened batch and rows have them."""
+    ordered: list[sympy.Symbol] = []
+    for position in reading.rows:
+        symbols = [s for s in position.free_symbols if s in reading.sizes]
+        strides = {s: position.coeff(s).subs({x: 1 << 20 for x in position.coeff(s).free_symbols})
+                   for s in symbols}
+        ordered += sorted(symbols, key=lambda s: (-strides[s], s.name))
+    return [*dict.fromkeys(ordered), *(a for a in every if a not in ordered)]
+
+
+def _coordinates(layout: Layout, reading: Reading) -> tuple[dict, dict]:
+    """axis -> expression of b, h, q; and the ranges of b, h, q, kv."""
+    substitution: dict[sympy.Symbol, Expr] = {}
+    ranges = {
+        B: layout.total(layout.batch),
+        H: layout.total(layout.kv_heads) * layout.total(layout.group),
+        Q: layout.total(layout.query),
+        KV: reading.key_length,
+    }
+    for coordinate, axes in (
+        (B, layout.batch),
+        (H, [*layout.kv_heads, *layout.group]),
+        (Q, layout.query),
+    ):
+        position: Expr = coordinate
+        for n, axis in enumerate(reversed(axes)):
+            last = n == len(axes) - 1
+            substitution[axis] = position if last else remainder(position, layout.size[axis], ranges)
+            position = divide(position, layout.size[axis], ranges)
+    return substitution, ranges
+
+
+def _check_axes_known(reading: Reading, substitution, skeleton: Skeleton) -> None:
+    known = set(substitution) | {KV, S}
+    for expr in (reading.score, *reading.sinks):
+        strange = [x for x in expr.free_symbols if x in reading.sizes and x not in known]
+        if strange or D in expr.free_symbols:
+            raise Decline("axes-unclear", skeleton.output, "")
+
+
+def _renumbered(fields: list, loads: list[fx.Node]):
+    """The loads that are used, numbered from 0 in order of use."""
+    present = [f for f in fields if f is not None]
+    used: list[int] = []
+    for x in loads_in(*present):
+        if x.tensor not in used:
+            used.append(x.tensor)
+    new = {old: i for i, old in enumerate(used)}
+
+    def rename(expr):
+        if expr is None:
+            return None
+        return expr.replace(load, lambda i, *index: load(new[int(i)], *index))
+
+    return [rename(f) for f in fields], [loads[i] for i in used]
+
+
+def _with_sizes(fields: list, layout: Layout, key_length: Expr):
+    """Dynamic sizes by the op's names: Sq, Skv, n0, n1, ...; and the values of n0, n1, ..."""
+    names: dict[Expr, Expr] = {}
+    queries = layout.total(layout.query)
+    if key_length.is_Symbol:
+        names[key_length] = SKV
+    if queries.is_Symbol:
+        names.setdefault(queries, SQ)
+    sizes: list[Expr] = []
+    known = {S, B, H, Q, KV, SQ, SKV}
+    strange = sorted(
+        {x for f in fields if f is not None for x in f.free_symbols} - known - set(names), key=str
+    )
+    for symbol in strange:
+        names[symbol] = size_symbol(len(sizes))
+        sizes.append(symbol)
+    return [None if f is None else f.subs(names, simultaneous=True) for f in fields], sizes
+
+
+def _kind(node: fx.Node) -> str:
+    dtype = example_value(node).dtype
+    if dtype == torch.bool:
+        return "bool"
+    return "float" if dtype.is_floating_point else "int"
+
+
+def _out_order(reading: Reading, layout: Layout, output: fx.Node) -> str:
+    """The memory order in which the output needs no copy: as eager lays out its tensor."""
+    value = example_value(output)
+    if not isinstance(value, torch.Tensor):
+        return "bhqd"
+    letters = {a: "b" for a in layout.batch}
+    letters |= {a: "h" for a in (*layout.kv_heads, *layout.group)}
+    letters |= {a: "q" for a in layout.query}
+    dims = [d for d, axes in enumerate(reading.axes) if axes]
+    try:
+        dims.sort(key=lambda d: -int(value.stride(d)))
+    except (TypeError, RuntimeError):
+        pass
+    order = ""
+    for d in dims:
+        for axis in reading.axes[d]:
+            letter = letters.get(axis, "")
+            if letter and letter not in order:
+                order += letter
+    order += "".join(x for x in "bhq" if x not in order)
+    order += "d"
+    from fa3_compile.spec.attention import OUT_ORDERS
+
+    return order if order in OUT_ORDERS else "bhqd"
+

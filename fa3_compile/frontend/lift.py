@@ -1,0 +1,202 @@
+"""Lifting: what is element [index] of this node?
+
+Each aten operator answers with a short element rule, in terms of the elements of its arguments.
+A tensor that has no rule, or whose rule would be dearer than reading it, is a load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import sympy
+import torch
+from sympy.logic.boolalg import Boolean
+from torch import fx
+
+from fa3_compile.errors import Decline
+from fa3_compile.frontend.trace import Shadow
+from fa3_compile.spec.expr import Expr, load, where
+from fa3_compile.spec.index import Ranges
+
+Element = Expr | Boolean
+Index = tuple[Expr, ...]
+Rule = Callable[..., Element]
+F = TypeVar("F", bound=Rule)
+
+RULES: dict[object, Rule] = {}
+
+
+def element_of(*targets: object) -> Callable[[F], F]:
+    """Registers `rule(node, index, ctx) -> element` for aten operators."""
+
+    def register(rule: F) -> F:
+        for target in targets:
+            RULES[target] = rule
+        return rule
+
+    return register
+
+
+class Opaque(Exception):
+    """No element rule applies here: the value has to be read from memory."""
+
+    def __init__(self, node: fx.Node, why: str):
+        super().__init__(why)
+        self.node, self.why = node, why
+
+
+def sym(value) -> Expr:
+    """An int, float, SymInt or SymFloat as a sympy expression."""
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return value.node.expr
+    if isinstance(value, bool):
+        return sympy.S.One if value else sympy.S.Zero
+    return sympy.sympify(value)
+
+
+def shape_of(node: fx.Node) -> list[Expr]:
+    """The sizes of a node's value."""
+    return [sym(size) for size in node.meta["val"].shape]
+
+
+def number(element: Element) -> Expr:
+    """A boolean element as 0 or 1."""
+    return where(element, 1, 0) if isinstance(element, Boolean) and _is_logic(element) else element
+
+
+def truth(element: Element) -> Boolean:
+    """A numeric element as 'is not zero'."""
+    if _is_logic(element):
+        return element
+    if (
+        isinstance(element, where)
+        and element.args[1].is_number
+        and element.args[2].is_number
+    ):
+        condition, a, b = element.args
+        if a != 0 and b == 0:
+            return condition
+        if a == 0 and b != 0:
+            return sympy.Not(condition)
+    return sympy.Ne(element, 0)
+
+
+def _is_logic(element: Element) -> bool:
+    return isinstance(element, Boolean) and not isinstance(element, sympy.Symbol)
+
+
+class Lifter:
+    """Answers for one region. `special` gives the elements of its skeleton: the products, the
+    softmax and row statistics; what depends on those can never be a load."""
+
+    def __init__(
+        self,
+        shadow: Shadow,
+        ranges: Ranges,
+        special: dict[fx.Node, Callable[[Index], Element]],
+        *,
+        wide: bool = False,
+    ):
+        self.shadow, self.ranges, self.special = shadow, ranges, special
+        # Scores in float32: what the program rounds to half precision stays rounded.
+        self.wide = wide
+        # Whether a rule replaced NaN rows of the softmax by zeros.
+        self.zeroed = False
+        # The Dynamo node read by load(i, ...), in order of i.
+        self.loads: list[fx.Node] = []
+        self.inside = _descendants(special)
+        self._memo: dict[tuple[fx.Node, Index], Element] = {}
+
+    def element(self, node: fx.Node, index: Sequence[Expr]) -> Element:
+        """The element of a shadow node. `Decline` if it is neither liftable nor loadable."""
+        key = (node, self._clean(node, index))
+        if key not in self._memo:
+            self._memo[key] = self._element(*key)
+        return self._memo[key]
+
+    def broadcast(self, arg, index: Index) -> Expr:
+        """A pointwise operand's element as a number: a tensor that broadcasts, or a scalar."""
+        return number(self.operand(arg, index))
+
+    def operand(self, arg, index: Index) -> Element:
+        """As `broadcast`, with booleans kept."""
+        if not isinstance(arg, fx.Node):
+            return sym(arg)
+        if not isinstance(arg.meta["val"], torch.Tensor):
+            return sym(arg.meta["val"])
+        rank = len(arg.meta["val"].shape)
+        return self.element(arg, index[len(index) - rank :])
+
+    def load(self, node: fx.Node, index: Index) -> Element:
+        """The element as a read of the Dynamo node that holds this value."""
+        if node in self.inside:
+            raise Opaque(node, "it is computed from the attention's own products")
+        holders = self.shadow.dynamo_of.get(node)
+        if not holders:
+            raise Opaque(node, "its value is not a tensor of the program")
+        source = holders[0]
+        if source not in self.loads:
+            self.loads.append(source)
+        value = load(self.loads.index(source), *index)
+        return sympy.Ne(value, 0) if node.meta["val"].dtype == torch.bool else value
+
+    def _clean(self, node: fx.Node, index: Sequence[Expr]) -> Index:
+        shape = node.meta["val"].shape
+        if len(shape) != len(index):
+            raise Opaque(node, f"rank {len(shape)} read with {len(index)} indices")
+        return tuple(
+            sympy.S.Zero if isinstance(size, int) and size == 1 else sympy.sympify(i)
+            for i, size in zip(index, shape, strict=True)
+        )
+
+    def _element(self, node: fx.Node, index: Index) -> Element:
+        if node in self.special:
+            return self.special[node](index)
+        rule = RULES.get(node.target)
+        if rule is None:
+            try:
+                return self.load(node, index)
+            except Opaque as refused:
+                name = str(node.target)
+                raise Opaque(node, f"no element rule for {name}, and {refused.why}") from None
+        try:
+            if self.wide and _rounds_to_half(node) and node not in self.inside:
+                raise Opaque(node, "arithmetic that the program rounds to half precision")
+            return rule(node, index, self)
+        except Opaque as opaque:
+            try:
+                return self.load(node, index)
+            except Opaque:
+                raise opaque from None
+
+
+INEXACT = frozenset("add sub rsub mul div pow exp log sqrt rsqrt reciprocal _to_copy".split())
+
+
+def _rounds_to_half(node: fx.Node) -> bool:
+    name = getattr(node.target, "__name__", "").split(".")[0]
+    return name in INEXACT and node.meta["val"].dtype in (torch.float16, torch.bfloat16)
+
+
+def _descendants(nodes) -> set[fx.Node]:
+    seen: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.users)
+    return seen
+
+
+def declined(opaque: Opaque, shadow: Shadow) -> Decline:
+    """The decline that an element without an answer leads to."""
+    holders = shadow.dynamo_of.get(opaque.node)
+    return Decline(
+        "not-pointwise",
+        holders[0] if holders else opaque.node,
+        "Keep what lies between the two products to element-wise operations.",
+        message=f"{opaque.node.target}: {opaque.why}",
+        stage="lift",
+    )

@@ -1,0 +1,60 @@
+"""`Region`: one attention found in a graph, in the terms that a rewrite needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+from torch import fx
+
+from fa3_compile.frontend.operands import Place, View
+from fa3_compile.spec.attention import AttentionSpec
+from fa3_compile.spec.expr import Expr
+
+
+@dataclass
+class Operand:
+    """Q, K or V: the Dynamo node that holds it, and how to see it as atomic axes."""
+
+    source: fx.Node
+    place: Place
+    view: View
+
+
+@dataclass
+class Layout:
+    """Which atomic axes make up b, the KV heads, the query heads of a KV head, q and d.
+
+    Axes are symbols; `size` maps each to its size. h = kv_heads, then group.
+    """
+
+    batch: list[sympy.Symbol]
+    kv_heads: list[sympy.Symbol]
+    group: list[sympy.Symbol]
+    query: list[sympy.Symbol]
+    head_dim: list[sympy.Symbol]
+    size: dict[sympy.Symbol, Expr]
+
+    def total(self, axes: list[sympy.Symbol]) -> Expr:
+        """The product of the sizes of some axes."""
+        return sympy.Mul(*(self.size[a] for a in axes))
+
+
+@dataclass
+class Region:
+    """One attention: what to compute, from what, and in which node's place."""
+
+    # The Dynamo node whose value the fused op replaces, its axes outermost first.
+    output: fx.Node
+    output_axes: list[list[sympy.Symbol]]
+    # Dynamo nodes that hold scores or weights: dead once the output is replaced.
+    interior: list[fx.Node]
+    query: Operand
+    key: Operand
+    value: Operand
+    layout: Layout
+    key_length: Expr
+    spec: AttentionSpec
+    # Dynamo nodes read by load(i, ...), and the values of n0, n1, ...
+    loads: list[fx.Node]
+    sizes: list[Expr]

@@ -1,0 +1,43 @@
+"""Calls that hide an attention, spelled out in plain tensor operations before they are read."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def sdpa(
+    query,
+    key,
+    value,
+    attn_mask=None,
+    dropout_p=0.0,
+    is_causal=False,
+    scale=None,
+    enable_gqa=False,
+):
+    """`F.scaled_dot_product_attention` as its documentation writes it.
+
+    Rows without a single allowed key give zeros, as PyTorch's kernels do (`_safe_softmax`).
+    """
+    scale = 1 / math.sqrt(query.size(-1)) if scale is None else scale
+    if enable_gqa and query.size(-3) != key.size(-3):
+        key = key.repeat_interleave(query.size(-3) // key.size(-3), -3)
+        value = value.repeat_interleave(query.size(-3) // value.size(-3), -3)
+    scores = query @ key.transpose(-2, -1) * scale
+    if is_causal:
+        rows = torch.arange(query.size(-2), device=query.device)[:, None]
+        columns = torch.arange(key.size(-2), device=query.device)[None, :]
+        scores = scores.masked_fill(columns > rows, -math.inf)
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(attn_mask.logical_not(), -math.inf)
+        else:
+            scores = scores + attn_mask
+    weights = torch.ops.aten._safe_softmax(scores, -1)
+    return F.dropout(weights, dropout_p, training=dropout_p > 0) @ value
+
+
+SPELLED_OUT = {F.scaled_dot_product_attention: sdpa}

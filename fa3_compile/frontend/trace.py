@@ -1,0 +1,201 @@
+"""The shadow: a functional core-aten copy of a Dynamo graph, made only to be read.
+
+The Dynamo graph speaks methods, functions, in-place operators and autocast regions; its shadow
+says the same in one small functional vocabulary. Every Dynamo node's value is followed into the
+shadow by a marker operator, so that what is found there can be spliced into the graph that
+Dynamo gave. Nothing here changes that graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fa3_compile.frontend.dynamo_graph import (
+    example_value,
+    is_mutation,
+    is_softmax_like,
+    opaque_target,
+)
+from fa3_compile.frontend.spell_out import SPELLED_OUT
+
+_LIBRARY = torch.library.Library("fa3_shadow", "DEF")
+_LIBRARY.define("mark(Tensor x, int index) -> Tensor")
+_LIBRARY.impl("mark", lambda x, index: x.clone(), "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fa3_shadow::mark", lib=_LIBRARY)
+def _(x, index):
+    return torch.empty_like(x)
+
+
+MARK = torch.ops.fa3_shadow.mark.default
+
+
+@dataclass
+class Shadow:
+    """The functional graph, and which of its nodes holds which Dynamo node's value."""
+
+    graph: fx.Graph
+    aten_of: dict[fx.Node, fx.Node]
+    dynamo_of: dict[fx.Node, list[fx.Node]]
+
+    def users(self, node: fx.Node) -> list[fx.Node]:
+        """The readers of a shadow node, markers left out."""
+        return [user for user in node.users if user.target is not MARK]
+
+
+def shadow(gm: fx.GraphModule) -> Shadow | None:
+    """The shadow of the part of `gm` that attention can be made of; None if there is none."""
+    if not any(is_softmax_like(node) for node in gm.graph.nodes):
+        return None
+    keep = _relevant(gm.graph)
+    cuts = [n for n in gm.graph.nodes if n in keep and _is_cut(n)]
+    cuts = [n for n in cuts if _is_value(example_value(n))]
+    marked: list[fx.Node] = []
+
+    def run(*values):
+        interpreter = _Reader(gm, keep, dict(zip(cuts, values, strict=True)), marked)
+        # `boxed_run` and `run` want one argument a placeholder; cut values stand in for them.
+        return interpreter.run_cut()
+
+    values = [example_value(node) for node in cuts]
+    # Dynamo's values live in a mode of their own, older than TracingContext's.
+    fake_mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
+    with _analysis_only(fake_mode):
+        traced = make_fx(
+            dispatch_functionalize(run),
+            decomposition_table=_decompositions(),
+            _allow_non_fake_inputs=True,
+        )(*values)
+    return _connect(traced, cuts, marked)
+
+
+def _decompositions() -> dict:
+    table = dict(torch._decomp.core_aten_decompositions())
+    # Kept whole: their element rules are shorter than what they decompose into.
+    for op in (torch.ops.aten.baddbmm.default, torch.ops.aten.addmm.default):
+        table.pop(op, None)
+    return table
+
+
+@contextlib.contextmanager
+def _analysis_only(fake_mode) -> Iterator[None]:
+    """No gradients, Dynamo's own fake mode, and every global mode restored afterwards."""
+    context = TracingContext.try_get()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if context is not None and fake_mode is not None:
+            stack.enter_context(TracingContext.patch(fake_mode=fake_mode))
+        if fake_mode is not None:
+            stack.enter_context(fake_mode)
+            if fake_mode.shape_env is not None:
+                stack.enter_context(fake_mode.shape_env.ignore_fresh_unbacked_symbols())
+        grad = torch.is_grad_enabled()
+        try:
+            yield
+        finally:
+            torch.set_grad_enabled(grad)
+
+
+class _Reader(fx.Interpreter):
+    """Runs the relevant nodes of the Dynamo graph on fakes, marking every tensor they make."""
+
+    def __init__(self, gm, keep, cut_values, marked):
+        super().__init__(gm, garbage_collect_values=False)
+        self.keep, self.cut_values, self.marked = keep, cut_values, marked
+
+    def run_cut(self):
+        marks = []
+        for node in self.module.graph.nodes:
+            if node in self.cut_values:
+                self.env[node] = self.cut_values[node]
+                continue
+            if node not in self.keep or node.op == "output" or _is_cut(node):
+                continue
+            value = self.env[node] = self.run_node(node)
+            if isinstance(value, torch.Tensor):
+                marks.append(MARK(value, len(self.marked)))
+                self.marked.append(node)
+        return marks
+
+    def call_function(self, target: Callable, args, kwargs):
+        return super().call_function(SPELLED_OUT.get(target, target), args, kwargs)
+
+
+def _is_value(value) -> bool:
+    return isinstance(value, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def _is_cut(node: fx.Node) -> bool:
+    """Whether the shadow takes the node's value as given instead of running the node."""
+    if node.op in ("placeholder", "get_attr"):
+        return True
+    if node.op == "call_module" or opaque_target(node):
+        return True
+    # What a cut tuple was taken apart into is cut too.
+    first = node.args[0] if node.args else None
+    return (
+        node.op == "call_function"
+        and getattr(node.target, "__name__", "") == "getitem"
+        and isinstance(first, fx.Node)
+        and not isinstance(example_value(first), torch.Tensor)
+        and _is_cut(first)
+    )
+
+
+def _relevant(graph: fx.Graph) -> set[fx.Node]:
+    """Ancestors and descendants of softmax-like nodes, up to cuts, with all mutations kept."""
+    seeds = [node for node in graph.nodes if is_softmax_like(node)]
+    forward: set[fx.Node] = set()
+    stack = list(seeds)
+    while stack:
+        node = stack.pop()
+        if node in forward or node.op == "output":
+            continue
+        forward.add(node)
+        stack.extend(user for user in node.users if not _is_cut(user))
+    keep: set[fx.Node] = set()
+    stack = list(forward)
+    stack += [n for n in graph.nodes if _changes_mode(n)]
+    mutations = [n for n in graph.nodes if is_mutation(n)]
+    while True:
+        while stack:
+            node = stack.pop()
+            if node in keep:
+                continue
+            keep.add(node)
+            if not _is_cut(node):
+                stack.extend(node.all_input_nodes)
+        stack = [n for n in mutations if n not in keep and keep & set(n.all_input_nodes)]
+        if not stack:
+            return keep
+
+
+def _changes_mode(node: fx.Node) -> bool:
+    name = getattr(node.target, "__name__", "")
+    return name in ("_enter_autocast", "_exit_autocast", "_set_grad_enabled")
+
+
+def _connect(traced: fx.GraphModule, cuts: list[fx.Node], marked: list[fx.Node]) -> Shadow:
+    graph = traced.graph
+    aten_of: dict[fx.Node, fx.Node] = {}
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    for dynamo, aten in zip(cuts, placeholders, strict=True):
+        aten_of[dynamo] = aten
+    for node in graph.nodes:
+        if node.target is MARK:
+            aten_of[marked[node.args[1]]] = node.args[0]
+    dynamo_of: dict[fx.Node, list[fx.Node]] = {}
+    order = {node: i for i, node in enumerate(cuts[0].graph.nodes)} if cuts else {}
+    for dynamo, aten in sorted(aten_of.items(), key=lambda pair: order.get(pair[0], 0)):
+        dynamo_of.setdefault(aten, []).append(dynamo)
+    return Shadow(graph, aten_of, dynamo_of)

@@ -1,0 +1,128 @@
+"""From a region to the kernel that will run it, and what the report says of both."""
+
+from __future__ import annotations
+
+import torch
+
+from fa3_compile.errors import Decline
+from fa3_compile.frontend.dynamo_graph import example_value
+from fa3_compile.frontend.region import Operand, Region
+from fa3_compile.lower.choose import Choice, Problem, choose
+from fa3_compile.options import Options
+from fa3_compile.report import Tiles
+from fa3_compile.resources import source_hash
+from fa3_compile.runtime.op import join_text
+from fa3_compile.spec.blocks import tile_counts
+from fa3_compile.spec.expr import KV, Expr
+from fa3_compile.spec.forms import name_of
+from fa3_compile.spec.text import text
+
+TILE = 128
+
+
+def problem_of(region: Region) -> Problem:
+    """The region as a kernel family is asked about it."""
+    layout = region.layout
+    query = example_value(region.query.source)
+    values = [example_value(x.source) for x in (region.query, region.key, region.value)]
+    aux = [example_value(node) for node in region.loads]
+    graded = torch.is_grad_enabled()
+    kv_heads = _hint(layout.total(layout.kv_heads), region)
+    group = _hint(layout.total(layout.group), region)
+    device = query.device
+    return Problem(
+        spec=region.spec,
+        dtype=query.dtype,
+        device=device,
+        capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+        batch=_hint(layout.total(layout.batch), region),
+        heads=kv_heads * group,
+        kv_heads=kv_heads,
+        q_len=_hint(layout.total(layout.query), region),
+        kv_len=_hint(region.key_length, region),
+        dim=_width(region.query, region),
+        v_dim=_hint(layout.total(layout.head_dim), region),
+        aux_dtypes=tuple(x.dtype for x in aux),
+        needs_grad=graded and any(x.requires_grad for x in (*values, *aux)),
+        aux_needs_grad=tuple(graded and x.requires_grad for x in aux),
+    )
+
+
+def kernel_for(region: Region, options: Options) -> Choice:
+    """The chosen kernel family. `Decline` if none takes the region."""
+    problem = problem_of(region)
+    if 0 in (problem.batch, problem.heads, problem.q_len, problem.kv_len, problem.dim):
+        raise Decline("empty", region.output, message="there is nothing to compute")
+    choice = choose(problem, options.kernels)
+    if choice.kernel is None:
+        shown = {n: r for n, r in choice.reasons.items() if n != "reference"} or choice.reasons
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in shown.items())
+        raise Decline("no-kernel", region.output, message=reasons)
+    return choice
+
+
+def spec_text(region: Region, options: Options) -> str:
+    """The op's `spec` argument: with all that its lowering depends on, for the caches' keys."""
+    return join_text(region.spec, source_hash(), options.for_kernels())
+
+
+def formulas(region: Region) -> dict:
+    """What the report says of the attention itself."""
+    spec = region.spec
+    return {
+        "form": name_of(spec),
+        "score": text(spec.score),
+        "mask": text(spec.mask) if spec.has_mask else "",
+        "tiles": _tiles(region),
+        "spec": str(spec),
+    }
+
+
+def described(region: Region, choice: Choice) -> dict:
+    """What the report says of the kernel."""
+    assert choice.kernel is not None
+    others = {n: r for n, r in choice.reasons.items() if n != choice.kernel.name}
+    return {"kernel": choice.kernel.name, "other_kernels": others}
+
+
+def _tiles(region: Region) -> Tiles | None:
+    if not region.spec.has_mask:
+        return None
+    lengths = [region.layout.total(region.layout.query), region.key_length]
+    if not all(n.is_Integer for n in lengths) or region.sizes:
+        return Tiles(reason="known when the lengths are")
+    q_len, kv_len = map(int, lengths)
+    counts = tile_counts(region.spec, q_len, kv_len, TILE, TILE, ())
+    if counts is None:
+        return Tiles(reason="known when it runs")
+    return Tiles(counts.empty, counts.partial, counts.full)
+
+
+def _hint(size: Expr, region: Region) -> int:
+    """A size as a number; what it was while tracing where it is dynamic."""
+    if size.is_Integer:
+        return int(size)
+    for node in region.output.graph.nodes:
+        value = example_value(node)
+        for dim in value.shape if isinstance(value, torch.Tensor) else ():
+            if isinstance(dim, torch.SymInt):
+                shape_env = dim.node.shape_env
+                known = {k: int(v) for k, v in _backed(shape_env).items()}
+                number = size.subs(known)
+                return int(number) if number.is_Integer else 1024
+    return 1024
+
+
+def _backed(shape_env) -> dict:
+    found = getattr(shape_env, "backed_var_to_val", None) or getattr(shape_env, "var_to_val", {})
+    return dict(found)
+
+
+def _width(operand: Operand, region: Region) -> int:
+    for part in operand.view.parts:
+        if part[0] == "axis" and part[1].symbol.name == "d":
+            return _hint(part[1].size, region)
+    return 1
+
+
+__all__ = ["KV", "described", "formulas", "kernel_for", "problem_of", "spec_text"]

@@ -1,0 +1,288 @@
+"""One element's expression, taken apart into score, mask and what masked elements are.
+
+Eager code masks by arithmetic: `where(m, s, -inf)`, `s + where(m, 0, finfo.min)`,
+`s * m + (1 - m) * -1e9`. Here a mask is whatever puts an element out of reach: so far below every
+score that can occur that its weight is exactly zero next to any element within reach. A fill
+that a large score could meet (-10000, -1e9) stays a bias, unless the score is bounded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+from sympy.logic.boolalg import Boolean
+
+from fa3_compile.spec.expr import Expr, S, erf, load, where
+
+# No product of finite inputs that a softmax could use comes near it, and exp of the distance
+# to anything above it is zero in float32.
+OUT_OF_REACH = -1e30
+# exp(-150) is zero in float32, subnormals included.
+NEGLIGIBLE = 150.0
+
+
+@dataclass(frozen=True)
+class Separated:
+    """A score expression in the fields of `AttentionSpec`."""
+
+    score: Expr
+    mask: Boolean
+    dead: str
+    fill: Expr | None
+
+
+def separate(expr: Expr, *, half_fill: bool = False, dead_rows_zero: bool = False) -> Separated:
+    """Score, mask and fill of an element's expression.
+
+    half_fill       the scores are float16, so that its lowest number -65504 is out of reach
+    dead_rows_zero  rows with no key are replaced by zeros afterwards (nan_to_num, SDPA)
+    """
+    expr = merge_conditions(expr)
+    reach = -65000.0 if half_fill else OUT_OF_REACH
+    bounded = _bounded_reach(expr)
+    reach = max(reach, bounded) if bounded is not None else reach
+    dead = killed(expr, reach)
+    if dead == sympy.false:
+        return Separated(tidy(expr), sympy.true, "nan", None)
+    mask = tidy_mask(sympy.Not(dead))
+    score = tidy(live(expr, reach))
+    values = killed_values(expr, reach)
+    if values is not None and all(v == -sympy.oo for v in values):
+        return Separated(score, mask, "zero" if dead_rows_zero else "nan", None)
+    if values is not None and len(values) == 1:
+        return Separated(score, mask, "score", next(iter(values)))
+    return Separated(score, mask, "score", expr)
+
+
+def _bounded_reach(expr: Expr) -> float | None:
+    """Below which a fill is out of reach of a bounded score (softcap, clamp); None if unbounded."""
+    within = live(expr, -1e3)
+    limits = value_bounds(within)
+    if limits is None:
+        return None
+    low, high = limits
+    return min(low, low - high) - NEGLIGIBLE
+
+
+def value_bounds(expr: Expr) -> tuple[float, float] | None:
+    """Bounds of a float expression for every s and every load; None where there are none."""
+    if expr.is_number:
+        value = float(expr)
+        return (value, value)
+    if isinstance(expr, (sympy.tanh, erf, sympy.sin, sympy.cos)):
+        return (-1.0, 1.0)
+    if isinstance(expr, where):
+        a, b = value_bounds(expr.args[1]), value_bounds(expr.args[2])
+        return (min(a[0], b[0]), max(a[1], b[1])) if a and b else None
+    if isinstance(expr, sympy.Add):
+        parts = [value_bounds(x) for x in expr.args]
+        known = [p for p in parts if p is not None]
+        if len(known) < len(parts):
+            return None
+        return sum(p[0] for p in known), sum(p[1] for p in known)
+    if isinstance(expr, sympy.Mul):
+        coefficient, rest = expr.as_coeff_Mul()
+        inner = value_bounds(rest) if coefficient != 1 else None
+        if inner is None:
+            return None
+        a, b = float(coefficient) * inner[0], float(coefficient) * inner[1]
+        return (min(a, b), max(a, b))
+    if isinstance(expr, (sympy.Max, sympy.Min)):
+        return _clamp_bounds(expr)
+    return None
+
+
+def _clamp_bounds(expr) -> tuple[float, float] | None:
+    # max(low, min(high, x)) is bounded although x is not.
+    inf = float("inf")
+    parts = [value_bounds(x) or _half_bounds(x) or (-inf, inf) for x in expr.args]
+    pick = max if isinstance(expr, sympy.Max) else min
+    low, high = pick(p[0] for p in parts), pick(p[1] for p in parts)
+    return (low, high) if abs(low) < inf and abs(high) < inf else None
+
+
+def _half_bounds(expr) -> tuple[float, float] | None:
+    numbers = [float(x) for x in expr.args if x.is_number]
+    if isinstance(expr, sympy.Min) and numbers:
+        return (-float("inf"), min(numbers))
+    if isinstance(expr, sympy.Max) and numbers:
+        return (max(numbers), float("inf"))
+    return None
+
+
+def _is_fill(expr: Expr, reach: float) -> bool:
+    return expr.is_number and (expr == -sympy.oo or float(expr) <= reach)
+
+
+def killed(expr: Expr, reach: float) -> Boolean:
+    """A condition, free of s, under which the expression is surely out of reach."""
+    if _is_fill(expr, reach):
+        return sympy.true
+    if isinstance(expr, where):
+        condition, a, b = expr.args
+        if_true, if_false = killed(a, reach), killed(b, reach)
+        if S in condition.free_symbols:
+            return sympy.And(if_true, if_false)
+        return sympy.Or(
+            sympy.And(condition, if_true), sympy.And(sympy.Not(condition), if_false)
+        )
+    if isinstance(expr, sympy.Add):
+        if any(x.is_number and x == sympy.oo for x in expr.args):
+            return sympy.false
+        return sympy.Or(*(killed(x, reach) for x in expr.args))
+    if isinstance(expr, sympy.Mul):
+        coefficient, rest = expr.as_coeff_Mul()
+        if coefficient.is_positive and coefficient != 1:
+            return killed(rest, reach / float(coefficient))
+    return sympy.false
+
+
+def live(expr: Expr, reach: float) -> Expr:
+    """The expression where it is not killed: the branches that are out of reach dropped."""
+    if isinstance(expr, where):
+        condition, a, b = expr.args
+        if killed(a, reach) == sympy.true:
+            return live(b, reach)
+        if killed(b, reach) == sympy.true:
+            return live(a, reach)
+        return where(condition, live(a, reach), live(b, reach))
+    if isinstance(expr, sympy.Add):
+        return sympy.Add(*(live(x, reach) for x in expr.args))
+    if isinstance(expr, sympy.Mul):
+        coefficient, rest = expr.as_coeff_Mul()
+        if coefficient.is_positive and coefficient != 1:
+            return coefficient * live(rest, reach / float(coefficient))
+    return expr
+
+
+def killed_values(expr: Expr, reach: float) -> set[Expr] | None:
+    """What the expression can be where it is killed, in float32; None if that is not constant."""
+    if _is_fill(expr, reach):
+        return {expr}
+    if isinstance(expr, where):
+        _, a, b = expr.args
+        found: set[Expr] = set()
+        for branch in (a, b):
+            if killed(branch, reach) != sympy.false:
+                values = killed_values(branch, reach)
+                if values is None:
+                    return None
+                found |= values
+        return found
+    if isinstance(expr, sympy.Add):
+        killable = [x for x in expr.args if killed(x, reach) != sympy.false]
+        values = [killed_values(x, reach) for x in killable]
+        if len(values) == 1 and values[0] is not None:
+            # A fill of that size absorbs every score in float32; a smaller one does not.
+            absorbs = all(v == -sympy.oo or float(v) <= OUT_OF_REACH for v in values[0])
+            return values[0] if absorbs else None
+        if values and all(v == {-sympy.oo} for v in values):
+            return {-sympy.oo}
+        return None
+    if isinstance(expr, sympy.Mul):
+        coefficient, rest = expr.as_coeff_Mul()
+        inner = killed_values(rest, reach / float(coefficient))
+        return None if inner is None else {coefficient * v for v in inner}
+    return None
+
+
+def merge_conditions(expr: Expr) -> Expr:
+    """where(c, a, b) + where(c, x, y) -> where(c, a + x, b + y)."""
+    if not isinstance(expr, sympy.Add):
+        if expr.args and not isinstance(expr, (load, Boolean)):
+            args = [x if isinstance(x, Boolean) else merge_conditions(x) for x in expr.args]
+            return expr.func(*args) if tuple(args) != expr.args else expr
+        return expr
+    selects: dict[Boolean, list[where]] = {}
+    rest = []
+    for term in map(merge_conditions, expr.args):
+        coefficient, inner = term.as_coeff_Mul()
+        if isinstance(inner, where):
+            scaled = where(inner.args[0], *(coefficient * x for x in inner.args[1:]))
+            selects.setdefault(inner.args[0], []).append(scaled)
+        else:
+            rest.append(term)
+    merged = []
+    for condition, group in selects.items():
+        opposite = sympy.Not(condition)
+        if opposite in selects and str(opposite) < str(condition):
+            continue
+        both = [*group]
+        if opposite in selects:
+            both += [where(condition, g.args[2], g.args[1]) for g in selects[opposite]]
+        merged.append(
+            where(condition, sum(g.args[1] for g in both), sum(g.args[2] for g in both))
+            if all(isinstance(g, where) for g in both)
+            else sum(both)
+        )
+    return sympy.Add(*rest, *merged)
+
+
+def tidy(expr: Expr) -> Expr:
+    """The expression with exact rationals as floats and conditions in normal form."""
+    if isinstance(expr, Boolean) and not isinstance(expr, sympy.Symbol):
+        return tidy_mask(expr)
+    if expr.is_Rational and not expr.is_Integer:
+        return sympy.Float(float(expr))
+    if not expr.args:
+        return expr
+    if isinstance(expr, sympy.Pow) and expr.exp == sympy.Rational(1, 2):
+        return sympy.Pow(tidy(expr.base), expr.exp)
+    if isinstance(expr, sympy.Pow) and expr.exp.is_Rational:
+        return sympy.Pow(tidy(expr.base), expr.exp)
+    args = [tidy(x) for x in expr.args]
+    return expr.func(*args)
+
+
+def tidy_mask(mask: Boolean) -> Boolean:
+    """Negations pushed inwards, integer comparisons as kv <= ... and kv >= ..."""
+    mask = sympy.to_nnf(mask, simplify=False) if mask.atoms(sympy.Not) else mask
+    return _tidy_mask(mask)
+
+
+def _tidy_mask(mask):
+    if isinstance(mask, (sympy.And, sympy.Or, sympy.Not)):
+        return mask.func(*map(_tidy_mask, mask.args))
+    if not isinstance(mask, sympy.core.relational.Relational):
+        return mask
+    left, right = tidy(mask.lhs), tidy(mask.rhs)
+    relation = mask.func(left, right)
+    if relation in (sympy.true, sympy.false) or not hasattr(relation, "lhs"):
+        return relation
+    difference = left - right
+    if not _is_index(difference) or isinstance(relation, (sympy.Eq, sympy.Ne)):
+        return relation
+    if isinstance(relation, (sympy.Gt, sympy.Ge)):
+        difference, strict = -difference, isinstance(relation, sympy.Gt)
+    else:
+        strict = isinstance(relation, sympy.Lt)
+    bound = sympy.expand(difference) + (1 if strict else 0)
+    # bound <= 0, solved for the innermost coordinate it has.
+    for name in ("kv", "q", "h", "b"):
+        for symbol in bound.free_symbols:
+            if symbol.name != name:
+                continue
+            coefficient = bound.coeff(symbol)
+            rest = bound - coefficient * symbol
+            if symbol in rest.free_symbols:
+                continue
+            if coefficient == 1:
+                return _decide(sympy.Le(symbol, -rest), symbol, -rest, upper=True)
+            if coefficient == -1:
+                return _decide(sympy.Ge(symbol, rest), symbol, rest, upper=False)
+    return relation
+
+
+def _decide(relation, symbol, limit, *, upper: bool):
+    """Comparisons that hold for every nonnegative coordinate."""
+    if not upper and limit.is_nonpositive:
+        return sympy.true
+    if upper and limit.is_negative:
+        return sympy.false
+    return relation
+
+
+def _is_index(expr: Expr) -> bool:
+    """Whether an expression is exact integer arithmetic of coordinates and sizes."""
+    return bool(expr.is_integer) and not expr.atoms(load, sympy.Float)
