@@ -1,0 +1,481 @@
+"""The Triton forward kernel on a GPU: every form against float64, then times against its peers.
+
+    python benchmarks/triton_dev.py all      # check and time, with worker processes for the builds
+    python benchmarks/triton_dev.py check    # numerics only
+    python benchmarks/triton_dev.py time     # times only
+
+Prints a short table; everything goes to $OUT (default: benchmarks/results) as JSON lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+# Inductor moves this directory when it first compiles; the workers' builds have to be found.
+os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
+
+import torch
+from torch import Tensor
+
+from fa3_compile.lower import tune
+from fa3_compile.lower.choose import KernelBuildError, Problem
+from fa3_compile.lower.config import TritonConfig
+from fa3_compile.lower.kernels import triton_forward
+from fa3_compile.lower.kernels.reference import attention
+from fa3_compile.spec.attention import AttentionSpec
+
+OUT = Path(os.environ.get("OUT", Path(__file__).parent / "results"))
+WORKERS = max(1, min(14, (os.cpu_count() or 2) - 2))
+CAUSAL = "kv - q <= 0"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention: spec text, shapes, the tensors it captures and its FlexAttention twin."""
+
+    name: str
+    spec: str
+    batch: int = 2
+    heads: int = 4
+    kv_heads: int = 2
+    q_len: int = 333
+    kv_len: int = 421
+    dim: int = 64
+    v_dim: int = 0
+    dtype: str = "bf16"
+    aux: tuple[str, ...] = ()
+    density: float = 1.0
+    flex: str = ""
+
+    def parsed(self) -> AttentionSpec:
+        return AttentionSpec.parse(self.spec)
+
+    def problem(self) -> Problem:
+        capability = torch.cuda.get_device_capability()
+        shape = (self.batch, self.heads, self.kv_heads, self.q_len, self.kv_len)
+        device = torch.device("cuda", torch.cuda.current_device())
+        return Problem(
+            self.parsed(), DTYPES[self.dtype], device, capability, *shape, self.dim,
+            self.v_dim or self.dim,
+        )  # fmt: skip
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        generator = torch.Generator("cuda").manual_seed(0)
+        options = {"device": "cuda", "generator": generator}
+        dtype, v_dim = DTYPES[self.dtype], self.v_dim or self.dim
+        # [B, S, H, D] in memory, as a projection leaves it.
+        q = torch.randn(self.batch, self.q_len, self.heads, self.dim, **options)
+        k = torch.randn(self.batch, self.kv_len, self.kv_heads, self.dim, **options)
+        v = torch.randn(self.batch, self.kv_len, self.kv_heads, v_dim, **options)
+        q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))
+        return q, k, v, [self.captured(x, options) for x in self.aux]
+
+    def captured(self, kind: str, options) -> Tensor:
+        b, h, q, kv = self.batch, self.heads, self.q_len, self.kv_len
+        if kind == "slopes":
+            return torch.exp2(-torch.arange(1, h + 1, device="cuda") * 8.0 / h).view(1, h, 1, 1)
+        if kind == "padding":
+            lengths = torch.linspace(0.5, 1.0, b, device="cuda") * kv
+            return (torch.arange(kv, device="cuda") < lengths[:, None]).view(b, 1, 1, kv)
+        if kind == "documents":
+            return (torch.arange(max(q, kv), device="cuda") // (max(q, kv) / 8)).long().repeat(b, 1)
+        if kind == "bias":
+            return torch.randn(1, h, q, kv, **options).to(DTYPES[self.dtype])
+        if kind == "masked_bias":
+            x = torch.randn(b, 1, q, kv, **options)
+            x[:, :, 3] = float("-inf")
+            x[:, :, :, : kv // 3] = torch.finfo(torch.float32).min
+            return x
+        raise ValueError(kind)
+
+
+def forms(scale: float) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """name -> (fields of a spec, captured tensors)."""
+    s, cap = f"{scale!r}*s", f"20.0*tanh({scale / 20!r}*s)"
+    window = f"({CAUSAL}) & (q - kv <= 50)"
+    return {
+        "full": (f"score={s}", ()),
+        "causal": (f"score={s}, mask={CAUSAL}", ()),
+        "bottom_right": (f"score={s}, mask=kv - q - Skv + Sq <= 0", ()),
+        "window": (f"score={s}, mask={window}", ()),
+        "window_zero": (f"score={s}, mask=({CAUSAL}) & (q - kv <= 50) & (q > 9), dead=zero", ()),
+        "window_fill": (
+            f"score={s}, mask=({CAUSAL}) & (q - kv <= 50) & (q > 9), dead=score,"
+            " fill=-3.4028234663852886e38",
+            (),
+        ),
+        "score_fill": (f"score={s}, mask=kv - q <= -1, dead=score, fill={s} - 10000.0", ()),
+        "softcap": (f"score={cap}, mask={CAUSAL}", ()),
+        "alibi": (
+            f"score={s} + load(0, 0, h, 0, 0)*(kv - q), mask={CAUSAL}, aux=[float]",
+            ("slopes",),
+        ),
+        "alibi_absolute": (
+            f"score={s} + load(0, 0, h, 0, 0)*kv, mask={CAUSAL}, aux=[float]",
+            ("slopes",),
+        ),
+        "alibi_abs": (f"score={s} - load(0, 0, h, 0, 0)*abs(q - kv), aux=[float]", ("slopes",)),
+        "padding": (
+            f"score={s}, mask=load(0, b, 0, 0, kv) != 0, dead=zero, aux=[bool]",
+            ("padding",),
+        ),
+        "documents": (
+            f"score={s}, mask=(load(0, b, q) == load(0, b, kv)) & ({CAUSAL}), aux=[int]",
+            ("documents",),
+        ),
+        "bias": (f"score={s} + load(0, 0, h, q, kv), aux=[float]", ("bias",)),
+        "masked_bias": (f"score={s} + load(0, b, 0, q, kv), aux=[float]", ("masked_bias",)),
+        "prefix": (f"score={s}, mask=({CAUSAL}) | (kv < 100)", ()),
+        "sinks": (
+            f"score={s}, mask={window}, sinks=[load(0, 0, h, 0, 0)], aux=[float]",
+            ("slopes",),
+        ),
+    }
+
+
+def check_cases() -> list[Case]:
+    """Every form in every dtype at one head dim, full and causal at all of them."""
+    cases = []
+    dims = {8: 0, 40: 24, 64: 0, 80: 0, 96: 0, 128: 0, 192: 128, 256: 0}
+    for n, (form, dtype) in enumerate(itertools.product(forms(0.1), DTYPES)):
+        for m, (dim, v_dim) in enumerate(dims.items()):
+            if form in ("causal", "softcap") or (n + m) % 4 == 0:
+                fields, aux = forms(1 / math.sqrt(dim))[form]
+                group = (1, 2, 4)[(n + m) % 3]
+                lengths = ((333, 421), (421, 333), (128, 512), (1, 700))[(n + 2 * m) % 4]
+                if form == "window_fill":
+                    lengths = (333, 421)
+                cases.append(
+                    Case(
+                        form,
+                        f"attention({fields})",
+                        2,
+                        4,
+                        4 // group,
+                        *lengths,
+                        dim,
+                        v_dim,
+                        dtype,
+                        aux,
+                    )  # fmt: skip
+                )
+    return cases
+
+
+def check(case: Case) -> dict:
+    """The kernel's error against float64, beside that of the reference in the same dtype."""
+    kernel = triton_forward.TritonForward()
+    q, k, v, aux = case.inputs()
+    problem, spec = case.problem(), case.parsed()
+    record = {"case": case.name, "dim": case.dim, "dtype": case.dtype, "lengths": case.q_len}
+    if reason := kernel.supports(problem):
+        return record | {"ok": False, "why": reason}
+    try:
+        out, lse = kernel.run(problem, q, k, v, aux, [])
+    except Exception as error:
+        return record | {"ok": False, "why": f"{type(error).__name__}: {error}"[:600]}
+    exact, exact_lse = attention(spec, q.double(), k.double(), v.double(), aux, [])
+    eager, _ = attention(spec, q, k, v, aux, [])
+
+    def error(x: Tensor) -> float:
+        return (x.double() - exact).nan_to_num(0.0).abs().max().item()
+
+    same_nan = torch.equal(out.isnan(), exact.isnan())
+    finite = torch.isfinite(exact_lse) & (exact_lse.abs() < 1e30)
+    lse_error = (lse - exact_lse)[finite].abs().max().item() if finite.any() else 0.0
+    ours, theirs = error(out), error(eager)
+    least = 1e-5 if case.dtype == "fp32" else 1e-3
+    ok = same_nan and ours <= 2 * theirs + least and lse_error < 2e-3
+    return record | {
+        "ok": ok, "error": ours, "eager": theirs, "lse": lse_error, "nan": same_nan,
+    }  # fmt: skip
+
+
+def configs_for(case: Case) -> list[TritonConfig]:
+    """Candidates to time, by head dim."""
+    c = TritonConfig
+    if case.dtype == "fp32":
+        shapes = ((64, 32, 4, 2), (128, 32, 4, 2), (32, 64, 4, 2), (64, 64, 8, 2), (32, 32, 4, 2))
+        return [c(*x) for x in shapes]
+    if case.dim <= 64:
+        tiles = ((128, 128, 4, 3), (128, 64, 4, 3), (128, 128, 8, 3), (128, 64, 4, 4))
+        tiles += ((128, 128, 4, 2), (128, 128, 8, 2), (64, 128, 4, 3), (128, 32, 4, 4))
+    elif case.dim <= 128:
+        tiles = ((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (128, 128, 8, 3))
+        tiles += ((128, 64, 8, 2), (64, 128, 4, 2), (64, 64, 4, 3), (128, 32, 4, 4))
+    else:
+        tiles = ((128, 64, 8, 2), (128, 32, 8, 3), (128, 32, 8, 2), (64, 64, 4, 2))
+        tiles += ((64, 32, 4, 3), (64, 32, 4, 2), (128, 64, 8, 1))
+    out = [c(*x) for x in tiles]
+    if case.name in ("full", "causal"):
+        out += [c(*x, tma=True) for x in tiles[:4]]
+        out += [c(*tiles[0], tma=True, warp_specialize=True)]
+        out += [c(*tiles[1], tma=True, warp_specialize=True)]
+    return [x for x in out if x.shared_memory(case.problem()) < 240000]
+
+
+def time_cases() -> list[Case]:
+    cases = []
+    for dim, heads in ((64, 32), (128, 16), (256, 8)):
+        for length in (2048, 16384):
+            for name, density in (("full", 1.0), ("causal", 0.5)):
+                cases.append(_timed(name, dim, heads, 16384 // length, length, density))
+    for dim in (80, 96, 192):
+        cases.append(_timed("causal", dim, 16, 2, 4096, 0.5))
+    for name, density in (
+        ("softcap", 0.5), ("alibi", 0.5), ("window1024", 1024 / 8192 - 0.5 / 64),
+        ("padding", 0.75), ("documents8", 1 / 8), ("bias", 1.0), ("prefix1024", 0.5 + 0.5 / 64),
+    ):  # fmt: skip
+        cases.append(_timed(name, 128, 16, 2, 8192, density))
+    for dim in (64, 128, 256):
+        cases.append(_timed("causal", dim, 8, 1, 2048, 0.5, "fp32"))
+    return cases
+
+
+def _timed(name, dim, heads, batch, length, density, dtype="bf16") -> Case:
+    scale = 1 / math.sqrt(dim)
+    fields = dict(forms(scale)) | {
+        "window1024": (f"score={scale!r}*s, mask=({CAUSAL}) & (q - kv <= 1023)", ()),
+        "prefix1024": (f"score={scale!r}*s, mask=({CAUSAL}) | (kv < 1024)", ()),
+        "documents8": (
+            f"score={scale!r}*s, mask=load(0, b, q) == load(0, b, kv), aux=[int]",
+            ("documents",),
+        ),
+    }
+    text, aux = fields[name]
+    return Case(
+        name, f"attention({text})", batch, heads, heads, length, length, dim, 0, dtype, aux,
+        density, flex=name,
+    )  # fmt: skip
+
+
+@dataclass
+class Runner:
+    name: str
+    call: Callable[[], object]
+    times: list[float] = field(default_factory=list)
+
+
+def against_flex(case: Case) -> bool:
+    """Where FlexAttention is timed too: each of its kernels takes seconds to compile."""
+    return case.dtype == "bf16" and case.q_len >= 8192
+
+
+def flex_runner(case: Case, q, k, v, aux) -> Runner:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    causal = lambda b, h, i, j: j <= i  # noqa: E731
+    masks = {
+        "causal": causal,
+        "softcap": causal,
+        "alibi": causal,
+        "window1024": lambda b, h, i, j: (j <= i) & (i - j <= 1023),
+        "padding": lambda b, h, i, j: aux[0][b, 0, 0, j],
+        "documents8": lambda b, h, i, j: aux[0][b, i] == aux[0][b, j],
+        "prefix1024": lambda b, h, i, j: (j <= i) | (j < 1024),
+    }
+    scores = {
+        "softcap": lambda s, b, h, i, j: 20 * torch.tanh(s / 20),
+        "alibi": lambda s, b, h, i, j: s + aux[0][0, h, 0, 0] * (j - i),
+        "bias": lambda s, b, h, i, j: s + aux[0][0, h, i, j],
+    }
+    block_mask = None
+    if mask := masks.get(case.flex):
+        batch = case.batch if aux and case.flex != "alibi" else None
+        block_mask = create_block_mask(mask, batch, None, case.q_len, case.kv_len)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    score = scores.get(case.flex)
+    return Runner("flex", lambda: compiled(q, k, v, score_mod=score, block_mask=block_mask))
+
+
+def cudnn_runner(case: Case, q, k, v) -> Runner:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    causal = case.name == "causal"
+
+    def call():
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    return Runner("cudnn", call)
+
+
+def our_runners(case: Case, q, k, v, aux, failures: list[str]) -> list[Runner]:
+    problem, runners = case.problem(), []
+    listed = configs_for(case)
+    table = tune.table_config(problem)
+    for config in [*listed, *([] if table in listed else [table])]:
+        try:
+            bound = triton_forward.bind_config(problem, config, q, k, v, aux, [])
+        except KernelBuildError as error:
+            failures.append(f"{case.name} D{case.dim} {error}"[:300])
+            continue
+        pointers = triton_forward.pointers(problem, bound, q, k, v, aux)
+        label = f"{config.block_q},{config.block_kv},{config.num_warps},{config.num_stages}"
+        label += ",tma" * config.tma + ",ws" * config.warp_specialize
+        runners.append(
+            Runner(label + "*" * (config == table), lambda b=bound, p=pointers: b.launch(p))
+        )
+    return runners
+
+
+def time_case(case: Case, rounds: int = 9) -> dict:
+    """Interleaved medians of every candidate and peer, in TFLOP/s of the work the mask leaves."""
+    q, k, v, aux = case.inputs()
+    failures: list[str] = []
+    runners = our_runners(case, q, k, v, aux, failures)
+    peers = [lambda: flex_runner(case, q, k, v, aux)] if against_flex(case) else []
+    if case.name in ("full", "causal") and case.dtype == "bf16":
+        peers.append(lambda: cudnn_runner(case, q, k, v))
+    for make in peers:
+        try:
+            runner = make()
+            runner.call()
+            runners.append(runner)
+        except Exception as error:
+            failures.append(f"peer: {type(error).__name__}: {error}"[:200])
+    for runner in runners:
+        runner.call()
+    torch.cuda.synchronize()
+    for _ in range(rounds):
+        events = []
+        for runner in runners:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            runner.call()
+            end.record()
+            events.append((runner, start, end))
+        torch.cuda.synchronize()
+        for runner, start, end in events:
+            runner.times.append(start.elapsed_time(end) / 1e3)
+    work = 4 * case.batch * case.heads * case.q_len * case.kv_len * case.dim * case.density
+    speeds = {r.name: work / statistics.median(r.times) / 1e12 for r in runners}
+    return {
+        "case": case.name, "dim": case.dim, "length": case.q_len, "dtype": case.dtype,
+        "tflops": speeds, "failures": failures,
+    }  # fmt: skip
+
+
+def host_overhead(case: Case, calls: int = 2000) -> float:
+    """Microseconds of host time a warm call takes; the GPU's queue never runs full."""
+    kernel, problem = triton_forward.TritonForward(), case.problem()
+    q, k, v, aux = case.inputs()
+    kernel.run(problem, q, k, v, aux, [])
+    total = 0.0
+    for _ in range(calls // 100):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(100):
+            kernel.run(problem, q, k, v, aux, [])
+        total += time.perf_counter() - start
+    return total / calls * 1e6
+
+
+def write(name: str, records: list[dict]) -> None:
+    OUT.mkdir(parents=True, exist_ok=True)
+    (OUT / name).write_text("".join(json.dumps(x) + "\n" for x in records))
+
+
+def run_workers(job: str) -> list[dict]:
+    """The job in WORKERS processes, each with its share of the cases."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, job, "--shard", f"{i}/{WORKERS}"], stdout=subprocess.PIPE
+        )
+        for i in range(WORKERS)
+    ]
+    lines = [line for p in processes for line in p.communicate()[0].decode().splitlines()]
+    return [json.loads(x) for x in lines if x.startswith("{")]
+
+
+def shard(items: list, which: str) -> list:
+    i, n = map(int, which.split("/"))
+    return items[i::n]
+
+
+def check_all() -> None:
+    start = time.time()
+    records = run_workers("check-shard")
+    write("triton_check.jsonl", records)
+    bad = [x for x in records if not x["ok"]]
+    print(f"check: {len(records)} of {len(check_cases())} cases, {len(bad)} wrong, "
+          f"{time.time() - start:.0f} s")  # fmt: skip
+    for x in bad[:12]:
+        print("  ", json.dumps(x)[:700])
+
+
+def time_all(rounds: int) -> None:
+    start = time.time()
+    run_workers("build-shard")
+    print(f"builds: {time.time() - start:.0f} s", flush=True)
+    records = []
+    for case in time_cases():
+        record = time_case(case, rounds)
+        records.append(record)
+        speeds = record["tflops"]
+        peers = {x: speeds.pop(x) for x in ("flex", "cudnn") if x in speeds}
+        best = sorted(speeds.items(), key=lambda x: -x[1])
+        shown = "  ".join(f"{n} {x:.0f}" for n, x in best[:4])
+        table = next((f"{x:.0f}" for n, x in best if n.endswith("*")), "-")
+        others = "  ".join(f"{n} {x:.0f}" for n, x in peers.items())
+        name = f"{case.name:11} D{case.dim:<3} {case.q_len:>5} {case.dtype}"
+        print(f"{name} table {table:>4} | {shown} | {others}", flush=True)
+        record["tflops"] = speeds | peers
+        for failure in record["failures"][:2]:
+            print("    ", failure[:160])
+        write("triton_times.jsonl", records)
+    small = Case("causal", f"attention(score=0.125*s, mask={CAUSAL})", 1, 4, 4, 64, 64, 64)
+    print(f"host time of a warm call: {host_overhead(small):.1f} us")
+    print(f"times: {time.time() - start:.0f} s")
+
+
+def build_unit(case: Case, index: int, count: int) -> None:
+    """Builds this worker's share of a case's kernels into Triton's cache on disk."""
+    q, k, v, aux = case.inputs()
+    for config in configs_for(case)[index::count]:
+        try:
+            triton_forward.bind_config(case.problem(), config, q, k, v, aux, [])
+        except KernelBuildError:
+            continue
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("job", choices=("all", "check", "time", "check-shard", "build-shard"))
+    parser.add_argument("--shard", default="0/1")
+    parser.add_argument("--rounds", type=int, default=9)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/triton_dev.py needs a CUDA device")
+    index, count = map(int, args.shard.split("/"))
+    if args.job == "check-shard":
+        for case in shard(check_cases(), args.shard):
+            print(json.dumps(check(case)), flush=True)
+    elif args.job == "build-shard":
+        for case in [x for x in time_cases() if against_flex(x)][index::count]:
+            flex_runner(case, *case.inputs()).call()
+        for case in time_cases():
+            if case.q_len in (2048, 4096, 8192):  # the binary is the same at other lengths
+                build_unit(case, index, count)
+    if args.job in ("all", "check"):
+        check_all()
+    if args.job in ("all", "time"):
+        time_all(args.rounds)
+
+
+if __name__ == "__main__":
+    main()

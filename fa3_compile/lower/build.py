@@ -1,0 +1,38 @@
+"""A rendered Triton kernel as an importable module, from the cache on disk."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from types import ModuleType
+
+from fa3_compile.lower import cache
+from fa3_compile.lower.choose import KernelBuildError
+from fa3_compile.lower.render import RenderKey, render
+
+KIND = "triton"
+SOURCE = "kernel.py"
+
+
+@functools.lru_cache(maxsize=1024)
+def load(key: RenderKey) -> ModuleType:
+    """The module of the kernel; its source stays beside Triton's own cache for the reader.
+
+    Raises KernelBuildError where the source does not import.
+    """
+    digest = key.digest
+    if not cache.valid(KIND, digest):
+        cache.write(KIND, digest, {SOURCE: render(key)})
+    name = f"fa3_triton_{digest}"
+    path = cache.folder(KIND, digest) / SOURCE
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise KernelBuildError(f"the generated kernel {path} does not import: {error}") from error
+    return module

@@ -1,0 +1,303 @@
+"""`triton_forward`: one Triton flash-attention program per spec, for every CUDA GPU since Ampere.
+
+The kernel's text is templates/triton/attention_forward.py.jinja; this file says what it takes,
+binds it to shapes and strides, and launches it. On a warm path a call costs one dictionary
+look-up, two allocations and the launch.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fa3_compile.lower import hoist, tune
+from fa3_compile.lower.build import load
+from fa3_compile.lower.choose import Kernel, KernelBuildError, Problem, reference, register
+from fa3_compile.lower.config import TritonConfig
+from fa3_compile.lower.printer import UnprintableError
+from fa3_compile.lower.render import Aux, RenderKey, aux_parameters, render
+from fa3_compile.runtime.op import empty_out
+from fa3_compile.spec.attention import AttentionSpec
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Offsets within a tile are 32-bit: a row or column stride below this keeps 256 of them there.
+LARGEST_STRIDE = 2**23
+LARGEST_BOUND = 4096
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in Python, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A kernel for one set of shapes and strides: `launch` takes the pointers and a stream."""
+
+    config: TritonConfig
+    aux: tuple[int, ...]
+    launch: Callable[[Sequence[Tensor]], None]
+
+
+class TritonForward(Kernel):
+    name = "triton_forward"
+    priority = 10
+
+    def __init__(self) -> None:
+        self._bound: dict[tuple, Bound] = {}
+
+    def supports(self, problem: Problem) -> str | None:
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed"
+        if problem.device.type != "cuda" and not interpreted():
+            return f"Triton kernels run on CUDA devices, not on {problem.device.type}"
+        if torch.version.hip is not None:
+            return "the Triton kernel is tuned and tested for NVIDIA GPUs only"
+        if problem.capability is not None and problem.capability < (8, 0):
+            return f"compute capability 8.0 or later is needed, this is {problem.capability}"
+        if problem.dtype not in DTYPES:
+            return f"q, k, v are {problem.dtype}; it takes bfloat16, float16 and float32"
+        for what, dim in (("head dim", problem.dim), ("value head dim", problem.v_dim)):
+            if not 8 <= dim <= 256:
+                return f"the {what} is {dim}; it takes 8 to 256"
+        for i, dtype in enumerate(problem.aux_dtypes):
+            if dtype.is_complex or dtype.itemsize < 1:
+                return f"captured tensor {i} is {dtype}"
+        return _unprintable(problem.spec)
+
+    def prepare(self, problem: Problem) -> None:
+        """Renders and imports the kernel; the device code is built for the strides of a call."""
+        load(_render_key(problem, tune.table_config(problem)))
+
+    def run(
+        self,
+        problem: Problem,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        aux: Sequence[Tensor],
+        sizes: Sequence[int],
+    ) -> tuple[Tensor, Tensor]:
+        tensors = (q, k, v, *aux)
+        key = (
+            problem.spec,
+            q.dtype,
+            q.device,
+            _precision(q.dtype),
+            tuple(sizes),
+            *((x.shape, x.stride(), x.data_ptr() & 15) for x in tensors),
+        )
+        bound = self._bound.get(key)
+        if bound is None:
+            if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
+                return reference().run(problem, q, k, v, aux, sizes)
+            if max(s for x in (q, k, v) for s in x.stride()[2:]) >= LARGEST_STRIDE:
+                return self.run(problem, q.contiguous(), k.contiguous(), v.contiguous(), aux, sizes)
+            if len(self._bound) >= LARGEST_BOUND:
+                self._bound.clear()
+            bound = self._bound[key] = _bind(problem, q, k, v, aux, sizes)
+        out = empty_out(q, v, problem.spec.out_order)
+        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        bound.launch([q, k, v, out, lse, *(aux[i] for i in bound.aux)])
+        return out, lse
+
+
+@functools.lru_cache(maxsize=1024)
+def _unprintable(spec: AttentionSpec) -> str | None:
+    try:
+        render(RenderKey(spec, 64, 64))
+    except UnprintableError as error:
+        return f"an expression has no Triton text: {error}"
+    return None
+
+
+def _render_key(problem: Problem, config: TritonConfig) -> RenderKey:
+    return RenderKey(
+        problem.spec,
+        problem.dim,
+        problem.v_dim,
+        fast_tanh=problem.dtype.itemsize == 2 and not interpreted(),
+        tma=config.tma,
+        warp_specialize=config.warp_specialize,
+        upcast=problem.dtype == torch.bfloat16 and interpreted(),
+    )
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How float32 products are taken: as torch's own matmul is told to."""
+    if dtype != torch.float32:
+        return "tf32"  # of no effect on 16-bit operands
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def _bind(problem: Problem, q, k, v, aux, sizes) -> Bound:
+    """Chooses a configuration, builds the kernel for these arguments and returns its launch."""
+    effort = getattr(problem, "autotune", "none")
+    if effort == "none" or interpreted():
+        return _bind_first_that_builds(problem, q, k, v, aux, sizes)
+
+    def measure(config: TritonConfig) -> float:
+        try:
+            bound = bind_config(problem, config, q, k, v, aux, sizes)
+        except KernelBuildError:
+            return float("inf")
+        return seconds(lambda: bound.launch(pointers(problem, bound, q, k, v, aux)))
+
+    config = tune.tuned_config(problem, effort, measure)
+    return bind_config(problem, config, q, k, v, aux, sizes)
+
+
+def _bind_first_that_builds(problem: Problem, *arguments) -> Bound:
+    """The table's configuration; where that exceeds the device after all, smaller ones."""
+    config, errors = tune.table_config(problem), []
+    while True:
+        try:
+            return bind_config(problem, config, *arguments)
+        except KernelBuildError as error:
+            errors.append(str(error))
+            smaller = smaller_config(config)
+            if smaller is None:
+                raise KernelBuildError("; ".join(errors)) from error
+            config = smaller
+
+
+def smaller_config(config: TritonConfig) -> TritonConfig | None:
+    """A configuration that needs less shared memory and fewer registers, if there is one."""
+    q, kv, stages = config.block_q, config.block_kv, config.num_stages
+    if stages > 1:
+        return TritonConfig(q, kv, config.num_warps, stages - 1)
+    if kv > 16:
+        return TritonConfig(q, kv // 2, config.num_warps, 1)
+    if q > 16:
+        return TritonConfig(q // 2, kv, min(config.num_warps, 4), 1)
+    return None
+
+
+def pointers(problem: Problem, bound: Bound, q, k, v, aux) -> list[Tensor]:
+    """The tensors of one launch, with fresh outputs."""
+    out = empty_out(q, v, problem.spec.out_order)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    return [q, k, v, out, lse, *(aux[i] for i in bound.aux)]
+
+
+def _take_descriptors(*tensors: Tensor) -> bool:
+    """Whether tensor descriptors can describe them: last stride 1, the rest whole 16 bytes."""
+    return all(
+        x.stride(3) == 1
+        and not any(stride * x.itemsize % 16 for stride in x.stride()[:3])
+        and x.data_ptr() % 16 == 0
+        for x in tensors
+    )
+
+
+def bind_config(problem: Problem, config: TritonConfig, q, k, v, aux, sizes) -> Bound:
+    """The kernel with one configuration, for the shapes and strides of these tensors.
+
+    Raises KernelBuildError where it does not compile or exceeds the device.
+    """
+    spec = problem.spec
+    if config.tma and not _take_descriptors(k, v):
+        config = replace(config, tma=False, warp_specialize=False)
+    kernel = load(_render_key(problem, config)).attention_forward
+    used = aux_parameters(spec)
+    out = empty_out(q, v, spec.out_order)
+    strides = [s for x in (q, k, v, out) for s in x.stride()]
+    integers = [*strides, q.shape[1], q.shape[2], k.shape[2]]
+    integers += [n for x in used for n in _aux_integers(x, aux[x.tensor])]
+    integers += sizes[: spec.size_count]
+    constants = (
+        q.shape[1] // k.shape[1],
+        k.shape[2] % config.block_kv == 0,
+        may_have_dead_rows(spec, q.shape[2], k.shape[2]),
+        config.block_q,
+        config.block_kv,
+        _precision(q.dtype),
+    )
+    tiles = -(-q.shape[2] // config.block_q)
+    grid = (tiles * q.shape[0] * q.shape[1], 1, 1)
+    chosen = tuple(x.tensor for x in used)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+
+    if interpreted():
+
+        def interpret(tensors: Sequence[Tensor]) -> None:
+            kernel[grid](*tensors, *integers, *constants, **options)
+
+        return Bound(config, chosen, interpret)
+
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    tensors = [q, k, v, out, lse, *(aux[i] for i in chosen)]
+    with torch.cuda.device(q.device):
+        try:
+            compiled = kernel.warmup(*tensors, *integers, *constants, grid=grid, **options)
+            runner = compiled[grid]
+        except Exception as error:
+            raise KernelBuildError(f"{config} does not build: {error}") from error
+        if compiled.n_spills and config != tune.table_config(problem):
+            raise KernelBuildError(f"{config} spills {compiled.n_spills} registers")
+    return Bound(config, chosen, _launcher(runner, q.device, (*integers, *constants), config.tma))
+
+
+def _launcher(runner, device: torch.device, arguments: tuple, tma: bool):
+    index = device.index
+    raw_stream = torch._C._cuda_getCurrentRawStream
+
+    def launch(tensors: Sequence[Tensor]) -> None:
+        if torch._C._cuda_getDevice() != index:
+            with torch.cuda.device(index):
+                return launch(tensors)
+        if tma:
+            _allow_scratch()
+        runner(*[x.data_ptr() for x in tensors], *arguments, stream=raw_stream(index))
+
+    return launch
+
+
+def _allow_scratch() -> None:
+    """Tensor descriptors made in a kernel live in global memory that the host allocates."""
+    import triton
+
+    triton.set_allocator(_scratch)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, device="cuda", dtype=torch.int8)
+
+
+def _aux_integers(used: Aux, x: Tensor) -> list[int]:
+    return [x.stride(d) for d in used.strides] + [x.shape[d] for d in used.sizes]
+
+
+def may_have_dead_rows(spec: AttentionSpec, q_len: int, kv_len: int) -> bool:
+    """Whether the kernel has to look for rows that the mask leaves nothing of."""
+    if not spec.has_mask:
+        return False
+    kind = _dead_rows(spec)
+    return kind == "maybe" or (kind == "long" and q_len > kv_len)
+
+
+@functools.lru_cache(maxsize=4096)
+def _dead_rows(spec: AttentionSpec) -> str:
+    return hoist.dead_rows(spec.mask)
+
+
+def seconds(call: Callable[[], None], repeats: int = 10) -> float:
+    """Median time of a call on the current CUDA stream."""
+    call()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for event in events[1:]:
+        call()
+        event.record()
+    torch.cuda.synchronize()
+    times = sorted(a.elapsed_time(b) for a, b in zip(events, events[1:]))
+    return times[repeats // 2] / 1e3
+
+
+register(TritonForward())

@@ -1,0 +1,178 @@
+"""Which TritonConfig an attention runs with: a shipped table, or measured on the device.
+
+"none" takes the table's; "quick" measures it against the most promising others, "full" against
+all that fit. Measured choices are kept on disk, per spec, shape bucket and device.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+
+import torch
+
+from fa3_compile.lower import cache
+from fa3_compile.lower.choose import Problem
+from fa3_compile.lower.config import TritonConfig, bits, head_class, nearest_arch
+from fa3_compile.spec.attention import AttentionSpec
+from fa3_compile.spec.blocks import kv_full_bounds
+
+log = logging.getLogger(__name__)
+
+KIND = "tuned"
+QUICK = 4
+
+# (arch, bits, head class) -> the configuration without a mask, and with one where that differs.
+# sm_90: fastest on an H100 SXM over lengths 2k to 16k (benchmarks/triton_dev.py); the others by
+# the shared memory and registers they have.
+TABLE: dict[tuple[tuple[int, int], int, int], tuple[TritonConfig, ...]] = {
+    ((8, 0), 16, 64): (TritonConfig(128, 64, 4, 3),),
+    ((8, 0), 16, 96): (TritonConfig(128, 64, 8, 3),),
+    ((8, 0), 16, 128): (TritonConfig(128, 64, 8, 3),),
+    ((8, 0), 16, 192): (TritonConfig(128, 32, 8, 2),),
+    ((8, 0), 16, 256): (TritonConfig(64, 32, 4, 2),),
+    ((8, 9), 16, 64): (TritonConfig(128, 64, 4, 2),),
+    ((8, 9), 16, 96): (TritonConfig(128, 32, 8, 2),),
+    ((8, 9), 16, 128): (TritonConfig(128, 32, 8, 2),),
+    ((8, 9), 16, 192): (TritonConfig(64, 32, 4, 2),),
+    ((8, 9), 16, 256): (TritonConfig(64, 32, 4, 1),),
+    ((9, 0), 16, 64): (TritonConfig(128, 128, 4, 3), TritonConfig(128, 64, 4, 3)),
+    ((9, 0), 16, 96): (TritonConfig(128, 64, 8, 3),),
+    ((9, 0), 16, 128): (TritonConfig(128, 128, 8, 2), TritonConfig(128, 64, 8, 3)),
+    ((9, 0), 16, 192): (TritonConfig(128, 64, 8, 2),),
+    ((9, 0), 16, 256): (TritonConfig(128, 64, 8, 2),),
+    ((10, 0), 16, 64): (TritonConfig(128, 128, 4, 3),),
+    ((10, 0), 16, 96): (TritonConfig(128, 64, 8, 3),),
+    ((10, 0), 16, 128): (TritonConfig(128, 64, 8, 3),),
+    ((10, 0), 16, 192): (TritonConfig(128, 64, 8, 2),),
+    ((10, 0), 16, 256): (TritonConfig(128, 32, 8, 2),),
+}
+TABLE |= {((12, 0), b, d): x for (arch, b, d), x in list(TABLE.items()) if arch == (8, 9)}
+# float32 multiplies without tensor cores ("ieee"): small tiles, the same everywhere.
+_FLOAT32 = {64: (64, 32, 4, 2), 96: (64, 32, 8, 2), 128: (32, 32, 4, 2)}
+_FLOAT32 |= {192: (32, 16, 4, 2), 256: (32, 16, 4, 1)}
+TABLE |= {
+    (arch, 32, d): (TritonConfig(*x),)
+    for arch in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0))
+    for d, x in _FLOAT32.items()
+}
+
+
+@functools.lru_cache(maxsize=1024)
+def mask_class(spec: AttentionSpec) -> str:
+    """`none`; `bounds`, where whole blocks are known to need no mask; or `data`."""
+    if not spec.has_mask:
+        return "none"
+    lo, hi = full_keys(spec)
+    return "data" if lo == hi else "bounds"
+
+
+def full_keys(spec: AttentionSpec):
+    """The keys that every query of a tile sees, in terms of the tile's first and last query."""
+    from fa3_compile.lower.render import Q_HI, Q_LO
+
+    return kv_full_bounds(spec.mask, Q_LO, Q_HI)
+
+
+def table_config(problem: Problem) -> TritonConfig:
+    """The shipped configuration."""
+    arch = nearest_arch(problem.capability or (8, 0))
+    arch = {(8, 6): (8, 9), (8, 7): (8, 0)}.get(arch, arch)
+    choices = TABLE[arch, bits(problem.dtype), head_class(problem)]
+    config = choices[0 if mask_class(problem.spec) == "none" else -1]
+    return config.for_queries(problem.q_len)
+
+
+@functools.lru_cache(maxsize=1024)
+def _candidates(capability: tuple[int, int], item: int) -> tuple[TritonConfig, ...]:
+    tma = (False, True) if capability >= (9, 0) and item == 2 else (False,)
+    return tuple(
+        TritonConfig(q, kv, warps, stages, tma=descriptors)
+        for descriptors in tma
+        for q, warps in ((64, 4), (128, 4), (128, 8), (256, 8), (32, 4), (16, 4))
+        for kv in (128, 64, 32, 16)
+        for stages in (3, 2, 4, 1)
+    )
+
+
+def candidates(problem: Problem, effort: str) -> list[TritonConfig]:
+    """What "quick" or "full" measures, the table's choice first."""
+    capability = problem.capability or (8, 0)
+    first = table_config(problem)
+    fitting = [
+        x
+        for x in _candidates(capability, problem.dtype.itemsize)
+        if x != first and x.fits(problem, capability) and x.block_q <= max(16, 2 * problem.q_len)
+    ]
+    if effort == "quick":
+        # Neighbours of the table's choice: one thing changed, or the tensor descriptors added.
+        def distance(x: TritonConfig) -> int:
+            return sum(a != b for a, b in zip(asdict(x).values(), asdict(first).values()))
+
+        fitting = sorted(fitting, key=distance)[:QUICK]
+    return [first, *fitting]
+
+
+def tuned_config(
+    problem: Problem, effort: str, measure: Callable[[TritonConfig], float]
+) -> TritonConfig:
+    """The fastest candidate; `measure` gives seconds, or infinity where one does not build."""
+    key = _key(problem, effort)
+    if (stored := _stored(key)) is not None:
+        return stored
+    times: dict[TritonConfig, float] = {}
+    for config in candidates(problem, effort):
+        times[config] = measure(config)
+        _progress(f"fa3: tuning {len(times)} {config}: {times[config] * 1e3:.3f} ms")
+    _progress("")
+    best = min(times, key=lambda x: times[x])
+    cache.update(KIND, key, "config.json", json.dumps(asdict(best), indent=1))
+    log.info("tuned %s: %s", problem.spec, best)
+    return best
+
+
+def bucket(length: int) -> int:
+    """Lengths are tuned by powers of two."""
+    return 1 << max(length - 1, 0).bit_length()
+
+
+def _key(problem: Problem, effort: str) -> str:
+    device = "none"
+    if problem.device.type == "cuda":
+        device = torch.cuda.get_device_name(problem.device)
+    shape = (problem.dim, problem.v_dim, bucket(problem.q_len), bucket(problem.kv_len))
+    heads = (bucket(problem.batch * problem.heads), problem.group)
+    # Neither Triton nor the table of an older release speaks for this one.
+    import triton
+
+    fields = (str(problem.spec), str(problem.dtype), shape, heads, device, triton.__version__)
+    return hashlib.sha256(repr((fields, effort, _sources())).encode()).hexdigest()[:24]
+
+
+def _sources() -> str:
+    from fa3_compile.lower.render import RenderKey
+
+    return RenderKey(AttentionSpec(), 64, 64).digest
+
+
+def _stored(key: str) -> TritonConfig | None:
+    if not cache.valid(KIND, key):
+        return None
+    try:
+        return TritonConfig(**json.loads((cache.folder(KIND, key) / "config.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _progress(line: str) -> None:
+    """One line that rewrites itself, on a terminal and in one process only."""
+    import torch.distributed as dist
+
+    alone = not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
+    if alone and sys.stderr.isatty():
+        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
