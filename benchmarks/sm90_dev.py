@@ -232,6 +232,8 @@ class Config:
     lazy: bool = True
     poly_stride: int = 0
     longest_first: bool | None = None  # None: as the case has it
+    l2_mb: int = 32  # keys and values that a section of the longest-first order may hold
+    defines: tuple[str, ...] = ()  # of an experiment
     dtype: str = "Bf16"
     dim_qk: int = 128
     dim_v: int = 128
@@ -241,6 +243,8 @@ class Config:
         flags = ("" if self.ping_pong else " nopp") + ("" if self.lazy else " eager")
         flags += f" poly{self.poly_stride}" if self.poly_stride else ""
         flags += {None: "", True: " lpt", False: " static"}[self.longest_first]
+        flags += "".join(f" {name}" for name in self.defines)
+        flags += f" l2:{self.l2_mb}" if self.l2_mb != 32 else ""
         return f"{self.block_m}x{self.block_n}{flags}"
 
 
@@ -257,7 +261,8 @@ def source(case: Case, config: Config) -> str:
     if config.longest_first is None:
         config = replace(config, longest_first=case.longest_first)
     scale = repr(1 / math.sqrt(config.dim_qk))
-    return _environment.get_template("cuda/attention_fwd.cu.jinja").render(
+    defines = "".join(f"#define {name}\n" for name in config.defines)
+    return defines + _environment.get_template("cuda/attention_fwd.cu.jinja").render(
         c=config, aux_fields=case.aux_fields, variant=case.variant.replace("{scale}", scale)
     )
 
@@ -338,8 +343,10 @@ class Kernel:
         counter = torch.zeros(1, dtype=torch.int32, device="cuda")
         group = heads // k.shape[1]
         kv_bytes = 2 * keys * (dim + dim_v)
-        section = max(1, 32 * 2**20 // max(kv_bytes, 1)) * group
+        section = max(1, c.l2_mb * 2**20 // max(kv_bytes, 1)) * group
         section = min(section, batch * heads)
+        grid = min(tiles, processors)
+        order = (tiles, query_blocks, heads, section, grid)
         keep = [q, k, v, out, lse, counter, *tensors]
         block_map = (0, 0, 0, 0, 0)
         if self.case.block_map is not None:
@@ -354,7 +361,7 @@ class Kernel:
             )
         params = b"".join(maps)
         params += struct.pack("QQqqq", out.data_ptr(), lse.data_ptr(), *out.stride()[:3])
-        params += struct.pack("iiiiQ", tiles, query_blocks, heads, section, counter.data_ptr())
+        params += struct.pack("iiiii4xQ", *order, counter.data_ptr())
         params += struct.pack("QQiii4x", *block_map)
         broadcast = (0, 0) if dense is None else tuple(int(n > 1) for n in dense.shape[:2])
         params += struct.pack("iiiii4x", group, queries, keys, *broadcast)
@@ -366,7 +373,6 @@ class Kernel:
         storage[start : start + size] = torch.frombuffer(bytearray(params), dtype=torch.uint8)
         args = torch.tensor([storage.data_ptr() + start], dtype=torch.int64)
         keep += [storage, args]
-        grid = min(tiles, processors)
         threads = 128 * (c.block_m // 64 + 1)
 
         def launch():
@@ -495,25 +501,27 @@ def check(builds):
 
 TOKENS, WIDTH = 16384, 2048
 CANDIDATES = {
-    ("full", 64): [Config(192, 128), Config(192, 128, poly_stride=4), Config(192, 128, poly_stride=8),
-                   Config(128, 176), Config(128, 224)],
-    ("causal", 64): [Config(192, 128), Config(192, 128, poly_stride=4), Config(128, 128),
-                     Config(128, 176)],
-    ("full", 128): [Config(128, 176), Config(128, 176, lazy=False), Config(128, 160),
-                    Config(128, 128), Config(128, 176, longest_first=True)],
-    ("causal", 128): [Config(128, 128), Config(128, 128, lazy=False), Config(128, 160),
-                      Config(128, 176), Config(128, 144)],
-    ("full", 256): [Config(128, 80, ping_pong=False), Config(128, 80), Config(128, 64, ping_pong=False),
-                    Config(128, 80, ping_pong=False, lazy=False)],
-    ("causal", 256): [Config(128, 80, ping_pong=False), Config(128, 80),
-                      Config(128, 64, ping_pong=False)],
-    ("softcap", 128): [Config(128, 128), Config(128, 128, poly_stride=2),
-                       Config(128, 128, poly_stride=4), Config(128, 128, poly_stride=3)],
+    ("full", 64): [Config(192, 128), Config(192, 128, ping_pong=False),
+                   Config(192, 128, defines=("EXP_HOLD",)), Config(128, 128), Config(192, 96)],
+    ("causal", 64): [Config(192, 128), Config(192, 128, l2_mb=16), Config(192, 128, l2_mb=8),
+                     Config(192, 128, ping_pong=False), Config(192, 128, defines=("EXP_HOLD",)),
+                     Config(192, 64), Config(192, 96)],
+    ("full", 128): [Config(128, 176), Config(128, 160), Config(128, 128),
+                    Config(128, 128, defines=("EXP_HOLD",)), Config(128, 176, defines=("EXP_HOLD",)),
+                    Config(128, 128, ping_pong=False)],
+    ("causal", 128): [Config(128, 128), Config(128, 128, l2_mb=16), Config(128, 128, l2_mb=8),
+                      Config(128, 128, defines=("EXP_HOLD",)), Config(128, 128, ping_pong=False),
+                      Config(128, 176)],
+    ("full", 256): [Config(128, 80, ping_pong=False), Config(128, 80),
+                    Config(128, 80, defines=("EXP_HOLD",)), Config(128, 64)],
+    ("causal", 256): [Config(128, 80, ping_pong=False), Config(128, 80), Config(128, 80, l2_mb=16),
+                      Config(128, 64)],
+    ("softcap", 128): [Config(128, 128), Config(128, 128, defines=("EXP_HOLD",))],
     ("alibi", 128): [Config(128, 128)],
-    ("window", 128): [Config(128, 128), Config(128, 96), Config(128, 64)],
-    ("prefix", 128): [Config(128, 128), Config(128, 176)],
-    ("bias", 128): [Config(128, 128), Config(128, 64)],
-    ("documents", 128): [Config(128, 128), Config(128, 64)],
+    ("window", 128): [Config(128, 128)],
+    ("prefix", 128): [Config(128, 128)],
+    ("bias", 128): [Config(128, 128)],
+    ("documents", 128): [Config(128, 128)],
 }  # fmt: skip
 
 
@@ -547,6 +555,45 @@ def interleaved(functions, rounds):
     ]
 
 
+def busy_clock(f, seconds=0.3):
+    """SM clock in MHz and power in W while `f` runs back to back."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    device = pynvml.nvmlDeviceGetHandleByIndex(0)
+    samples = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        for _ in range(20):
+            f()
+        samples.append(
+            (
+                pynvml.nvmlDeviceGetClockInfo(device, pynvml.NVML_CLOCK_SM),
+                pynvml.nvmlDeviceGetPowerUsage(device) // 1000,
+            )
+        )
+        torch.cuda.synchronize()
+    return samples[len(samples) // 2]
+
+
+def profile(name, dim, length, config):
+    """A few launches of one kernel, for ncu."""
+    key = (name, replace(config, dim_qk=dim, dim_v=dim))
+    _, built, error, _ = compile_one(key)
+    if built is None:
+        raise SystemExit(error)
+    batch, heads = TOKENS // length, WIDTH // dim
+    q, k, v = (
+        torch.randn(batch, heads, length, dim, device="cuda", dtype=torch.bfloat16)
+        for _ in range(3)
+    )
+    tensors = CASES[name].tensors(batch, heads, length, length)
+    launch, *_ = Kernel(CASES[name], key[1], built).prepare(q, k, v, tensors)
+    for _ in range(3):
+        launch()
+    torch.cuda.synchronize()
+
+
 def bench(builds, wanted):
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -561,6 +608,7 @@ def bench(builds, wanted):
             q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3))
             tensors = case.tensors(batch, heads, length, length)
             flops = 4 * batch * heads * length**2 * dim * work(case, length, tensors)
+            clocks = ""
 
             def cudnn(q=q, k=k, v=v, is_causal=name != "full"):
                 with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
@@ -593,7 +641,9 @@ def bench(builds, wanted):
                 rows.append((name, dim, length, label, f"{rate:.1f}", f"{rate / rates[0]:.3f}"))
             best = max(rates[1:], default=0)
             cells = "  ".join(f"[{a}] {r:.0f}" for a, r in zip(names, rates, strict=True))
-            print(f"{name} D{dim} S{length}: best/cudnn {best / rates[0]:.3f}  {cells}", flush=True)
+            if len(functions) > 1 and "CLOCKS" in os.environ:
+                clocks = " MHz/W " + " ".join(str(busy_clock(f)) for f in functions)
+            print(f"{name} D{dim} S{length}: best/cudnn {best / rates[0]:.3f}  {cells}{clocks}", flush=True)
             del q, k, v, tensors, functions
             torch.cuda.empty_cache()
     with open(Path(os.environ.get("OUT", ".")) / "sm90_dev.csv", "w", newline="") as file:
@@ -602,6 +652,9 @@ def bench(builds, wanted):
 
 def main():
     mode, wanted = (sys.argv[1:] + [""])[0], (sys.argv[2:] + [""])[0]
+    if mode == "profile":  # CASE DIM LENGTH BLOCK_M BLOCK_N
+        dim, length, *block = map(int, sys.argv[3:7])
+        return profile(wanted, dim, length, Config(*block))
     check_keys = [
         (name, replace(config, dim_qk=d, dim_v=dv, dtype=dtype))
         for name, d, dv, *_, config in CHECKS

@@ -327,6 +327,7 @@ def our_runners(case: Case, q, k, v, aux, failures: list[str]) -> list[Runner]:
         pointers = triton_forward.pointers(problem, bound, q, k, v, aux)
         label = f"{config.block_q},{config.block_kv},{config.num_warps},{config.num_stages}"
         label += ",tma" * config.tma + ",ws" * config.warp_specialize
+        label += f",spill{bound.spills}" if bound.spills else ""
         runners.append(
             Runner(label + "*" * (config == table), lambda b=bound, p=pointers: b.launch(p))
         )

@@ -17,7 +17,7 @@ from torch import fx
 import fa3_compile.frontend.elements  # noqa: F401  (registers the element rules)
 from fa3_compile.errors import Decline
 from fa3_compile.frontend.dynamo_graph import example_value, is_mutation
-from fa3_compile.frontend.lift import Index, Lifter, Opaque, declined, number, shape_of
+from fa3_compile.frontend.lift import Index, Lifter, Opaque, declined, number, shape_of, sym
 from fa3_compile.frontend.normalize import Softmax, row_maximum, softmaxes
 from fa3_compile.frontend.operands import Place, is_movement, origins, step_back, view_of
 from fa3_compile.frontend.region import Operand
@@ -68,7 +68,7 @@ class Reading:
     key: Operand | None = None
     value: Operand | None = None
     key_length: Expr = sympy.S.One
-    loads: list[fx.Node] = field(default_factory=list)
+    loads: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
 
 
 def skeletons(shadow: Shadow) -> Iterator[Skeleton]:
@@ -76,7 +76,8 @@ def skeletons(shadow: Shadow) -> Iterator[Skeleton]:
     for softmax in softmaxes(shadow):
         for product in _productsafter(shadow, softmax.node):
             output = _output_node(shadow, product)
-            if output is not None:
+            # Without a product before it (a router) a softmax is no attention at all.
+            if output is not None and products_before(softmax.scores):
                 yield Skeleton(softmax, product, output)
 
 
@@ -170,8 +171,13 @@ def needed_split(reading: Reading) -> tuple[sympy.Symbol, Expr] | None:
     sizes = reading.sizes
     operands = [reading.query, reading.key, reading.value]
     indices = [i for operand in operands if operand for i in operand.place.index]
+    return find_split((*indices, *reading.rows), sizes)
+
+
+def find_split(indices, sizes) -> tuple[sympy.Symbol, Expr] | None:
+    """An axis that one of the indices divides by a divisor of its size, and that divisor."""
     found = []
-    for expr in (*indices, *reading.rows, reading.score, *reading.sinks):
+    for expr in indices:
         for node in expr.atoms(floordiv, mod):
             inner, by = node.args
             terms = [(s, inner.coeff(s)) for s in inner.free_symbols if s in sizes]
@@ -310,7 +316,7 @@ class _Reader:
 
     def _find_product(self, x: fx.Node, index: Index) -> tuple[_Product, Lifter]:
         """The product that is Q K^T: its row is a query, its column is the key."""
-        candidates = _products_before(x, self.shadow)
+        candidates = products_before(x)
         if not candidates:
             raise Decline("no-product", self._node(x), "")
         first: Exception | None = None
@@ -371,7 +377,7 @@ class _Reader:
         reading.score = reading.score.subs(S, factor * S) if factor != 1 else reading.score
 
     def _operand(self, lifter, node, index, inner, varying, casts) -> Operand:
-        best = None
+        best = deeper = None
         scaled = inner is not None
         for place in origins(
             node,
@@ -387,12 +393,14 @@ class _Reader:
             if not holders:
                 continue
             if any(i.has(floordiv, mod) for i in place.index):
-                # Splitting the axis may help: report it unless something nearer does.
-                best = best or Operand(holders[0], place, None)  # pyright: ignore
+                # K and V of grouped heads: read unexpanded once the heads' axis is split.
+                deeper = Operand(holders[0], self.shadow.since[place.node, holders[0]], place, None)
                 continue
             view = view_of(place, self.ranges)
             if view is not None:
-                best = Operand(holders[0], place, view)
+                best, deeper = Operand(holders[0], self.shadow.since[place.node, holders[0]], place, view), None
+        if deeper is not None and find_split(deeper.place.index, self.reading.sizes):
+            return deeper
         if best is None:
             raise Decline("operand-unclear", self._node(node), "")
         return best
@@ -427,7 +435,7 @@ def after(node: fx.Node) -> set[fx.Node]:
     return seen
 
 
-def _products_before(node: fx.Node, shadow: Shadow) -> list[fx.Node]:
+def products_before(node: fx.Node) -> list[fx.Node]:
     """The products that the scores are made of, nearest first, not looking behind them."""
     found, seen, queue = [], set(), [node]
     while queue:
@@ -459,7 +467,7 @@ class _Product:
         self.index = index
         if self.node.target not in PRODUCTS[2:]:
             return S
-        beta, alpha = (self.node.kwargs.get(k, 1) for k in ("beta", "alpha"))
+        beta, alpha = (sym(self.node.kwargs.get(k, 1)) for k in ("beta", "alpha"))
         scaled = alpha * S
         return scaled if beta == 0 else beta * lifter.broadcast(self.node.args[0], index) + scaled
 

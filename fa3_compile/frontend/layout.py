@@ -62,7 +62,7 @@ def region(shadow: Shadow, skeleton: Skeleton, reading: Reading) -> Region:
         dead=separated.dead,
         fill=fill,
         sinks=tuple(sinks),
-        aux=tuple(_kind(node) for node in loads),
+        aux=tuple(_kind(node) for node, _ in loads),
         out_order=_out_order(reading, layout, skeleton.output),
     )
     return Region(
@@ -208,7 +208,7 @@ def _check_axes_known(reading: Reading, substitution, skeleton: Skeleton) -> Non
             raise Decline("axes-unclear", skeleton.output, "")
 
 
-def _renumbered(fields: list, loads: list[fx.Node]):
+def _renumbered(fields: list, loads: list):
     """The loads that are used, numbered from 0 in order of use."""
     present = [f for f in fields if f is not None]
     used: list[int] = []

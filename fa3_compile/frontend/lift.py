@@ -52,6 +52,9 @@ def sym(value) -> Expr:
         return value.node.expr
     if isinstance(value, bool):
         return sympy.S.One if value else sympy.S.Zero
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1 << 24:
+        # One spelling for 1 and 1.0, which sympy tells apart.
+        return sympy.Integer(int(value))
     return sympy.sympify(value)
 
 
@@ -103,8 +106,8 @@ class Lifter:
         self.wide = wide
         # Whether a rule replaced NaN rows of the softmax by zeros.
         self.zeroed = False
-        # The Dynamo node read by load(i, ...), in order of i.
-        self.loads: list[fx.Node] = []
+        # What load(i, ...) reads, in order of i: the Dynamo node, and since when it holds it.
+        self.loads: list[tuple[fx.Node, fx.Node]] = []
         self.inside = _descendants(special)
         self._memo: dict[tuple[fx.Node, Index], Element] = {}
 
@@ -135,7 +138,7 @@ class Lifter:
         holders = self.shadow.dynamo_of.get(node)
         if not holders:
             raise Opaque(node, "its value is not a tensor of the program")
-        source = holders[0]
+        source = (holders[0], self.shadow.since[node, holders[0]])
         if source not in self.loads:
             self.loads.append(source)
         value = load(self.loads.index(source), *index)

@@ -17,8 +17,10 @@ class Operand:
     """Q, K or V: the Dynamo node that holds it, and how to see it as atomic axes."""
 
     source: fx.Node
+    # The node since which the source holds the value: itself, or the last write to it.
+    since: fx.Node
     place: Place
-    view: View
+    view: View | None
 
 
 @dataclass
@@ -55,6 +57,7 @@ class Region:
     layout: Layout
     key_length: Expr
     spec: AttentionSpec
-    # Dynamo nodes read by load(i, ...), and the values of n0, n1, ...
-    loads: list[fx.Node]
+    # What load(i, ...) reads, as (Dynamo node, node since which it holds the value); and the
+    # values of n0, n1, ...
+    loads: list[tuple[fx.Node, fx.Node]]
     sizes: list[Expr]

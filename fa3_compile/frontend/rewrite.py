@@ -43,7 +43,7 @@ def rewrite(graph: fx.Graph, region: Region, spec_text: str) -> fx.Node:
         k = emit.operand(region.key, keys, sizes)
         v = emit.operand(region.value, values, sizes)
         device = example_value(region.query.source).device
-        aux = [emit.on_device(node, device) for node in region.loads]
+        aux = [emit.on_device(node, device) for node, _ in region.loads]
         numbers = [emit.size(size) for size in region.sizes]
         pair = graph.call_function(
             torch.ops.fa3.attention.default, (q, k, v, aux, numbers, spec_text)
@@ -59,7 +59,7 @@ def follow_replacements(region: Region, replaced: dict[fx.Node, fx.Node]) -> Non
     """Reads the results of earlier rewrites in place of what they replaced."""
     for operand in (region.query, region.key, region.value):
         operand.source = replaced.get(operand.source, operand.source)
-    region.loads[:] = [replaced.get(node, node) for node in region.loads]
+    region.loads[:] = [(replaced.get(node, node), since) for node, since in region.loads]
 
 
 def remove_dead(graph: fx.Graph) -> None:
@@ -77,11 +77,12 @@ def _check_mutations(graph: fx.Graph, region: Region) -> None:
     """No operand may be written between where it is read in eager and where the op reads it."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     at = order[region.output]
-    sources = [region.query.source, region.key.source, region.value.source, *region.loads]
-    for source in sources:
+    operands = (region.query, region.key, region.value)
+    sources = [*((x.source, x.since) for x in operands), *region.loads]
+    for source, since in sources:
         storage = storage_of(source)
         for node in graph.nodes:
-            if not (order[source] < order[node] < at and is_mutation(node)):
+            if not (order[since] < order[node] < at and is_mutation(node)):
                 continue
             for written in mutated_nodes(node):
                 if written is source or (storage is not None and storage_of(written) == storage):

@@ -22,8 +22,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fa3_compile.frontend.dynamo_graph import (
     example_value,
     is_mutation,
+    mutated_nodes,
     is_softmax_like,
     opaque_target,
+    storage_of,
 )
 from fa3_compile.frontend.spell_out import SPELLED_OUT
 
@@ -45,8 +47,11 @@ class Shadow:
     """The functional graph, and which of its nodes holds which Dynamo node's value."""
 
     graph: fx.Graph
+    # A Dynamo node's value once it is made, and every value that it holds at some time.
     aten_of: dict[fx.Node, fx.Node]
     dynamo_of: dict[fx.Node, list[fx.Node]]
+    # For a value and a holder, the Dynamo node since which it holds it: itself, or a mutation.
+    since: dict[tuple[fx.Node, fx.Node], fx.Node]
 
     def users(self, node: fx.Node) -> list[fx.Node]:
         """The readers of a shadow node, markers left out."""
@@ -60,7 +65,7 @@ def shadow(gm: fx.GraphModule) -> Shadow | None:
     keep = _relevant(gm.graph)
     cuts = [n for n in gm.graph.nodes if n in keep and _is_cut(n)]
     cuts = [n for n in cuts if _is_value(example_value(n))]
-    marked: list[fx.Node] = []
+    marked: list[tuple[fx.Node, fx.Node]] = []
 
     def run(*values):
         interpreter = _Reader(gm, keep, dict(zip(cuts, values, strict=True)), marked)
@@ -122,10 +127,18 @@ class _Reader(fx.Interpreter):
             if node not in self.keep or node.op == "output" or _is_cut(node):
                 continue
             value = self.env[node] = self.run_node(node)
-            if isinstance(value, torch.Tensor):
-                marks.append(MARK(value, len(self.marked)))
-                self.marked.append(node)
+            written = self._written_by(node) if is_mutation(node) else []
+            for changed in (node, *written):
+                value = self.env.get(changed)
+                if isinstance(value, torch.Tensor):
+                    marks.append(MARK(value, len(self.marked)))
+                    self.marked.append((changed, node))
         return marks
+
+    def _written_by(self, mutation: fx.Node) -> list[fx.Node]:
+        """The nodes whose values a mutation changes, through whatever view."""
+        storages = {storage_of(n) for n in mutated_nodes(mutation)} - {None}
+        return [n for n in self.env if n is not mutation and storage_of(n) in storages]
 
     def call_function(self, target: Callable, args, kwargs):
         return super().call_function(SPELLED_OUT.get(target, target), args, kwargs)
@@ -175,9 +188,16 @@ def _relevant(graph: fx.Graph) -> set[fx.Node]:
             keep.add(node)
             if not _is_cut(node):
                 stack.extend(node.all_input_nodes)
-        stack = [n for n in mutations if n not in keep and keep & set(n.all_input_nodes)]
+        # A write reaches what is kept through any view of the same memory.
+        storages = {storage_of(n) for n in keep} - {None}
+        stack = [n for n in mutations if n not in keep and _writes_to(n, keep, storages)]
         if not stack:
             return keep
+
+
+def _writes_to(mutation: fx.Node, nodes: set[fx.Node], storages: set) -> bool:
+    written = mutated_nodes(mutation)
+    return any(n in nodes or storage_of(n) in storages or storage_of(n) is None for n in written)
 
 
 def _changes_mode(node: fx.Node) -> bool:
@@ -185,17 +205,18 @@ def _changes_mode(node: fx.Node) -> bool:
     return name in ("_enter_autocast", "_exit_autocast", "_set_grad_enabled")
 
 
-def _connect(traced: fx.GraphModule, cuts: list[fx.Node], marked: list[fx.Node]) -> Shadow:
+def _connect(traced: fx.GraphModule, cuts: list[fx.Node], marked: list[tuple[fx.Node, fx.Node]]) -> Shadow:
     graph = traced.graph
     aten_of: dict[fx.Node, fx.Node] = {}
-    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    for dynamo, aten in zip(cuts, placeholders, strict=True):
-        aten_of[dynamo] = aten
-    for node in graph.nodes:
-        if node.target is MARK:
-            aten_of[marked[node.args[1]]] = node.args[0]
     dynamo_of: dict[fx.Node, list[fx.Node]] = {}
+    since: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    held = [(aten, dynamo, dynamo) for dynamo, aten in zip(cuts, placeholders, strict=True)]
+    held += [(n.args[0], *marked[n.args[1]]) for n in graph.nodes if n.target is MARK]
     order = {node: i for i, node in enumerate(cuts[0].graph.nodes)} if cuts else {}
-    for dynamo, aten in sorted(aten_of.items(), key=lambda pair: order.get(pair[0], 0)):
-        dynamo_of.setdefault(aten, []).append(dynamo)
-    return Shadow(graph, aten_of, dynamo_of)
+    for aten, dynamo, at in sorted(held, key=lambda x: (order.get(x[2], 0), order.get(x[1], 0))):
+        aten_of.setdefault(dynamo, aten)
+        if dynamo not in dynamo_of.setdefault(aten, []):
+            dynamo_of[aten].append(dynamo)
+            since[aten, dynamo] = at
+    return Shadow(graph, aten_of, dynamo_of, since)

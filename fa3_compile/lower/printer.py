@@ -204,22 +204,31 @@ class _Session:
         return [self.to.to_float(x) for x in args]
 
     def _Add(self, expr) -> Text:
-        """Integer terms are summed exactly before they meet the floats."""
-        exact: list[tuple[bool, Text]] = []
-        rest: list[tuple[bool, Text]] = []
+        """Integers are summed exactly before they meet a float: `0.3*(kv - q)`, which sympy
+        stores as `0.3*kv - 0.3*q`, is one product again."""
+        exact: dict[sympy.Expr, list[tuple[bool, Text]]] = {}
+        terms: list[tuple[bool, Text]] = []
         for term in expr.args:
-            coefficient = term.as_coeff_Mul()[0]
+            coefficient, rest = term.as_coeff_Mul()
             negative = bool(coefficient.is_negative)
-            [x] = self.numbers([-term if negative else term])
-            (exact if x.kind == "int" else rest).append((negative, x))
-        if not rest:
-            return _sum(exact, "int")
-        if len(exact) == 1:
-            [(negative, x)] = exact
-            rest.append((negative, self.to.to_float(x)))
-        elif exact:
-            rest.append((False, self.to.to_float(_sum(exact, "int"))))
-        return _sum(rest, "float")
+            scale = abs(coefficient)
+            [x] = self.numbers([rest if not scale.is_Integer else scale * rest])
+            if x.kind == "int":
+                exact.setdefault(sympy.S.One if scale.is_Integer else scale, []).append(
+                    (negative, x)
+                )
+            else:
+                terms.append((negative, self.text(scale * rest)))
+        sums = {scale: _sum(found, "int") for scale, found in exact.items()}
+        if not terms and list(sums) == [1]:
+            return sums[sympy.S.One]
+        for scale, found in exact.items():
+            negative = all(x[0] for x in found)
+            x = self.to.to_float(_sum([(not negative and n, x) for n, x in found], "int"))
+            if scale != 1:
+                x = Text(f"{self.to.number(float(scale))}*{x.at(ATOM)}", "float", MUL)
+            terms.append((negative, x))
+        return _sum(terms, "float")
 
     def _Mul(self, expr) -> Text:
         coefficient, product = expr.as_coeff_Mul()
@@ -335,6 +344,9 @@ def _sign_strength(body: str) -> int:
 
 
 def _sum(terms: list[tuple[bool, Text]], kind: str) -> Text:
+    if len(terms) == 1 and terms[0][1].literal:
+        [(negative, x)] = terms
+        return Text(f"-{x.body}", kind, ADD, True) if negative else x
     terms = sorted(terms, key=lambda x: x[0])  # a positive term first, where there is one
     body = ""
     for negative, x in terms:
@@ -507,7 +519,10 @@ _MINUS_2_LOG2_E = sympy.Float(-2 / math.log(2))
 
 def _tanh(x):
     """2 / (1 + e^(-2x)) - 1: no overflow at either end, absolute error about 1e-7."""
-    return 2 / (1 + sympy.Pow(2, x * _MINUS_2_LOG2_E)) - 1
+    coefficient, rest = x.as_coeff_Mul()
+    # Not evaluated: sympy would multiply a sum of integers out.
+    exponent = sympy.Mul(_MINUS_2_LOG2_E * coefficient, rest, evaluate=False)
+    return 2 / (1 + sympy.Pow(2, exponent)) - 1
 
 
 def _round(x):

@@ -25,7 +25,7 @@ def problem_of(region: Region) -> Problem:
     layout = region.layout
     query = example_value(region.query.source)
     values = [example_value(x.source) for x in (region.query, region.key, region.value)]
-    aux = [example_value(node) for node in region.loads]
+    aux = [example_value(node) for node, _ in region.loads]
     graded = torch.is_grad_enabled()
     kv_heads = _hint(layout.total(layout.kv_heads), region)
     group = _hint(layout.total(layout.group), region)

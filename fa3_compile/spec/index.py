@@ -144,9 +144,27 @@ def simplify_index(expr: Expr, ranges: Ranges) -> Expr:
             return divide(args[0], args[1], ranges)
         if isinstance(node, mod):
             return remainder(args[0], args[1], ranges)
-        return node.func(*args) if tuple(args) != node.args else node
+        node = node.func(*args) if tuple(args) != node.args else node
+        return _recombined(node) if isinstance(node, sympy.Add) else node
 
     return visit(expr)
+
+
+def _recombined(total: Expr) -> Expr:
+    """c*b*floordiv(x, b) + c*mod(x, b) -> c*x."""
+    for term in total.args:
+        scale, rest = term.as_coeff_Mul()
+        if not isinstance(rest, mod):
+            continue
+        x, b = rest.args
+        whole = scale * b * floordiv(x, b)
+        if whole in total.args:
+            return _again(total - term - whole + scale * x)
+    return total
+
+
+def _again(expr: Expr) -> Expr:
+    return _recombined(expr) if isinstance(expr, sympy.Add) else expr
 
 
 def flatten(index: Sequence[Expr], shape: Sequence[Expr]) -> Expr:

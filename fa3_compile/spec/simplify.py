@@ -250,6 +250,8 @@ def _tidy_mask(mask):
     relation = mask.func(left, right)
     if relation in (sympy.true, sympy.false) or not hasattr(relation, "lhs"):
         return relation
+    if apart := _without_abs(relation) or _without_product(relation):
+        return _tidy_mask(apart)
     difference = left - right
     if not _is_index(difference) or isinstance(relation, (sympy.Eq, sympy.Ne)):
         return relation
@@ -272,6 +274,35 @@ def _tidy_mask(mask):
             if coefficient == -1:
                 return _decide(sympy.Ge(symbol, rest), symbol, rest, upper=False)
     return relation
+
+
+def _without_abs(relation) -> Boolean | None:
+    """abs(x) <= c -> -c <= x <= c."""
+    left, right = relation.lhs, relation.rhs
+    if isinstance(right, sympy.Abs) and not isinstance(left, sympy.Abs):
+        left, right, relation = right, left, relation.reversed
+    if not isinstance(left, sympy.Abs):
+        return None
+    x = left.args[0]
+    if isinstance(relation, (sympy.Le, sympy.Lt)):
+        return sympy.And(relation.func(x, right), relation.func(-right, x))
+    if isinstance(relation, (sympy.Ge, sympy.Gt)):
+        return sympy.Or(relation.func(x, right), relation.func(-right, x))
+    return None
+
+
+def _without_product(relation) -> Boolean | None:
+    """a * b != 0 of integers and booleans -> a != 0 and b != 0."""
+    left, right = relation.lhs, relation.rhs
+    if not isinstance(left, sympy.Mul) or right != 0:
+        return None
+    if not all(isinstance(x, load) or x.is_integer for x in left.args):
+        return None
+    if isinstance(relation, sympy.Ne):
+        return sympy.And(*(sympy.Ne(x, 0) for x in left.args))
+    if isinstance(relation, sympy.Eq):
+        return sympy.Or(*(sympy.Eq(x, 0) for x in left.args))
+    return None
 
 
 def _decide(relation, symbol, limit, *, upper: bool):

@@ -85,22 +85,28 @@ struct AttentionForward {
   static constexpr int kDenseBytes = Variant::kDenseTile ? kN / 64 * kDensePanelBytes : 0;
   static_assert(!Variant::kDenseTile || kN % 64 == 0, "a dense tile is whole panels wide");
 
+  // A second query stage, where it fits, lets the next tile's queries load ahead.
+  static constexpr int kSharedLimit = 232448;
+  static constexpr int kOperandBytes = kStages * (KTile::kBytes + VTile::kBytes + kDenseBytes);
+  static constexpr int kQStages =
+      2 * QTile::kBytes + kOperandBytes + 2048 <= kSharedLimit ? 2 : 1;
+
   // Shared memory, in bytes from a base aligned to 1024.
   static constexpr int kAtQ = 0;
-  static constexpr int kAtK = kAtQ + QTile::kBytes;
+  static constexpr int kAtK = kAtQ + kQStages * QTile::kBytes;
   static constexpr int kAtV = kAtK + kStages * KTile::kBytes;
   static constexpr int kAtDense = kAtV + kStages * VTile::kBytes;
   static constexpr int kAtBarriers = kAtDense + kStages * kDenseBytes;
   enum Barrier {
-    kQFull, kQEmpty,
-    kKFull, kKEmpty = kKFull + kStages,
+    kQFull, kQEmpty = kQFull + kQStages,
+    kKFull = kQEmpty + kQStages, kKEmpty = kKFull + kStages,
     kVFull = kKEmpty + kStages, kVEmpty = kVFull + kStages,
     kDenseFull = kVEmpty + kStages, kDenseEmpty = kDenseFull + kStages,
     kTileFull = kDenseEmpty + kStages, kTileEmpty = kTileFull + 2,
     kBarriers = kTileEmpty + 2
   };
-  static constexpr int kAtTiles = kAtBarriers + 8 * kBarriers;
-  static constexpr int kSharedBytes = kAtTiles + 16 + 1024;  // and room to align the base
+  static constexpr int kAtTiles = round_up(kAtBarriers + 8 * kBarriers, 16);
+  static constexpr int kSharedBytes = kAtTiles + 32 + 1024;  // and room to align the base
 
   const Params& p;
   uint32_t shared;
@@ -118,7 +124,7 @@ struct AttentionForward {
   FA3_DEVICE void init_barriers() const {
     constexpr int consumer_warps = 4 * Config::kWarpgroups;
     for (int i = 0; i < kBarriers; ++i) {
-      bool empty = i == kQEmpty || (i >= kKEmpty && i < kVFull) ||
+      bool empty = (i >= kQEmpty && i < kKFull) || (i >= kKEmpty && i < kVFull) ||
                    (i >= kVEmpty && i < kDenseFull) || (i >= kDenseEmpty && i < kTileFull) ||
                    i >= kTileEmpty;
       mbarrier_init(barrier(i), empty ? consumer_warps : 1);
@@ -128,12 +134,12 @@ struct AttentionForward {
 
   // ---- producer: one thread ----
 
-  FA3_DEVICE void load_k(Pipe at, const TileCoord& tile, int block) const {
+  FA3_DEVICE void load_k(Pipe at, const TileCoord& tile, int kv_head, int block) const {
     mbarrier_wait(barrier(kKEmpty + at.stage()), at.parity() ^ 1);
     uint32_t full = barrier(kKFull + at.stage());
     mbarrier_expect(full, KTile::kBytes);
     KTile::load(shared + kAtK + at.stage() * KTile::kBytes, p.k, full, kEvictLast, block * kN,
-                tile.head / p.group, tile.batch);
+                kv_head, tile.batch);
     if constexpr (Variant::kDenseTile) {
       mbarrier_wait(barrier(kDenseEmpty + at.stage()), at.parity() ^ 1);
       full = barrier(kDenseFull + at.stage());
@@ -146,60 +152,80 @@ struct AttentionForward {
     }
   }
 
-  FA3_DEVICE void load_v(Pipe at, const TileCoord& tile, int block) const {
+  FA3_DEVICE void load_v(Pipe at, const TileCoord& tile, int kv_head, int block) const {
     mbarrier_wait(barrier(kVEmpty + at.stage()), at.parity() ^ 1);
     uint32_t full = barrier(kVFull + at.stage());
     mbarrier_expect(full, VTile::kBytes);
     VTile::load(shared + kAtV + at.stage() * VTile::kBytes, p.v, full, kEvictLast, block * kN,
-                tile.head / p.group, tile.batch);
+                kv_head, tile.batch);
   }
 
   FA3_DEVICE void produce() const {
     Pipe k;  // values are one block behind
-    PipelineState<1> q;
+    PipelineState<kQStages> q;
     PipelineState<2> ring;
     tma_prefetch(p.q);
     tma_prefetch(p.k);
     tma_prefetch(p.v);
-    for (int index = blockIdx.x;;) {
-      bool last = index >= p.order.tiles;
-      if constexpr (Config::kLongestFirst) {
-        mbarrier_wait(barrier(kTileEmpty + ring.stage()), ring.parity() ^ 1);
-        asm volatile("st.shared.s32 [%0], %1;" ::"r"(shared + kAtTiles + 4 * ring.stage()),
-                     "r"(index) : "memory");
-        mbarrier_arrive(barrier(kTileFull + ring.stage()));
-        ring.advance();
-      }
-      if (last) break;
-      TileCoord tile = p.order.template coord<Config::kLongestFirst>(index);
-      // Taken now, so that the counter's latency hides behind this tile.
-      index = Config::kLongestFirst ? p.order.take() : index + gridDim.x;
+    for (TileQueue<Config::kLongestFirst> queue;; queue.next(p.order)) {
+      bool more = queue.index < p.order.tiles;
+      TileCoord tile{-1, 0, 0};
+      if (more) tile = p.order.template coord<Config::kLongestFirst>(queue.index);
+      publish(ring, tile);
+      ring.advance();
+      if (!more) break;
+      queue.take(p.order);
       BlockSequence seq = sequence(tile);
       if (seq.count == 0) continue;
-      mbarrier_wait(barrier(kQEmpty), q.parity() ^ 1);
-      mbarrier_expect(barrier(kQFull), QTile::kBytes);
-      QTile::load(shared + kAtQ, p.q, barrier(kQFull), kEvictFirst, tile.query_block * kM,
-                  tile.head, tile.batch);
+      mbarrier_wait(barrier(kQEmpty + q.stage()), q.parity() ^ 1);
+      uint32_t full = barrier(kQFull + q.stage());
+      mbarrier_expect(full, QTile::kBytes);
+      QTile::load(shared + kAtQ + q.stage() * QTile::kBytes, p.q, full, kEvictFirst,
+                  tile.query_block * kM, tile.head, tile.batch);
       q.advance();
+      int kv_head = tile.head / p.group;
       int block = seq.block(0);
-      load_k(k, tile, block);
+      load_k(k, tile, kv_head, block);
       k.advance();
 #pragma unroll 1
       for (int i = 1; i < seq.count; ++i) {
         int next = seq.block(i);
-        load_k(k, tile, next);
-        load_v({k.passed - 1}, tile, block);
+        load_k(k, tile, kv_head, next);
+        load_v({k.passed - 1}, tile, kv_head, block);
         k.advance();
         block = next;
       }
-      load_v({k.passed - 1}, tile, block);
+      load_v({k.passed - 1}, tile, kv_head, block);
     }
+  }
+
+  // Tiles go to the consumers through two slots, each of four words.
+  FA3_DEVICE void publish(PipelineState<2> at, const TileCoord& tile) const {
+    mbarrier_wait(barrier(kTileEmpty + at.stage()), at.parity() ^ 1);
+    asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, 0};" ::"r"(shared + kAtTiles +
+                                                                 16 * at.stage()),
+                 "r"(tile.query_block), "r"(tile.head), "r"(tile.batch)
+                 : "memory");
+    mbarrier_arrive(barrier(kTileFull + at.stage()));
+  }
+
+  FA3_DEVICE TileCoord receive(PipelineState<2> at, int lane) const {
+    TileCoord tile;
+    int unused;
+    mbarrier_wait(barrier(kTileFull + at.stage()), at.parity());
+    asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(tile.query_block), "=r"(tile.head), "=r"(tile.batch), "=r"(unused)
+                 : "r"(shared + kAtTiles + 16 * at.stage())
+                 : "memory");
+    release(kTileEmpty + at.stage(), lane);
+    return tile;
   }
 
   // ---- consumers ----
 
   struct Consumer {
     int warpgroup, lane;
+    PipelineState<kQStages> q;
     Pipe k, v, dense;
     float out[Config::kDimV / 2];
     uint32_t weights[kN / 4];  // P as the A operand of the values product
@@ -220,11 +246,12 @@ struct AttentionForward {
   }
 
   // S = Q K^T of one key block; left running.
-  FA3_DEVICE void issue_scores(const Consumer& c, float (&s)[kN / 2], uint32_t stage) const {
+  FA3_DEVICE void issue_scores(const Consumer& c, float (&s)[kN / 2]) const {
     constexpr int steps = ceil_div(Config::kDimQK, 16);
     constexpr int panel_steps = QTile::kPanelColumns / 16;
-    uint32_t q = QTile::Desc::low(shared + kAtQ + c.warpgroup * 64 * QTile::kSwizzle, 16);
-    uint32_t k = KTile::Desc::low(shared + kAtK + stage * KTile::kBytes, 16);
+    uint32_t q = QTile::Desc::low(shared + kAtQ + c.q.stage() * QTile::kBytes +
+                                      c.warpgroup * 64 * QTile::kSwizzle, 16);
+    uint32_t k = KTile::Desc::low(shared + kAtK + c.k.stage() * KTile::kBytes, 16);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < steps; ++i) {
@@ -237,9 +264,9 @@ struct AttentionForward {
   }
 
   // O += P V of one key block; left running.
-  FA3_DEVICE void issue_values(Consumer& c, uint32_t stage) const {
+  FA3_DEVICE void issue_values(Consumer& c) const {
     uint32_t v =
-        VTile::Desc::low(shared + kAtV + stage * VTile::kBytes, VTile::kPanelBytes);
+        VTile::Desc::low(shared + kAtV + c.v.stage() * VTile::kBytes, VTile::kPanelBytes);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kN / 16; ++i) {
@@ -327,26 +354,50 @@ struct AttentionForward {
     for (int i = 0; i < kN / 4; ++i) c.weights[i] = pack<Dtype>(s[2 * i], s[2 * i + 1]);
   }
 
+  FA3_DEVICE void wait_k(const Consumer& c) const {
+    mbarrier_wait(barrier(kKFull + c.k.stage()), c.k.parity());
+  }
+
+  FA3_DEVICE void wait_v(const Consumer& c) const {
+    mbarrier_wait(barrier(kVFull + c.v.stage()), c.v.parity());
+  }
+
+  // The scores have left shared memory; with the last block of a tile its queries have too.
+  FA3_DEVICE void release_k(Consumer& c, bool last) const {
+    release(kKEmpty + c.k.stage(), c.lane);
+    c.k.advance();
+    if (last) {
+      release(kQEmpty + c.q.stage(), c.lane);
+      c.q.advance();
+    }
+  }
+
+  FA3_DEVICE void release_v(Consumer& c) const {
+    release(kVEmpty + c.v.stage(), c.lane);
+    c.v.advance();
+  }
+
   // Scores of this block and values of the one before run while the weights are computed.
   template <bool Masked>
-  FA3_DEVICE void step(Consumer& c, const TileTerms& t, int block) const {
+  FA3_DEVICE void step(Consumer& c, const TileTerms& t, int block, bool last) const {
     float s[kN / 2];
     float alpha[2];
-    mbarrier_wait(barrier(kKFull + c.k.stage()), c.k.parity());
+    wait_k(c);
     Turns::wait(c.warpgroup);
-    issue_scores(c, s, c.k.stage());
-    mbarrier_wait(barrier(kVFull + c.v.stage()), c.v.parity());
-    issue_values(c, c.v.stage());
+    issue_scores(c, s);
+    wait_v(c);
+    issue_values(c);
     Turns::pass(c.warpgroup);
     wgmma_wait<1>();
     wgmma_pin(s);
-    release(kKEmpty + c.k.stage(), c.lane);
-    c.k.advance();
+    release_k(c, last);
     bool rescale = weigh<Masked>(c, t, s, block, alpha);
+#ifdef EXP_HOLD
+    if (c.softmax.sum[0] + c.softmax.sum[1] == -1.0f) __trap();
+#endif
     wgmma_wait<0>();
     wgmma_pin(c.out);
-    release(kVEmpty + c.v.stage(), c.lane);
-    c.v.advance();
+    release_v(c);
     pack_weights(c, s);
     if (rescale) {
 #pragma unroll
@@ -354,46 +405,82 @@ struct AttentionForward {
     }
   }
 
-  FA3_DEVICE void attend(Consumer& c, const TileTerms& t, const BlockSequence& seq) const {
-    c.softmax = Weights();
-#pragma unroll
-    for (int i = 0; i < Config::kDimV / 2; ++i) c.out[i] = 0.0f;
-    int block = seq.block(0);
-    int next = seq.count > 1 ? seq.block(1) : 0;  // listed blocks are read one step ahead
-    {
-      float s[kN / 2];
-      float alpha[2];
-      mbarrier_wait(barrier(kKFull + c.k.stage()), c.k.parity());
-      issue_scores(c, s, c.k.stage());
-      wgmma_wait<0>();
-      wgmma_pin(s);
-      release(kKEmpty + c.k.stage(), c.lane);
-      c.k.advance();
-      weigh<true>(c, t, s, block, alpha);
-      pack_weights(c, s);
+  // First block of a tile. The last values of the tile `previous`, if any, are still to be added:
+  // they go first, and that tile is stored while the scores of this one run.
+  FA3_DEVICE void begin(Consumer& c, const TileTerms& t, const BlockSequence& seq,
+                        const TileCoord& previous) const {
+    float s[kN / 2];
+    float alpha[2];
+    mbarrier_wait(barrier(kQFull + c.q.stage()), c.q.parity());
+    wait_k(c);
+    if (previous.query_block >= 0) {
+      wait_v(c);
+      Turns::wait(c.warpgroup);
+      issue_values(c);
+      issue_scores(c, s);
+      Turns::pass(c.warpgroup);
+      wgmma_wait<1>();
+      wgmma_pin(c.out);
+      release_v(c);
+      store(c, previous);
+    } else {
+      issue_scores(c, s);
     }
-    int i = 1;
+    wgmma_wait<0>();
+    wgmma_pin(s);
+    release_k(c, seq.count == 1);
+    clear(c);
+    weigh<true>(c, t, s, seq.block(0), alpha);
+    pack_weights(c, s);
+  }
+
+  // Every block of a tile but the last values, which wait for the next tile or for finish().
+  FA3_DEVICE void attend(Consumer& c, const TileTerms& t, const BlockSequence& seq,
+                         const TileCoord& previous) const {
+    begin(c, t, seq, previous);
+    int i = 1, block = 0;
+    int next = seq.count > 1 ? seq.block(1) : 0;  // listed blocks are read one step ahead
     auto advance = [&] {
       block = next;
       if (++i < seq.count) next = seq.block(i);
+      return i == seq.count;
     };
-    while (i < seq.masked) advance(), step<true>(c, t, block);
+    while (i < seq.masked) {
+      bool last = advance();
+      step<true>(c, t, block, last);
+    }
     int full_end = Variant::kLeftBlocks ? seq.masked + seq.full : seq.count;
-    while (i < full_end) advance(), step<false>(c, t, block);
-    if constexpr (Variant::kLeftBlocks)
-      while (i < seq.count) advance(), step<true>(c, t, block);
-    release(kQEmpty, c.lane);
-    mbarrier_wait(barrier(kVFull + c.v.stage()), c.v.parity());
-    issue_values(c, c.v.stage());
+    while (i < full_end) {
+      bool last = advance();
+      step<false>(c, t, block, last);
+    }
+    if constexpr (Variant::kLeftBlocks) {
+      while (i < seq.count) {
+        bool last = advance();
+        step<true>(c, t, block, last);
+      }
+    }
+  }
+
+  FA3_DEVICE void finish(Consumer& c, const TileCoord& tile) const {
+    wait_v(c);
+    issue_values(c);
     wgmma_wait<0>();
     wgmma_pin(c.out);
-    release(kVEmpty + c.v.stage(), c.lane);
-    c.v.advance();
+    release_v(c);
+    store(c, tile);
+  }
+
+  FA3_DEVICE static void clear(Consumer& c) {
+    c.softmax = Weights();
+#pragma unroll
+    for (int i = 0; i < Config::kDimV / 2; ++i) c.out[i] = 0.0f;
   }
 
   // O and LSE of the two rows of each thread. Lanes of a quad exchange pieces so that each writes
   // 16 bytes: no shared memory, and the next tile loads meanwhile.
-  FA3_DEVICE void store(Consumer& c, const TileTerms& t) const {
+  FA3_DEVICE void store(Consumer& c, const TileCoord& tile) const {
+    TileTerms t = terms(c, tile);
     constexpr int pieces = Config::kDimV / 8;
     int quad_lane = c.lane % 4;
 #pragma unroll
@@ -427,13 +514,17 @@ struct AttentionForward {
           x[i] = pack<Dtype>(c.out[at] * factor, c.out[at + 1] * factor);
         }
         quad_transpose(x, quad_lane);
-        if (inside && j + quad_lane < pieces)
-          asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(out +
-                                                                        16 * (j + quad_lane)),
-                       "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
-                       : "memory");
+        store_if(inside && j + quad_lane < pieces, out + 16 * (j + quad_lane), x);
       }
     }
+  }
+
+  FA3_DEVICE static void store_if(bool wanted, char* to, const uint32_t (&x)[4]) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.v4.b32 [%1], {%2, %3, %4, %5};}" ::"r"(
+            static_cast<int>(wanted)),
+        "l"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+        : "memory");
   }
 
   // x[i] of lane l becomes x[l] of lane i, within each four lanes.
@@ -452,46 +543,42 @@ struct AttentionForward {
     }
   }
 
+  FA3_DEVICE TileTerms terms(const Consumer& c, const TileCoord& tile) const {
+    TileTerms t{site(tile)};
+    t.head = Variant::head(t.at);
+    t.scale = Variant::scale(t.head);
+    t.slope = Variant::slope(t.head);
+    int q0 = tile.query_block * kM + c.warpgroup * 64 + threadIdx.x / 32 % 4 * 16 + c.lane / 4;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      t.q[r] = q0 + 8 * r;
+      t.row[r] = Variant::row(t.at, t.head, min(t.q[r], p.queries - 1));
+    }
+    return t;
+  }
+
   FA3_DEVICE void consume() const {
     Consumer c;
     c.warpgroup = __shfl_sync(~0u, threadIdx.x / 128 - 1, 0);
     c.lane = threadIdx.x % 32;
-    PipelineState<1> q;
     PipelineState<2> ring;
+    TileCoord previous{-1, 0, 0};
     Turns::start(c.warpgroup);
-    for (int index = blockIdx.x;;) {
-      if constexpr (Config::kLongestFirst) {
-        mbarrier_wait(barrier(kTileFull + ring.stage()), ring.parity());
-        asm volatile("ld.shared.s32 %0, [%1];"
-                     : "=r"(index) : "r"(shared + kAtTiles + 4 * ring.stage()) : "memory");
-        release(kTileEmpty + ring.stage(), c.lane);
-        ring.advance();
-      }
-      if (index >= p.order.tiles) break;
-      TileCoord tile = p.order.template coord<Config::kLongestFirst>(index);
+    for (;; ring.advance()) {
+      TileCoord tile = receive(ring, c.lane);
+      if (tile.query_block < 0) break;
       BlockSequence seq = sequence(tile);
-      TileTerms t{site(tile)};
-      t.head = Variant::head(t.at);
-      t.scale = Variant::scale(t.head);
-      t.slope = Variant::slope(t.head);
-      int q0 = tile.query_block * kM + c.warpgroup * 64 + threadIdx.x / 32 % 4 * 16 + c.lane / 4;
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        t.q[r] = q0 + 8 * r;
-        t.row[r] = Variant::row(t.at, t.head, min(t.q[r], p.queries - 1));
-      }
       if (seq.count > 0) {
-        mbarrier_wait(barrier(kQFull), q.parity());
-        q.advance();
-        attend(c, t, seq);
+        attend(c, terms(c, tile), seq, previous);
+        previous = tile;
       } else {
-        c.softmax = Weights();
-#pragma unroll
-        for (int i = 0; i < Config::kDimV / 2; ++i) c.out[i] = 0.0f;
+        if (previous.query_block >= 0) finish(c, previous);
+        previous.query_block = -1;
+        clear(c);
+        store(c, tile);
       }
-      store(c, t);
-      if (!Config::kLongestFirst) index += gridDim.x;
     }
+    if (previous.query_block >= 0) finish(c, previous);
   }
 
   FA3_DEVICE static void run(const Params& p) {

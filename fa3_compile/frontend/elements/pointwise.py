@@ -103,7 +103,7 @@ def _(node, index, ctx: Lifter) -> Element:
 def _quotient(a: Expr, b: Expr) -> Expr:
     if b == 0:
         raise ZeroDivisionError("a score divided by the constant 0")
-    return a * sympy.Float(1 / float(b)) if b.is_number else a / b
+    return a * sym(1 / float(b)) if b.is_number else a / b
 
 
 @element_of(aten.div.Tensor_mode, aten.div.Scalar_mode, aten.floor_divide.default)
@@ -185,7 +185,7 @@ def _(node, index, ctx: Lifter) -> Element:
     x = ctx.broadcast(node.args[0], index)
     if x.is_number and not x.is_infinite:
         value = UNARY[node.target](sympy.Float(x))
-        return sympy.Float(value) if value.is_real else value
+        return sym(float(value)) if value.is_real else value
     _transcendental(node, x)
     return UNARY[node.target](x)
 
@@ -393,7 +393,7 @@ def rounded(x: Expr, dtype: torch.dtype) -> Expr:
         if math.isinf(value):
             return sympy.oo if value > 0 else -sympy.oo
         exact = abs(float(x)) < 1e4
-        return x if exact else sympy.Float(value)
+        return x if exact else sym(value)
     if isinstance(x, where):
         return where(x.args[0], rounded(x.args[1], dtype), rounded(x.args[2], dtype))
     return x

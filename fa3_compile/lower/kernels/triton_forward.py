@@ -38,11 +38,16 @@ def interpreted() -> bool:
 
 @dataclass(frozen=True)
 class Bound:
-    """A kernel for one set of shapes and strides: `launch` takes the pointers and a stream."""
+    """A kernel for one set of shapes and strides.
+
+    aux     the captured tensors that `launch` takes after q, k, v, out and LSE
+    spills  registers that the compiler had to spill to memory
+    """
 
     config: TritonConfig
     aux: tuple[int, ...]
     launch: Callable[[Sequence[Tensor]], None]
+    spills: int = 0
 
 
 class TritonForward(Kernel):
@@ -147,6 +152,8 @@ def _bind(problem: Problem, q, k, v, aux, sizes) -> Bound:
             bound = bind_config(problem, config, q, k, v, aux, sizes)
         except KernelBuildError:
             return float("inf")
+        if bound.spills and config != tune.table_config(problem):
+            return float("inf")
         return seconds(lambda: bound.launch(pointers(problem, bound, q, k, v, aux)))
 
     config = tune.tuned_config(problem, effort, measure)
@@ -239,9 +246,8 @@ def bind_config(problem: Problem, config: TritonConfig, q, k, v, aux, sizes) -> 
             runner = compiled[grid]
         except Exception as error:
             raise KernelBuildError(f"{config} does not build: {error}") from error
-        if compiled.n_spills and config != tune.table_config(problem):
-            raise KernelBuildError(f"{config} spills {compiled.n_spills} registers")
-    return Bound(config, chosen, _launcher(runner, q.device, (*integers, *constants), config.tma))
+    launch = _launcher(runner, q.device, (*integers, *constants), config.tma)
+    return Bound(config, chosen, launch, compiled.n_spills)
 
 
 def _launcher(runner, device: torch.device, arguments: tuple, tma: bool):

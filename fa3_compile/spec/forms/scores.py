@@ -62,7 +62,7 @@ def alibi(term: Expr) -> str | None:
     factors = sympy.Mul.make_args(term)
     slopes = [f for f in factors if H in f.free_symbols]
     places = [f for f in factors if KV in f.free_symbols]
-    if len(slopes) == len(places) == 1 and KV not in slopes[0].free_symbols:
+    if len(slopes) == 1 and places and KV not in slopes[0].free_symbols:
         return "ALiBi"
     return None
 

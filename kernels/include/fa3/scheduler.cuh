@@ -5,7 +5,8 @@
 namespace fa3 {
 
 struct TileCoord {
-  int query_block, head, batch;
+  int query_block;  // -1: no more tiles
+  int head, batch;
 };
 
 // Tiles of equal work go round the grid in order, query blocks of a head side by side so that its
@@ -13,32 +14,47 @@ struct TileCoord {
 // causal head), in sections of `section` heads whose keys and values fit L2 together.
 struct TileOrder {
   int tiles, query_blocks, heads, section;
-  int* next;  // one counter, zero between launches; only the unequal case uses it
+  int blocks;  // of the grid
+  int* next;   // one counter, zero between launches; only the unequal case uses it
 
   template <bool LongestFirst>
-  FA3_DEVICE TileCoord coord(int tile) const {
+  FA3_DEVICE TileCoord coord(uint32_t tile) const {
+    uint32_t per_head = query_blocks;
+    uint32_t head, query_block;
     if constexpr (LongestFirst) {
-      int section_tiles = section * query_blocks;
-      int which = tile / section_tiles;
-      int inside = tile - which * section_tiles;
-      int width = min(section, tiles / query_blocks - which * section);
-      int rank = inside / width;
-      int head = which * section + inside - rank * width;
-      int batch = head / heads;
-      return {query_blocks - 1 - rank, head - batch * heads, batch};
+      uint32_t per_section = section * per_head;
+      uint32_t first = tile / per_section * section;
+      uint32_t inside = tile % per_section;
+      uint32_t width = min(static_cast<uint32_t>(section), tiles / per_head - first);
+      uint32_t rank = inside / width;
+      head = first + inside - rank * width;
+      query_block = per_head - 1 - rank;
     } else {
-      int head = tile / query_blocks;
-      int batch = head / heads;
-      return {tile - head * query_blocks, head - batch * heads, batch};
+      head = tile / per_head;
+      query_block = tile - head * per_head;
     }
+    uint32_t batch = head / heads;
+    return {static_cast<int>(query_block), static_cast<int>(head - batch * heads),
+            static_cast<int>(batch)};
+  }
+};
+
+// The sequence of tile numbers of one block. Dynamic: each takes from the counter; the answer is
+// looked at only in next(), so that its latency hides behind the loads of the tile in between.
+template <bool Dynamic>
+struct TileQueue {
+  int index = blockIdx.x;
+  int taken = 0;
+
+  FA3_DEVICE void take(const TileOrder& order) {
+    if (Dynamic) taken = atomicAdd(order.next, 1);
   }
 
   // Each block takes one tile past the end; the last of them to do so leaves the counter at zero
   // for the next launch.
-  FA3_DEVICE int take() const {
-    int taken = atomicAdd(next, 1);
-    if (taken == tiles - 1) *next = 0;
-    return taken + gridDim.x;
+  FA3_DEVICE void next(const TileOrder& order) {
+    if (Dynamic && taken == order.tiles - 1) *order.next = 0;
+    index = order.blocks + (Dynamic ? taken : index);
   }
 };
 
