@@ -112,7 +112,7 @@ def _floats(x):
         x.map(E.erf),
         x.map(sympy.sin),
         x.map(lambda t: sympy.exp(-sympy.Abs(t))),
-        x.map(lambda t: sympy.sqrt(1 + t**2)),
+        x.map(lambda t: (1 + t**2) ** sympy.Float(0.5)),
         x.map(lambda t: sympy.log(1 + sympy.Abs(t))),
         st.tuples(x, x).map(lambda t: sympy.Max(*t)),
     )
