@@ -29,8 +29,8 @@ def where(node: fx.Node) -> str:
 
 
 def short_path(file: str) -> str:
-    """A path as one would say it: from the working directory or the package on."""
-    for base in (Path.cwd(), *(Path(sysconfig.get_path(key)) for key in ("purelib", "platlib"))):
+    """A path as one would say it: from the package or the working directory on."""
+    for base in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), Path.cwd()):
         if Path(file).is_relative_to(base):
             return str(Path(file).relative_to(base))
     return file

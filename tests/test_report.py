@@ -15,7 +15,7 @@ from torch import nn
 from fa3_compile import explain, report
 from fa3_compile.errors import Decline
 from fa3_compile.report import RegionReport, Report, Tiles, collect
-from fa3_compile.source import where
+from fa3_compile.source import short_path, where
 
 GEMMA = RegionReport(
     index=0,
@@ -202,6 +202,13 @@ def test_where_leaves_out_torchs_own_frames():
     linear = next(node for node in nodes if "linear" in str(node.target))
     assert "torch/nn" not in where(linear)
     assert where(torch.fx.Graph().placeholder("x")) == ""
+
+
+def test_paths_start_at_the_package_or_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert short_path(torch.__file__) == "torch/__init__.py"
+    assert short_path(str(tmp_path / "model.py")) == "model.py"
+    assert short_path("/elsewhere/model.py") == "/elsewhere/model.py"
 
 
 @pytest.fixture
