@@ -87,6 +87,11 @@ def _(node, index, ctx: Lifter) -> Element:
     )
 
 
+@element_of(aten.copy.default)
+def _(node, index, ctx: Lifter) -> Element:
+    return ctx.operand(node.args[1], index)
+
+
 @element_of(aten.slice_scatter.default)
 def _(node, index, ctx: Lifter) -> Element:
     base, patch = node.args[:2]
