@@ -1,0 +1,212 @@
+"""`cpu`: ATen's own flash kernel, for scores that are a constant times `s` plus a bias.
+
+The bias, whatever computes it, is one tensor [B|1, H|1, Sq|1, Skv|1]; a mask is -inf in it, a
+causal one the kernel's own flag. Measured 3 to 4 times as fast as Inductor's code for the same
+eager attention (8 heads, 2048 x 2048, head dim 64, float32 and bfloat16).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import sympy
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fa3_compile.lower.choose import Gradients, Kernel, Problem, register
+from fa3_compile.lower.elements import Shape, elements
+from fa3_compile.spec.attention import AttentionSpec
+from fa3_compile.spec.expr import KV, Expr, Q, S, depends_on, loads_in
+
+CAUSAL = sympy.Le(KV, Q)
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+# A row whose scores are all below this is a masked one: the float32 score of a fill like
+# finfo.min no longer has `s` in it, and its lse no longer has log(Skv).
+MASKED = -1e8
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How the spec is said to ATen: softmax(scale * s + bias), and bias alone is computed."""
+
+    scale: float
+    bias: Expr
+    fill_scale: float
+    fill_bias: Expr | None
+
+    @property
+    def masked_scale(self) -> float:
+        """The derivative by s of the scores of a row that is all masked; a load may hold fills."""
+        if self.fill_bias is not None:
+            return self.fill_scale
+        return self.scale if loads_in(self.bias) else 0.0
+
+
+class Unsupported(Exception):
+    """The reason why a spec cannot be said to ATen's kernel."""
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(spec: AttentionSpec) -> _Plan | Unsupported:
+    try:
+        if spec.sinks:
+            raise Unsupported("ATen's flash kernel has no attention sinks")
+        scale, bias = _linear(spec.score, "score")
+        if not scale > 0:
+            raise Unsupported(f"ATen's flash kernel takes a positive scale, this one is {scale}")
+        fill_scale, fill_bias = 0.0, None
+        if spec.fill is not None:
+            fill_scale, fill_bias = _linear(spec.fill, "fill")
+            if not fill_bias.is_number:
+                raise Unsupported(f"masked scores are not a constant: {spec.fill}")
+            absorbs = float(fill_bias) <= MASKED
+            if not absorbs and (fill_scale != scale or float(fill_bias) < -1e4):
+                raise Unsupported(f"rows of masked scores {spec.fill} are no bias to the others")
+        return _Plan(scale, bias, fill_scale, fill_bias)
+    except Unsupported as error:
+        return error
+
+
+def _linear(expr: Expr, what: str) -> tuple[float, Expr]:
+    """(a, b) with expr == a * s + b, b without s."""
+    if not depends_on(expr, [S]):
+        return 0.0, expr
+    slope = expr.diff(S)
+    bias = expr.subs(S, 0)
+    if not slope.is_number or slope.has(sympy.Derivative, sympy.Subs):
+        raise Unsupported(f"the {what} is not a constant times s plus a bias: {expr}")
+    return float(slope), bias
+
+
+def _bias(problem: Problem, q: Tensor, k: Tensor, aux, sizes) -> Tensor | None:
+    """The additive bias [B|1, H|1, Sq|1, Skv|1] in float32; None where it is 0."""
+    spec, plan = problem.spec, _made(problem)
+    causal = spec.mask == CAUSAL
+    if plan.bias == 0 and (causal or not spec.has_mask):
+        return None
+    shape = Shape(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    exprs = (plan.bias, spec.mask)
+    bias, mask = elements(exprs, spec, shape, None, aux, sizes, torch.float32, q.device)
+    bias = bias.to(torch.float32)
+    if spec.has_mask and not causal:
+        masked = torch.full((), float("-inf"), device=q.device)
+        if plan.fill_bias is not None:
+            fill = max(float(plan.fill_bias), torch.finfo(torch.float32).min)
+            some = mask.expand(*mask.shape[:3], shape.kv_len).any(-1, keepdim=True)
+            masked = torch.where(some, masked, fill)
+        bias = torch.where(mask, bias, masked)
+    return bias if bias.dim() == 4 else bias.reshape(1, 1, 1, 1)
+
+
+def _made(problem: Problem) -> _Plan:
+    plan = _plan(problem.spec)
+    assert isinstance(plan, _Plan), plan
+    return plan
+
+
+def _padded(x: Tensor, dim: int) -> Tensor:
+    return x if x.shape[-1] == dim else F.pad(x, (0, dim - x.shape[-1]))
+
+
+class Cpu(Kernel):
+    name = "cpu"
+    priority = 10
+    inline = True
+
+    def supports(self, problem: Problem) -> str | None:
+        if problem.device.type != "cpu":
+            return f"cpu is for CPU tensors, these are on {problem.device}"
+        if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"ATen's flash kernel takes float32, bfloat16 and float16, not {problem.dtype}"
+        if 0 in (problem.batch, problem.heads, problem.q_len, problem.kv_len, problem.dim):
+            return "ATen's flash kernel takes no empty tensors"
+        if isinstance(reason := _plan(problem.spec), Unsupported):
+            return str(reason)
+        if problem.needs_grad:
+            return self.supports_backward(problem)
+        return None
+
+    def run(self, problem, q, k, v, aux, sizes):
+        spec, plan = problem.spec, _made(problem)
+        bias = _bias(problem, q, k, aux, sizes)
+        dim = max(problem.dim, problem.v_dim)
+        out, lse = FLASH(
+            _padded(q, dim),
+            _padded(k, dim),
+            _padded(v, dim),
+            is_causal=spec.mask == CAUSAL,
+            attn_mask=bias,
+            scale=plan.scale,
+        )
+        out = out[..., : v.shape[-1]]
+        if bias is None:
+            return out, lse.contiguous()
+        # For a row of -inf the kernel gives zeros and an lse of 0.
+        empty = (bias == float("-inf")).all(-1)
+        lse = torch.where(empty, float("-inf"), lse)
+        if spec.dead != "zero":
+            out = torch.where(empty.unsqueeze(-1), float("nan"), out)
+        return out, lse
+
+    def supports_backward(self, problem: Problem) -> str | None:
+        if any(problem.aux_needs_grad):
+            return "ATen's flash kernel has no gradient for a bias"
+        return None
+
+    def run_backward(self, problem, dout, dlse, q, k, v, out, lse, aux, sizes, needs) -> Gradients:
+        spec, plan = problem.spec, _made(problem)
+        bias = _bias(problem, q, k, aux, sizes)
+        dim = max(problem.dim, problem.v_dim)
+        corrections = None
+        if bias is not None:
+            masked = (lse < MASKED).unsqueeze(-1)
+            corrections = _masked_rows_backward(spec, plan, dout, q, k, v, lse)
+            dout = torch.where(masked, 0.0, dout)
+            out = torch.where(masked, 0.0, out)
+            lse = torch.where(lse < MASKED, 0.0, lse)
+        grads = FLASH_BACKWARD(
+            *(_padded(x, dim).contiguous() for x in (dout, q, k, v, out)),
+            lse.contiguous(),
+            0.0,
+            spec.mask == CAUSAL,
+            attn_mask=bias,
+            scale=plan.scale,
+        )
+        grads = [g[..., : x.shape[-1]] for g, x in zip(grads, (q, k, v))]
+        if corrections is not None:
+            grads = [(g + c).to(g.dtype) for g, c in zip(grads, corrections)]
+        dq, dk, dv = (g if n else None for g, n in zip(grads, needs))
+        return dq, dk, dv, [None] * len(aux)
+
+
+def _masked_rows_backward(
+    spec: AttentionSpec, plan: _Plan, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the rows of masked scores add to dq, dk, dv, in float32; one product of [D, Skv] and
+    [Skv, Dv] a head.
+
+    Their probabilities are 1/Skv: with p uniform, ds = a/Skv * (dout.v - dout.mean(v)) is linear
+    in dout, and the sums over kv and q factor. A row of -inf has none ("zero") or NaN ("nan").
+    """
+    batch, kv_heads, kv_len, _ = k.shape
+    rows = (batch, kv_heads, -1)
+    empty_weight = 0.0 if spec.dead == "zero" else float("nan")
+    weight = torch.where(lse == float("-inf"), empty_weight, 1.0).unsqueeze(-1)
+    dout = torch.where((lse < MASKED).unsqueeze(-1), dout.float() * weight, 0.0)
+    dout = dout.reshape(*rows, dout.shape[-1])
+    q_rows, k, v = q.float().reshape(*rows, q.shape[-1]), k.float(), v.float()
+    dv = (dout.sum(2, keepdim=True) / kv_len).expand(v.shape)
+    a = plan.masked_scale
+    if a == 0:
+        return torch.zeros_like(q_rows).view(q.shape), torch.zeros_like(k), dv
+    against_mean = (dout * v.mean(2, keepdim=True)).sum(-1, keepdim=True)
+    dq = dout @ (v.mT @ k / kv_len) - against_mean * k.mean(2, keepdim=True)
+    dk = (v @ (dout.mT @ q_rows) - (against_mean * q_rows).sum(2, keepdim=True)) / kv_len
+    return (a * dq).view(q.shape), a * dk, dv
+
+
+register(Cpu())
