@@ -79,8 +79,10 @@ def arrange(score: E.Expr) -> Logits:
         else:
             x.append(term)
     scale = 1.0
-    if len(x) == 1 and (c := _coefficient(x[0], E.S)) is not None and c.is_number and c > 0:
-        scale, x = float(c), [E.S]
+    if len(x) == 1:
+        c, rest = x[0].as_coeff_Mul()
+        if c.is_positive:
+            scale, x = float(c), [rest]
     return Logits(sympy.Add(*x), sympy.Add(*shift), scale, log2=True)
 
 
@@ -147,12 +149,28 @@ class Hoister:
         if isinstance(expr, E.load):
             index = [expr.args[0], *map(self.place, expr.index)]
             return self._named(expr, E.load(*index))
+        if isinstance(expr, sympy.core.relational.Relational) and level(expr) == ELEMENT:
+            return self._compared(expr)
         if isinstance(expr, (sympy.Add, sympy.Mul, sympy.And, sympy.Or, sympy.Max, sympy.Min)):
             return self._grouped(expr)
         placed = expr.func(*map(self.place, expr.args))
         if level(expr) != ELEMENT and not _trivial(expr):
             return self._named(expr, placed)
         return placed
+
+    def _compared(self, expr):
+        """kv - q <= n as kv <= q + n: one comparison per element and no arithmetic."""
+        terms = sympy.Add.make_args(expr.lhs - expr.rhs)
+        per_key = [x for x in terms if level(x) == COLUMN]
+        rest = [-x for x in terms if level(x) in (HEAD, ROW)]
+        if len(per_key) + len(rest) < len(terms) or not expr.lhs.is_integer:
+            return expr.func(*map(self.place, expr.args))
+        left, right, relation = sympy.Add(*per_key), sympy.Add(*rest), expr.func
+        if left.could_extract_minus_sign():
+            left, right, relation = -left, -right, expr.reversed.func
+        bound = self.place(right)
+        bound = self._named(right, bound) if bound.args else bound
+        return relation(self.place(left), bound, evaluate=False)
 
     def _grouped(self, expr):
         """An n-ary node, with the operands of each level together."""
