@@ -55,7 +55,7 @@ class Case:
     mask: Callable | None = None
     longest_first: bool = True
     dense: bool = False
-    block_map: Callable | None = None
+    block_map: bool = False
 
 
 SCALE = "FA3_DEVICE static float scale(const auto&) { return {scale}f * kLog2e; }\n"
@@ -146,12 +146,21 @@ CASES = {
             "FA3_DEVICE static Col col(const At& at, const Head&, int kv)"
             " { return {__ldg(at.aux.doc + at.batch * at.keys + kv)}; }\n"
             "FA3_DEVICE static bool mask(const At&, const Head&, const Row& row, const Col& col,"
-            " int q, int kv, float) { return row.doc == col.doc; }\n",
+            " int q, int kv, float) { return row.doc == col.doc; }\n"
+            "static constexpr int kMapValues = 1;\n"
+            "FA3_DEVICE static int map_query(const At& at, int, int q)"
+            " { return __ldg(at.aux.doc + at.batch * at.queries + q); }\n"
+            "FA3_DEVICE static int map_key(const At& at, int, int kv)"
+            " { return __ldg(at.aux.doc + at.batch * at.keys + kv); }\n"
+            "FA3_DEVICE static int classify(const At&, const Interval* q, const Interval* kv,"
+            " Interval, Interval) {\n"
+            "  if (q->low > kv->high || kv->low > q->high) return kEmpty;\n"
+            "  return q->low == q->high && kv->low == kv->high ? kFull : kPartial;\n}\n",
             aux_fields="const int* doc;",
             tensors=lambda b, h, sq, skv: (documents(b, sq),),
             aux=pointers,
             mask=lambda b, h, q, kv, t: t[0][b, q] == t[0][b, kv],
-            block_map=lambda t, m, n: document_map(t[0], m, n),
+            block_map=True,
         ),
     ]
 }
@@ -167,33 +176,6 @@ def documents(batch, length, count=8):
         marks[cuts] = 1
         rows.append(marks.cumsum(0))
     return torch.stack(rows).to("cuda", torch.int32)
-
-
-def document_map(doc, block_m, block_n):
-    """Partial and full key blocks of each query block: (indices, counts), both int32."""
-    batch, length = doc.shape
-
-    def extremes(block):
-        blocks = -(-length // block)
-        pad = blocks * block - length
-        low = torch.nn.functional.pad(doc, (0, pad), value=2**30).view(batch, blocks, block)
-        high = torch.nn.functional.pad(doc, (0, pad), value=-1).view(batch, blocks, block)
-        return low.amin(-1), high.amax(-1)
-
-    (q_min, q_max), (k_min, k_max) = extremes(block_m), extremes(block_n)
-    q_min, q_max, k_min, k_max = q_min[..., None], q_max[..., None], k_min[:, None], k_max[:, None]
-    some = (q_min <= k_max) & (k_min <= q_max)
-    full = (q_min == q_max) & (k_min == k_max) & (q_min == k_min)
-    if length % block_n:
-        full[..., -1] = False
-    partial = some & ~full
-    blocks = some.shape[-1]
-    order_partial = torch.argsort(~partial, dim=-1, stable=True)
-    order_full = torch.argsort(~full, dim=-1, stable=True).flip(-1)
-    at = torch.arange(blocks, device=doc.device)
-    indices = torch.where(at < partial.sum(-1, keepdim=True), order_partial, order_full)
-    counts = torch.stack([partial.sum(-1), full.sum(-1)], -1)
-    return indices.int().contiguous(), counts.int().contiguous()
 
 
 def reference(case, q, k, v, tensors, scale, dtype=torch.float64):
@@ -233,6 +215,7 @@ class Config:
     poly_stride: int = 0
     longest_first: bool | None = None  # None: as the case has it
     l2_mb: int = 32  # keys and values that a section of the longest-first order may hold
+    block_map: bool = False  # set from the case
     defines: tuple[str, ...] = ()  # of an experiment
     dtype: str = "Bf16"
     dim_qk: int = 128
@@ -260,6 +243,7 @@ _headers = build_nvrtc.read_headers(ROOT / "kernels")
 def source(case: Case, config: Config) -> str:
     if config.longest_first is None:
         config = replace(config, longest_first=case.longest_first)
+    config = replace(config, block_map=case.block_map)
     scale = repr(1 / math.sqrt(config.dim_qk))
     defines = "".join(f"#define {name}\n" for name in config.defines)
     return defines + _environment.get_template("cuda/attention_fwd.cu.jinja").render(
@@ -300,6 +284,20 @@ def checked(result):
     return values[0] if len(values) == 1 else values
 
 
+class Arguments:
+    """A parameter struct in memory, and the array of one pointer that a launch takes."""
+
+    def __init__(self, params: bytes):
+        params += bytes(-len(params) % 64)
+        self.storage = torch.empty(len(params) + 64, dtype=torch.uint8)
+        start = -self.storage.data_ptr() % 64
+        self.storage[start : start + len(params)] = torch.frombuffer(
+            bytearray(params), dtype=torch.uint8
+        )
+        self.array = torch.tensor([self.storage.data_ptr() + start], dtype=torch.int64)
+        self.pointer = self.array.data_ptr()
+
+
 @dataclass
 class Kernel:
     """A built kernel, loaded; call `prepare` once per set of tensors."""
@@ -317,6 +315,8 @@ class Kernel:
         torch.zeros(1, device="cuda")
         module = checked(cu.cuModuleLoadData(self.built.cubin))
         self.function = checked(cu.cuModuleGetFunction(module, b"attention_fwd"))
+        if self.case.block_map:
+            self.map_function = checked(cu.cuModuleGetFunction(module, b"block_map"))
         address, size = checked(cu.cuModuleGetGlobal(module, b"shared_bytes"))
         host = bytearray(4)
         checked(cu.cuMemcpyDtoH(host, address, 4))
@@ -349,16 +349,17 @@ class Kernel:
         order = (tiles, query_blocks, heads, section, grid)
         keep = [q, k, v, out, lse, counter, *tensors]
         block_map = (0, 0, 0, 0, 0)
-        if self.case.block_map is not None:
-            indices, counts = self.case.block_map(tensors, c.block_m, c.block_n)
-            keep += [indices, counts]
-            block_map = (
-                indices.data_ptr(),
-                counts.data_ptr(),
-                query_blocks if indices.shape[0] > 1 else 0,
-                0,
-                indices.shape[-1],
+        map_args = None
+        if self.case.block_map:
+            key_blocks = -(-keys // c.block_n)
+            indices = torch.empty(batch, query_blocks, key_blocks, dtype=torch.int32, device="cuda")
+            counts = torch.empty(batch, query_blocks, 2, dtype=torch.int32, device="cuda")
+            block_map = (indices.data_ptr(), counts.data_ptr(), query_blocks, 0, key_blocks)
+            map_params = struct.pack(
+                "QQiiiiii", *block_map[:2], batch, 1, query_blocks, key_blocks, queries, keys
             )
+            map_args = Arguments(map_params + self.case.aux(tensors))
+            keep += [indices, counts]
         params = b"".join(maps)
         params += struct.pack("QQqqq", out.data_ptr(), lse.data_ptr(), *out.stride()[:3])
         params += struct.pack("iiiii4xQ", *order, counter.data_ptr())
@@ -366,21 +367,22 @@ class Kernel:
         broadcast = (0, 0) if dense is None else tuple(int(n > 1) for n in dense.shape[:2])
         params += struct.pack("iiiii4x", group, queries, keys, *broadcast)
         params += self.case.aux(tensors)
-        params += bytes(-len(params) % 64)
-        size = len(params)
-        storage = torch.empty(size + 64, dtype=torch.uint8)
-        start = -storage.data_ptr() % 64
-        storage[start : start + size] = torch.frombuffer(bytearray(params), dtype=torch.uint8)
-        args = torch.tensor([storage.data_ptr() + start], dtype=torch.int64)
-        keep += [storage, args]
+        args = Arguments(params)
         threads = 128 * (c.block_m // 64 + 1)
 
         def launch():
             stream = torch.cuda.current_stream().cuda_stream
+            if map_args is not None:
+                checked(
+                    cu.cuLaunchKernel(
+                        self.map_function, -(-query_blocks // 8), 1, batch, 256, 1, 1, 0, stream,
+                        map_args.pointer, 0,
+                    )
+                )  # fmt: skip
             checked(
                 cu.cuLaunchKernel(
                     self.function, grid, 1, 1, threads, 1, 1, self.shared, stream,
-                    args.data_ptr(), 0,
+                    args.pointer, 0,
                 )
             )  # fmt: skip
             return keep[3]
@@ -450,7 +452,7 @@ CHECKS = [
         ("bias", 128, 128, 2, 4, 4, 1000, 1000, Config(128, 128)),
         ("bias", 64, 64, 2, 4, 4, 512, 256, Config(128, 128)),
         ("documents", 128, 128, 2, 2, 2, 3001, 3001, Config(128, 128)),
-        ("documents", 64, 64, 2, 2, 2, 3001, 3001, Config(192, 128)),
+        ("documents", 64, 64, 2, 2, 2, 3001, 3001, Config(192, 96)),
     ]
 ]
 

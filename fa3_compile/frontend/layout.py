@@ -26,7 +26,7 @@ from fa3_compile.spec.expr import (
     loads_in,
     size_symbol,
 )
-from fa3_compile.spec.index import divide, remainder, simplify_index
+from fa3_compile.spec.index import divide, is_nonnegative, remainder, simplify_index
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -50,6 +50,10 @@ def region(shadow: Shadow, skeleton: Skeleton, reading: Reading) -> Region:
     )
     if skeleton.softmax.unshifted and separated.dead == "score":
         separated = simplify.Separated(separated.score, separated.mask, "nan", None)
+    witnesses = [sympy.S.Zero, reading.key_length - 1]
+    if is_nonnegative(reading.key_length - ranges[Q]):
+        witnesses += [Q, Q + reading.key_length - ranges[Q]]
+    separated = simplify.without_dead_rows(separated, witnesses)
     if S not in separated.score.free_symbols:
         raise Decline("no-product", skeleton.output, "")
     fields = [separated.score, separated.mask, separated.fill, *sinks]

@@ -159,7 +159,7 @@ class Lifter:
         rule = RULES.get(node.target)
         if rule is None:
             try:
-                return self.load(node, index)
+                return self._without_rule(node, index)
             except Opaque as refused:
                 name = str(node.target)
                 raise Opaque(node, f"no element rule for {name}, and {refused.why}") from None
@@ -169,9 +169,20 @@ class Lifter:
             return rule(node, index, self)
         except Opaque as opaque:
             try:
-                return self.load(node, index)
+                return self._without_rule(node, index)
             except Opaque:
                 raise opaque from None
+
+    def _without_rule(self, node: fx.Node, index: Index) -> Element:
+        """A value known while compiling, or else a read."""
+        from fa3_compile.frontend.fold import fold
+
+        if node not in self.inside:
+            try:
+                return fold(node, index)
+            except Opaque:
+                pass
+        return self.load(node, index)
 
 
 INEXACT = frozenset("add sub rsub mul div pow exp log sqrt rsqrt reciprocal _to_copy".split())

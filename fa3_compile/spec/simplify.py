@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import sympy
 from sympy.logic.boolalg import Boolean
 
-from fa3_compile.spec.expr import Expr, S, erf, load, where
+from fa3_compile.spec.expr import KV, Expr, S, erf, load, where
 
 # No product of finite inputs that a softmax could use comes near it, and exp of the distance
 # to anything above it is zero in float32.
@@ -53,6 +53,17 @@ def separate(expr: Expr, *, half_fill: bool = False, dead_rows_zero: bool = Fals
     if values is not None and len(values) == 1:
         return Separated(score, mask, "score", next(iter(values)))
     return Separated(score, mask, "score", expr)
+
+
+def without_dead_rows(separated: Separated, witnesses: list[Expr]) -> Separated:
+    """The same, its fill dropped if a key is in reach of every query.
+
+    witnesses  keys as expressions of q, such as 0 and q, that exist for every query
+    """
+    for key in witnesses:
+        if tidy_mask(separated.mask.subs(KV, key)) == sympy.true:
+            return Separated(separated.score, separated.mask, "nan", None)
+    return separated
 
 
 def _bounded_reach(expr: Expr) -> float | None:

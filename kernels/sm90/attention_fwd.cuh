@@ -25,11 +25,13 @@ struct ForwardConfig {
   static constexpr int kStages = 2;
   static constexpr int kWarpgroups = BlockM_ / 64;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
-  // Of 65,536 registers consumers take what their tiles need and the producer the rest.
+  // Of 65,536 registers consumers take what their tiles need and the producer the rest. Three
+  // warpgroups hold scores, weights and output in 152 where those are small enough.
+  static constexpr bool kTight = 3 * BlockN_ / 4 + DimV / 2 > 108;
   static constexpr int kProducerRegisters =
-      kWarpgroups == 3 ? 32 : kWarpgroups == 2 ? 40 : 56;
+      kWarpgroups == 2 ? 40 : kWarpgroups == 3 && kTight ? 32 : 56;
   static constexpr int kConsumerRegisters =
-      kWarpgroups == 3 ? 160 : kWarpgroups == 2 ? 232 : 248;
+      kWarpgroups == 2 ? 232 : kWarpgroups == 1 ? 248 : kTight ? 160 : 152;
   static_assert(DimQK % 8 == 0 && DimV % 8 == 0 && DimQK <= 256 && DimV <= 256, "head dims");
   static_assert(BlockM_ % 64 == 0 && kWarpgroups <= 3 && BlockN_ % 16 == 0, "tile");
 };
