@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import sympy
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from fa3_compile.lower.printer import Env, TorchPrinter
 from fa3_compile.spec.attention import AttentionSpec
@@ -113,9 +113,9 @@ def _view(tensor: Tensor, index: list[str | int], positions: list[Tensor | int],
     """
     for length, at in zip(tensor.shape, index):
         if isinstance(at, str):
-            if not statically_known_true(length >= shape.lengths[AXES.index(at)]):
+            if not guard_or_false(length >= shape.lengths[AXES.index(at)]):
                 return _gather(tensor, positions)
-        elif not statically_known_true(length > at):
+        elif not guard_or_false(length > at):
             return _gather(tensor, positions)
     for dim in reversed(range(len(index))):
         at = index[dim]
@@ -123,7 +123,7 @@ def _view(tensor: Tensor, index: list[str | int], positions: list[Tensor | int],
             tensor = tensor.select(dim, at)
         else:
             wanted = shape.lengths[AXES.index(at)]
-            if not statically_known_true(tensor.shape[dim] == wanted):
+            if not guard_or_false(tensor.shape[dim] == wanted):
                 tensor = tensor.narrow(dim, 0, wanted)
     axes = [AXES.index(x) for x in index if isinstance(x, str)]
     tensor = tensor.permute([axes.index(x) for x in sorted(axes)])
@@ -143,4 +143,5 @@ def _gather(tensor: Tensor, index: list[Tensor | int]) -> Tensor:
         if isinstance(at, int):
             at = torch.full((), at, dtype=torch.int64, device=tensor.device)
         clamped.append(at.clamp(min=0).clamp(max=length - 1))
-    return tensor[tuple(clamped)]
+    # Not `tensor[...]`: that reads the value of an index without axes.
+    return torch.ops.aten.index.Tensor(tensor, clamped)

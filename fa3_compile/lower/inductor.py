@@ -1,0 +1,122 @@
+"""Inductor lowerings of the operators, installed by `install`.
+
+A kernel that is a program of torch operators is inlined: traced, and lowered node by node into
+the code around it. Any other stays one call of the operator, which runs the same choice again.
+Where a kernel cannot be built, and for gradients without a kernel, the reference is inlined; a
+backward lowering must not raise, because that would surface at `.backward()`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from fa3_compile.lower.choose import Problem
+from fa3_compile.lower.dispatch import allowed_kernels, built, built_backward, make_problem
+from fa3_compile.runtime.op import split_text
+
+log = logging.getLogger(__name__)
+
+
+@functools.cache
+def install() -> None:
+    """Registers the lowerings; Inductor is imported here and not before."""
+    from torch._inductor.lowering import register_lowering
+
+    for op, lowering in (
+        (torch.ops.fa3.attention.default, _lower_attention),
+        (torch.ops.fa3.attention_backward.default, _lower_backward),
+    ):
+        register_lowering(op, type_promotion_kind=None)(functools.partial(_or_call, op, lowering))
+
+
+def _or_call(op, lowering: Callable, *args):
+    """The lowering, or the call of the operator if it fails for a reason nobody thought of."""
+    from torch._inductor.lowering import fallback_handler
+
+    try:
+        lowered = lowering(*args)
+    except Exception:
+        log.exception("%s could not be lowered; it stays a call", op)
+        lowered = None
+    return fallback_handler(op, add_to_fallback_set=False)(*args) if lowered is None else lowered
+
+
+def _lower_attention(q, k, v, aux, sizes, text):
+    """None to leave the call."""
+    fake_q, fake_k, fake_v, fake_aux, fake_sizes, _ = _fake_arguments()
+    problem = _problem(text, fake_q, fake_k, fake_v, fake_aux)
+    kernel = built(problem, allowed_kernels(split_text(text)[1]))
+    if not kernel.inline:
+        return None
+
+    def program(q, k, v, aux, sizes):
+        return kernel.run(problem, q, k, v, aux, sizes)
+
+    fakes = (fake_q, fake_k, fake_v, list(fake_aux), list(fake_sizes))
+    return _inline(program, fakes, (q, k, v, list(aux), list(sizes)))
+
+
+def _lower_backward(dout, dlse, q, k, v, out, lse, aux, sizes, text, needs):
+    """None to leave the call."""
+    fakes = _fake_arguments()
+    _, _, fake_q, fake_k, fake_v, _, _, fake_aux, _, _, _ = fakes
+    problem = _problem(text, fake_q, fake_k, fake_v, fake_aux, needs)
+    kernel = built_backward(problem, allowed_kernels(split_text(text)[1]))
+    if not kernel.inline:
+        return None
+
+    def program(dout, dlse, q, k, v, out, lse, aux, sizes):
+        inputs = (q, k, v, *aux)
+        dq, dk, dv, daux = kernel.run_backward(
+            problem, dout, dlse, q, k, v, out, lse, aux, sizes, needs
+        )
+        grads = [x.new_empty(0) if g is None else g for x, g in zip(inputs, (dq, dk, dv, *daux))]
+        return grads[0], grads[1], grads[2], grads[3:]
+
+    arguments = (dout, dlse, q, k, v, out, lse, list(aux), list(sizes))
+    return _inline(program, tuple(fakes[:-2]), arguments)
+
+
+def _fake_arguments() -> tuple[Any, ...]:
+    """The current node's arguments as fake tensors and SymInts."""
+    from torch._inductor.virtualized import V
+
+    node = V.graph.current_node
+    values = torch.fx.map_arg(node.args, lambda x: x.meta["val"])
+    return tuple(list(x) if isinstance(x, (list, tuple)) else x for x in values)
+
+
+def _problem(text: str, q, k, v, aux, needs: Sequence[bool] = ()) -> Problem:
+    lengths = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+    return make_problem(text, q, k, v, aux, needs, [_hint(x) for x in lengths])
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def _inline(program: Callable, fakes: tuple, arguments: tuple):
+    """The program's outputs as Inductor IR, in the program's structure."""
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.lowering import process_subgraph_nodes
+    from torch._inductor.virtualized import V
+
+    flat_fakes, spec = pytree.tree_flatten(fakes)
+    output_spec: list[pytree.TreeSpec] = []
+
+    def flat_program(*flat):
+        outputs, structure = pytree.tree_flatten(program(*pytree.tree_unflatten(flat, spec)))
+        output_spec.append(structure)
+        return outputs
+
+    with V.fake_mode:
+        graph = make_fx(flat_program, decomposition_table=select_decomp_table())(*flat_fakes)
+    lowered = process_subgraph_nodes(graph, pytree.tree_leaves(arguments))
+    return pytree.tree_unflatten(list(lowered), output_spec[-1])  # pyright: ignore
