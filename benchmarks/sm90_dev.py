@@ -214,6 +214,7 @@ class Config:
     lazy: bool = True
     poly_stride: int = 0
     longest_first: bool | None = None  # None: as the case has it
+    cluster: int = 1
     l2_mb: int = 32  # keys and values that a section of the longest-first order may hold
     block_map: bool = False  # set from the case
     defines: tuple[str, ...] = ()  # of an experiment
@@ -227,6 +228,7 @@ class Config:
         flags += f" poly{self.poly_stride}" if self.poly_stride else ""
         flags += {None: "", True: " lpt", False: " static"}[self.longest_first]
         flags += "".join(f" {name}" for name in self.defines)
+        flags += f" x{self.cluster}" if self.cluster > 1 else ""
         flags += f" l2:{self.l2_mb}" if self.l2_mb != 32 else ""
         return f"{self.block_m}x{self.block_n}{flags}"
 
@@ -333,20 +335,22 @@ class Kernel:
         keys, dim_v = k.shape[2], v.shape[3]
         out = torch.full((batch, heads, queries, dim_v), float("nan"), dtype=q.dtype, device="cuda")
         lse = torch.full((batch, heads, queries), float("nan"), device="cuda")
-        maps = [tensor_map(cu, q, c.block_m), tensor_map(cu, k, c.block_n)]
-        maps.append(tensor_map(cu, v, c.block_n))
+        maps = [tensor_map(cu, q, c.block_m), tensor_map(cu, k, c.block_n // c.cluster)]
+        maps.append(tensor_map(cu, v, c.block_n // c.cluster))
         dense = tensors[0] if self.case.dense else None
         maps.append(bytes(128) if dense is None else tensor_map(cu, dense, c.block_m, dense=True))
         query_blocks = -(-queries // c.block_m)
-        tiles = query_blocks * heads * batch
         processors = torch.cuda.get_device_properties(0).multi_processor_count
         counter = torch.zeros(1, dtype=torch.int32, device="cuda")
         group = heads // k.shape[1]
         kv_bytes = 2 * keys * (dim + dim_v)
         section = max(1, c.l2_mb * 2**20 // max(kv_bytes, 1)) * group
         section = min(section, batch * heads)
-        grid = min(tiles, processors)
-        order = (tiles, query_blocks, heads, section, grid)
+        clusters = -(-query_blocks // c.cluster)
+        tiles = clusters * heads * batch
+        grid = min(tiles, processors // c.cluster)
+        order = (tiles, clusters, heads, section, grid)
+        grid *= c.cluster
         keep = [q, k, v, out, lse, counter, *tensors]
         block_map = (0, 0, 0, 0, 0)
         map_args = None
@@ -451,6 +455,17 @@ CHECKS = [
         ("prefix", 128, 128, 1, 2, 2, 3001, 3001, Config(128, 128)),
         ("bias", 128, 128, 2, 4, 4, 1000, 1000, Config(128, 128)),
         ("bias", 64, 64, 2, 4, 4, 512, 256, Config(128, 128)),
+        ("causal", 64, 64, 2, 4, 4, 1000, 1000, Config(192, 64)),
+        ("causal", 64, 64, 2, 4, 4, 100, 1000, Config(192, 64)),
+        ("causal", 64, 64, 2, 4, 4, 1000, 1000, Config(192, 32)),
+        ("window", 64, 64, 1, 2, 2, 3001, 3001, Config(192, 64)),
+        ("window", 128, 128, 1, 2, 2, 3001, 1000, Config(128, 64)),
+        ("window", 64, 64, 1, 2, 2, 3001, 1000, Config(192, 64)),
+        ("prefix", 64, 64, 1, 2, 2, 3001, 3001, Config(192, 64)),
+        ("full", 128, 128, 2, 4, 4, 1000, 1000, Config(128, 176, cluster=2)),
+        ("full", 64, 64, 2, 6, 3, 1000, 517, Config(192, 128, cluster=2)),
+        ("full", 256, 256, 2, 8, 2, 133, 999, Config(128, 80, ping_pong=False, cluster=2)),
+        ("full", 128, 128, 2, 4, 4, 1000, 1000, Config(192, 80, cluster=2)),
         ("documents", 128, 128, 2, 2, 2, 3001, 3001, Config(128, 128)),
         ("documents", 64, 64, 2, 2, 2, 3001, 3001, Config(192, 96)),
     ]
@@ -503,27 +518,21 @@ def check(builds):
 
 TOKENS, WIDTH = 16384, 2048
 CANDIDATES = {
-    ("full", 64): [Config(192, 128), Config(192, 128, ping_pong=False),
-                   Config(192, 128, defines=("EXP_HOLD",)), Config(128, 128), Config(192, 96)],
-    ("causal", 64): [Config(192, 128), Config(192, 128, l2_mb=16), Config(192, 128, l2_mb=8),
-                     Config(192, 128, ping_pong=False), Config(192, 128, defines=("EXP_HOLD",)),
-                     Config(192, 64), Config(192, 96)],
+    ("full", 64): [Config(192, 128), Config(192, 128, cluster=2)],
+    ("causal", 64): [Config(192, 128), Config(192, 96), Config(192, 64), Config(128, 128)],
     ("full", 128): [Config(128, 176), Config(128, 160), Config(128, 128),
-                    Config(128, 128, defines=("EXP_HOLD",)), Config(128, 176, defines=("EXP_HOLD",)),
-                    Config(128, 128, ping_pong=False)],
-    ("causal", 128): [Config(128, 128), Config(128, 128, l2_mb=16), Config(128, 128, l2_mb=8),
-                      Config(128, 128, defines=("EXP_HOLD",)), Config(128, 128, ping_pong=False),
-                      Config(128, 176)],
-    ("full", 256): [Config(128, 80, ping_pong=False), Config(128, 80),
-                    Config(128, 80, defines=("EXP_HOLD",)), Config(128, 64)],
-    ("causal", 256): [Config(128, 80, ping_pong=False), Config(128, 80), Config(128, 80, l2_mb=16),
-                      Config(128, 64)],
-    ("softcap", 128): [Config(128, 128), Config(128, 128, defines=("EXP_HOLD",))],
+                    Config(128, 176, cluster=2), Config(128, 160, cluster=2),
+                    Config(128, 128, cluster=2), Config(192, 80), Config(192, 80, cluster=2)],
+    ("causal", 128): [Config(128, 128), Config(192, 80), Config(128, 64)],
+    ("full", 256): [Config(128, 80), Config(128, 64), Config(128, 80, cluster=2),
+                    Config(128, 64, cluster=2)],
+    ("causal", 256): [Config(128, 80), Config(128, 64)],
+    ("softcap", 128): [Config(128, 128)],
     ("alibi", 128): [Config(128, 128)],
-    ("window", 128): [Config(128, 128)],
+    ("window", 128): [Config(128, 128), Config(192, 80)],
     ("prefix", 128): [Config(128, 128)],
     ("bias", 128): [Config(128, 128)],
-    ("documents", 128): [Config(128, 128)],
+    ("documents", 128): [Config(128, 128), Config(128, 96)],
 }  # fmt: skip
 
 

@@ -322,7 +322,8 @@ def our_runners(case: Case, q, k, v, aux, failures: list[str]) -> list[Runner]:
         except KernelBuildError as error:
             failures.append(f"{case.name} D{case.dim} {error}"[:300])
             continue
-        pointers = triton_forward.pointers(problem, bound, q, k, v, aux)
+        outputs = triton_forward.outputs(problem, q, v)
+        pointers = [q, k, v, *outputs, *(aux[i] for i in bound.aux)]
         label = f"{config.block_q},{config.block_kv},{config.num_warps},{config.num_stages}"
         label += ",tma" * config.tma + ",ws" * config.warp_specialize
         label += f",spill{bound.spills}" if bound.spills else ""

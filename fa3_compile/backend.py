@@ -26,20 +26,15 @@ def fa3(
     """
     from torch._inductor.compile_fx import compile_fx
 
+    from fa3_compile import report
     from fa3_compile.lower import inductor
     from fa3_compile.options import split
     from fa3_compile.pipeline import rewrite_attention
 
     ours, patches = split(options, mode)
     inductor.install()
-    rewrite_attention(gm, ours, _graph_name())
+    rewrite_attention(gm, ours, report.enter_graph())
     return compile_fx(gm, list(example_inputs), config_patches=patches or None)
-
-
-def _graph_name() -> str:
-    """The name that Dynamo's logs give the graph: "0/0"."""
-    compile_id = torch._guards.CompileContext.current_compile_id()
-    return str(compile_id) if compile_id is not None else ""
 
 
 def _reset() -> None:

@@ -14,11 +14,10 @@ import logging
 
 from torch import fx
 
-from fa3_compile import report
+from fa3_compile import report, selection
 from fa3_compile.errors import Decline, InternalError
 from fa3_compile.frontend import detect, layout, rewrite, trace
 from fa3_compile.frontend.region import Region
-from fa3_compile.lower import selection
 from fa3_compile.options import Options
 from fa3_compile.source import where
 
@@ -47,7 +46,7 @@ def _rewrite_graph(gm: fx.GraphModule, options: Options, graph_name: str, fused:
         return 0
     count, replaced = 0, {}
     for index, skeleton in enumerate(detect.skeletons(shadow)):
-        known = {"where": where(skeleton.output)}
+        known = {"where": where(skeleton.softmax_holder(shadow))}
         try:
             if options.fuel is not None and fused + count >= options.fuel:
                 raise Decline("fuel", None, "Raise options={'fuel': n}.", stage="rewrite")

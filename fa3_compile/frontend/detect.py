@@ -51,6 +51,11 @@ class Skeleton:
     values: fx.Node
     output: fx.Node
 
+    def softmax_holder(self, shadow: Shadow) -> fx.Node:
+        """The Dynamo node of the softmax, the line that its reader would call the attention."""
+        holders = shadow.dynamo_of.get(self.softmax.node)
+        return holders[0] if holders else self.output
+
 
 @dataclass
 class Reading:

@@ -34,6 +34,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 def region(shadow: Shadow, skeleton: Skeleton, reading: Reading) -> Region:
     """The region that a reading describes. `Decline` where the op cannot say it."""
     query, key, value = _checked_operands(reading, skeleton)
+    _check_not_router(query, key, value, skeleton)
     layout = _layout(reading, skeleton, query, key, value)
     substitution, ranges = _coordinates(layout, reading)
     _check_axes_known(reading, substitution, skeleton)
@@ -127,6 +128,17 @@ def _checked_operands(reading: Reading, skeleton: Skeleton) -> tuple[Operand, Op
             message=f"q, k, v are {dtypes[0]} and the output is {out.dtype}",
         )
     return query, key, value
+
+
+def _check_not_router(query, key, value, skeleton: Skeleton) -> None:
+    """Tokens weighing a table of parameters are a router or a codebook, not attention."""
+    flat = all(example_value(x.source).dim() == 2 for x in (query, key, value))
+    if flat and isinstance(example_value(key.source), torch.nn.Parameter):
+        raise Decline(
+            "router",
+            skeleton.output,
+            message="a softmax over a table of parameters: a router or a codebook",
+        )
 
 
 def _axes_of(operand: Operand) -> set[sympy.Symbol]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 
 import sympy
 import torch
@@ -96,7 +97,9 @@ def _check_mutations(graph: fx.Graph, region: Region) -> None:
 
 def _check_interior_dead(graph: fx.Graph, region: Region) -> None:
     """The scores and weights may be used by nothing but the region itself."""
-    live = _live(graph, without=region.output)
+    operands = (region.query, region.key, region.value)
+    read = [*(x.source for x in operands), *(node for node, _ in region.loads)]
+    live = _live(graph, without=region.output, read=read)
     for node in region.interior:
         if node not in live:
             continue
@@ -109,10 +112,13 @@ def _check_interior_dead(graph: fx.Graph, region: Region) -> None:
         )
 
 
-def _live(graph: fx.Graph, without: fx.Node | None = None) -> set[fx.Node]:
-    """What the outputs and side effects need, if `without` read nothing."""
+def _live(
+    graph: fx.Graph, without: fx.Node | None = None, read: Sequence[fx.Node] = ()
+) -> set[fx.Node]:
+    """What the outputs and side effects need, if `without` read `read` instead of its inputs."""
     live: set[fx.Node] = set()
-    stack = [n for n in graph.nodes if n.op in ("output", "placeholder") or _has_effect(n)]
+    stack = [*read]
+    stack += [n for n in graph.nodes if n.op in ("output", "placeholder") or _has_effect(n)]
     mutations = [n for n in graph.nodes if is_mutation(n)]
     while True:
         while stack:

@@ -40,4 +40,21 @@ def sdpa(
     return F.dropout(weights, dropout_p, training=dropout_p > 0) @ value
 
 
-SPELLED_OUT = {F.scaled_dot_product_attention: sdpa}
+def dropout(input, p=0.5, training=True, inplace=False):
+    """`F.dropout`; one that drops anything stays one operator, which element rules refuse."""
+    if not training or p == 0:
+        return input
+    return torch.ops.fa3_shadow.dropout(input, p)
+
+
+LIBRARY = torch.library.Library("fa3_shadow", "DEF")
+LIBRARY.define("dropout(Tensor x, float p) -> Tensor")
+LIBRARY.impl("dropout", lambda x, p: x.clone(), "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fa3_shadow::dropout", lib=LIBRARY)
+def _(x, p):
+    return torch.empty_like(x)
+
+
+SPELLED_OUT = {F.scaled_dot_product_attention: sdpa, F.dropout: dropout, torch.dropout: dropout}

@@ -27,19 +27,27 @@ from fa3_compile.frontend.dynamo_graph import (
     opaque_target,
     storage_of,
 )
-from fa3_compile.frontend.spell_out import SPELLED_OUT
+from fa3_compile.frontend.spell_out import LIBRARY, SPELLED_OUT
 
-_LIBRARY = torch.library.Library("fa3_shadow", "DEF")
-_LIBRARY.define("mark(Tensor x, int index) -> Tensor")
-_LIBRARY.impl("mark", lambda x, index: x.clone(), "CompositeExplicitAutograd")
+LIBRARY.define("mark(Tensor x, int index) -> Tensor")
+LIBRARY.impl("mark", lambda x, index: x.clone(), "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("fa3_shadow::mark", lib=_LIBRARY)
+@torch.library.register_fake("fa3_shadow::mark", lib=LIBRARY)
 def _(x, index):
     return torch.empty_like(x)
 
 
 MARK = torch.ops.fa3_shadow.mark.default
+
+
+aten = torch.ops.aten
+KEPT_WHOLE = (
+    aten.baddbmm.default,
+    aten.addmm.default,
+    aten._safe_softmax.default,
+    aten.nan_to_num.default,
+)
 
 
 @dataclass
@@ -87,7 +95,7 @@ def shadow(gm: fx.GraphModule) -> Shadow | None:
 def _decompositions() -> dict:
     table = dict(torch._decomp.core_aten_decompositions())
     # Kept whole: their element rules are shorter than what they decompose into.
-    for op in (torch.ops.aten.baddbmm.default, torch.ops.aten.addmm.default):
+    for op in KEPT_WHOLE:
         table.pop(op, None)
     return table
 

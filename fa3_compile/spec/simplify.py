@@ -50,9 +50,8 @@ def separate(expr: Expr, *, half_fill: bool = False, dead_rows_zero: bool = Fals
     values = killed_values(expr, reach)
     if values is not None and all(v == -sympy.oo for v in values):
         return Separated(score, mask, "zero" if dead_rows_zero else "nan", None)
-    if values is not None and len(values) == 1:
-        return Separated(score, mask, "score", next(iter(values)))
-    return Separated(score, mask, "score", expr)
+    return Separated(score, mask, "score", _widest(tidy(masked(expr, reach))) if half_fill else
+                     tidy(masked(expr, reach)))
 
 
 def without_dead_rows(separated: Separated, witnesses: list[Expr]) -> Separated:
@@ -164,6 +163,37 @@ def live(expr: Expr, reach: float) -> Expr:
         coefficient, rest = expr.as_coeff_Mul()
         if coefficient.is_positive and coefficient != 1:
             return coefficient * live(rest, reach / float(coefficient))
+    return expr
+
+
+LOWEST = sympy.Float(-3.4028234663852886e38)
+
+
+def _widest(fill: Expr) -> Expr:
+    """float16's lowest number absorbs a float16 score; in float32 arithmetic only float32's does."""
+    return fill.replace(lambda x: x.is_Float and x <= -65000, lambda x: LOWEST)
+
+
+def masked(expr: Expr, reach: float) -> Expr:
+    """The expression where it is killed. A score that a fill absorbs stays in it: the value is
+    the fill, the derivative is the score's, as in eager code."""
+    if isinstance(expr, where):
+        condition, a, b = expr.args
+        if killed(a, reach) == sympy.false:
+            return masked(b, reach)
+        if killed(b, reach) == sympy.false:
+            return masked(a, reach)
+        a, b = masked(a, reach), masked(b, reach)
+        return where(condition, a, b)
+    if isinstance(expr, sympy.Add):
+        killable = [x for x in expr.args if killed(x, reach) != sympy.false]
+        if len(killable) == 1:
+            return sympy.Add(*(masked(x, reach) if x is killable[0] else x for x in expr.args))
+        return expr
+    if isinstance(expr, sympy.Mul):
+        coefficient, rest = expr.as_coeff_Mul()
+        if coefficient.is_positive and coefficient != 1:
+            return coefficient * masked(rest, reach / float(coefficient))
     return expr
 
 

@@ -16,13 +16,14 @@ namespace fa3 {
 // Head dims are those of the tensors; a tile in shared memory is as wide as the next multiple of
 // 32 and TMA fills the rest with zeros.
 template <class DtypeT, int DimQK, int DimV, int BlockM_, int BlockN_, bool LongestFirst_,
-          bool PingPong_, bool Lazy_, int PolyStride_>
+          bool PingPong_, bool Lazy_, int PolyStride_, int Cluster_>
 struct ForwardConfig {
   using Dtype = DtypeT;
   static constexpr int kDimQK = DimQK, kDimV = DimV, kBlockM = BlockM_, kBlockN = BlockN_;
   static constexpr bool kLongestFirst = LongestFirst_, kPingPong = PingPong_, kLazy = Lazy_;
   static constexpr int kPolyStride = PolyStride_;
   static constexpr int kStages = 2;
+  static constexpr int kCluster = Cluster_;  // blocks that share their keys and values by multicast
   static constexpr int kWarpgroups = BlockM_ / 64;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   // Of 65,536 registers consumers take what their tiles need and the producer the rest. Three
@@ -33,6 +34,7 @@ struct ForwardConfig {
   static constexpr int kConsumerRegisters =
       kWarpgroups == 2 ? 232 : kWarpgroups == 1 ? 248 : kTight ? 160 : 152;
   static_assert(DimQK % 8 == 0 && DimV % 8 == 0 && DimQK <= 256 && DimV <= 256, "head dims");
+  static_assert(Cluster_ == 1 || (Cluster_ == 2 && !LongestFirst_ && BlockN_ % 16 == 0), "cluster");
   static_assert(BlockM_ % 64 == 0 && kWarpgroups <= 3 && BlockN_ % 16 == 0, "tile");
 };
 
@@ -67,6 +69,21 @@ struct OperandTile {
     for (int i = 0; i < kPanels; ++i)
       tma_load(dst + i * kPanelBytes, map, barrier, policy, i * kPanelColumns, row, head, batch);
   }
+
+  // Each block of the cluster loads its part of the rows, for all of them.
+  template <int Cluster>
+  FA3_DEVICE static void load_shared(uint32_t dst, const TensorMap& map, uint32_t barrier,
+                                     uint64_t policy, int row, int head, int batch) {
+    if constexpr (Cluster == 1) {
+      load(dst, map, barrier, policy, row, head, batch);
+    } else {
+      int part = cluster_rank() * (Rows / Cluster);
+#pragma unroll
+      for (int i = 0; i < kPanels; ++i)
+        tma_multicast(dst + i * kPanelBytes + part * kSwizzle, map, barrier, policy,
+                      (1 << Cluster) - 1, i * kPanelColumns, row + part, head, batch);
+    }
+  }
 };
 
 template <class Config, class Variant>
@@ -75,12 +92,18 @@ struct AttentionForward {
   using Params = ForwardParams<typename Variant::Aux>;
   using At = typename Variant::At;
   static constexpr int kM = Config::kBlockM, kN = Config::kBlockN, kStages = Config::kStages;
+  static constexpr int kCluster = Config::kCluster;
+  static_assert(kCluster == 1 || (!Variant::kBlockMap && !Variant::kDenseTile), "cluster");
   using QTile = OperandTile<Config::kDimQK, kM>;
   using KTile = OperandTile<Config::kDimQK, kN>;
   using VTile = OperandTile<Config::kDimV, kN>;
   using Turns = PingPong<Config::kWarpgroups, Config::kPingPong>;
   using Pipe = PipelineState<kStages>;
   using Weights = Softmax<kN, Config::kLazy, Config::kPolyStride>;
+
+  // Whether warpgroups of a tile may see different key blocks.
+  static constexpr bool kSplit =
+      Config::kWarpgroups > 1 && (Variant::kRowEnd || Variant::kRowBegin) && !Variant::kBlockMap;
 
   // The dense (q, kv) input of a 16-bit type: panels of 64 key columns.
   static constexpr int kDensePanelBytes = kM * 128;
@@ -129,7 +152,8 @@ struct AttentionForward {
       bool empty = (i >= kQEmpty && i < kKFull) || (i >= kKEmpty && i < kVFull) ||
                    (i >= kVEmpty && i < kDenseFull) || (i >= kDenseEmpty && i < kTileFull) ||
                    i >= kTileEmpty;
-      mbarrier_init(barrier(i), empty ? consumer_warps : 1);
+      bool pooled = (i >= kKEmpty && i < kVFull) || (i >= kVEmpty && i < kDenseFull);
+      mbarrier_init(barrier(i), empty ? consumer_warps * (pooled ? kCluster : 1) : 1);
     }
     mbarrier_init_fence();
   }
@@ -140,7 +164,7 @@ struct AttentionForward {
     mbarrier_wait(barrier(kKEmpty + at.stage()), at.parity() ^ 1);
     uint32_t full = barrier(kKFull + at.stage());
     mbarrier_expect(full, KTile::kBytes);
-    KTile::load(shared + kAtK + at.stage() * KTile::kBytes, p.k, full, kEvictLast, block * kN,
+    KTile::template load_shared<kCluster>(shared + kAtK + at.stage() * KTile::kBytes, p.k, full, kEvictLast, block * kN,
                 kv_head, tile.batch);
     if constexpr (Variant::kDenseTile) {
       mbarrier_wait(barrier(kDenseEmpty + at.stage()), at.parity() ^ 1);
@@ -158,7 +182,7 @@ struct AttentionForward {
     mbarrier_wait(barrier(kVEmpty + at.stage()), at.parity() ^ 1);
     uint32_t full = barrier(kVFull + at.stage());
     mbarrier_expect(full, VTile::kBytes);
-    VTile::load(shared + kAtV + at.stage() * VTile::kBytes, p.v, full, kEvictLast, block * kN,
+    VTile::template load_shared<kCluster>(shared + kAtV + at.stage() * VTile::kBytes, p.v, full, kEvictLast, block * kN,
                 kv_head, tile.batch);
   }
 
@@ -169,10 +193,13 @@ struct AttentionForward {
     tma_prefetch(p.q);
     tma_prefetch(p.k);
     tma_prefetch(p.v);
-    for (TileQueue<Config::kLongestFirst> queue;; queue.next(p.order)) {
+    for (TileQueue<Config::kLongestFirst, kCluster> queue;; queue.next(p.order)) {
       bool more = queue.index < p.order.tiles;
       TileCoord tile{-1, 0, 0};
-      if (more) tile = p.order.template coord<Config::kLongestFirst>(queue.index);
+      if (more) {
+        tile = p.order.template coord<Config::kLongestFirst>(queue.index);
+        if (kCluster > 1) tile.query_block = tile.query_block * kCluster + cluster_rank();
+      }
       publish(ring, tile);
       ring.advance();
       if (!more) break;
@@ -245,6 +272,16 @@ struct AttentionForward {
   FA3_DEVICE void release(int which, int lane) const {
     __syncwarp();
     if (lane == 0) mbarrier_arrive(barrier(which));
+  }
+
+  // Stages filled by multicast are released to every block of the cluster.
+  FA3_DEVICE void release_pooled(int which, int lane) const {
+    if constexpr (kCluster == 1) {
+      release(which, lane);
+    } else {
+      __syncwarp();
+      if (lane < kCluster) mbarrier_arrive_at(barrier(which), lane);
+    }
   }
 
   // S = Q K^T of one key block; left running.
@@ -366,7 +403,7 @@ struct AttentionForward {
 
   // The scores have left shared memory; with the last block of a tile its queries have too.
   FA3_DEVICE void release_k(Consumer& c, bool last) const {
-    release(kKEmpty + c.k.stage(), c.lane);
+    release_pooled(kKEmpty + c.k.stage(), c.lane);
     c.k.advance();
     if (last) {
       release(kQEmpty + c.q.stage(), c.lane);
@@ -375,7 +412,7 @@ struct AttentionForward {
   }
 
   FA3_DEVICE void release_v(Consumer& c) const {
-    release(kVEmpty + c.v.stage(), c.lane);
+    release_pooled(kVEmpty + c.v.stage(), c.lane);
     c.v.advance();
   }
 
@@ -409,11 +446,10 @@ struct AttentionForward {
 
   // First block of a tile. The last values of the tile `previous`, if any, are still to be added:
   // they go first, and that tile is stored while the scores of this one run.
-  FA3_DEVICE void begin(Consumer& c, const TileTerms& t, const BlockSequence& seq,
-                        const TileCoord& previous) const {
+  FA3_DEVICE void begin(Consumer& c, const TileTerms& t, const TileCoord& previous, int block,
+                        bool last) const {
     float s[kN / 2];
     float alpha[2];
-    mbarrier_wait(barrier(kQFull + c.q.stage()), c.q.parity());
     wait_k(c);
     if (previous.query_block >= 0) {
       wait_v(c);
@@ -426,40 +462,115 @@ struct AttentionForward {
       release_v(c);
       store(c, previous);
     } else {
+      Turns::wait(c.warpgroup);
       issue_scores(c, s);
+      Turns::pass(c.warpgroup);
     }
     wgmma_wait<0>();
     wgmma_pin(s);
-    release_k(c, seq.count == 1);
+    release_k(c, last);
     clear(c);
-    weigh<true>(c, t, s, seq.block(0), alpha);
+    weigh<true>(c, t, s, block, alpha);
     pack_weights(c, s);
   }
 
-  // Every block of a tile but the last values, which wait for the next tile or for finish().
-  FA3_DEVICE void attend(Consumer& c, const TileTerms& t, const BlockSequence& seq,
-                         const TileCoord& previous) const {
-    begin(c, t, seq, previous);
-    int i = 1, block = 0;
-    int next = seq.count > 1 ? seq.block(1) : 0;  // listed blocks are read one step ahead
+  // Blocks first .. last - 1 of the tile, which no row of this warpgroup sees: it only keeps pace,
+  // values, where wanted, one block behind keys; those of the last are left to the caller.
+  FA3_DEVICE void skip(Consumer& c, int first, int last, int count, bool values) const {
+    for (int i = first; i < last; ++i) {
+      wait_k(c);
+      Turns::wait(c.warpgroup);
+      Turns::pass(c.warpgroup);
+      release_k(c, i + 1 == count);
+      if constexpr (Variant::kDenseTile) {
+        mbarrier_wait(barrier(kDenseFull + c.dense.stage()), c.dense.parity());
+        release(kDenseEmpty + c.dense.stage(), c.lane);
+        c.dense.advance();
+      }
+      if (values && i > first) skip_values(c, 1);
+    }
+  }
+
+  FA3_DEVICE void skip_values(Consumer& c, int count) const {
+    for (int i = 0; i < count; ++i) {
+      wait_v(c);
+      release_v(c);
+    }
+  }
+
+  // The tile's blocks as this warpgroup's 64 rows see them: those that none of them sees are
+  // skipped at either end. Blocks listed at run time are the tile's.
+  FA3_DEVICE BlockSequence own_sequence(const Consumer& c, const TileCoord& tile,
+                                        const BlockSequence& seq) const {
+    if constexpr (!kSplit) {
+      return seq;
+    } else {
+      int rows = tile.query_block * Config::kWarpgroups + c.warpgroup;
+      if (rows * 64 >= p.queries) return {};
+      return block_sequence<Variant, 64, kN>(site(tile), p.map, rows);
+    }
+  }
+
+  // All of a tile but its last values, which wait for the next tile or for finish(). `previous` is
+  // the tile whose last values wait, and becomes this one.
+  FA3_DEVICE void attend(Consumer& c, const TileCoord& tile, const BlockSequence& seq,
+                         TileCoord& previous) const {
+    BlockSequence own = own_sequence(c, tile, seq);
+    TileTerms t = terms(c, tile);
+    mbarrier_wait(barrier(kQFull + c.q.stage()), c.q.parity());
+    int before = 0;
+    if constexpr (kSplit) {
+      before = own.count > 0 ? seq.first - own.first : seq.count;
+      // Values of the previous tile may hold a stage only while the producer can go on without.
+      if (previous.query_block >= 0 && before > kStages) {
+        finish(c, previous);
+        previous.query_block = -1;
+      }
+      bool held = previous.query_block >= 0;
+      skip(c, 0, before, seq.count, !held);
+      if (!held && before > 0 && own.count > 0) before = 1;
+      if (own.count == 0) {
+        if (held) finish(c, previous);
+        skip_values(c, held ? before : 1);
+        previous.query_block = -1;
+        clear(c);
+        return store(c, tile);
+      }
+    }
+    int i = seq.first - own.first;  // 0 where blocks are listed
+    begin(c, t, previous, own.block(0), i + 1 == seq.count);
+    skip_values(c, before);
+    int own_end = i + own.count;
+    int block = 0;
+    int next = own.count > 1 ? own.block(1) : 0;  // listed blocks are read one step ahead
+    int masked_end = i + own.masked, full_end = masked_end + own.full, first = i++;
     auto advance = [&] {
       block = next;
-      if (++i < seq.count) next = seq.block(i);
+      if (++i < own_end) next = own.block(i - first);
       return i == seq.count;
     };
-    while (i < seq.masked) {
+    while (i < masked_end) {
       bool last = advance();
       step<true>(c, t, block, last);
     }
-    int full_end = Variant::kLeftBlocks ? seq.masked + seq.full : seq.count;
+    if (!Variant::kLeftBlocks) full_end = own_end;
     while (i < full_end) {
       bool last = advance();
       step<false>(c, t, block, last);
     }
     if constexpr (Variant::kLeftBlocks) {
-      while (i < seq.count) {
+      while (i < own_end) {
         bool last = advance();
         step<true>(c, t, block, last);
+      }
+    }
+    previous = tile;
+    if constexpr (kSplit) {
+      if (own_end < seq.count) {
+        finish(c, tile);
+        skip(c, own_end, seq.count, seq.count, true);
+        skip_values(c, 1);
+        previous.query_block = -1;
       }
     }
   }
@@ -571,8 +682,7 @@ struct AttentionForward {
       if (tile.query_block < 0) break;
       BlockSequence seq = sequence(tile);
       if (seq.count > 0) {
-        attend(c, terms(c, tile), seq, previous);
-        previous = tile;
+        attend(c, tile, seq, previous);
       } else {
         if (previous.query_block >= 0) finish(c, previous);
         previous.query_block = -1;
@@ -587,7 +697,7 @@ struct AttentionForward {
     extern __shared__ char memory[];
     AttentionForward self{p, (shared_address(memory) + 1023) & ~1023u};
     if (threadIdx.x == 0) self.init_barriers();
-    __syncthreads();
+    sync_blocks();
     if (threadIdx.x < 128) {
       shrink_registers<Config::kProducerRegisters>();
       if (threadIdx.x == 0) self.produce();
@@ -595,6 +705,13 @@ struct AttentionForward {
       grow_registers<Config::kConsumerRegisters>();
       self.consume();
     }
+    // A block's shared memory outlives the loads and arrivals of the others.
+    if constexpr (kCluster > 1) cluster_sync();
+  }
+
+  FA3_DEVICE static void sync_blocks() {
+    if constexpr (kCluster > 1) cluster_sync();
+    else __syncthreads();
   }
 };
 

@@ -8,6 +8,7 @@ import sympy
 import torch
 from torch import fx
 
+from fa3_compile.errors import Decline
 from fa3_compile.frontend.lift import (
     Element,
     Index,
@@ -354,6 +355,48 @@ def _(node, index, ctx: Lifter) -> Element:
     if _is_bool(node):
         return _choose(condition, truth(value), truth(x))
     return where(condition, number(value), number(x))
+
+
+@element_of(torch.ops.fa3_shadow.dropout.default)
+def _(node, index, ctx: Lifter) -> Element:
+    if node not in ctx.inside:
+        raise Opaque(node, "dropout")
+    raise Decline(
+        "dropout",
+        None,
+        "Set the attention's dropout to 0, or call model.eval().",
+        message="dropout of the attention weights is not fused",
+    )
+
+
+@element_of(aten.nan_to_num.default)
+def _(node, index, ctx: Lifter) -> Element:
+    x = ctx.operand(node.args[0], index)
+    nan, high, low = (*node.args[1:], *[None] * (4 - len(node.args)))
+    if not (isinstance(x, Expr) and x.is_Function and x.func.__name__ == "prob"):
+        limits = torch.finfo(node.meta["val"].dtype)
+        high = limits.max if high is None else high
+        low = limits.min if low is None else low
+        return finite(number(x), sym(high), sym(low))
+    if nan not in (None, 0, 0.0):
+        raise Opaque(node, "NaN rows of the softmax replaced by something else than zeros")
+    # A softmax is NaN in rows of -inf alone, and nowhere infinite.
+    ctx.zeroed = True
+    return x
+
+
+def finite(x: Expr, high: Expr, low: Expr) -> Expr:
+    """The expression with its infinite constants replaced."""
+    if x == sympy.oo:
+        return high
+    if x == -sympy.oo:
+        return low
+    if isinstance(x, where):
+        return where(x.args[0], finite(x.args[1], high, low), finite(x.args[2], high, low))
+    if isinstance(x, sympy.Add):
+        # A finite score beside the lowest number is the lowest number.
+        return sympy.Add(*(finite(part, high, low) for part in x.args))
+    return x
 
 
 # The largest n such that every integer up to n is exact in the type.

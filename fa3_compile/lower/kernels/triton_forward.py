@@ -107,8 +107,7 @@ class TritonForward(Kernel):
             if len(self._bound) >= LARGEST_BOUND:
                 self._bound.clear()
             bound = self._bound[key] = _bind(problem, q, k, v, aux, sizes)
-        out = empty_out(q, v, problem.spec.out_order)
-        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        out, lse = outputs(problem, q, v)
         bound.launch([q, k, v, out, lse, *(aux[i] for i in bound.aux)])
         return out, lse
 
@@ -154,7 +153,8 @@ def _bind(problem: Problem, q, k, v, aux, sizes) -> Bound:
             return float("inf")
         if bound.spills and config != tune.table_config(problem):
             return float("inf")
-        return seconds(lambda: bound.launch(pointers(problem, bound, q, k, v, aux)))
+        tensors = [q, k, v, *outputs(problem, q, v), *(aux[i] for i in bound.aux)]
+        return seconds(lambda: bound.launch(tensors))
 
     config = tune.tuned_config(problem, effort, measure)
     return bind_config(problem, config, q, k, v, aux, sizes)
@@ -186,11 +186,10 @@ def smaller_config(config: TritonConfig) -> TritonConfig | None:
     return None
 
 
-def pointers(problem: Problem, bound: Bound, q, k, v, aux) -> list[Tensor]:
-    """The tensors of one launch, with fresh outputs."""
-    out = empty_out(q, v, problem.spec.out_order)
+def outputs(problem: Problem, q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Uninitialised (out, LSE)."""
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    return [q, k, v, out, lse, *(aux[i] for i in bound.aux)]
+    return empty_out(q, v, problem.spec.out_order), lse
 
 
 def _take_descriptors(*tensors: Tensor) -> bool:
@@ -213,7 +212,7 @@ def bind_config(problem: Problem, config: TritonConfig, q, k, v, aux, sizes) -> 
         config = replace(config, tma=False, warp_specialize=False)
     kernel = load(_render_key(problem, config)).attention_forward
     used = aux_parameters(spec)
-    out = empty_out(q, v, spec.out_order)
+    out, lse = outputs(problem, q, v)
     strides = [s for x in (q, k, v, out) for s in x.stride()]
     integers = [*strides, q.shape[1], q.shape[2], k.shape[2]]
     integers += [n for x in used for n in _aux_integers(x, aux[x.tensor])]
@@ -238,7 +237,6 @@ def bind_config(problem: Problem, config: TritonConfig, q, k, v, aux, sizes) -> 
 
         return Bound(config, chosen, interpret)
 
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     tensors = [q, k, v, out, lse, *(aux[i] for i in chosen)]
     with torch.cuda.device(q.device):
         try:

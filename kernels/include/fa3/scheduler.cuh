@@ -12,9 +12,10 @@ struct TileCoord {
 // Tiles of equal work go round the grid in order, query blocks of a head side by side so that its
 // keys stay in L2. Unequal ones are taken from a counter, longest first (the last query block of a
 // causal head), in sections of `section` heads whose keys and values fit L2 together.
+// With clusters, what is counted here is a cluster's query blocks, side by side.
 struct TileOrder {
   int tiles, query_blocks, heads, section;
-  int blocks;  // of the grid
+  int stride;  // blocks (or clusters) of the grid
   int* next;   // one counter, zero between launches; only the unequal case uses it
 
   template <bool LongestFirst>
@@ -41,9 +42,9 @@ struct TileOrder {
 
 // The sequence of tile numbers of one block. Dynamic: each takes from the counter; the answer is
 // looked at only in next(), so that its latency hides behind the loads of the tile in between.
-template <bool Dynamic>
+template <bool Dynamic, int Cluster>
 struct TileQueue {
-  int index = blockIdx.x;
+  int index = blockIdx.x / Cluster;
   int taken = 0;
 
   FA3_DEVICE void take(const TileOrder& order) {
@@ -54,7 +55,7 @@ struct TileQueue {
   // for the next launch.
   FA3_DEVICE void next(const TileOrder& order) {
     if (Dynamic && taken == order.tiles - 1) *order.next = 0;
-    index = order.blocks + (Dynamic ? taken : index);
+    index = order.stride + (Dynamic ? taken : index);
   }
 };
 

@@ -12,7 +12,8 @@
 namespace fa3 {
 
 // Keys [begin, end) hold everything the query block may see; all of [full_begin, full_end) is seen
-// by each of its rows, so that those blocks run without the mask.
+// by each of its rows, so that those blocks run without the mask. Fewer rows never see
+// more keys: warpgroups ask for their own 64.
 struct KeyBounds {
   int begin, end, full_begin, full_end;
 };
