@@ -1,0 +1,244 @@
+"""`triton_forward` under Triton's interpreter: every form's numbers, without a GPU.
+
+TRITON_INTERPRET has to be set before Triton is imported, so this file is also the program that
+runs the cases, in a process of its own; each test looks at the record of one case.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+CAUSAL = "(kv - q <= 0)"
+MIN = "-3.4028234663852886e38"
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Case:
+    """A spec, the shapes (B, H, Hkv, Sq, Skv, D, Dv), and the names of what it captures."""
+
+    name: str
+    spec: str
+    shape: tuple[int, ...] = (1, 2, 1, 37, 45, 16, 16)
+    dtype: torch.dtype = F32
+    aux: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = ()
+    layout: str = "bhsd"
+    block: tuple[int, int] | None = (16, 16)
+
+
+LONG = (1, 2, 1, 60, 33, 16, 16)  # more queries than keys: rows that a window leaves empty
+WINDOW = f"{CAUSAL} & (q - kv <= 9)"
+SLOPES = "load(0, 0, h, 0, 0)"
+CASES = [
+    Case("full", "score=0.25*s"),
+    Case("negative scale", "score=-0.25*s"),
+    Case("fp16, dk != dv", "score=0.25*s", (2, 2, 2, 20, 33, 40, 24), F16),
+    Case("bf16, causal", f"score=0.25*s, mask={CAUSAL}", dtype=BF16),
+    Case("causal, long", f"score=0.25*s, mask={CAUSAL}", LONG),
+    Case("bottom right", "score=0.25*s, mask=(kv - q - Skv + Sq <= 0)"),
+    Case("bottom right, dead", "score=0.25*s, mask=(kv - q - Skv + Sq <= 0), dead=zero", LONG),
+    Case("window", f"score=0.25*s, mask={WINDOW}", (1, 4, 2, 50, 50, 16, 16)),
+    Case("window, nan", f"score=0.25*s, mask={WINDOW}", LONG),
+    Case("window, zero", f"score=0.25*s, mask={WINDOW}, dead=zero", LONG),
+    Case("window, constant fill", f"score=0.25*s, mask={WINDOW}, dead=score, fill=-1e9", LONG),
+    Case("window, least fill", f"score=0.25*s, mask={WINDOW}, dead=score, fill={MIN}", LONG),
+    Case("window, added fill", f"score=0.25*s, mask={WINDOW}, dead=score, fill=s - 99.0", LONG),
+    Case("fill by key", f"score=0.25*s, mask={WINDOW}, dead=score, fill=-kv*0.5", LONG, BF16),
+    Case("all dead, zero", "score=0.25*s, mask=(kv - q >= 99), dead=zero"),
+    Case("all dead, nan", "score=0.25*s, mask=(kv - q >= 99)"),
+    Case("prefix", f"score=0.25*s, mask={CAUSAL} | (kv < 12)"),
+    Case("dynamic prefix", f"score=0.25*s, mask={CAUSAL} | (kv < n0)", sizes=(21,)),
+    Case("chunks", f"score=0.25*s, mask={CAUSAL} & (floordiv(q, 16) <= floordiv(kv, 16))"),
+    Case("dilated", f"score=0.25*s, mask={CAUSAL} & (mod(q - kv, 3) <= 0)"),
+    Case("softcap", f"score=5.0*tanh(0.05*s), mask={WINDOW}"),
+    Case("alibi", f"score=0.25*s + {SLOPES}*(kv - q), mask={CAUSAL}", aux=("slopes",)),
+    Case("alibi by key", f"score=0.25*s + {SLOPES}*kv, mask={CAUSAL}", aux=("slopes",)),
+    Case("alibi both sides", f"score=0.25*s - {SLOPES}*abs(q - kv)", aux=("slopes",)),
+    Case("alibi, Dv 80", f"score=0.25*s + {SLOPES}*(kv - q)", (1, 2, 1, 9, 20, 24, 80), BF16, ("slopes",)),
+    Case("dense bias", "score=0.25*s + load(0, b, h, q, kv)", aux=("bias",)),
+    Case("dense bias with -inf", "score=0.25*s + load(0, b, h, q, kv)", aux=("masked_bias",)),
+    Case("row and key bias", "score=0.25*s + load(0, b, q) + load(1, b, kv)", aux=("rows", "keys")),
+    Case(
+        "bias with -inf under a mask",
+        f"score=0.25*s + load(0, b, h, q, kv), mask={WINDOW}, dead=score, fill=-1e4",
+        LONG,
+        aux=("masked_bias",),
+    ),
+    Case(
+        "relative bias",
+        "score=0.25*s + load(0, h, max(min(kv - q, 7), -7) + 7)",
+        aux=("relative",),
+    ),
+    Case("temperature by row", "score=s*load(0, b, q)", aux=("rows",)),
+    Case("key mask, zero", "score=0.25*s, mask=load(0, b, 0, 0, kv) != 0, dead=zero", (2, 2, 1, 9, 45, 16, 16), aux=("padding",)),
+    Case("key mask, least fill", f"score=0.25*s, mask=load(0, b, 0, 0, kv) != 0, dead=score, fill={MIN}", (2, 2, 1, 9, 45, 16, 16), aux=("padding",)),
+    Case("no key, least fill", f"score=0.25*s, mask=load(0, b, 0, 0, kv) != 0, dead=score, fill={MIN}", (2, 2, 1, 9, 45, 16, 16), aux=("nothing",)),
+    Case("row mask", "score=0.25*s, mask=load(0, b, q) > 0.0, dead=zero", aux=("rows",)),
+    Case("documents", f"score=0.25*s, mask=(load(0, b, q) == load(0, b, kv)) & {CAUSAL}", (1, 2, 1, 45, 45, 16, 16), aux=("documents",)),
+    Case("dense mask", "score=0.25*s, mask=load(0, 0, 0, q, kv) != 0, dead=zero", aux=("dense",)),
+    Case("sink", f"score=0.25*s, mask={WINDOW}, sinks=[{SLOPES}]", (1, 2, 1, 50, 50, 16, 16), aux=("slopes",)),
+    Case("sink, dead rows", f"score=0.25*s, mask={WINDOW}, sinks=[{SLOPES}]", LONG, aux=("slopes",)),
+    Case("two sinks, one per row", "score=0.25*s, sinks=[0.0, load(0, b, q)]", aux=("rows",)),
+    Case("one query", f"score=0.25*s, mask=(kv - q - Skv + Sq <= 0)", (1, 4, 1, 1, 50, 16, 16)),
+    Case("one key", "score=0.25*s", (1, 2, 1, 5, 1, 16, 16)),
+    Case("even lengths", f"score=0.25*s, mask={CAUSAL}", (1, 2, 1, 32, 32, 16, 16)),
+    Case("head dim 8", "score=0.25*s", (1, 2, 1, 9, 20, 8, 8)),
+    Case("head dim 96", "score=0.25*s", (1, 1, 1, 9, 20, 96, 192), BF16),
+    Case("[B, S, H, D]", f"score=0.25*s, mask={CAUSAL}, out_order=bqhd", layout="bshd"),
+    Case("transposed", f"score=0.25*s, mask={CAUSAL}", layout="bhds"),
+    Case("every other", "score=0.25*s, out_order=qbhd", layout="strided"),
+    Case("shipped tiles", f"score=0.25*s, mask={WINDOW}", (1, 2, 1, 150, 150, 16, 16), block=None),
+    Case("large scores", "score=40.0*s"),
+    Case("inf in q", "score=0.25*s", layout="infinite"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory) -> dict[str, dict]:
+    pytest.importorskip("triton")
+    folder = tmp_path_factory.mktemp("interpreter")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "FA3_CACHE_DIR": str(folder)}
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, __file__], env=environment, cwd=root, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {x["name"]: x for x in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda x: x.name)
+def test_matches_float64(case: Case, records) -> None:
+    record = records[case.name]
+    assert record["same_nan"], record
+    assert record["error"] <= 2 * record["error_of_reference"] + record["floor"], record
+    assert record["lse_error"] <= 1e-5 * (1 + record["largest_lse"]), record
+    assert record["same_inf_lse"], record
+    assert record["layout"], record
+
+
+def test_dead_rows_are_what_eager_makes_of_them(records) -> None:
+    """Against eager code itself: a fully masked row under finfo.min is the mean of V."""
+    assert records["no key, least fill"]["dead_row_is_mean"]
+
+
+def run(case: Case) -> dict:
+    from fa3_compile.lower.choose import Problem
+    from fa3_compile.lower.config import TritonConfig
+    from fa3_compile.lower.kernels.reference import attention
+    from fa3_compile.lower.kernels.triton_forward import TritonForward, bind_config, outputs
+    from fa3_compile.runtime.op import empty_out
+    from fa3_compile.spec.attention import AttentionSpec
+
+    torch.manual_seed(0)
+    kinds = {"documents": "int", "padding": "bool", "nothing": "bool", "dense": "bool"}
+    fields = case.spec
+    if case.aux:
+        fields += f", aux=[{', '.join(kinds.get(x, 'float') for x in case.aux)}]"
+    spec = AttentionSpec.parse(f"attention({fields})")
+    batch, heads, kv_heads, q_len, kv_len, dim, v_dim = case.shape
+    q, k, v = (
+        laid_out(torch.randn(shape).to(case.dtype), case.layout)
+        for shape in (
+            (batch, heads, q_len, dim),
+            (batch, kv_heads, kv_len, dim),
+            (batch, kv_heads, kv_len, v_dim),
+        )
+    )
+    aux = [captured(x, case.shape) for x in case.aux]
+    dtypes = tuple(x.dtype for x in aux)
+    problem = Problem(spec, case.dtype, q.device, None, *case.shape, dtypes)
+    kernel = TritonForward()
+    assert kernel.supports(problem) is None, kernel.supports(problem)
+    if case.block is None:
+        out, lse = kernel.run(problem, q, k, v, aux, case.sizes)
+    else:
+        config = TritonConfig(*case.block, num_warps=4, num_stages=1)
+        bound = bind_config(problem, config, q, k, v, aux, case.sizes)
+        out, lse = outputs(problem, q, v)
+        bound.launch([q, k, v, out, lse, *(aux[i] for i in bound.aux)])
+
+    exact, exact_lse = attention(spec, q.double(), k.double(), v.double(), aux, case.sizes)
+    rounded, _ = attention(spec, q, k, v, aux, case.sizes)
+    # finfo.min absorbs the logarithm of a row's length in float32, so it shows in no lse.
+    finite = torch.isfinite(exact_lse) & (exact_lse.abs() < 1e30)
+    record = {
+        "name": case.name,
+        "same_nan": torch.equal(out.isnan(), exact.isnan()),
+        "error": distance(out, exact),
+        "error_of_reference": distance(rounded, exact),
+        "floor": 8 * torch.finfo(case.dtype).eps * exact.nan_to_num(0.0).abs().max().item() * 0.5,
+        "lse_error": distance(lse[finite], exact_lse[finite]) if finite.any() else 0.0,
+        "largest_lse": exact_lse[finite].abs().max().item() if finite.any() else 0.0,
+        "same_inf_lse": torch.equal(lse == float("-inf"), exact_lse == float("-inf")),
+        "layout": out.stride() == empty_out(q, v, spec.out_order).stride(),
+    }
+    if case.name == "no key, least fill":
+        mean = v.double().mean(2, keepdim=True).repeat_interleave(heads // kv_heads, 1)
+        record["dead_row_is_mean"] = distance(out, mean.expand_as(out)) < 1e-6
+    return record
+
+
+def distance(x: torch.Tensor, exact: torch.Tensor) -> float:
+    return (x.double() - exact).nan_to_num(0.0).abs().max().item()
+
+
+def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
+    if layout == "bshd":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "bhds":
+        return x.transpose(2, 3).contiguous().transpose(2, 3)
+    if layout == "strided":
+        wide = torch.full((*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3]), float("nan"))
+        wide[:, :, ::2, ::2] = x
+        return wide.to(x.dtype)[:, :, ::2, ::2]
+    if layout == "infinite" and x.shape[2] == 37:
+        x[:, :, 3, 2] = float("inf")
+        x[:, :, 7, 1] = float("nan")
+    return x
+
+
+def captured(kind: str, shape: tuple[int, ...]) -> torch.Tensor:
+    batch, heads, _, q_len, kv_len, *_ = shape
+    match kind:
+        case "slopes":
+            return torch.rand(1, heads, 1, 1)
+        case "bias":
+            return torch.randn(batch, heads, kv_len, q_len).transpose(2, 3)
+        case "masked_bias":
+            x = torch.randn(batch, heads, q_len, kv_len)
+            x[:, :, :, :20] = torch.finfo(torch.float32).min
+            x[:, :, 5] = float("-inf")
+            x[:, :, 7] = torch.finfo(torch.float32).min
+            return x
+        case "rows":
+            return torch.randn(batch, q_len)
+        case "keys":
+            return torch.randn(batch, kv_len)
+        case "relative":
+            return torch.randn(heads, 15)
+        case "padding":
+            return (torch.arange(kv_len) < torch.tensor([[kv_len], [7]])).view(2, 1, 1, kv_len)
+        case "nothing":
+            return torch.zeros(batch, 1, 1, kv_len, dtype=torch.bool)
+        case "documents":
+            return (torch.arange(max(q_len, kv_len)) // 13).expand(batch, -1)
+        case "dense":
+            return torch.rand(1, 1, q_len, kv_len) > 0.6
+    raise ValueError(kind)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    for each in CASES:
+        print(json.dumps(run(each)), flush=True)
