@@ -11,6 +11,7 @@ from fa3_compile.frontend.detect import D, Reading, Skeleton, after
 from fa3_compile.frontend.dynamo_graph import example_value
 from fa3_compile.frontend.region import Layout, Operand, Region
 from fa3_compile.frontend.trace import Shadow
+from fa3_compile.frontend.sizes import hint
 from fa3_compile.spec import simplify
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.expr import (
@@ -276,10 +277,7 @@ def _out_order(reading: Reading, layout: Layout, output: fx.Node) -> str:
     letters |= {a: "h" for a in (*layout.kv_heads, *layout.group)}
     letters |= {a: "q" for a in layout.query}
     dims = [d for d, axes in enumerate(reading.axes) if axes]
-    try:
-        dims.sort(key=lambda d: -int(value.stride(d)))
-    except (TypeError, RuntimeError):
-        pass
+    dims.sort(key=lambda d: -hint(value.stride(d)))
     order = ""
     for d in dims:
         for axis in reading.axes[d]:

@@ -15,6 +15,7 @@ from sympy.logic.boolalg import Boolean
 from torch import fx
 
 from fa3_compile.errors import Decline
+from fa3_compile.frontend.sizes import UnknownScalar, scalar, sym
 from fa3_compile.frontend.trace import Shadow
 from fa3_compile.spec.expr import Expr, load, where
 from fa3_compile.spec.index import Ranges
@@ -44,18 +45,6 @@ class Opaque(Exception):
     def __init__(self, node: fx.Node, why: str):
         super().__init__(why)
         self.node, self.why = node, why
-
-
-def sym(value) -> Expr:
-    """An int, float, SymInt or SymFloat as a sympy expression."""
-    if isinstance(value, (torch.SymInt, torch.SymFloat)):
-        return value.node.expr
-    if isinstance(value, bool):
-        return sympy.S.One if value else sympy.S.Zero
-    if isinstance(value, float) and value.is_integer() and abs(value) < 1 << 24:
-        # One spelling for 1 and 1.0, which sympy tells apart.
-        return sympy.Integer(int(value))
-    return sympy.sympify(value)
 
 
 def shape_of(node: fx.Node) -> list[Expr]:
@@ -127,7 +116,10 @@ class Lifter:
         if not isinstance(arg, fx.Node):
             return sym(arg)
         if not isinstance(arg.meta["val"], torch.Tensor):
-            return sym(arg.meta["val"])
+            try:
+                return scalar(arg, lambda tensor: number(self.element(tensor, ())))
+            except UnknownScalar as unknown:
+                raise Opaque(arg, str(unknown)) from unknown
         rank = len(arg.meta["val"].shape)
         return self.element(arg, index[len(index) - rank :])
 

@@ -134,7 +134,7 @@ def _scale(node: fx.Node, index: Index, lifter: Lifter, varying: set[sympy.Symbo
     for tensor, other in sides:
         if not isinstance(tensor, fx.Node) or not isinstance(tensor.meta["val"], torch.Tensor):
             continue
-        if [*tensor.meta["val"].shape] != [*node.meta["val"].shape]:
+        if shape_of(tensor) != shape_of(node):
             continue
         if isinstance(other, fx.Node) and isinstance(other.meta["val"], torch.Tensor):
             shape = other.meta["val"].shape

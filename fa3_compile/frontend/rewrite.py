@@ -19,7 +19,7 @@ from fa3_compile.frontend.dynamo_graph import (
 )
 from fa3_compile.frontend.lift import sym
 from fa3_compile.frontend.region import Layout, Operand, Region
-from fa3_compile.spec.expr import KV, Expr
+from fa3_compile.spec.expr import KV, Expr, floordiv
 from fa3_compile.frontend.detect import D
 
 
@@ -189,6 +189,8 @@ class _Emitter:
                 else:
                     total = self.graph.call_function(combine, (total, other))
             return total
+        if isinstance(size, floordiv):
+            return self.graph.call_function(operator.floordiv, tuple(map(self.size, size.args)))
         raise Decline("size-unclear", self.before, "", message=f"no tensor has the size {size}")
 
     def _symbol(self, symbol):

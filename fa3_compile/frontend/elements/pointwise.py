@@ -34,10 +34,6 @@ def _is_float(node: fx.Node) -> bool:
     return node.meta["val"].dtype.is_floating_point
 
 
-def _scalar(arg):
-    return sym(arg.meta["val"]) if isinstance(arg, fx.Node) else sym(arg)
-
-
 def through_where(function, *args: Expr) -> Expr:
     """function(where(c, 1, 0)) -> where(c, function(1), function(0)), for constant branches.
 
@@ -62,14 +58,14 @@ def _(node, index, ctx: Lifter) -> Element:
     a, b = (ctx.broadcast(x, index) for x in node.args[:2])
     if _is_bool(node):
         return sympy.Or(*(truth(ctx.operand(x, index)) for x in node.args[:2]))
-    alpha = _scalar(node.kwargs.get("alpha", 1))
+    alpha = ctx.broadcast(node.kwargs.get("alpha", 1), index)
     return through_where(lambda x, y: x + alpha * y, a, b)
 
 
 @element_of(aten.sub.Tensor, aten.sub.Scalar)
 def _(node, index, ctx: Lifter) -> Element:
     a, b = (ctx.broadcast(x, index) for x in node.args[:2])
-    alpha = _scalar(node.kwargs.get("alpha", 1))
+    alpha = ctx.broadcast(node.kwargs.get("alpha", 1), index)
     return through_where(lambda x, y: x - alpha * y, a, b)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from fa3_compile.lower.choose import Gradients, Kernel, Problem, register
 from fa3_compile.lower.elements import Shape, elements
 from fa3_compile.spec.attention import AttentionSpec
-from fa3_compile.spec.expr import KV, Expr, Q, S, depends_on, loads_in
+from fa3_compile.spec.expr import KV, Boolean, Expr, Q, S, depends_on, load
 
 CAUSAL = sympy.Le(KV, Q)
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -31,10 +31,15 @@ MASKED = -1e8
 
 @dataclass(frozen=True)
 class _Plan:
-    """How the spec is said to ATen: softmax(scale * s + bias), and bias alone is computed."""
+    """How the spec is said to ATen: softmax of scale * s + where(mask, bias, masked scores).
+
+    causal  the kernel's own causal flag is set; `mask` is what else there is
+    """
 
     scale: float
     bias: Expr
+    causal: bool
+    mask: Boolean
     fill_scale: float
     fill_bias: Expr | None
 
@@ -43,7 +48,7 @@ class _Plan:
         """The derivative by s of the scores of a row that is all masked; a load may hold fills."""
         if self.fill_bias is not None:
             return self.fill_scale
-        return self.scale if loads_in(self.bias) else 0.0
+        return self.scale if self.bias.has(load) else 0.0
 
 
 class Unsupported(Exception):
@@ -66,9 +71,21 @@ def _plan(spec: AttentionSpec) -> _Plan | Unsupported:
             absorbs = float(fill_bias) <= MASKED
             if not absorbs and (fill_scale != scale or float(fill_bias) < -1e4):
                 raise Unsupported(f"rows of masked scores {spec.fill} are no bias to the others")
-        return _Plan(scale, bias, fill_scale, fill_bias)
+        causal, mask = _split_causal(spec)
+        return _Plan(scale, bias, causal, mask, fill_scale, fill_bias)
     except Unsupported as error:
         return error
+
+
+def _split_causal(spec: AttentionSpec) -> tuple[bool, Boolean]:
+    """(whether the causal flag says part of the mask, the rest of the mask).
+
+    The flag leaves no fill, and no row without a key; with a fill, it must be the whole mask.
+    """
+    parts = sympy.And.make_args(spec.mask)
+    if CAUSAL not in parts or (spec.fill is not None and len(parts) > 1):
+        return False, spec.mask
+    return True, sympy.And(*(x for x in parts if x != CAUSAL))
 
 
 def _linear(expr: Expr, what: str) -> tuple[float, Expr]:
@@ -82,24 +99,29 @@ def _linear(expr: Expr, what: str) -> tuple[float, Expr]:
     return float(slope), bias
 
 
-def _bias(problem: Problem, q: Tensor, k: Tensor, aux, sizes) -> Tensor | None:
-    """The additive bias [B|1, H|1, Sq|1, Skv|1] in float32; None where it is 0."""
+def _bias(problem: Problem, q: Tensor, k: Tensor, aux, sizes) -> tuple[Tensor | None, ...]:
+    """(bias [B|1, H|1, Sq|1, Skv|1] in float32, rows [B|1, H|1, Sq|1] that have no key); None
+    for a bias of zeros, and where every row has a key."""
     spec, plan = problem.spec, _made(problem)
-    causal = spec.mask == CAUSAL
-    if plan.bias == 0 and (causal or not spec.has_mask):
-        return None
+    if plan.bias == 0 and plan.mask == sympy.true:
+        return None, None
     shape = Shape(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    exprs = (plan.bias, spec.mask)
-    bias, mask = elements(exprs, spec, shape, None, aux, sizes, torch.float32, q.device)
+    exprs = (plan.bias, plan.mask, spec.mask)
+    bias, mask, whole_mask = elements(exprs, spec, shape, None, aux, sizes, torch.float32, q.device)
     bias = bias.to(torch.float32)
-    if spec.has_mask and not causal:
+    if plan.mask != sympy.true:
         masked = torch.full((), float("-inf"), device=q.device)
         if plan.fill_bias is not None:
             fill = max(float(plan.fill_bias), torch.finfo(torch.float32).min)
             some = mask.expand(*mask.shape[:3], shape.kv_len).any(-1, keepdim=True)
             masked = torch.where(some, masked, fill)
         bias = torch.where(mask, bias, masked)
-    return bias if bias.dim() == 4 else bias.reshape(1, 1, 1, 1)
+    bias = bias if bias.dim() == 4 else bias.reshape(1, 1, 1, 1)
+    if plan.bias.has(load, sympy.oo, -sympy.oo):
+        return bias, (torch.where(whole_mask, bias, float("-inf")) == float("-inf")).all(-1)
+    if plan.mask == sympy.true or plan.fill_bias is not None:
+        return bias, None
+    return bias, ~whole_mask.expand(*whole_mask.shape[:3], shape.kv_len).any(-1)
 
 
 def _made(problem: Problem) -> _Plan:
@@ -131,24 +153,23 @@ class Cpu(Kernel):
         return None
 
     def run(self, problem, q, k, v, aux, sizes):
-        spec, plan = problem.spec, _made(problem)
-        bias = _bias(problem, q, k, aux, sizes)
+        plan = _made(problem)
+        bias, empty = _bias(problem, q, k, aux, sizes)
         dim = max(problem.dim, problem.v_dim)
         out, lse = FLASH(
             _padded(q, dim),
             _padded(k, dim),
             _padded(v, dim),
-            is_causal=spec.mask == CAUSAL,
+            is_causal=plan.causal,
             attn_mask=bias,
             scale=plan.scale,
         )
         out = out[..., : v.shape[-1]]
-        if bias is None:
+        if empty is None:
             return out, lse.contiguous()
         # For a row of -inf the kernel gives zeros and an lse of 0.
-        empty = (bias == float("-inf")).all(-1)
         lse = torch.where(empty, float("-inf"), lse)
-        if spec.dead != "zero":
+        if problem.spec.dead != "zero":
             out = torch.where(empty.unsqueeze(-1), float("nan"), out)
         return out, lse
 
@@ -159,7 +180,7 @@ class Cpu(Kernel):
 
     def run_backward(self, problem, dout, dlse, q, k, v, out, lse, aux, sizes, needs) -> Gradients:
         spec, plan = problem.spec, _made(problem)
-        bias = _bias(problem, q, k, aux, sizes)
+        bias, _ = _bias(problem, q, k, aux, sizes)
         dim = max(problem.dim, problem.v_dim)
         corrections = None
         if bias is not None:
@@ -172,7 +193,7 @@ class Cpu(Kernel):
             *(_padded(x, dim).contiguous() for x in (dout, q, k, v, out)),
             lse.contiguous(),
             0.0,
-            spec.mask == CAUSAL,
+            plan.causal,
             attn_mask=bias,
             scale=plan.scale,
         )

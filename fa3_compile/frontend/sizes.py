@@ -1,0 +1,104 @@
+"""PyTorch's symbolic sizes and scalars in the vocabulary of specs."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.utils._sympy import functions as torch_sympy
+
+from fa3_compile.spec.expr import Expr, floordiv, mod
+
+# Torch's own sympy functions, by class name since some are made on demand.
+MEANING = {
+    "ToFloat": lambda x: x,
+    "TruncToInt": None,
+    "FloorDiv": floordiv,
+    "CleanDiv": floordiv,
+    "CeilDiv": lambda a, b: -floordiv(-a, b),
+    "Mod": mod,
+    "PythonMod": mod,
+    "ModularIndexing": lambda x, by, n: mod(floordiv(x, by), n),
+    "IntTrueDiv": lambda a, b: a / b,
+    "FloatTrueDiv": lambda a, b: a / b,
+    "FloatPow": sympy.Pow,
+    "PowByNatural": sympy.Pow,
+    "Max": sympy.Max,
+    "Min": sympy.Min,
+    "OpaqueUnaryFn_sqrt": sympy.sqrt,
+    "OpaqueUnaryFn_exp": sympy.exp,
+    "OpaqueUnaryFn_log": sympy.log,
+    "Identity": lambda x: x,
+}
+
+SCALAR_OPERATORS = {
+    operator.add: lambda a, b: a + b,
+    operator.sub: lambda a, b: a - b,
+    operator.mul: lambda a, b: a * b,
+    operator.truediv: lambda a, b: a / b,
+    operator.pow: lambda a, b: a**b,
+    operator.neg: lambda a: -a,
+    torch.sym_float: lambda a: a,
+    torch.sym_sqrt: sympy.sqrt,
+}
+
+
+class UnknownScalar(Exception):
+    """A symbolic number that specs have no word for."""
+
+
+def sym(value: Any) -> Expr:
+    """An int, float, SymInt or SymFloat as an expression. `UnknownScalar` for other symbols."""
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return _translated(value.node.expr)
+    if isinstance(value, bool):
+        return sympy.S.One if value else sympy.S.Zero
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1 << 24:
+        # One spelling for 1 and 1.0, which sympy tells apart.
+        return sympy.Integer(int(value))
+    return sympy.sympify(value)
+
+
+def hint(value: Any) -> int:
+    """An int or SymInt as it was while tracing. No guard is added, as `int(value)` would."""
+    if isinstance(value, torch.SymInt):
+        known = value.node.hint
+        return 0 if known is None else int(known)
+    return int(value)
+
+
+def _translated(expr: Expr) -> Expr:
+    if expr.is_Symbol:
+        if not expr.is_integer:
+            raise UnknownScalar(f"the float {expr}, known only when it runs")
+        return expr
+    if not expr.args:
+        return expr
+    args = [_translated(x) for x in expr.args]
+    name = type(expr).__name__
+    if name in MEANING and MEANING[name] is not None:
+        return MEANING[name](*args)
+    if isinstance(expr, (sympy.Add, sympy.Mul, sympy.Pow)):
+        return expr.func(*args)
+    if isinstance(expr, sympy.Function) and type(expr).__module__ == torch_sympy.__name__:
+        raise UnknownScalar(f"{name} of a dynamic size")
+    return expr.func(*args)
+
+
+def scalar(node: fx.Node, read) -> Expr:
+    """A scalar node of the shadow: sizes as symbols, and `x.item()` as a read of x.
+
+    read   `read(tensor node) -> its one element`
+    """
+    if node.target is torch.ops.aten._local_scalar_dense.default:
+        return read(node.args[0])
+    try:
+        return sym(node.meta["val"])
+    except UnknownScalar:
+        combine = SCALAR_OPERATORS.get(node.target)
+        if combine is None:
+            raise
+        return combine(*(scalar(a, read) if isinstance(a, fx.Node) else sym(a) for a in node.args))
