@@ -56,6 +56,9 @@ def assert_matches_eager(
     Returns the report of what was fused. Raises AssertionError with the tensor that is too far
     off, by how much, and what became of each region.
     """
+    if backend == "fa3":
+        # By itself rather than by name: a checkout need not be installed.
+        from fa3_compile.backend import fa3 as backend
     subject = _Subject(model_or_fn, args, kwargs, training, seed)
     with _wide_oracle():
         oracle = subject.run(lambda fn: fn, torch.float64)

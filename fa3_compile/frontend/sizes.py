@@ -75,6 +75,8 @@ def _translated(expr: Expr) -> Expr:
         if not expr.is_integer:
             raise UnknownScalar(f"the float {expr}, known only when it runs")
         return expr
+    if expr.is_Float:
+        return sym(float(expr))
     if not expr.args:
         return expr
     args = [_translated(x) for x in expr.args]

@@ -56,11 +56,11 @@ TABLE: dict[tuple[tuple[int, int], int], tuple[TritonConfig, TritonConfig]] = {
 TABLE |= {((12, 0), d): x for (arch, d), x in list(TABLE.items()) if arch == (8, 9)}
 # float32 multiplies without tensor cores ("ieee"): small tiles, the same everywhere.
 FLOAT32 = {
-    64: C(64, 32, 4, 2),
+    64: C(64, 32, 8, 2),
     96: C(64, 32, 8, 2),
-    128: C(32, 32, 4, 2),
-    192: C(32, 16, 4, 2),
-    256: C(32, 16, 4, 1),
+    128: C(32, 32, 8, 2),
+    192: C(32, 16, 8, 2),
+    256: C(32, 16, 8, 2),
 }
 # Devices that share another's row: the shared memory of sm_86 is sm_89's, of sm_87 sm_80's.
 ROW = {(8, 6): (8, 9), (8, 7): (8, 0)}
