@@ -56,6 +56,8 @@ class Case:
     longest_first: bool = True
     dense: bool = False
     block_map: bool = False
+    sink: Callable | None = None
+    dead: str = "zero"  # what a row gets that sees no key: zero, nan, or the mean of the values
 
 
 SCALE = "FA3_DEVICE static float scale(const auto&) { return {scale}f * kLog2e; }\n"
@@ -80,6 +82,7 @@ CASES = {
     case.name: case
     for case in [
         Case("full", SCALE, longest_first=False),
+        Case("expanded", SCALE, longest_first=False),
         Case("causal", SCALE + CAUSAL, mask=lambda b, h, q, kv, t: kv <= q),
         Case(
             "softcap",
@@ -136,6 +139,31 @@ CASES = {
             score=lambda s, b, h, q, kv, t: s + t[0][0, h, q, kv].to(s.dtype),
             longest_first=False,
             dense=True,
+        ),
+        Case(
+            "sink",
+            SCALE + "static constexpr bool kSink = true;\n"
+            "FA3_DEVICE static float sink(const At& at, const auto&, int)"
+            " { return __ldg(at.aux.sinks + at.head) * kLog2e; }\n" + CAUSAL,
+            aux_fields="const float* sinks;",
+            tensors=lambda b, h, sq, skv: (torch.randn(h, device="cuda"),),
+            aux=pointers,
+            mask=lambda b, h, q, kv, t: kv <= q,
+            sink=lambda h, t: t[0][h],
+        ),
+        *(
+            Case(
+                f"late_{dead}",  # the first queries see no key
+                SCALE + f"static constexpr Dead kDead = Dead::{name};\n"
+                "static constexpr bool kRowEnd = true;\n"
+                "FA3_DEVICE static int row_end(const At&, const auto&, const Row&, int q)"
+                " { return q - 99; }\n"
+                "FA3_DEVICE static KeyBounds bounds(const At& at, int q_begin, int q_end) {\n"
+                "  return {0, q_end - 100, 0, q_begin - 99};\n}\n",
+                mask=lambda b, h, q, kv, t: kv <= q - 100,
+                dead=dead,
+            )
+            for dead, name in (("zero", "kZero"), ("nan", "kNan"), ("mean", "kValues"))
         ),
         Case(
             "documents",
@@ -195,9 +223,13 @@ def reference(case, q, k, v, tensors, scale, dtype=torch.float64):
             top = s.amax(-1, keepdim=True)
             w = torch.exp(s - torch.where(top.isinf(), torch.zeros_like(top), top))
             total = w.sum(-1, keepdim=True)
+            if case.sink is not None:
+                total = total + torch.exp(case.sink(h, tensors) - top)
             safe = torch.where(total == 0, torch.ones_like(total), total)
             out[b, h] = (w / safe) @ v[b, h // group].to(dtype)
             lse[b, h] = (top + total.log()).squeeze(-1)
+            if case.dead == "mean":
+                out[b, h][top.squeeze(-1).isinf()] = v[b, h // group].to(dtype).mean(0)
     return out, lse
 
 
@@ -212,9 +244,7 @@ class Config:
     block_n: int
     ping_pong: bool = True
     lazy: bool = True
-    poly_stride: int = 0
     longest_first: bool | None = None  # None: as the case has it
-    cluster: int = 1
     l2_mb: int = 32  # keys and values that a section of the longest-first order may hold
     block_map: bool = False  # set from the case
     defines: tuple[str, ...] = ()  # of an experiment
@@ -225,10 +255,8 @@ class Config:
     @property
     def name(self):
         flags = ("" if self.ping_pong else " nopp") + ("" if self.lazy else " eager")
-        flags += f" poly{self.poly_stride}" if self.poly_stride else ""
         flags += {None: "", True: " lpt", False: " static"}[self.longest_first]
         flags += "".join(f" {name}" for name in self.defines)
-        flags += f" x{self.cluster}" if self.cluster > 1 else ""
         flags += f" l2:{self.l2_mb}" if self.l2_mb != 32 else ""
         return f"{self.block_m}x{self.block_n}{flags}"
 
@@ -335,8 +363,8 @@ class Kernel:
         keys, dim_v = k.shape[2], v.shape[3]
         out = torch.full((batch, heads, queries, dim_v), float("nan"), dtype=q.dtype, device="cuda")
         lse = torch.full((batch, heads, queries), float("nan"), device="cuda")
-        maps = [tensor_map(cu, q, c.block_m), tensor_map(cu, k, c.block_n // c.cluster)]
-        maps.append(tensor_map(cu, v, c.block_n // c.cluster))
+        maps = [tensor_map(cu, q, c.block_m), tensor_map(cu, k, c.block_n)]
+        maps.append(tensor_map(cu, v, c.block_n))
         dense = tensors[0] if self.case.dense else None
         maps.append(bytes(128) if dense is None else tensor_map(cu, dense, c.block_m, dense=True))
         query_blocks = -(-queries // c.block_m)
@@ -346,11 +374,9 @@ class Kernel:
         kv_bytes = 2 * keys * (dim + dim_v)
         section = max(1, c.l2_mb * 2**20 // max(kv_bytes, 1)) * group
         section = min(section, batch * heads)
-        clusters = -(-query_blocks // c.cluster)
-        tiles = clusters * heads * batch
-        grid = min(tiles, processors // c.cluster)
-        order = (tiles, clusters, heads, section, grid)
-        grid *= c.cluster
+        tiles = query_blocks * heads * batch
+        grid = min(tiles, processors)
+        order = (tiles, query_blocks, heads, section, grid)
         keep = [q, k, v, out, lse, counter, *tensors]
         block_map = (0, 0, 0, 0, 0)
         map_args = None
@@ -364,8 +390,12 @@ class Kernel:
             )
             map_args = Arguments(map_params + self.case.aux(tensors))
             keep += [indices, counts]
+        dead = 0
+        if self.case.dead == "mean":
+            keep.append(v.float().mean(2).contiguous())
+            dead = keep[-1].data_ptr()
         params = b"".join(maps)
-        params += struct.pack("QQqqq", out.data_ptr(), lse.data_ptr(), *out.stride()[:3])
+        params += struct.pack("QQQqqq", out.data_ptr(), lse.data_ptr(), dead, *out.stride()[:3])
         params += struct.pack("iiiii4xQ", *order, counter.data_ptr())
         params += struct.pack("QQiii4x", *block_map)
         broadcast = (0, 0) if dense is None else tuple(int(n > 1) for n in dense.shape[:2])
@@ -432,7 +462,7 @@ CHECKS = [
         ("full", 128, 128, 2, 4, 4, 1000, 1000, Config(128, 176)),
         ("full", 128, 128, 1, 4, 2, 77, 1391, Config(128, 176, lazy=False)),
         ("full", 64, 64, 2, 6, 3, 1000, 517, Config(192, 128)),
-        ("full", 64, 64, 2, 6, 1, 300, 1, Config(192, 128, poly_stride=4)),
+        ("full", 64, 64, 2, 6, 1, 300, 1, Config(192, 128)),
         ("full", 256, 256, 1, 2, 2, 333, 999, Config(128, 80, ping_pong=False)),
         ("full", 40, 40, 1, 3, 3, 333, 999, Config(128, 128)),
         ("full", 80, 80, 1, 3, 3, 333, 999, Config(128, 128)),
@@ -462,10 +492,15 @@ CHECKS = [
         ("window", 128, 128, 1, 2, 2, 3001, 1000, Config(128, 64)),
         ("window", 64, 64, 1, 2, 2, 3001, 1000, Config(192, 64)),
         ("prefix", 64, 64, 1, 2, 2, 3001, 3001, Config(192, 64)),
-        ("full", 128, 128, 2, 4, 4, 1000, 1000, Config(128, 176, cluster=2)),
-        ("full", 64, 64, 2, 6, 3, 1000, 517, Config(192, 128, cluster=2)),
-        ("full", 256, 256, 2, 8, 2, 133, 999, Config(128, 80, ping_pong=False, cluster=2)),
-        ("full", 128, 128, 2, 4, 4, 1000, 1000, Config(192, 80, cluster=2)),
+        ("full", 128, 128, 2, 4, 4, 1000, 1000, Config(128, 176)),
+        ("full", 64, 64, 2, 6, 3, 1000, 517, Config(192, 128)),
+        ("full", 256, 256, 2, 8, 2, 133, 999, Config(128, 80, ping_pong=False)),
+        ("full", 128, 128, 2, 4, 4, 1000, 1000, Config(192, 80)),
+        ("sink", 128, 128, 2, 4, 4, 1000, 1000, Config(128, 128)),
+        ("late_zero", 128, 128, 2, 4, 2, 1000, 1000, Config(192, 80)),
+        ("late_nan", 128, 128, 2, 4, 2, 1000, 1000, Config(192, 80)),
+        ("late_mean", 128, 128, 2, 4, 2, 1000, 1000, Config(192, 80)),
+        ("expanded", 128, 128, 2, 4, 4, 500, 1000, Config(192, 80)),
         ("documents", 128, 128, 2, 2, 2, 3001, 3001, Config(128, 128)),
         ("documents", 64, 64, 2, 2, 2, 3001, 3001, Config(192, 96)),
     ]
@@ -490,6 +525,8 @@ def check(builds):
                 continue
             q = strided(b, h, sq, d, torch_dtype)
             k, v = strided(b, hk, skv, d, torch_dtype), strided(b, hk, skv, dv, torch_dtype)
+            if name == "expanded":
+                k, v = k[:1, :1].expand_as(k), v[:1, :1].expand_as(v)
             tensors = case.tensors(b, h, sq, skv)
             launch, out, lse = Kernel(case, key[1], builds[key]).prepare(q, k, v, tensors)
             launch()
@@ -504,7 +541,13 @@ def check(builds):
             error = ((out.double() - want).norm() / want.norm()).item()
             seen = ~want_lse.isinf()
             lse_error = (lse.double() - want_lse)[seen].abs().max().item()
-            masked = bool((lse[~seen] == float("-inf")).all() and (out[~seen] == 0).all())
+            masked = bool((lse[~seen] == float("-inf")).all())
+            if case.dead == "nan":
+                masked &= bool(out[~seen].isnan().all())
+                error = ((out.double() - want)[seen].norm() / want.norm()).item()
+                stable = True
+            elif case.dead == "zero":
+                masked &= bool((out[~seen] == 0).all())
             bound = 4e-3 if dtype == "Bf16" else 8e-4
             good = error < bound and lse_error < 5e-3 and masked and stable
             worst = max(worst, error)
@@ -518,21 +561,27 @@ def check(builds):
 
 TOKENS, WIDTH = 16384, 2048
 CANDIDATES = {
-    ("full", 64): [Config(192, 128), Config(192, 128, cluster=2)],
-    ("causal", 64): [Config(192, 128), Config(192, 96), Config(192, 64), Config(128, 128)],
-    ("full", 128): [Config(128, 176), Config(128, 160), Config(128, 128),
-                    Config(128, 176, cluster=2), Config(128, 160, cluster=2),
-                    Config(128, 128, cluster=2), Config(192, 80), Config(192, 80, cluster=2)],
-    ("causal", 128): [Config(128, 128), Config(192, 80), Config(128, 64)],
-    ("full", 256): [Config(128, 80), Config(128, 64), Config(128, 80, cluster=2),
-                    Config(128, 64, cluster=2)],
+    ("full", 64): [Config(192, 128)],
+    ("causal", 64): [Config(192, 128)],
+    ("full", 128): [Config(192, 80), Config(192, 64), Config(128, 160)],
+    ("causal", 128): [Config(192, 80), Config(192, 64), Config(128, 128)],
+    ("full", 256): [Config(128, 80), Config(128, 64)],
     ("causal", 256): [Config(128, 80), Config(128, 64)],
-    ("softcap", 128): [Config(128, 128)],
-    ("alibi", 128): [Config(128, 128)],
-    ("window", 128): [Config(128, 128), Config(192, 80)],
-    ("prefix", 128): [Config(128, 128)],
-    ("bias", 128): [Config(128, 128)],
-    ("documents", 128): [Config(128, 128), Config(128, 96)],
+    ("softcap", 128): [Config(128, 128), Config(192, 80), Config(192, 80, ping_pong=False)],
+    ("alibi", 128): [Config(128, 128), Config(192, 80)],
+    ("window", 128): [Config(192, 80), Config(192, 64)],
+    ("prefix", 128): [Config(128, 128), Config(192, 80)],
+    ("bias", 128): [Config(128, 128), Config(192, 64)],
+    ("documents", 128): [Config(128, 128), Config(192, 80), Config(192, 64)],
+    ("softcap", 64): [Config(192, 128), Config(192, 96)],
+    ("alibi", 64): [Config(192, 128)],
+    ("full", 96): [Config(192, 96), Config(128, 176), Config(128, 160)],
+    ("causal", 96): [Config(192, 96), Config(128, 128)],
+    ("full", 80): [Config(192, 112), Config(192, 96), Config(128, 176)],
+    ("full", 192): [Config(128, 96), Config(128, 112), Config(128, 128)],
+    ("causal", 192): [Config(128, 96), Config(128, 112), Config(128, 128)],
+    ("full", 160): [Config(128, 96), Config(128, 112), Config(128, 128)],
+    ("full", 32): [Config(192, 128), Config(192, 160)],
 }  # fmt: skip
 
 
@@ -561,9 +610,7 @@ def interleaved(functions, rounds):
             end.record()
             record.append((start, end))
     torch.cuda.synchronize()
-    return [
-        sorted(a.elapsed_time(b) for a, b in record)[len(record) // 2] for record in events
-    ]
+    return [sorted(a.elapsed_time(b) for a, b in record)[len(record) // 2] for record in events]
 
 
 def busy_clock(f, seconds=0.3):
@@ -613,8 +660,10 @@ def bench(builds, wanted):
         if wanted and wanted not in f"{name}{dim}":
             continue
         case = CASES[name]
-        for length in (2048, 16384) if name in ("full", "causal") else (8192,):
+        both = name in ("full", "causal") and dim in (64, 128, 256)
+        for length in (2048, 16384) if both else (8192,):
             batch, heads = TOKENS // length, WIDTH // dim
+            peers = [(name, config) for config in configs]
             shape = (batch, heads, length, dim)
             q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3))
             tensors = case.tensors(batch, heads, length, length)
@@ -628,7 +677,6 @@ def bench(builds, wanted):
                     )
 
             functions, names = [cudnn], ["cudnn"]
-            peers = [(name, config) for config in configs]
             if name in ("softcap", "alibi"):
                 peers.insert(0, ("causal", CANDIDATES["causal", dim][0]))
             for other, config in peers:
@@ -654,11 +702,16 @@ def bench(builds, wanted):
             cells = "  ".join(f"[{a}] {r:.0f}" for a, r in zip(names, rates, strict=True))
             if len(functions) > 1 and "CLOCKS" in os.environ:
                 clocks = " MHz/W " + " ".join(str(busy_clock(f)) for f in functions)
-            print(f"{name} D{dim} S{length}: best/cudnn {best / rates[0]:.3f}  {cells}{clocks}", flush=True)
+            print(
+                f"{name} D{dim} S{length}: best/cudnn {best / rates[0]:.3f}  {cells}{clocks}",
+                flush=True,
+            )
             del q, k, v, tensors, functions
             torch.cuda.empty_cache()
     with open(Path(os.environ.get("OUT", ".")) / "sm90_dev.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("case", "dim", "length", "config", "tflops", "to_cudnn"), *rows])
+        csv.writer(file).writerows(
+            [("case", "dim", "length", "config", "tflops", "to_cudnn"), *rows]
+        )
 
 
 def main():

@@ -16,14 +16,12 @@ namespace fa3 {
 // Head dims are those of the tensors; a tile in shared memory is as wide as the next multiple of
 // 32 and TMA fills the rest with zeros.
 template <class DtypeT, int DimQK, int DimV, int BlockM_, int BlockN_, bool LongestFirst_,
-          bool PingPong_, bool Lazy_, int PolyStride_, int Cluster_>
+          bool PingPong_, bool Lazy_>
 struct ForwardConfig {
   using Dtype = DtypeT;
   static constexpr int kDimQK = DimQK, kDimV = DimV, kBlockM = BlockM_, kBlockN = BlockN_;
   static constexpr bool kLongestFirst = LongestFirst_, kPingPong = PingPong_, kLazy = Lazy_;
-  static constexpr int kPolyStride = PolyStride_;
   static constexpr int kStages = 2;
-  static constexpr int kCluster = Cluster_;  // blocks that share their keys and values by multicast
   static constexpr int kWarpgroups = BlockM_ / 64;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   // Of 65,536 registers consumers take what their tiles need and the producer the rest. Three
@@ -34,7 +32,6 @@ struct ForwardConfig {
   static constexpr int kConsumerRegisters =
       kWarpgroups == 2 ? 232 : kWarpgroups == 1 ? 248 : kTight ? 160 : 152;
   static_assert(DimQK % 8 == 0 && DimV % 8 == 0 && DimQK <= 256 && DimV <= 256, "head dims");
-  static_assert(Cluster_ == 1 || (Cluster_ == 2 && !LongestFirst_ && BlockN_ % 16 == 0), "cluster");
   static_assert(BlockM_ % 64 == 0 && kWarpgroups <= 3 && BlockN_ % 16 == 0, "tile");
 };
 
@@ -42,7 +39,8 @@ template <class Aux>
 struct ForwardParams {
   TensorMap q, k, v, tile;
   void* out;
-  float* lse;  // (batch, heads, queries), natural log
+  float* lse;         // (batch, heads, queries), natural log
+  const float* dead;  // (batch, key heads, DimV), only where a variant's dead rows have values
   int64_t out_batch, out_head, out_row;  // strides in elements
   TileOrder order;
   BlockMap map;
@@ -69,21 +67,6 @@ struct OperandTile {
     for (int i = 0; i < kPanels; ++i)
       tma_load(dst + i * kPanelBytes, map, barrier, policy, i * kPanelColumns, row, head, batch);
   }
-
-  // Each block of the cluster loads its part of the rows, for all of them.
-  template <int Cluster>
-  FA3_DEVICE static void load_shared(uint32_t dst, const TensorMap& map, uint32_t barrier,
-                                     uint64_t policy, int row, int head, int batch) {
-    if constexpr (Cluster == 1) {
-      load(dst, map, barrier, policy, row, head, batch);
-    } else {
-      int part = cluster_rank() * (Rows / Cluster);
-#pragma unroll
-      for (int i = 0; i < kPanels; ++i)
-        tma_multicast(dst + i * kPanelBytes + part * kSwizzle, map, barrier, policy,
-                      (1 << Cluster) - 1, i * kPanelColumns, row + part, head, batch);
-    }
-  }
 };
 
 template <class Config, class Variant>
@@ -92,14 +75,12 @@ struct AttentionForward {
   using Params = ForwardParams<typename Variant::Aux>;
   using At = typename Variant::At;
   static constexpr int kM = Config::kBlockM, kN = Config::kBlockN, kStages = Config::kStages;
-  static constexpr int kCluster = Config::kCluster;
-  static_assert(kCluster == 1 || (!Variant::kBlockMap && !Variant::kDenseTile), "cluster");
   using QTile = OperandTile<Config::kDimQK, kM>;
   using KTile = OperandTile<Config::kDimQK, kN>;
   using VTile = OperandTile<Config::kDimV, kN>;
   using Turns = PingPong<Config::kWarpgroups, Config::kPingPong>;
   using Pipe = PipelineState<kStages>;
-  using Weights = Softmax<kN, Config::kLazy, Config::kPolyStride>;
+  using Weights = Softmax<kN, Config::kLazy>;
 
   // Whether warpgroups of a tile may see different key blocks.
   static constexpr bool kSplit =
@@ -152,8 +133,7 @@ struct AttentionForward {
       bool empty = (i >= kQEmpty && i < kKFull) || (i >= kKEmpty && i < kVFull) ||
                    (i >= kVEmpty && i < kDenseFull) || (i >= kDenseEmpty && i < kTileFull) ||
                    i >= kTileEmpty;
-      bool pooled = (i >= kKEmpty && i < kVFull) || (i >= kVEmpty && i < kDenseFull);
-      mbarrier_init(barrier(i), empty ? consumer_warps * (pooled ? kCluster : 1) : 1);
+      mbarrier_init(barrier(i), empty ? consumer_warps : 1);
     }
     mbarrier_init_fence();
   }
@@ -164,7 +144,7 @@ struct AttentionForward {
     mbarrier_wait(barrier(kKEmpty + at.stage()), at.parity() ^ 1);
     uint32_t full = barrier(kKFull + at.stage());
     mbarrier_expect(full, KTile::kBytes);
-    KTile::template load_shared<kCluster>(shared + kAtK + at.stage() * KTile::kBytes, p.k, full, kEvictLast, block * kN,
+    KTile::load(shared + kAtK + at.stage() * KTile::kBytes, p.k, full, kEvictLast, block * kN,
                 kv_head, tile.batch);
     if constexpr (Variant::kDenseTile) {
       mbarrier_wait(barrier(kDenseEmpty + at.stage()), at.parity() ^ 1);
@@ -182,7 +162,7 @@ struct AttentionForward {
     mbarrier_wait(barrier(kVEmpty + at.stage()), at.parity() ^ 1);
     uint32_t full = barrier(kVFull + at.stage());
     mbarrier_expect(full, VTile::kBytes);
-    VTile::template load_shared<kCluster>(shared + kAtV + at.stage() * VTile::kBytes, p.v, full, kEvictLast, block * kN,
+    VTile::load(shared + kAtV + at.stage() * VTile::kBytes, p.v, full, kEvictLast, block * kN,
                 kv_head, tile.batch);
   }
 
@@ -193,13 +173,10 @@ struct AttentionForward {
     tma_prefetch(p.q);
     tma_prefetch(p.k);
     tma_prefetch(p.v);
-    for (TileQueue<Config::kLongestFirst, kCluster> queue;; queue.next(p.order)) {
+    for (TileQueue<Config::kLongestFirst> queue;; queue.next(p.order)) {
       bool more = queue.index < p.order.tiles;
       TileCoord tile{-1, 0, 0};
-      if (more) {
-        tile = p.order.template coord<Config::kLongestFirst>(queue.index);
-        if (kCluster > 1) tile.query_block = tile.query_block * kCluster + cluster_rank();
-      }
+      if (more) tile = p.order.template coord<Config::kLongestFirst>(queue.index);
       publish(ring, tile);
       ring.advance();
       if (!more) break;
@@ -272,16 +249,6 @@ struct AttentionForward {
   FA3_DEVICE void release(int which, int lane) const {
     __syncwarp();
     if (lane == 0) mbarrier_arrive(barrier(which));
-  }
-
-  // Stages filled by multicast are released to every block of the cluster.
-  FA3_DEVICE void release_pooled(int which, int lane) const {
-    if constexpr (kCluster == 1) {
-      release(which, lane);
-    } else {
-      __syncwarp();
-      if (lane < kCluster) mbarrier_arrive_at(barrier(which), lane);
-    }
   }
 
   // S = Q K^T of one key block; left running.
@@ -403,7 +370,7 @@ struct AttentionForward {
 
   // The scores have left shared memory; with the last block of a tile its queries have too.
   FA3_DEVICE void release_k(Consumer& c, bool last) const {
-    release_pooled(kKEmpty + c.k.stage(), c.lane);
+    release(kKEmpty + c.k.stage(), c.lane);
     c.k.advance();
     if (last) {
       release(kQEmpty + c.q.stage(), c.lane);
@@ -412,7 +379,7 @@ struct AttentionForward {
   }
 
   FA3_DEVICE void release_v(Consumer& c) const {
-    release_pooled(kVEmpty + c.v.stage(), c.lane);
+    release(kVEmpty + c.v.stage(), c.lane);
     c.v.advance();
   }
 
@@ -431,9 +398,6 @@ struct AttentionForward {
     wgmma_pin(s);
     release_k(c, last);
     bool rescale = weigh<Masked>(c, t, s, block, alpha);
-#ifdef EXP_HOLD
-    if (c.softmax.sum[0] + c.softmax.sum[1] == -1.0f) __trap();
-#endif
     wgmma_wait<0>();
     wgmma_pin(c.out);
     release_v(c);
@@ -602,19 +566,33 @@ struct AttentionForward {
       float top = c.softmax.max[r] * t.scale;
       float factor = 1.0f;
       if constexpr (Variant::kSink) {
-        float sink = Variant::sink(t.at, t.head);
+        float sink = Variant::sink(t.at, t.head, t.q[r]);
         float raised = fmaxf(top, sink);
         factor = exp2_approx(top - raised);
         sum = sum * factor + exp2_approx(sink - raised);
         top = raised;
       }
-      factor = sum == 0.0f ? 0.0f : __fdividef(factor, sum);
+      bool dead = sum == 0.0f;
+      factor = dead ? 0.0f : __fdividef(factor, sum);
+      if constexpr (Variant::kDead == Dead::kNan) factor = dead ? nan() : factor;
+      if constexpr (Variant::kDead == Dead::kValues) {
+        if (dead) {
+          factor = 1.0f;
+          int row = t.at.batch * (p.order.heads / p.group) + t.at.head / p.group;
+          const float* values = p.dead + row * Config::kDimV + 2 * quad_lane;
+#pragma unroll
+          for (int j = 0; j < pieces; ++j) {
+            c.out[4 * j + 2 * r] = __ldg(values + 8 * j);
+            c.out[4 * j + 2 * r + 1] = __ldg(values + 8 * j + 1);
+          }
+        }
+      }
       bool inside = t.q[r] < t.at.queries;
       int64_t row = t.q[r];
       if (inside && quad_lane == 0) {
         int64_t at = (static_cast<int64_t>(t.at.batch) * p.order.heads + t.at.head);
         p.lse[at * t.at.queries + row] =
-            sum == 0.0f ? -inf() : (top + log2_approx(sum)) * kLn2;
+            dead ? -inf() : (top + log2_approx(sum)) * kLn2;
       }
       char* out = static_cast<char*>(p.out) +
                   2 * (t.at.batch * p.out_batch + t.at.head * p.out_head + row * p.out_row);
@@ -697,7 +675,7 @@ struct AttentionForward {
     extern __shared__ char memory[];
     AttentionForward self{p, (shared_address(memory) + 1023) & ~1023u};
     if (threadIdx.x == 0) self.init_barriers();
-    sync_blocks();
+    __syncthreads();
     if (threadIdx.x < 128) {
       shrink_registers<Config::kProducerRegisters>();
       if (threadIdx.x == 0) self.produce();
@@ -705,13 +683,6 @@ struct AttentionForward {
       grow_registers<Config::kConsumerRegisters>();
       self.consume();
     }
-    // A block's shared memory outlives the loads and arrivals of the others.
-    if constexpr (kCluster > 1) cluster_sync();
-  }
-
-  FA3_DEVICE static void sync_blocks() {
-    if constexpr (kCluster > 1) cluster_sync();
-    else __syncthreads();
   }
 };
 

@@ -1,22 +1,9 @@
-// Named barriers and clusters.
-//
 // Ping-pong between consumer warpgroups: they take turns to issue their matrix products, so that
 // one computes its softmax while another's products run (FlashAttention-3, section 3.1).
 #pragma once
 #include "fa3/ptx.cuh"
 
 namespace fa3 {
-
-// All threads of the cluster; those of a block that stands alone need __syncthreads.
-FA3_DEVICE void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-
-FA3_DEVICE uint32_t cluster_rank() {
-  uint32_t rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
 
 template <int Warpgroups, bool Enabled>
 struct PingPong {

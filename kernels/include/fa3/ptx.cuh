@@ -17,6 +17,7 @@ constexpr float kLn2 = 0.6931471805599453f;
 #define FA3_DEVICE __device__ __forceinline__
 
 FA3_DEVICE float inf() { return __int_as_float(0x7f800000); }
+FA3_DEVICE float nan() { return __int_as_float(0x7fc00000); }
 
 constexpr __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 constexpr __device__ int round_up(int a, int b) { return (a + b - 1) / b * b; }
@@ -38,20 +39,6 @@ FA3_DEVICE float tanh_approx(float x) {
   float y;
   asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-}
-
-// 2^x for x <= 127 on the FMA pipe: x = n + f, a cubic for 2^f, n added to the exponent.
-// Relative error 9e-5, below bf16 rounding. The MUFU unit gives 16 exponentials a clock and is
-// the bound of softmax at small head dims; some of them done here run beside it.
-FA3_DEVICE float exp2_polynomial(float x) {
-  x = fmaxf(x, -127.0f);
-  float shifted;
-  asm("add.rm.ftz.f32 %0, %1, 0f4B400000;" : "=f"(shifted) : "f"(x));  // floor in the low bits
-  float f = x - (shifted - 12582912.0f);
-  float y = fmaf(f, 0.077119089663f, 0.227564394474f);
-  y = fmaf(y, f, 0.695146143436f);
-  y = fmaf(y, f, 1.0f);
-  return __int_as_float((__float_as_int(shifted) << 23) + __float_as_int(y));
 }
 
 template <class Dtype>

@@ -12,10 +12,9 @@ struct TileCoord {
 // Tiles of equal work go round the grid in order, query blocks of a head side by side so that its
 // keys stay in L2. Unequal ones are taken from a counter, longest first (the last query block of a
 // causal head), in sections of `section` heads whose keys and values fit L2 together.
-// With clusters, what is counted here is a cluster's query blocks, side by side.
 struct TileOrder {
   int tiles, query_blocks, heads, section;
-  int stride;  // blocks (or clusters) of the grid
+  int stride;  // blocks of the grid
   int* next;   // one counter, zero between launches; only the unequal case uses it
 
   template <bool LongestFirst>
@@ -42,9 +41,9 @@ struct TileOrder {
 
 // The sequence of tile numbers of one block. Dynamic: each takes from the counter; the answer is
 // looked at only in next(), so that its latency hides behind the loads of the tile in between.
-template <bool Dynamic, int Cluster>
+template <bool Dynamic>
 struct TileQueue {
-  int index = blockIdx.x / Cluster;
+  int index = blockIdx.x;
   int taken = 0;
 
   FA3_DEVICE void take(const TileOrder& order) {

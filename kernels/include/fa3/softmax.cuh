@@ -15,10 +15,9 @@ FA3_DEVICE float quad_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// `PolyStride` n > 0 computes every n-th exponential on the FMA pipe (exp2_polynomial).
 // `Lazy` keeps an old maximum until a row exceeds it by 8 in the exponent, so that rescaling is
 // rare (FlashAttention-4); weights stay below 2^8, and sums and products are fp32.
-template <int N, bool Lazy, int PolyStride>
+template <int N, bool Lazy>
 struct Softmax {
   static constexpr float kSlack = 8.0f;
   float max[2] = {-inf(), -inf()};
@@ -61,10 +60,8 @@ struct Softmax {
       for (int j = 0; j < N / 8; ++j) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          float x = fmaf(s[4 * j + 2 * r + e], scale, offset);
-          bool poly = PolyStride > 0 && (2 * j + e) % (PolyStride > 0 ? PolyStride : 1) == 0;
-          x = poly ? exp2_polynomial(x) : exp2_approx(x);
-          s[4 * j + 2 * r + e] = x;
+          float& x = s[4 * j + 2 * r + e];
+          x = exp2_approx(fmaf(x, scale, offset));
           sum[r] += x;
         }
       }

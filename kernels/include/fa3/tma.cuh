@@ -28,16 +28,4 @@ FA3_DEVICE void tma_load(uint32_t dst, const TensorMap& map, uint32_t barrier, u
       : "memory");
 }
 
-// To the same address in the blocks of the cluster that `blocks` has bits for; each one's barrier
-// gets the bytes.
-FA3_DEVICE void tma_multicast(uint32_t dst, const TensorMap& map, uint32_t barrier,
-                              uint64_t policy, unsigned short blocks, int d, int row, int head,
-                              int batch) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7, %8;" ::"r"(dst),
-      "l"(&map), "r"(d), "r"(row), "r"(head), "r"(batch), "r"(barrier), "h"(blocks), "l"(policy)
-      : "memory");
-}
-
 }  // namespace fa3

@@ -18,6 +18,10 @@ struct KeyBounds {
   int begin, end, full_begin, full_end;
 };
 
+// A row that sees no key: zeros, NaN (softmax of -inf alone), or ForwardParams::dead, the softmax
+// over all keys of a score that is the same for each of them. Its LSE is -inf.
+enum class Dead { kZero, kNan, kValues };
+
 template <class AuxT>
 struct Site {
   const AuxT& aux;  // captured tensors and their strides
@@ -40,7 +44,8 @@ struct PlainVariant {
   static constexpr bool kRowBegin = false;     // row_begin() does so on the left
   static constexpr bool kLeftBlocks = false;   // masked blocks lie left of the full ones too
   static constexpr bool kFiniteScores = true;  // no score is -inf where the mask allows it
-  static constexpr bool kSink = false;         // sink(head) joins the row sum
+  static constexpr bool kSink = false;         // sink() joins the row sum and has no value
+  static constexpr Dead kDead = Dead::kZero;   // what a row gets that sees no key
   static constexpr bool kBlockMap = false;     // key blocks come from lists built at run time
   static constexpr bool kDenseTile = false;    // a dense (q, kv) input arrives by TMA beside K
 
@@ -61,7 +66,7 @@ struct PlainVariant {
   FA3_DEVICE static int row_begin(const At&, const auto&, const auto&, int q) { return 0; }
   FA3_DEVICE static int row_end(const At& at, const auto&, const auto&, int q) { return at.keys; }
   // In log2 units: the sink logit times log2(e).
-  FA3_DEVICE static float sink(const At&, const auto&) { return 0.0f; }
+  FA3_DEVICE static float sink(const At&, const auto&, int q) { return 0.0f; }
   FA3_DEVICE static KeyBounds bounds(const At& at, int q_begin, int q_end) {
     return {0, at.keys, 0, at.keys};
   }
