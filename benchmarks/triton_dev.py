@@ -13,12 +13,14 @@ import argparse
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -191,13 +193,13 @@ def check(case: Case) -> dict:
     exact, exact_lse = attention(spec, q.double(), k.double(), v.double(), aux, [])
     eager, _ = attention(spec, q, k, v, aux, [])
 
-    def error(x: Tensor) -> float:
+    def distance(x: Tensor) -> float:
         return (x.double() - exact).nan_to_num(0.0).abs().max().item()
 
     same_nan = torch.equal(out.isnan(), exact.isnan())
     finite = torch.isfinite(exact_lse) & (exact_lse.abs() < 1e30)
     lse_error = (lse - exact_lse)[finite].abs().max().item() if finite.any() else 0.0
-    ours, theirs = error(out), error(eager)
+    ours, theirs = distance(out), distance(eager)
     least = 1e-5 if case.dtype == "fp32" else 1e-3
     ok = same_nan and ours <= 2 * theirs + least and lse_error < 2e-3
     return record | {
@@ -206,7 +208,12 @@ def check(case: Case) -> dict:
 
 
 def configs_for(case: Case) -> list[TritonConfig]:
-    """Candidates to time, by head dim."""
+    """Candidates to time, by head dim, and the shipped one."""
+    table = tune.table_config(case.problem())
+    return [table, *(x for x in _listed(case) if x != table)]
+
+
+def _listed(case: Case) -> list[TritonConfig]:
     c = TritonConfig
     if case.dtype == "fp32":
         shapes = ((64, 32, 4, 2), (128, 32, 4, 2), (32, 64, 4, 2), (64, 64, 8, 2), (32, 32, 4, 2))
@@ -270,7 +277,8 @@ class Runner:
 
 def against_flex(case: Case) -> bool:
     """Where FlexAttention is timed too: each of its kernels takes seconds to compile."""
-    return case.dtype == "bf16" and case.q_len >= 8192
+    plain = case.name in ("full", "causal")
+    return case.dtype == "bf16" and case.q_len == (16384 if plain else 8192)
 
 
 def flex_runner(case: Case, q, k, v, aux) -> Runner:
@@ -312,11 +320,10 @@ def cudnn_runner(case: Case, q, k, v) -> Runner:
     return Runner("cudnn", call)
 
 
-def our_runners(case: Case, q, k, v, aux, failures: list[str]) -> list[Runner]:
+def our_runners(case: Case, q, k, v, aux, built, failures: list[str]) -> list[Runner]:
     problem, runners = case.problem(), []
-    listed = configs_for(case)
     table = tune.table_config(problem)
-    for config in [*listed, *([] if table in listed else [table])]:
+    for config in [x for x in configs_for(case) if x in built]:
         try:
             bound = triton_forward.bind_config(problem, config, q, k, v, aux, [])
         except KernelBuildError as error:
@@ -333,11 +340,11 @@ def our_runners(case: Case, q, k, v, aux, failures: list[str]) -> list[Runner]:
     return runners
 
 
-def time_case(case: Case, rounds: int = 9) -> dict:
+def time_case(case: Case, rounds: int, built: set[TritonConfig]) -> dict:
     """Interleaved medians of every candidate and peer, in TFLOP/s of the work the mask leaves."""
     q, k, v, aux = case.inputs()
     failures: list[str] = []
-    runners = our_runners(case, q, k, v, aux, failures)
+    runners = our_runners(case, q, k, v, aux, built, failures)
     peers = [lambda: flex_runner(case, q, k, v, aux)] if against_flex(case) else []
     if case.name in ("full", "causal") and case.dtype == "bf16":
         peers.append(lambda: cudnn_runner(case, q, k, v))
@@ -418,64 +425,99 @@ def check_all() -> None:
         print("  ", json.dumps(x)[:700])
 
 
-def time_all(rounds: int) -> None:
+def time_all(rounds: int, budget: float, only: str) -> None:
+    """Times each case as soon as its kernels are built; stops starting new ones at `budget` s."""
     start = time.time()
-    run_workers("build-shard")
-    print(f"builds: {time.time() - start:.0f} s", flush=True)
-    records = []
-    for case in time_cases():
-        record = time_case(case, rounds)
+    cases = [x for x in time_cases() if only in f"{x.name} D{x.dim} {x.q_len} {x.dtype}"]
+    # A worker that compiles for FlexAttention must not start workers of its own.
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(WORKERS, mp_context=context)
+    jobs: dict[tuple, Future] = {}
+    for case in cases:
+        for config in configs_for(case):
+            key = (build_shape(case), config)
+            if key not in jobs:
+                jobs[key] = pool.submit(build, build_shape(case), config)
+        if against_flex(case):
+            jobs[case, None] = pool.submit(build_flex, case)
+    records, built = [], {}
+    for case in cases:
+        keys = [(build_shape(case), x) for x in configs_for(case)]
+        keys += [(case, None)] if against_flex(case) else []
+        left = max(0.0, budget - (time.time() - start))
+        wait([jobs[x] for x in keys], timeout=left)
+        if time.time() - start > budget:
+            print(f"stopped after {len(records)} of {len(cases)} cases")
+            break
+        built = {x[1] for x in keys if x[1] and jobs[x].result() == ""}
+        record = time_case(case, rounds, built)
+        record["failures"] += [f"{x[1]}: {jobs[x].result()}" for x in keys if jobs[x].result()]
         records.append(record)
-        speeds = record["tflops"]
-        peers = {x: speeds.pop(x) for x in ("flex", "cudnn") if x in speeds}
-        best = sorted(speeds.items(), key=lambda x: -x[1])
-        shown = "  ".join(f"{n} {x:.0f}" for n, x in best[:4])
-        table = next((f"{x:.0f}" for n, x in best if n.endswith("*")), "-")
-        others = "  ".join(f"{n} {x:.0f}" for n, x in peers.items())
-        name = f"{case.name:11} D{case.dim:<3} {case.q_len:>5} {case.dtype}"
-        print(f"{name} table {table:>4} | {shown} | {others}", flush=True)
-        record["tflops"] = speeds | peers
-        for failure in record["failures"][:2]:
-            print("    ", failure[:160])
+        show(record)
         write("triton_times.jsonl", records)
+    pool.shutdown(wait=False, cancel_futures=True)
     small = Case("causal", f"attention(score=0.125*s, mask={CAUSAL})", 1, 4, 4, 64, 64, 64)
     print(f"host time of a warm call: {host_overhead(small):.1f} us")
-    print(f"times: {time.time() - start:.0f} s")
+    print(f"times: {time.time() - start:.0f} s", flush=True)
+    for process in list((pool._processes or {}).values()):
+        process.terminate()
 
 
-def build_unit(case: Case, index: int, count: int) -> None:
-    """Builds this worker's share of a case's kernels into Triton's cache on disk."""
-    case = replace(case, batch=1, q_len=1024, kv_len=1024)
-    q, k, v, aux = case.inputs()
-    for config in configs_for(case)[index::count]:
-        try:
-            triton_forward.bind_config(case.problem(), config, q, k, v, aux, [])
-        except KernelBuildError:
-            continue
+def show(record: dict) -> None:
+    speeds = dict(record["tflops"])
+    peers = "  ".join(f"{x} {speeds.pop(x):.0f}" for x in ("flex", "cudnn") if x in speeds)
+    best = sorted(speeds.items(), key=lambda x: -x[1])
+    shown = "  ".join(f"{n} {x:.0f}" for n, x in best[:5])
+    table = next((f"{x:.0f}" for n, x in best if n.endswith("*")), "-")
+    name = f"{record['case']:11} D{record['dim']:<3} {record['length']:>5} {record['dtype']}"
+    print(f"{name} table {table:>4} | {shown} | {peers}", flush=True)
+    for failure in record["failures"][:2]:
+        print("    ", failure[:160])
+
+
+def build_shape(case: Case) -> Case:
+    """A small case with the same binary: the lengths are arguments of the kernel."""
+    return replace(case, batch=1, q_len=1024, kv_len=1024)
+
+
+def build(case: Case, config: TritonConfig) -> str:
+    """Builds one kernel into Triton's cache on disk; "" or why it does not build."""
+    try:
+        q, k, v, aux = case.inputs()
+        triton_forward.bind_config(case.problem(), config, q, k, v, aux, [])
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:300]
+    return ""
+
+
+def build_flex(case: Case) -> str:
+    """The same for FlexAttention, into Inductor's cache."""
+    try:
+        flex_runner(case, *case.inputs()).call()
+        torch.cuda.empty_cache()
+    except Exception as error:
+        return f"flex: {type(error).__name__}: {error}"[:300]
+    return ""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("job", choices=("all", "check", "time", "check-shard", "build-shard"))
-    parser.add_argument("--shard", default="0/1")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser = argparse.ArgumentParser(description="Triton forward kernel: numerics and times")
+    parser.add_argument("job", choices=("all", "check", "time", "check-shard"))
+    parser.add_argument("--shard", default="0/1", help="of the cases to check: index/count")
+    parser.add_argument("--rounds", type=int, default=9, help="launches per median")
+    parser.add_argument("--budget", type=float, default=240, help="seconds for the times")
+    parser.add_argument("--only", default="", help='part of "name D128 8192 bf16"')
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks/triton_dev.py needs a CUDA device")
-    index, count = map(int, args.shard.split("/"))
     if args.job == "check-shard":
         for case in shard(check_cases(), args.shard):
             print(json.dumps(check(case)), flush=True)
-    elif args.job == "build-shard":
-        for case in [x for x in time_cases() if against_flex(x)][index::count]:
-            flex_runner(case, *case.inputs()).call()
-        for case in time_cases():
-            if case.q_len in (2048, 4096, 8192):  # the binary is the same at other lengths
-                build_unit(case, index, count)
     if args.job in ("all", "check"):
         check_all()
     if args.job in ("all", "time"):
-        time_all(args.rounds)
+        time_all(args.rounds, args.budget, args.only)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,219 @@
+"""`triton_forward` compiled for GPUs that are not here: no spills, and the matrix instructions.
+
+Spills are read from ptxas, run with -v on the PTX that Triton emits.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from fa3_compile.lower import build, tune  # noqa: E402
+from fa3_compile.lower.choose import Problem  # noqa: E402
+from fa3_compile.lower.config import SHARED_MEMORY, TritonConfig  # noqa: E402
+from fa3_compile.lower.kernels.triton_forward import TritonForward, _render_key  # noqa: E402
+from fa3_compile.lower.render import RenderKey, chunks, render  # noqa: E402
+from fa3_compile.spec.attention import AttentionSpec  # noqa: E402
+
+FULL = "attention(score=0.125*s)"
+CAUSAL = "attention(score=0.125*s, mask=(kv - q <= 0))"
+FORMS = {
+    "softcap": "attention(score=20.0*tanh(0.00625*s), mask=(kv - q <= 0))",
+    "alibi": "attention(score=0.125*s + load(0, 0, h, 0, 0)*(kv - q), mask=(kv - q <= 0),"
+    " aux=[float])",
+    "window with a fill": "attention(score=0.125*s, mask=(kv - q <= 0) & (q - kv <= 99),"
+    " dead=score, fill=-3.4028234663852886e38)",
+    "dense bias": "attention(score=0.125*s + load(0, 0, h, q, kv), aux=[float])",
+    "documents": "attention(score=0.125*s, mask=(load(0, b, q) == load(0, b, kv)) & (kv - q <= 0),"
+    " aux=[int])",
+    "key mask": "attention(score=0.125*s, mask=load(0, b, 0, 0, kv) != 0, dead=zero, aux=[bool])",
+    "sinks": "attention(score=0.125*s, mask=(kv - q <= 0), sinks=[load(0, h)], aux=[float])",
+}
+HEADS = (64, 96, 128, 192, 256)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_caches(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FA3_CACHE_DIR", str(tmp_path_factory.mktemp("fa3")))
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        build.load.cache_clear()
+        yield
+        build.load.cache_clear()
+
+
+def problem(text: str, dim: int, arch: int, dtype=torch.bfloat16, length=4096) -> Problem:
+    capability = divmod(arch, 10)
+    shape = (2, 4, 4, length, length, dim, dim)
+    return Problem(AttentionSpec.parse(text), dtype, torch.device("cuda"), capability, *shape)
+
+
+def compiled(asked: Problem, config: TritonConfig):
+    """Triton's CompiledKernel for contiguous inputs of an even length."""
+    spec = asked.spec
+    kernel = build.load(_render_key(asked, config)).attention_forward
+    element = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+    kinds = {"float": "*fp32", "int": "*i64", "bool": "*i1"}
+    constants = {
+        "GROUP": 1,
+        "EVEN_KV": True,
+        "DEAD_ROWS": spec.dead != "nan",
+        "BLOCK_Q": config.block_q,
+        "BLOCK_KV": config.block_kv,
+        "PRECISION": "tf32" if asked.dtype.itemsize == 2 else "ieee",
+    }
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name.endswith("stride_d"):
+            constants[name] = 1
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = "*fp32" if name == "lse_ptr" else element[asked.dtype]
+        elif re.fullmatch(r"aux\d+", name):
+            signature[name] = kinds[spec.aux[int(name[3:])]]
+        else:
+            signature[name] = "i32"
+        if signature[name] != "constexpr" and name != "H":
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    major, minor = asked.capability or (8, 0)
+    return triton.compile(
+        ASTSource(kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", 10 * major + minor, 32),
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+    )
+
+
+def spilled_bytes(kernel, arch: int, folder: Path) -> int:
+    from triton import knobs
+
+    ptxas = knobs.nvidia.ptxas_blackwell if arch >= 100 else knobs.nvidia.ptxas
+    source = folder / "kernel.ptx"
+    source.write_text(kernel.asm["ptx"])
+    target = f"sm_{arch}{'a' if arch >= 90 else ''}"
+    command = [ptxas.path, "-v", f"--gpu-name={target}", str(source), "-o", str(folder / "x.cubin")]
+    log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    found = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
+    assert found, log
+    return sum(map(int, found))
+
+
+def check(asked: Problem, arch: int, folder: Path):
+    config = tune.table_config(asked)
+    assert config.fits(asked, divmod(arch, 10)), config
+    kernel = compiled(asked, config)
+    assert spilled_bytes(kernel, arch, folder) == 0, config
+    assert kernel.metadata.shared <= SHARED_MEMORY[divmod(arch, 10)]
+    return kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize("dim", HEADS)
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_default_configs_fit_without_spills(arch: int, dim: int, tmp_path) -> None:
+    for text in (FULL, CAUSAL):
+        ptx = check(problem(text, dim, arch), arch, tmp_path)
+        product = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch]
+        assert product in ptx
+        assert ("cp.async.bulk.tensor" in ptx) == (arch == 100)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_compile_for_hopper(form: str, tmp_path) -> None:
+    ptx = check(problem(FORMS[form], 128, 90), 90, tmp_path)
+    assert "wgmma.mma_async" in ptx
+    assert ("tanh.approx.f32" in ptx) == (form == "softcap")
+
+
+@pytest.mark.parametrize("dim", [64, 256])
+def test_float32_uses_no_tensor_cores(dim: int, tmp_path) -> None:
+    ptx = check(problem(CAUSAL, dim, 80, torch.float32), 80, tmp_path)
+    assert "mma" not in ptx.replace("fma", "")
+
+
+def test_full_blocks_have_no_mask() -> None:
+    """Only the loop over masked blocks compares keys with queries."""
+    asked = problem(CAUSAL, 64, 90)
+    loops = compiled(asked, TritonConfig(128, 32, 4, 3)).asm["ttir"].split("scf.for")[1:]
+    full, masked = (x.split("scf.yield")[0] for x in loops)
+    assert "128x32xi1" not in full
+    assert "128x32xi1" in masked
+
+
+def test_chunks_cover_a_head_with_powers_of_two() -> None:
+    widths = {d: [x.width for x in chunks("k", d)] for d in (8, 40, 64, 80, 96, 112, 160, 192, 256)}
+    assert widths == {
+        8: [16],
+        40: [32, 16],
+        64: [64],
+        80: [64, 16],
+        96: [64, 32],
+        112: [128],
+        160: [128, 32],
+        192: [128, 64],
+        256: [256],
+    }
+
+
+def test_no_string_of_the_user_reaches_the_source() -> None:
+    """Two specs of the same text give the same source; the source names only its own words."""
+    spec = AttentionSpec.parse(FORMS["alibi"])
+    assert render(RenderKey(spec, 64, 64)) == render(RenderKey(spec, 64, 64))
+    with pytest.raises(ValueError, match="vocabulary"):
+        AttentionSpec.parse("attention(score=__import__('os').system('true'))")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": torch.float64}, "float64"),
+        ({"dtype": torch.complex64}, "complex64"),
+        ({"dim": 257}, "head dim is 257"),
+        ({"v_dim": 7}, "value head dim is 7"),
+        ({"device": torch.device("cpu"), "capability": None}, "not on cpu"),
+        ({"capability": (7, 5)}, "8.0"),
+    ],
+    ids=lambda x: str(x)[:20],
+)
+def test_says_what_it_does_not_take(change, reason: str) -> None:
+    from dataclasses import replace
+
+    asked = problem(CAUSAL, 64, 90)
+    kernel = TritonForward()
+    assert kernel.supports(asked) is None
+    said = kernel.supports(replace(asked, **change))
+    assert said is not None and reason in said
+
+
+def test_a_damaged_entry_is_rebuilt(tmp_path, monkeypatch) -> None:
+    from fa3_compile.lower import cache
+
+    monkeypatch.setenv("FA3_CACHE_DIR", str(tmp_path / "private"))
+    key = RenderKey(AttentionSpec(), 64, 64)
+    build.load.cache_clear()
+    build.load(key)
+    assert (tmp_path / "private").stat().st_mode & 0o077 == 0
+    path = cache.folder(build.KIND, key.digest) / build.SOURCE
+    whole = path.read_text()
+    path.write_text("raise SystemExit('foreign code')\n")
+    build.load.cache_clear()
+    build.load(key)
+    assert path.read_text() == whole
+    build.load.cache_clear()
+
+
+def test_import_costs_no_triton() -> None:
+    """Asking what is supported on a machine without a GPU must not import Triton."""
+    code = (
+        "import sys, fa3_compile.lower.kernels.triton_forward; assert 'triton' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
