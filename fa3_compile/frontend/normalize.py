@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
 
 import torch
@@ -50,46 +51,46 @@ def _of(node, scores, dim, *, dead_rows_zero=False) -> Softmax:
 
 
 def _by_hand(node: fx.Node) -> Softmax | None:
-    """exp(x) / exp(x).sum(dim, keepdim=True), with or without the row's maximum taken off."""
+    """exp(x) / exp(x).sum(dim), kept or unsqueezed, with or without the row's maximum off."""
     top, bottom = node.args[:2]
-    if not (isinstance(top, fx.Node) and isinstance(bottom, fx.Node)):
+    if not _is(top, aten.exp.default) or not isinstance(bottom, fx.Node):
         return None
-    while _is(bottom, aten.expand.default):
-        bottom = bottom.args[0]
-    if not _is(bottom, aten.sum.dim_IntList) or not _is(top, aten.exp.default):
+    summed, added = _unexpanded(bottom)
+    if not _is(summed, aten.sum.dim_IntList):
         return None
-    summed, dims = bottom.args[:2]
-    keeps = bottom.args[2] if len(bottom.args) > 2 else False
-    if summed is not top or len(dims) != 1 or not keeps:
+    source, dims = summed.args[:2]
+    keeps = bool(summed.args[2]) if len(summed.args) > 2 else False
+    if source is not top or len(dims) != 1:
+        return None
+    rank = top.meta["val"].dim()
+    if added != ([] if keeps else [dimension(dims[0], rank)]):
         return None
     scores = top.args[0]
-    shifted = _is(scores, aten.sub.Tensor) and row_maximum(_unexpanded(scores.args[1]))
+    shifted = _is(scores, aten.sub.Tensor) and row_maximum(_unexpanded(scores.args[1])[0])
     return replace(_of(node, scores, dims[0]), unshifted=not shifted)
 
 
-def _unexpanded(node):
-    while _is(node, aten.expand.default):
+def _unexpanded(node) -> tuple[fx.Node, list[int]]:
+    """The node before it was broadcast, and the dimensions that were added."""
+    added: list[int] = []
+    while isinstance(node, fx.Node):
+        if _is(node, aten.unsqueeze.default):
+            added.append(dimension(node.args[1], node.meta["val"].dim()))
+        elif node.target not in (aten.expand.default, aten.detach.default, aten.alias.default):
+            break
         node = node.args[0]
-    return node
+    return node, added
 
 
 def _is(node, target) -> bool:
     return isinstance(node, fx.Node) and node.target is target
 
 
-def row_maximum(node: fx.Node) -> tuple[fx.Node, int] | None:
-    """(x, dim) if the node is the maximum of x along dim, kept as a dimension."""
+def row_maximum(node: fx.Node) -> bool:
+    """Whether the node is the maximum of a tensor along one dimension."""
     if not isinstance(node, fx.Node):
-        return None
-    if node.target is aten.amax.default and len(node.args) > 1 and len(node.args[1]) == 1:
-        x, dims = node.args[:2]
-        keeps = node.args[2] if len(node.args) > 2 else False
-    elif getattr(node.target, "__name__", "") == "getitem" and node.args[1] == 0:
-        inner = node.args[0]
-        if not _is(inner, aten.max.dim):
-            return None
-        x, dims = inner.args[0], [inner.args[1]]
-        keeps = inner.args[2] if len(inner.args) > 2 else False
-    else:
-        return None
-    return (x, dimension(dims[0], x.meta["val"].dim())) if keeps else None
+        return False
+    if node.target is aten.amax.default:
+        return len(node.args) > 1 and len(node.args[1]) == 1
+    taken = node.target is operator.getitem and node.args[1] == 0
+    return taken and _is(node.args[0], aten.max.dim)
