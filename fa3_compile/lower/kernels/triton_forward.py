@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ from fa3_compile.lower.printer import UnprintableError
 from fa3_compile.lower.render import Aux, RenderKey, aux_parameters, render
 from fa3_compile.runtime.op import empty_out
 from fa3_compile.spec.attention import AttentionSpec
+
+log = logging.getLogger(__name__)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Offsets within a tile are 32-bit: a row or column stride below this keeps 256 of them there.
@@ -55,7 +58,7 @@ class TritonForward(Kernel):
     priority = 10
 
     def __init__(self) -> None:
-        self._bound: dict[tuple, Bound] = {}
+        self._bound: dict[tuple, Bound | None] = {}
 
     def supports(self, problem: Problem) -> str | None:
         if importlib.util.find_spec("triton") is None:
@@ -92,24 +95,37 @@ class TritonForward(Kernel):
         tensors = (q, k, v, *aux)
         key = (
             problem.spec,
-            q.dtype,
-            q.device,
             _precision(q.dtype),
             tuple(sizes),
-            *((x.shape, x.stride(), x.data_ptr() & 15) for x in tensors),
+            *((x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15) for x in tensors),
         )
-        bound = self._bound.get(key)
-        if bound is None:
-            if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
-                return reference().run(problem, q, k, v, aux, sizes)
+        if key not in self._bound:
             if max(s for x in (q, k, v) for s in x.stride()[2:]) >= LARGEST_STRIDE:
                 return self.run(problem, q.contiguous(), k.contiguous(), v.contiguous(), aux, sizes)
             if len(self._bound) >= LARGEST_BOUND:
                 self._bound.clear()
-            bound = self._bound[key] = _bind(problem, q, k, v, aux, sizes)
+            self._bound[key] = self._bind(problem, q, k, v, aux, sizes)
+        bound = self._bound[key]
+        if bound is None:
+            return reference().run(problem, q, k, v, aux, sizes)
         out, lse = outputs(problem, q, v)
         bound.launch([q, k, v, out, lse, *(aux[i] for i in bound.aux)])
         return out, lse
+
+    def _bind(self, problem: Problem, q, k, v, aux, sizes) -> Bound | None:
+        """The kernel for these arguments; None where the reference has to run."""
+        if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
+            return None
+        if any(x.device != q.device for x in (k, v, *aux)):  # scalars on the CPU, for one
+            return None
+        try:
+            return _bind(problem, q, k, v, aux, sizes)
+        except KernelBuildError as error:
+            log.warning(
+                "triton_forward could not be built for %s, head dims %d and %d, the reference "
+                "runs instead: %s", problem.spec, problem.dim, problem.v_dim, error
+            )  # fmt: skip
+            return None
 
 
 @functools.lru_cache(maxsize=1024)
