@@ -579,9 +579,9 @@ CANDIDATES = {
     ("full", 96): [Config(192, 96), Config(128, 176), Config(128, 160)],
     ("causal", 96): [Config(192, 96), Config(128, 128)],
     ("full", 80): [Config(192, 112), Config(192, 96), Config(128, 176)],
-    ("full", 192): [Config(128, 96), Config(128, 112), Config(128, 128)],
-    ("causal", 192): [Config(128, 96), Config(128, 112), Config(128, 128)],
-    ("full", 160): [Config(128, 96), Config(128, 112), Config(128, 128)],
+    ("full", 192): [Config(128, 96), Config(128, 80)],
+    ("causal", 192): [Config(128, 96), Config(128, 80)],
+    ("full", 160): [Config(128, 96), Config(128, 112), Config(128, 128), Config(192, 64)],
     ("full", 32): [Config(192, 128)],
 }  # fmt: skip
 
@@ -658,7 +658,7 @@ def bench(builds, wanted):
 
     rows = []
     for (name, dim), configs in CANDIDATES.items():
-        if wanted and wanted not in f"{name}{dim}":
+        if wanted and not any(part in f"{name}{dim}" for part in wanted.split(",")):
             continue
         case = CASES[name]
         both = name in ("full", "causal") and dim in (64, 128, 256)
@@ -729,7 +729,9 @@ def main():
         (name, replace(config, dim_qk=dim, dim_v=dim))
         for (name, dim), configs in CANDIDATES.items()
         for config in configs
-        if not wanted or wanted in f"{name}{dim}" or name == "causal"
+        if not wanted
+        or any(part in f"{name}{dim}" for part in wanted.split(","))
+        or name == "causal"
     ]
     workers = int(os.environ.get("WORKERS", str(min(16, os.cpu_count() or 1))))
     keys = {"compile": check_keys + bench_keys, "check": check_keys, "bench": bench_keys}

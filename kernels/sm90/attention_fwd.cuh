@@ -243,6 +243,7 @@ struct AttentionForward {
     typename Variant::Head head;
     typename Variant::Row row[2];
     int q[2];
+    float distance[2];  // this thread's first column less the row, for affine terms
     float scale, slope;
   };
 
@@ -297,8 +298,9 @@ struct AttentionForward {
       dense = shared + kAtDense + c.dense.stage() * kDenseBytes + row * 128 + c.lane % 4 * 4;
     }
     if constexpr (Variant::kAffine) {
+      float block_start = static_cast<float>(block * kN);
 #pragma unroll
-      for (int r = 0; r < 2; ++r) base[r] = t.slope * static_cast<float>(kv0 - t.q[r]);
+      for (int r = 0; r < 2; ++r) base[r] = t.slope * (block_start + t.distance[r]);
     }
     int end[2], begin[2];
     if constexpr (Masked) {
@@ -643,6 +645,7 @@ struct AttentionForward {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       t.q[r] = q0 + 8 * r;
+      t.distance[r] = static_cast<float>(2 * (c.lane % 4) - t.q[r]);
       t.row[r] = Variant::row(t.at, t.head, min(t.q[r], p.queries - 1));
     }
     return t;
