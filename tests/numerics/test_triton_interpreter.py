@@ -89,7 +89,7 @@ CASES = [
     Case("sink", f"score=0.25*s, mask={WINDOW}, sinks=[{SLOPES}]", (1, 2, 1, 50, 50, 16, 16), aux=("slopes",)),
     Case("sink, dead rows", f"score=0.25*s, mask={WINDOW}, sinks=[{SLOPES}]", LONG, aux=("slopes",)),
     Case("two sinks, one per row", "score=0.25*s, sinks=[0.0, load(0, b, q)]", aux=("rows",)),
-    Case("one query", f"score=0.25*s, mask=(kv - q - Skv + Sq <= 0)", (1, 4, 1, 1, 50, 16, 16)),
+    Case("one query", "score=0.25*s, mask=(kv - q - Skv + Sq <= 0)", (1, 4, 1, 1, 50, 16, 16)),
     Case("one key", "score=0.25*s", (1, 2, 1, 5, 1, 16, 16)),
     Case("even lengths", f"score=0.25*s, mask={CAUSAL}", (1, 2, 1, 32, 32, 16, 16)),
     Case("head dim 8", "score=0.25*s", (1, 2, 1, 9, 20, 8, 8)),
