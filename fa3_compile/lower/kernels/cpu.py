@@ -131,7 +131,10 @@ def _made(problem: Problem) -> _Plan:
 
 
 def _padded(x: Tensor, dim: int) -> Tensor:
-    return x if x.shape[-1] == dim else F.pad(x, (0, dim - x.shape[-1]))
+    """With head dimension `dim`, and with the stride of 1 along it that the kernel relies on."""
+    if x.shape[-1] != dim:
+        return F.pad(x, (0, dim - x.shape[-1]))
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class Cpu(Kernel):
