@@ -1,5 +1,6 @@
 """The stages, from a Dynamo graph to the same graph with its attention rewritten.
 
+    expand     nn.MultiheadAttention's one call, written out
     trace      a functional core-aten shadow of the graph, to be read only
     detect     softmax(f(Q K^T)) V, in the axes of its output
     layout     which axes are b, h, q, d; score and mask in those terms (lift, simplify)
@@ -16,7 +17,7 @@ from torch import fx
 
 from fa3_compile import report, selection
 from fa3_compile.errors import Decline, InternalError
-from fa3_compile.frontend import detect, layout, rewrite, trace
+from fa3_compile.frontend import detect, expand, layout, rewrite, trace
 from fa3_compile.frontend.region import Region
 from fa3_compile.options import Options
 from fa3_compile.source import where
@@ -41,6 +42,7 @@ def rewrite_attention(gm: fx.GraphModule, options: Options, graph_name: str = ""
 
 
 def _rewrite_graph(gm: fx.GraphModule, options: Options, graph_name: str, fused: int) -> int:
+    expanded = expand.expand_calls(gm.graph)
     shadow = trace.shadow(gm)
     if shadow is None:
         return 0
@@ -67,7 +69,7 @@ def _rewrite_graph(gm: fx.GraphModule, options: Options, graph_name: str, fused:
             log.warning("region %d left as it was: %s", index, error, exc_info=True)
             unforeseen = Decline("internal-error", None, message=f"{type(error).__name__}: {error}")
             report.record(report.RegionReport.declined(index, graph_name, unforeseen, **known))
-    if count:
+    if count or expanded:
         rewrite.remove_dead(gm.graph)
         gm.graph.lint()
         gm.recompile()

@@ -47,6 +47,7 @@ KEPT_WHOLE = (
     aten.addmm.default,
     aten._safe_softmax.default,
     aten.nan_to_num.default,
+    aten.logsumexp.default,
 )
 
 

@@ -140,6 +140,8 @@ def _gather(tensor: Tensor, index: list[Tensor | int]) -> Tensor:
         return tensor
     clamped = []
     for length, at in zip(tensor.shape, index):
+        if guard_or_false(length == 1):
+            at = 0  # the gradient is then summed before it is scattered
         if isinstance(at, int):
             at = torch.full((), at, dtype=torch.int64, device=tensor.device)
         clamped.append(at.clamp(min=0).clamp(max=length - 1))

@@ -1,0 +1,162 @@
+"""`F.multi_head_attention_forward` written out in the Dynamo graph.
+
+`nn.MultiheadAttention` and `nn.TransformerEncoderLayer` reach Dynamo as one call with its
+projections inside, so that Q, K and V are no nodes of the graph. The call is replaced by the plain
+operations that its source consists of; those are what the other stages read.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fa3_compile.frontend.dynamo_graph import example_value
+
+RARE = ("bias_k", "bias_v", "static_k", "static_v", "add_zero_attn", "use_separate_proj_weight")
+
+
+def expand_calls(graph: fx.Graph) -> int:
+    """Writes out every call whose weights nobody reads; returns how many."""
+    count = 0
+    for node in list(graph.nodes):
+        if node.target is F.multi_head_attention_forward and _expandable(node):
+            _expand(graph, node)
+            count += 1
+    return count
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    bound = inspect.signature(F.multi_head_attention_forward).bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def _expandable(node: fx.Node) -> bool:
+    given = _arguments(node)
+    outputs = [u for u in node.users if u.target is operator.getitem and u.args[1] == 0]
+    others = [u for u in node.users if u not in outputs and u.users]
+    values = [example_value(x) for x in tree_leaves(list(given.values())) if _is_node(x)]
+    return (
+        bool(outputs)
+        and not others
+        and not any(given[name] not in (None, False) for name in RARE)
+        and given["in_proj_weight"] is not None
+        and all(isinstance(v, torch.Tensor) for v in values)
+    )
+
+
+def _is_node(x) -> bool:
+    return isinstance(x, fx.Node)
+
+
+def _expand(graph: fx.Graph, node: fx.Node) -> None:
+    given = _arguments(node)
+    fakes = tree_map(lambda x: example_value(x) if _is_node(x) else x, given)
+    tensors = [v for v in tree_leaves(list(fakes.values())) if isinstance(v, torch.Tensor)]
+    nodes = {
+        id(fakes[name]): x for name, x in given.items() if _is_node(x) and fakes[name] is not None
+    }
+    with graph.inserting_before(node), tensors[0].fake_mode:  # pyright: ignore
+        recorder = _Recorder(graph, nodes, node)
+        with recorder:
+            result = multi_head_attention(fakes)
+        output = recorder.nodes[id(result)]
+    for user in list(node.users):
+        if user.target is operator.getitem and user.args[1] == 0:
+            user.replace_all_uses_with(output)
+        graph.erase_node(user)
+    graph.erase_node(node)
+
+
+class _Recorder(TorchFunctionMode):
+    """Writes every torch call made under it into a graph, with its fake value."""
+
+    def __init__(self, graph: fx.Graph, nodes: dict[int, fx.Node], like: fx.Node):
+        super().__init__()
+        self.graph, self.nodes, self.like = graph, nodes, like
+        # Ids stay unique only while their tensors live.
+        self.alive: list[Any] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        value = func(*args, **kwargs)
+        if not any(isinstance(x, torch.Tensor) for x in tree_leaves(value)):
+            return value
+        at, named = tree_map(self._node, (list(args), kwargs))
+        if getattr(torch.Tensor, func.__name__, None) is func:
+            node = self.graph.call_method(func.__name__, tuple(at), named)
+        else:
+            node = self.graph.call_function(func, tuple(at), named)
+        node.meta.update(stack_trace=self.like.meta.get("stack_trace"), example_value=value)
+        self.alive.append(value)
+        if isinstance(value, torch.Tensor):
+            self.nodes[id(value)] = node
+        else:
+            for i, part in enumerate(value):
+                item = self.graph.call_function(operator.getitem, (node, i))
+                item.meta.update(node.meta, example_value=part)
+                self.nodes[id(part)] = item
+        return value
+
+    def _node(self, x):
+        return self.nodes[id(x)] if isinstance(x, torch.Tensor) else x
+
+
+def multi_head_attention(given: dict[str, Any]) -> torch.Tensor:
+    """The output of `F.multi_head_attention_forward`, its arguments by name.
+
+    Queries [L, N, E] or [L, E], keys and values [S, N, E] or [S, E]. Which rows without keys give
+    NaN and which zeros depends on `need_weights`, as it does there.
+    """
+    query, key, value = given["query"], given["key"], given["value"]
+    heads = given["num_heads"]
+    batched = query.dim() == 3
+    mask, padding = _additive(given["attn_mask"], query), _additive(
+        given["key_padding_mask"], query
+    )
+    if not batched:
+        query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+        padding = padding if padding is None else padding.unsqueeze(0)
+    q, k, v = _projected(query, key, value, given["in_proj_weight"], given["in_proj_bias"])
+    length, batch, width = query.shape
+    q, k, v = (
+        x.view(x.shape[0], batch, heads, width // heads).permute(1, 2, 0, 3) for x in (q, k, v)
+    )
+    causal = given["is_causal"] and padding is None and not given["need_weights"]
+    if mask is not None and mask.dim() == 3:
+        mask = mask.view(batch, heads, length, -1)
+    if padding is not None:
+        padding = padding.view(batch, 1, 1, -1)
+        mask = padding if mask is None else mask + padding
+    p = given["dropout_p"] if given["training"] else 0.0
+    if given["need_weights"]:
+        scores = (q * math.sqrt(1.0 / q.shape[-1])) @ k.transpose(-2, -1)
+        scores = scores if mask is None else scores + mask
+        out = F.dropout(F.softmax(scores, dim=-1), p, p > 0) @ v
+    else:
+        mask = None if causal else mask
+        out = F.scaled_dot_product_attention(q, k, v, mask, p, causal)
+    out = out.permute(2, 0, 1, 3).reshape(length, batch, width)
+    out = F.linear(out, given["out_proj_weight"], given["out_proj_bias"])
+    return out if batched else out.squeeze(1)
+
+
+def _additive(mask, like):
+    """A boolean mask, True where a key is hidden, as -inf and 0."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -math.inf)
+
+
+def _projected(query, key, value, weight, bias):
+    parts = weight.chunk(3)
+    biases = (None, None, None) if bias is None else bias.chunk(3)
+    return tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), parts, biases))
