@@ -41,6 +41,8 @@ def _softmax(node: fx.Node) -> Softmax | None:
     if node.target is aten.exp.default and _is(node.args[0], aten._log_softmax.default):
         inner = node.args[0]
         return _of(node, inner.args[0], inner.args[1])
+    if node.target is aten.exp.default and _is(node.args[0], aten.sub.Tensor):
+        return _less_logsumexp(node, *node.args[0].args[:2])
     if node.target is aten.div.Tensor:
         return _by_hand(node)
     return None
@@ -48,6 +50,19 @@ def _softmax(node: fx.Node) -> Softmax | None:
 
 def _of(node, scores, dim, *, dead_rows_zero=False) -> Softmax:
     return Softmax(node, scores, dimension(dim, scores.meta["val"].dim()), dead_rows_zero)
+
+
+def _less_logsumexp(node: fx.Node, scores, normaliser) -> Softmax | None:
+    """exp(x - logsumexp(x, dim)), kept or unsqueezed."""
+    taken, added = _unexpanded(normaliser)
+    if not _is(taken, aten.logsumexp.default):
+        return None
+    source, dims = taken.args[:2]
+    keeps = bool(taken.args[2]) if len(taken.args) > 2 else False
+    if source is not scores or len(dims) != 1:
+        return None
+    at = dimension(dims[0], scores.meta["val"].dim())
+    return _of(node, scores, at) if added == ([] if keeps else [at]) else None
 
 
 def _by_hand(node: fx.Node) -> Softmax | None:
