@@ -1,12 +1,12 @@
 """The stages, from a Dynamo graph to the same graph with its attention rewritten.
 
-    expand     nn.MultiheadAttention's one call, written out
-    trace      a functional core-aten shadow of the graph, to be read only
-    detect     softmax(f(Q K^T)) V, in the axes of its output
-    layout     which axes are b, h, q, d; score and mask in those terms (lift, simplify)
-    check      nothing else reads the weights, nothing is written in between
-    choose     a kernel family that computes it here
-    rewrite    one fa3::attention node in the original graph
+expand     nn.MultiheadAttention's one call, written out
+trace      a functional core-aten shadow of the graph, to be read only
+detect     softmax(f(Q K^T)) V, in the axes of its output
+layout     which axes are b, h, q, d; score and mask in those terms (lift, simplify)
+check      nothing else reads the weights, nothing is written in between
+choose     a kernel family that computes it here
+rewrite    one fa3::attention node in the original graph
 """
 
 from __future__ import annotations

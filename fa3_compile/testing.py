@@ -114,9 +114,7 @@ class _Subject:
         with torch.set_grad_enabled(self.training):
             produced = called(*args, **kwargs)
         outputs = {
-            f"output {i}": x
-            for i, x in enumerate(tree_leaves(produced))
-            if isinstance(x, Tensor)
+            f"output {i}": x for i, x in enumerate(tree_leaves(produced)) if isinstance(x, Tensor)
         }
         gradients = _gradients(outputs, leaves) if self.training else {}
         return Result({n: x.detach() for n, x in outputs.items()}, gradients)

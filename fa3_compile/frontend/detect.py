@@ -19,11 +19,11 @@ from fa3_compile.errors import Decline
 from fa3_compile.frontend.dynamo_graph import example_value, is_mutation
 from fa3_compile.frontend.lift import Index, Lifter, Opaque, declined, number, shape_of, sym
 from fa3_compile.frontend.normalize import Softmax, row_maximum, softmaxes
-from fa3_compile.frontend.operands import Place, is_movement, origins, step_back, view_of
+from fa3_compile.frontend.operands import is_movement, origins, step_back, view_of
 from fa3_compile.frontend.region import Operand
 from fa3_compile.frontend.trace import Shadow
-from fa3_compile.spec.expr import KV, Expr, S, depends_on, floordiv, load, mod, where
-from fa3_compile.spec.index import bounds, is_nonnegative, quotient, same, simplify_index
+from fa3_compile.spec.expr import KV, Expr, S, depends_on, floordiv, mod, where
+from fa3_compile.spec.index import quotient, same, simplify_index
 
 aten = torch.ops.aten
 PRODUCTS = (aten.bmm.default, aten.mm.default, aten.baddbmm.default, aten.addmm.default)
@@ -146,7 +146,7 @@ def read(shadow: Shadow, skeleton: Skeleton) -> Reading:
     for i, size in enumerate(shape):
         symbols = [] if size == 1 else [_axis(f"y{i}")]
         axes.append(symbols)
-        sizes.update({s: size for s in symbols})
+        sizes.update(dict.fromkeys(symbols, size))
     for _ in range(16):
         try:
             reading = _Reader(shadow, skeleton, output, axes, sizes).read()
@@ -252,9 +252,7 @@ class _Reader:
         return holders[0] if holders else self.skeleton.output
 
     def _product_index(self) -> Index:
-        index: Index = tuple(
-            sympy.expand(_mixed_radix(axes, self.ranges)) for axes in self.axes
-        )
+        index: Index = tuple(sympy.expand(_mixed_radix(axes, self.ranges)) for axes in self.axes)
         node = self.output
         while node is not self.skeleton.values:
             if not is_movement(node):
@@ -331,9 +329,7 @@ class _Reader:
             for other in self.shadow.graph.nodes:
                 if row_maximum(other) and other in after(node):
                     special[other] = lambda i: row_max(*i)
-            lifters = [
-                Lifter(self.shadow, self.ranges, special, wide=_is_wide(node))
-            ]
+            lifters = [Lifter(self.shadow, self.ranges, special, wide=_is_wide(node))]
             try:
                 lifters[-1].element(x, index)
                 product.check(self._node(node))
@@ -403,7 +399,10 @@ class _Reader:
                 continue
             view = view_of(place, self.ranges)
             if view is not None:
-                best, deeper = Operand(holders[0], self.shadow.since[place.node, holders[0]], place, view), None
+                best, deeper = (
+                    Operand(holders[0], self.shadow.since[place.node, holders[0]], place, view),
+                    None,
+                )
         if deeper is not None and find_split(deeper.place.index, self.reading.sizes):
             return deeper
         if best is None:

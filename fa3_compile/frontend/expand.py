@@ -119,8 +119,9 @@ def multi_head_attention(given: dict[str, Any]) -> torch.Tensor:
     query, key, value = given["query"], given["key"], given["value"]
     heads = given["num_heads"]
     batched = query.dim() == 3
-    mask, padding = _additive(given["attn_mask"], query), _additive(
-        given["key_padding_mask"], query
+    mask, padding = (
+        _additive(given["attn_mask"], query),
+        _additive(given["key_padding_mask"], query),
     )
     if not batched:
         query, key, value = (x.unsqueeze(1) for x in (query, key, value))

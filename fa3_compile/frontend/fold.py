@@ -109,8 +109,10 @@ def _sources(node: fx.Node) -> set[fx.Node]:
             static = all(isinstance(n, int) for n in value.shape)
             if not static or value.numel() > MOST_ELEMENTS:
                 raise Opaque(node, "its size is dynamic or too large")
-        elif current.op == "call_function" and value is not None and not isinstance(
-            value, (tuple, list)
+        elif (
+            current.op == "call_function"
+            and value is not None
+            and not isinstance(value, (tuple, list))
         ):
             raise Opaque(node, "a dynamic number")
         stack.extend(current.all_input_nodes)

@@ -10,8 +10,8 @@ from fa3_compile.errors import Decline
 from fa3_compile.frontend.detect import D, Reading, Skeleton, after
 from fa3_compile.frontend.dynamo_graph import example_value
 from fa3_compile.frontend.region import Layout, Operand, Region
-from fa3_compile.frontend.trace import Shadow
 from fa3_compile.frontend.sizes import hint
+from fa3_compile.frontend.trace import Shadow
 from fa3_compile.spec import simplify
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.expr import (
@@ -189,8 +189,10 @@ def _order(reading: Reading, every) -> list[sympy.Symbol]:
     ordered: list[sympy.Symbol] = []
     for position in reading.rows:
         symbols = [s for s in position.free_symbols if s in reading.sizes]
-        strides = {s: position.coeff(s).subs({x: 1 << 20 for x in position.coeff(s).free_symbols})
-                   for s in symbols}
+        strides = {
+            s: position.coeff(s).subs(dict.fromkeys(position.coeff(s).free_symbols, 1 << 20))
+            for s in symbols
+        }
         ordered += sorted(symbols, key=lambda s: (-strides[s], s.name))
     return [*dict.fromkeys(ordered), *(a for a in every if a not in ordered)]
 
@@ -212,7 +214,9 @@ def _coordinates(layout: Layout, reading: Reading) -> tuple[dict, dict]:
         position: Expr = coordinate
         for n, axis in enumerate(reversed(axes)):
             last = n == len(axes) - 1
-            substitution[axis] = position if last else remainder(position, layout.size[axis], ranges)
+            substitution[axis] = (
+                position if last else remainder(position, layout.size[axis], ranges)
+            )
             position = divide(position, layout.size[axis], ranges)
     return substitution, ranges
 
@@ -273,9 +277,9 @@ def _out_order(reading: Reading, layout: Layout, output: fx.Node) -> str:
     value = example_value(output)
     if not isinstance(value, torch.Tensor):
         return "bhqd"
-    letters = {a: "b" for a in layout.batch}
-    letters |= {a: "h" for a in (*layout.kv_heads, *layout.group)}
-    letters |= {a: "q" for a in layout.query}
+    letters = dict.fromkeys(layout.batch, "b")
+    letters |= dict.fromkeys((*layout.kv_heads, *layout.group), "h")
+    letters |= dict.fromkeys(layout.query, "q")
     dims = [d for d, axes in enumerate(reading.axes) if axes]
     dims.sort(key=lambda d: -hint(value.stride(d)))
     order = ""
@@ -289,4 +293,3 @@ def _out_order(reading: Reading, layout: Layout, output: fx.Node) -> str:
     from fa3_compile.spec.attention import OUT_ORDERS
 
     return order if order in OUT_ORDERS else "bhqd"
-

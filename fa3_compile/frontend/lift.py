@@ -61,11 +61,7 @@ def truth(element: Element) -> Boolean:
     """A numeric element as 'is not zero'."""
     if _is_logic(element):
         return element
-    if (
-        isinstance(element, where)
-        and element.args[1].is_number
-        and element.args[2].is_number
-    ):
+    if isinstance(element, where) and element.args[1].is_number and element.args[2].is_number:
         condition, a, b = element.args
         if a != 0 and b == 0:
             return condition

@@ -119,7 +119,9 @@ def origins(
 
 def _widens(node: fx.Node) -> bool:
     source, target = node.args[0].meta["val"].dtype, node.meta["val"].dtype
-    return source in WIDER and target in WIDER and (source == target or WIDER[source] < WIDER[target])
+    return (
+        source in WIDER and target in WIDER and (source == target or WIDER[source] < WIDER[target])
+    )
 
 
 def _scale(node: fx.Node, index: Index, lifter: Lifter, varying: set[sympy.Symbol]):

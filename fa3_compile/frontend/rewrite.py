@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from fa3_compile.errors import Decline
+from fa3_compile.frontend.detect import D
 from fa3_compile.frontend.dynamo_graph import (
     example_value,
     is_mutation,
@@ -20,7 +21,6 @@ from fa3_compile.frontend.dynamo_graph import (
 from fa3_compile.frontend.lift import sym
 from fa3_compile.frontend.region import Layout, Operand, Region
 from fa3_compile.spec.expr import KV, Expr, floordiv
-from fa3_compile.frontend.detect import D
 
 
 def check(graph: fx.Graph, region: Region) -> None:
@@ -151,7 +151,9 @@ def _has_effect(node: fx.Node) -> bool:
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target.namespace not in ("aten", "prims", "fa3") and not node.users
     value = example_value(node)
-    stateful = name.startswith(("_enter", "_exit", "_set", "manual_seed", "_log", "set_", "_assert"))
+    stateful = name.startswith(
+        ("_enter", "_exit", "_set", "manual_seed", "_log", "set_", "_assert")
+    )
     random = "rand" in name or name in ("dropout", "bernoulli", "normal", "multinomial")
     return stateful or random and not _is_idle_dropout(node) or (value is None and not node.users)
 
@@ -240,8 +242,11 @@ class _Emitter:
         for i in missing:
             x = self.call("unsqueeze", x, i)
         if missing:
-            x = self.call("expand", x, *[self.size(sizes[a]) if i in missing else -1
-                                         for i, a in enumerate(wanted)])
+            x = self.call(
+                "expand",
+                x,
+                *[self.size(sizes[a]) if i in missing else -1 for i, a in enumerate(wanted)],
+            )
         return self._grouped(x, target, sizes)
 
     def _grouped(self, x, target, sizes):

@@ -22,8 +22,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fa3_compile.frontend.dynamo_graph import (
     example_value,
     is_mutation,
-    mutated_nodes,
     is_softmax_like,
+    mutated_nodes,
     opaque_target,
     storage_of,
 )
@@ -214,7 +214,9 @@ def _changes_mode(node: fx.Node) -> bool:
     return name in ("_enter_autocast", "_exit_autocast", "_set_grad_enabled")
 
 
-def _connect(traced: fx.GraphModule, cuts: list[fx.Node], marked: list[tuple[fx.Node, fx.Node]]) -> Shadow:
+def _connect(
+    traced: fx.GraphModule, cuts: list[fx.Node], marked: list[tuple[fx.Node, fx.Node]]
+) -> Shadow:
     graph = traced.graph
     aten_of: dict[fx.Node, fx.Node] = {}
     dynamo_of: dict[fx.Node, list[fx.Node]] = {}

@@ -109,11 +109,11 @@ def _parse(source: str) -> AttentionSpec:
         if name in fields:
             raise ValueError(f"{name} stands twice in {source!r}")
         match name, value:
-            case ("score" | "mask" | "fill"), _:
+            case (("score" | "mask" | "fill"), _):
                 fields[name] = parse_node(value)
             case "sinks", ast.List(elts=elements):
                 fields[name] = tuple(map(parse_node, elements))
-            case ("dead" | "out_order"), ast.Name(id=word):
+            case (("dead" | "out_order"), ast.Name(id=word)):
                 fields[name] = word
             case "aux", ast.List(elts=elements):
                 fields[name] = tuple(_word(x) for x in elements)

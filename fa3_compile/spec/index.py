@@ -89,9 +89,7 @@ def _floor(a: Expr, b: Expr) -> Expr:
 def within(expr: Expr, size: Expr, ranges: Ranges) -> bool:
     """Whether 0 <= expr < size is proven."""
     limits = bounds(expr, ranges)
-    return (
-        limits is not None and is_nonnegative(limits[0]) and is_nonnegative(size - 1 - limits[1])
-    )
+    return limits is not None and is_nonnegative(limits[0]) and is_nonnegative(size - 1 - limits[1])
 
 
 def _split(a: Expr, b: Expr) -> tuple[Expr, Expr]:

@@ -18,6 +18,8 @@ from fa3_compile.spec.expr import KV, Expr, S, erf, load, where
 # No product of finite inputs that a softmax could use comes near it, and exp of the distance
 # to anything above it is zero in float32.
 OUT_OF_REACH = -1e30
+# The share of a fill that a factor of another term may have without undoing it.
+MODERATE = 1e-4
 # exp(-150) is zero in float32, subnormals included.
 NEGLIGIBLE = 150.0
 
@@ -44,14 +46,19 @@ def separate(expr: Expr, *, half_fill: bool = False, dead_rows_zero: bool = Fals
     reach = max(reach, bounded) if bounded is not None else reach
     dead = killed(expr, reach)
     if dead == sympy.false:
-        return Separated(tidy(expr), sympy.true, "nan", None)
+        return Separated(tidy(exact_at_one(expr)), sympy.true, "nan", None)
     mask = tidy_mask(sympy.Not(dead))
-    score = tidy(live(expr, reach))
+    conjuncts = sympy.And.make_args(mask)
+    score = tidy(exact_at_one(assuming(tidy(live(expr, reach)), frozenset(conjuncts))))
     values = killed_values(expr, reach)
     if values is not None and all(v == -sympy.oo for v in values):
         return Separated(score, mask, "zero" if dead_rows_zero else "nan", None)
-    return Separated(score, mask, "score", _widest(tidy(masked(expr, reach))) if half_fill else
-                     tidy(masked(expr, reach)))
+    return Separated(
+        score,
+        mask,
+        "score",
+        _widest(tidy(masked(expr, reach))) if half_fill else tidy(masked(expr, reach)),
+    )
 
 
 def without_dead_rows(separated: Separated, witnesses: list[Expr]) -> Separated:
@@ -134,18 +141,62 @@ def killed(expr: Expr, reach: float) -> Boolean:
         if_true, if_false = killed(a, reach), killed(b, reach)
         if S in condition.free_symbols:
             return sympy.And(if_true, if_false)
-        return sympy.Or(
-            sympy.And(condition, if_true), sympy.And(sympy.Not(condition), if_false)
-        )
+        return sympy.Or(sympy.And(condition, if_true), sympy.And(sympy.Not(condition), if_false))
     if isinstance(expr, sympy.Add):
-        if any(x.is_number and x == sympy.oo for x in expr.args):
-            return sympy.false
-        return sympy.Or(*(killed(x, reach) for x in expr.args))
+        units = _units(expr)
+        return sympy.Or(*(
+            sympy.And(killed_unit, *(_harmless(x, reach) for x in units if x is not unit))
+            for unit in units
+            if (killed_unit := _killed_unit(unit, reach)) != sympy.false
+        ))
     if isinstance(expr, sympy.Mul):
         coefficient, rest = expr.as_coeff_Mul()
         if coefficient.is_positive and coefficient != 1:
             return killed(rest, reach / float(coefficient))
+        if isinstance(rest, load) and coefficient.is_finite and coefficient <= reach:
+            return rest >= 1
     return sympy.false
+
+
+def _units(total: sympy.Add) -> list[Expr]:
+    """The terms of a sum, with `c*x - c` of a loaded 0/1 mask x taken as one."""
+    constant, rest = total.as_coeff_Add()
+    terms = sympy.Add.make_args(rest)
+    for term in terms:
+        coefficient, x = term.as_coeff_Mul()
+        if isinstance(x, load) and coefficient == -constant and coefficient.is_positive:
+            return [constant + term, *(t for t in terms if t is not term)]
+    return [*total.args]
+
+
+def _killed_unit(unit: Expr, reach: float) -> Boolean:
+    if not isinstance(unit, sympy.Add):
+        return killed(unit, reach)
+    constant, term = unit.as_coeff_Add()
+    return term.as_coeff_Mul()[1] <= 0 if _is_fill(constant, reach) else sympy.false
+
+
+def _harmless(expr: Expr, reach: float) -> Boolean:
+    """When a term of a sum is too small to undo a fill at `reach` that is added to it."""
+    limit = -reach * MODERATE
+    if expr.is_number:
+        return sympy.true if expr == -sympy.oo or expr < limit else sympy.false
+    if isinstance(expr, where):
+        condition, a, b = expr.args
+        a, b = _harmless(a, reach), _harmless(b, reach)
+        return sympy.Or(sympy.And(condition, a), sympy.And(sympy.Not(condition), b))
+    if isinstance(expr, sympy.Add):
+        constant, rest = expr.as_coeff_Add()
+        coefficient, x = rest.as_coeff_Mul()
+        if isinstance(x, load) and coefficient == -constant > limit:
+            return x <= 1
+        return sympy.And(*(_harmless(x, reach) for x in expr.args))
+    if isinstance(expr, sympy.Mul):
+        coefficient, x = expr.as_coeff_Mul()
+        if isinstance(x, load) and abs(coefficient) >= limit:
+            return x <= 0 if coefficient.is_positive else x >= 0
+    large = any(abs(x) >= limit for x in expr.atoms(sympy.Number))
+    return sympy.false if large else sympy.true
 
 
 def live(expr: Expr, reach: float) -> Expr:
@@ -163,6 +214,45 @@ def live(expr: Expr, reach: float) -> Expr:
         coefficient, rest = expr.as_coeff_Mul()
         if coefficient.is_positive and coefficient != 1:
             return coefficient * live(rest, reach / float(coefficient))
+    return expr
+
+
+def assuming(expr: Expr, facts: frozenset[Boolean]) -> Expr:
+    """The expression where the facts hold: selects that they decide are replaced by a branch."""
+    if isinstance(expr, where):
+        condition, a, b = expr.args
+        opposite = tidy_mask(sympy.Not(condition))
+        if set(sympy.And.make_args(condition)) <= facts:
+            return assuming(a, facts)
+        if set(sympy.And.make_args(opposite)) <= facts:
+            return assuming(b, facts)
+        a = assuming(a, facts | {*sympy.And.make_args(condition)})
+        b = assuming(b, facts | {*sympy.And.make_args(opposite)})
+        return where(condition, a, b)
+    if not expr.args or isinstance(expr, (load, Boolean)):
+        return expr
+    args = [assuming(x, facts) for x in expr.args]
+    return expr.func(*args) if tuple(args) != expr.args else expr
+
+
+def exact_at_one(expr: Expr) -> Expr:
+    """c*x - c -> where(x == 1, 0, c*x - c), for large c and a loaded x: a 0/1 mask as a bias.
+
+    As terms of a longer sum they would absorb the score before they cancel each other.
+    """
+    if not expr.args or isinstance(expr, (load, Boolean)):
+        return expr
+    args = [exact_at_one(x) for x in expr.args]
+    expr = expr.func(*args) if tuple(args) != expr.args else expr
+    if not isinstance(expr, sympy.Add):
+        return expr
+    constant, terms = expr.as_coeff_Add()
+    terms = sympy.Add.make_args(terms)
+    for term in terms:
+        coefficient, x = term.as_coeff_Mul()
+        if isinstance(x, load) and coefficient == -constant and abs(constant) >= 1000:
+            rest = sympy.Add(*(t for t in terms if t is not term))
+            return rest + where(sympy.Eq(x, 1), 0, constant + term)
     return expr
 
 
@@ -291,6 +381,8 @@ def _tidy_mask(mask):
     relation = mask.func(left, right)
     if relation in (sympy.true, sympy.false) or not hasattr(relation, "lhs"):
         return relation
+    if (apart := _without_select(relation)) is not None:
+        return _tidy_mask(tidy_mask(apart))
     if apart := _without_abs(relation) or _without_product(relation):
         return _tidy_mask(apart)
     difference = left - right
@@ -315,6 +407,22 @@ def _tidy_mask(mask):
             if coefficient == -1:
                 return _decide(sympy.Ge(symbol, rest), symbol, rest, upper=False)
     return relation
+
+
+def _without_select(relation) -> Boolean | None:
+    """where(c, a, b) != 0 -> (c and a != 0) or (not c and b != 0)."""
+    for i, side in enumerate(relation.args):
+        for term in sympy.Add.make_args(side):
+            if isinstance(term, where):
+                condition, *branches = term.args
+                a, b = (
+                    relation.func(
+                        *(side - term + x if j == i else y for j, y in enumerate(relation.args))
+                    )
+                    for x in branches
+                )
+                return sympy.Or(sympy.And(condition, a), sympy.And(sympy.Not(condition), b))
+    return None
 
 
 def _without_abs(relation) -> Boolean | None:

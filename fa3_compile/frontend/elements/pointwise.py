@@ -410,7 +410,7 @@ def _(node, index, ctx: Lifter) -> Element:
     if target.is_complex or source.is_complex:
         raise Opaque(node, "complex numbers")
     if not target.is_floating_point:
-        return E.trunc(x) if source.is_floating_point else x
+        return through_where(E.trunc, x) if source.is_floating_point else x
     if not source.is_floating_point and target in EXACT_INTEGERS:
         limits = bounds(x, ctx.ranges)
         widest = max((abs(v) for v in limits), default=0) if _numeric(limits) else None
