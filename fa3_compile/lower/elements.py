@@ -144,6 +144,7 @@ def _gather(tensor: Tensor, index: list[Tensor | int]) -> Tensor:
             at = 0  # the gradient is then summed before it is scattered
         if isinstance(at, int):
             at = torch.full((), at, dtype=torch.int64, device=tensor.device)
+        if at.dim() == 0:  # FakeTensor gets the shape wrong with an index without axes
+            at = at.view([1] * len(AXES))
         clamped.append(at.clamp(min=0).clamp(max=length - 1))
-    # Not `tensor[...]`: that reads the value of an index without axes.
-    return torch.ops.aten.index.Tensor(tensor, clamped)
+    return tensor[tuple(clamped)]
