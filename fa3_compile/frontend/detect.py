@@ -141,6 +141,8 @@ def read(shadow: Shadow, skeleton: Skeleton) -> Reading:
     """The skeleton in atomic axes of its output. `Decline` where it is no attention."""
     output = shadow.aten_of[skeleton.output]
     shape = shape_of(output)
+    if any(size == 0 for size in (*shape, *shape_of(skeleton.softmax.scores))):
+        raise Decline("empty", skeleton.output, message="there is nothing to compute")
     axes: list[list[sympy.Symbol]] = []
     sizes: dict[sympy.Symbol, Expr] = {}
     for i, size in enumerate(shape):
@@ -164,7 +166,12 @@ def read(shadow: Shadow, skeleton: Skeleton) -> Reading:
             [x for a in dim for x in ([outer_axis, inner_axis] if a == symbol else [a])]
             for dim in axes
         ]
-    raise Decline("axes-unclear", skeleton.output, "Reshape heads and batch with fixed sizes.")
+    raise Decline(
+        "axes-unclear",
+        skeleton.output,
+        "Reshape heads and batch with fixed sizes.",
+        message="the axes of the product with V cannot be told apart",
+    )
 
 
 def _axis(name: str) -> sympy.Symbol:
@@ -219,7 +226,7 @@ class _Reader:
         weights, values = (self.right, self.left) if keys_first else (self.left, self.right)
         reading.key_length = shape_of(weights)[-2 if keys_first else -1]
         if reading.key_length == 1:
-            raise Decline("single-key", self.skeleton.output, "")
+            raise Decline("single-key", self.skeleton.output, message="there is only one key")
         self.ranges[KV] = reading.key_length
         row, column = product_index[-1 - keys_first], product_index[-2 + keys_first]
         row, column = product_index[-2], product_index[-1]
@@ -406,7 +413,12 @@ class _Reader:
         if deeper is not None and find_split(deeper.place.index, self.reading.sizes):
             return deeper
         if best is None:
-            raise Decline("operand-unclear", self._node(node), "")
+            raise Decline(
+                "operand-unclear",
+                self._node(node),
+                "Give the product a tensor whose axes are heads, positions and head dimension.",
+                message="an operand cannot be seen as [batch, heads, length, head dim] by views",
+            )
         return best
 
 

@@ -53,12 +53,8 @@ def separate(expr: Expr, *, half_fill: bool = False, dead_rows_zero: bool = Fals
     values = killed_values(expr, reach)
     if values is not None and all(v == -sympy.oo for v in values):
         return Separated(score, mask, "zero" if dead_rows_zero else "nan", None)
-    return Separated(
-        score,
-        mask,
-        "score",
-        _widest(tidy(masked(expr, reach))) if half_fill else tidy(masked(expr, reach)),
-    )
+    fill = tidy(exact_at_one(masked(expr, reach)))
+    return Separated(score, mask, "score", _widest(fill) if half_fill else fill)
 
 
 def without_dead_rows(separated: Separated, witnesses: list[Expr]) -> Separated:

@@ -135,7 +135,6 @@ def test_softmax(softmax):
     assert specs(check(lambda q, k, v: softmax(scores_of(q, k)) @ v, *qkv())) == PLAIN
 
 
-@pytest.mark.xfail(strict=True, reason="logsumexp is decomposed before it is recognised")
 def test_logsumexp():
     def attention(q, k, v):
         s = scores_of(q, k)
@@ -217,7 +216,6 @@ OF_TORCH = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="F.multi_head_attention_forward is one node for Dynamo")
 @pytest.mark.parametrize("make", OF_TORCH.values(), ids=OF_TORCH)
 def test_modules_of_torch(make):
     report = check(make(), normal(B, S, 32))

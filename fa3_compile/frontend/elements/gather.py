@@ -11,7 +11,7 @@ import sympy
 import torch
 
 from fa3_compile.frontend.elements.movement import dimension
-from fa3_compile.frontend.lift import Element, Lifter, Opaque, element_of, number, shape_of
+from fa3_compile.frontend.lift import Element, Lifter, Opaque, element_of, number, shape_of, truth
 from fa3_compile.spec.expr import Expr, load, where
 from fa3_compile.spec.index import bounds, is_nonnegative
 
@@ -90,6 +90,25 @@ def _(node, index, ctx: Lifter) -> Element:
 @element_of(aten.copy.default)
 def _(node, index, ctx: Lifter) -> Element:
     return ctx.operand(node.args[1], index)
+
+
+@element_of(aten.index_put.default)
+def _(node, index, ctx: Lifter) -> Element:
+    """x[mask] = value, of one number; writes to computed places have to be read."""
+    base, places, value, *accumulate = node.args
+    masks = [(d, p) for d, p in enumerate(places) if p is not None]
+    if len(masks) != 1 or masks[0][1].meta["val"].dtype != torch.bool or any(accumulate):
+        raise Opaque(node, "a write to places that are read")
+    if value.meta["val"].numel() != 1:
+        raise Opaque(node, "a write of as many values as a mask has")
+    [(d, mask)] = masks
+    written = truth(ctx.element(mask, index[d : d + mask.meta["val"].dim()]))
+    put = ctx.element(value, (sympy.S.Zero,) * value.meta["val"].dim())
+    kept = ctx.element(base, index)
+    if node.meta["val"].dtype == torch.bool:
+        put, kept = truth(put), truth(kept)
+        return sympy.Or(sympy.And(written, put), sympy.And(sympy.Not(written), kept))
+    return where(written, number(put), number(kept))
 
 
 @element_of(aten.slice_scatter.default)

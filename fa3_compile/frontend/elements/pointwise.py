@@ -179,12 +179,14 @@ UNARY = {
 
 @element_of(*UNARY)
 def _(node, index, ctx: Lifter) -> Element:
-    x = ctx.broadcast(node.args[0], index)
-    if x.is_number and not x.is_infinite:
-        value = UNARY[node.target](sympy.Float(x))
-        return sym(float(value)) if value.is_real else value
-    _transcendental(node, x)
-    return UNARY[node.target](x)
+    def function(x: Expr) -> Expr:
+        if x.is_number:
+            # Torch's own answer: log(0) is -inf.
+            return sym(node.target(torch.tensor(float(x), dtype=torch.float64)).item())
+        _transcendental(node, x)
+        return UNARY[node.target](x)
+
+    return through_where(function, ctx.broadcast(node.args[0], index))
 
 
 @element_of(aten.abs.default)
