@@ -205,7 +205,12 @@ def live(expr: Expr, reach: float) -> Expr:
             return live(a, reach)
         return where(condition, live(a, reach), live(b, reach))
     if isinstance(expr, sympy.Add):
-        return sympy.Add(*(live(x, reach) for x in expr.args))
+        units = _units(expr)
+        if len(units) == 1:
+            return expr
+        doubtful = [x for x in units if _harmless(x, reach) != sympy.true]
+        # A branch that another term may undo is not dropped.
+        return sympy.Add(*(live(x, reach) if {*doubtful} <= {x} else x for x in units))
     if isinstance(expr, sympy.Mul):
         coefficient, rest = expr.as_coeff_Mul()
         if coefficient.is_positive and coefficient != 1:
