@@ -1,8 +1,9 @@
 """`cpu`: ATen's own flash kernel, for scores that are a constant times `s` plus a bias.
 
 The bias, whatever computes it, is one tensor [B|1, H|1, Sq|1, Skv|1]; a mask is -inf in it, a
-causal one the kernel's own flag. Measured 3 to 4 times as fast as Inductor's code for the same
-eager attention (8 heads, 2048 x 2048, head dim 64, float32 and bfloat16).
+causal one the kernel's own flag. Against Inductor's code for the same eager attention, with
+ALiBi or with a window and padding (8 heads, 2048 x 2048, head dim 64, float32 and bfloat16, 2
+cores): 1.4 to 2.8 times as fast in inference, 1.2 to 1.8 in training.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from fa3_compile.lower.choose import Gradients, Kernel, Problem, register
 from fa3_compile.lower.elements import Shape, elements
 from fa3_compile.spec.attention import AttentionSpec
-from fa3_compile.spec.expr import KV, Boolean, Expr, Q, S, depends_on, load
+from fa3_compile.spec.expr import KV, Boolean, Expr, Q, S, depends_on, loads_in
 
 CAUSAL = sympy.Le(KV, Q)
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -44,11 +45,17 @@ class _Plan:
     fill_bias: Expr | None
 
     @property
+    def bias_may_mask(self) -> bool:
+        """Whether the bias can be an additive mask: a load by q or kv (slopes are by b or h)."""
+        by_position = any(depends_on(x, [Q, KV]) for x in loads_in(self.bias))
+        return by_position or self.bias.has(sympy.oo, -sympy.oo)
+
+    @property
     def masked_scale(self) -> float:
-        """The derivative by s of the scores of a row that is all masked; a load may hold fills."""
+        """The derivative by s of the scores of a row that is all masked."""
         if self.fill_bias is not None:
             return self.fill_scale
-        return self.scale if self.bias.has(load) else 0.0
+        return self.scale if self.bias_may_mask else 0.0
 
 
 class Unsupported(Exception):
@@ -117,7 +124,7 @@ def _bias(problem: Problem, q: Tensor, k: Tensor, aux, sizes) -> tuple[Tensor | 
             masked = torch.where(some, masked, fill)
         bias = torch.where(mask, bias, masked)
     bias = bias if bias.dim() == 4 else bias.reshape(1, 1, 1, 1)
-    if plan.bias.has(load, sympy.oo, -sympy.oo):
+    if plan.bias_may_mask:
         return bias, (torch.where(whole_mask, bias, float("-inf")) == float("-inf")).all(-1)
     if plan.mask == sympy.true or plan.fill_bias is not None:
         return bias, None
