@@ -197,7 +197,7 @@ def render(key: RenderKey) -> str:
         shift=shift.text,
         times_scale="" if logits.scale == 1.0 else f" * {logits.scale!r}",
         log2=logits.log2,
-        dead=spec.dead if spec.has_mask else "nan",
+        dead=spec.dead,
         track=tracks_live_rows(spec),
         has_mask=spec.has_mask,
         has_full=full_lo != full_hi,

@@ -75,7 +75,9 @@ class AttentionSpec:
     def __str__(self) -> str:
         fields = [f"score={text(self.score)}"]
         if self.has_mask:
-            fields += [f"mask={text(self.mask)}", f"dead={self.dead}"]
+            fields.append(f"mask={text(self.mask)}")
+        if self.has_mask or self.dead != "nan":
+            fields.append(f"dead={self.dead}")
         if self.fill is not None:
             fields.append(f"fill={text(self.fill)}")
         if self.sinks:

@@ -46,7 +46,8 @@ def separate(expr: Expr, *, half_fill: bool = False, dead_rows_zero: bool = Fals
     reach = max(reach, bounded) if bounded is not None else reach
     dead = killed(expr, reach)
     if dead == sympy.false:
-        return Separated(tidy(exact_at_one(expr)), sympy.true, "nan", None)
+        zero = "zero" if dead_rows_zero else "nan"
+        return Separated(tidy(exact_at_one(expr)), sympy.true, zero, None)
     mask = tidy_mask(sympy.Not(dead))
     conjuncts = sympy.And.make_args(mask)
     score = tidy(exact_at_one(assuming(tidy(live(expr, reach)), frozenset(conjuncts))))

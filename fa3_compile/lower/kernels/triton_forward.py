@@ -304,7 +304,8 @@ def may_have_dead_rows(spec: AttentionSpec, q_len: int, kv_len: int) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _dead_rows(spec: AttentionSpec) -> str:
-    return hoist.dead_rows(spec.mask)
+    # A bias of -inf hides a row's keys as well as the mask does.
+    return "maybe" if hoist.may_be_minus_inf(spec.score) else hoist.dead_rows(spec.mask)
 
 
 def seconds(call: Callable[[], None], repeats: int = 10) -> float:
