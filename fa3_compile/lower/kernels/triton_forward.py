@@ -296,8 +296,6 @@ def _aux_integers(used: Aux, x: Tensor) -> list[int]:
 
 def may_have_dead_rows(spec: AttentionSpec, q_len: int, kv_len: int) -> bool:
     """Whether the kernel has to look for rows that the mask leaves nothing of."""
-    if not spec.has_mask:
-        return False
     kind = _dead_rows(spec)
     return kind == "maybe" or (kind == "long" and q_len > kv_len)
 
