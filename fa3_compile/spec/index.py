@@ -71,9 +71,22 @@ def bounds(expr: Expr, ranges: Ranges) -> tuple[Expr, Expr] | None:
         return None
     if isinstance(expr, mod):
         return (sympy.S.Zero, expr.args[1] - 1)
+    if isinstance(expr, (sympy.Min, sympy.Max)):
+        return _extreme_bounds(expr, ranges)
+    if isinstance(expr, sympy.Abs):
+        inner = bounds(expr.args[0], ranges)
+        return inner and (sympy.S.Zero, sympy.Max(-inner[0], inner[1]))
     if isinstance(expr, floordiv) and expr.args[1].is_positive:
         inner = bounds(expr.args[0], ranges)
         return inner and (_floor(inner[0], expr.args[1]), _floor(inner[1], expr.args[1]))
+    return None
+
+
+def _extreme_bounds(expr, ranges: Ranges) -> tuple[Expr, Expr] | None:
+    known = [p for x in expr.args if (p := bounds(x, ranges))]
+    lows, highs = [p[0] for p in known], [p[1] for p in known]
+    if len(known) == len(expr.args):
+        return expr.func(*lows), expr.func(*highs)
     return None
 
 
@@ -170,7 +183,7 @@ def flatten(index: Sequence[Expr], shape: Sequence[Expr]) -> Expr:
     position = sympy.S.Zero
     for i, size in zip(index, shape, strict=True):
         position = position * size + i
-    return sympy.expand(position)
+    return _again(sympy.expand(position))
 
 
 def unflatten(position: Expr, shape: Sequence[Expr], ranges: Ranges) -> list[Expr]:

@@ -39,8 +39,7 @@ template <class Aux>
 struct ForwardParams {
   TensorMap q, k, v, tile;
   void* out;
-  float* lse;         // (batch, heads, queries), natural log
-  const float* dead;  // (batch, key heads, DimV), only where a variant's dead rows have values
+  float* lse;  // (batch, heads, queries), natural log
   int64_t out_batch, out_head, out_row;  // strides in elements
   TileOrder order;
   BlockMap map;
@@ -113,6 +112,7 @@ struct AttentionForward {
   };
   static constexpr int kAtTiles = round_up(kAtBarriers + 8 * kBarriers, 16);
   static constexpr int kSharedBytes = kAtTiles + 32 + 1024;  // and room to align the base
+  static_assert(kSharedBytes <= kSharedLimit, "the tile needs more shared memory than there is");
 
   const Params& p;
   uint32_t shared;
@@ -242,7 +242,7 @@ struct AttentionForward {
     At at;
     typename Variant::Head head;
     typename Variant::Row row[2];
-    int q[2];
+    int q[2];  // past the last query: the last
     float distance[2];  // this thread's first column less the row, for affine terms
     float scale, slope;
   };
@@ -330,8 +330,8 @@ struct AttentionForward {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         int column = 8 * j + e, kv = kv0 + column;
-        typename Variant::Col col =
-            Variant::col(t.at, t.head, Masked ? min(kv, t.at.keys - 1) : kv);
+        if constexpr (Masked) kv = min(kv, t.at.keys - 1);
+        typename Variant::Col col = Variant::col(t.at, t.head, kv);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           float& x = s[4 * j + 2 * r + e];
@@ -354,7 +354,7 @@ struct AttentionForward {
       c.dense.advance();
     }
     constexpr bool guard = Masked || !Variant::kFiniteScores;
-    return c.softmax.template update<guard>(s, base, t.scale, alpha);
+    return c.softmax.template update<guard, Variant::kWideScores>(s, base, t.scale, alpha);
   }
 
   FA3_DEVICE static void pack_weights(Consumer& c, const float (&s)[kN / 2]) {
@@ -473,7 +473,8 @@ struct AttentionForward {
     } else {
       int rows = tile.query_block * Config::kWarpgroups + c.warpgroup;
       if (rows * 64 >= p.queries) return {};
-      return block_sequence<Variant, 64, kN>(site(tile), p.map, rows);
+      int limit = seq.first + 1;
+      return block_sequence<Variant, 64, kN>(site(tile), p.map, rows, limit - seq.count, limit);
     }
   }
 
@@ -562,42 +563,37 @@ struct AttentionForward {
     TileTerms t = terms(c, tile);
     constexpr int pieces = Config::kDimV / 8;
     int quad_lane = c.lane % 4;
+    int rows = first_row(c, tile);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float sum = quad_sum(c.softmax.sum[r]);
       float top = c.softmax.max[r] * t.scale;
       float factor = 1.0f;
-      if constexpr (Variant::kSink) {
-        float sink = Variant::sink(t.at, t.head, t.q[r]);
-        float raised = fmaxf(top, sink);
-        factor = exp2_approx(top - raised);
-        sum = sum * factor + exp2_approx(sink - raised);
-        top = raised;
-      }
       bool dead = sum == 0.0f;
-      factor = dead ? 0.0f : __fdividef(factor, sum);
-      if constexpr (Variant::kDead == Dead::kNan) factor = dead ? nan() : factor;
-      if constexpr (Variant::kDead == Dead::kValues) {
-        if (dead) {
-          factor = 1.0f;
-          int row = t.at.batch * (p.order.heads / p.group) + t.at.head / p.group;
-          const float* values = p.dead + row * Config::kDimV + 2 * quad_lane;
-#pragma unroll
-          for (int j = 0; j < pieces; ++j) {
-            c.out[4 * j + 2 * r] = __ldg(values + 8 * j);
-            c.out[4 * j + 2 * r + 1] = __ldg(values + 8 * j + 1);
-          }
-        }
+      float lse = Variant::kWideScores ? c.softmax.max[r] : top * kLn2;
+      if constexpr (Variant::kSink) {
+        float sink = Variant::sink(t.at, t.head, t.row[r], t.q[r]);
+        if constexpr (Variant::kShift) sink -= Variant::shift(t.at, t.head, t.row[r], t.q[r]);
+        sink *= kLog2e;
+        float raised = fmaxf(top, sink);
+        bool nothing = raised == -inf();
+        factor = nothing ? 1.0f : exp2_approx(top - raised);
+        sum = sum * factor + (nothing ? 0.0f : exp2_approx(sink - raised));
+        lse = raised * kLn2;
+        if constexpr (Variant::kDead != Dead::kFilled) dead = sum == 0.0f;
       }
-      bool inside = t.q[r] < t.at.queries;
-      int64_t row = t.q[r];
+      lse += log2_approx(sum) * kLn2;
+      if constexpr (Variant::kShift) lse += Variant::shift(t.at, t.head, t.row[r], t.q[r]);
+      factor = dead ? (Variant::kDead == Dead::kZero ? 0.0f : nan()) : __fdividef(factor, sum);
+      int row = rows + 8 * r;
+      bool inside = row < t.at.queries;
       if (inside && quad_lane == 0) {
-        int64_t at = (static_cast<int64_t>(t.at.batch) * p.order.heads + t.at.head);
-        p.lse[at * t.at.queries + row] =
-            dead ? -inf() : (top + log2_approx(sum)) * kLn2;
+        int64_t at = static_cast<int64_t>(t.at.batch) * p.order.heads + t.at.head;
+        p.lse[at * t.at.queries + row] = dead ? -inf() : lse;
       }
       char* out = static_cast<char*>(p.out) +
-                  2 * (t.at.batch * p.out_batch + t.at.head * p.out_head + row * p.out_row);
+                  2 * (t.at.batch * p.out_batch + t.at.head * p.out_head +
+                       static_cast<int64_t>(row) * p.out_row);
 #pragma unroll
       for (int j = 0; j < pieces; j += 4) {
         uint32_t x[4];
@@ -641,14 +637,18 @@ struct AttentionForward {
     t.head = Variant::head(t.at);
     t.scale = Variant::scale(t.head);
     t.slope = Variant::slope(t.head);
-    int q0 = tile.query_block * kM + c.warpgroup * 64 + threadIdx.x / 32 % 4 * 16 + c.lane / 4;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      t.q[r] = q0 + 8 * r;
+      t.q[r] = min(first_row(c, tile) + 8 * r, p.queries - 1);
       t.distance[r] = static_cast<float>(2 * (c.lane % 4) - t.q[r]);
-      t.row[r] = Variant::row(t.at, t.head, min(t.q[r], p.queries - 1));
+      t.row[r] = Variant::row(t.at, t.head, t.q[r]);
     }
     return t;
+  }
+
+  // The first of this thread's two rows, eight apart.
+  FA3_DEVICE static int first_row(const Consumer& c, const TileCoord& tile) {
+    return tile.query_block * kM + c.warpgroup * 64 + threadIdx.x / 32 % 4 * 16 + c.lane / 4;
   }
 
   FA3_DEVICE void consume() const {

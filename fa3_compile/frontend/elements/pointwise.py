@@ -156,6 +156,15 @@ def _transcendental(node: fx.Node, *args: Expr) -> None:
         raise Opaque(node, "a function of the position alone")
 
 
+def _log1p(x: Expr) -> Expr:
+    if isinstance(x, sympy.exp):
+        # softplus, as it does not overflow
+        y = x.args[0]
+        return sympy.Max(y, 0) + sympy.log(1 + sympy.exp(-sympy.Abs(y)))
+    return sympy.log(1 + x)
+
+
+# As functions that overflow neither themselves nor in their derivative.
 UNARY = {
     aten.exp.default: sympy.exp,
     aten.log.default: sympy.log,
@@ -169,11 +178,11 @@ UNARY = {
     aten.erf.default: E.erf,
     aten.sqrt.default: sympy.sqrt,
     aten.rsqrt.default: lambda x: 1 / sympy.sqrt(x),
-    aten.sigmoid.default: lambda x: 1 / (1 + sympy.exp(-x)),
+    aten.sigmoid.default: lambda x: (1 + sympy.tanh(x / 2)) / 2,
     aten.exp2.default: lambda x: sympy.exp(x * math.log(2)),
     aten.expm1.default: lambda x: sympy.exp(x) - 1,
     aten.log2.default: lambda x: sympy.log(x) / math.log(2),
-    aten.log1p.default: lambda x: sympy.log(1 + x),
+    aten.log1p.default: lambda x: _log1p(x),
 }
 
 
@@ -202,6 +211,19 @@ def _(node, index, ctx: Lifter) -> Element:
 @element_of(aten.relu.default)
 def _(node, index, ctx: Lifter) -> Element:
     return sympy.Max(ctx.broadcast(node.args[0], index), 0)
+
+
+@element_of(aten.leaky_relu.default)
+def _(node, index, ctx: Lifter) -> Element:
+    slope = sym(node.args[1] if len(node.args) > 1 else 0.01)
+    x = ctx.broadcast(node.args[0], index)
+    return where(x > 0, x, slope * x)
+
+
+@element_of(aten.hardtanh.default)
+def _(node, index, ctx: Lifter) -> Element:
+    low, high = map(sym, (*node.args[1:], *(-1.0, 1.0)[len(node.args) - 1 :]))
+    return sympy.Min(sympy.Max(ctx.broadcast(node.args[0], index), low), high)
 
 
 @element_of(aten.floor.default)
@@ -281,9 +303,13 @@ def _(node, index, ctx: Lifter) -> Element:
     if isinstance(a, where) and b.is_number and all(x.is_number for x in a.args[1:]):
         condition, yes, no = a.args
         return _choose(condition, compare(yes, b), compare(no, b))
-    if any(E.S in x.free_symbols and isinstance(x, where) for x in (a, b)):
+    if any(E.S in x.free_symbols and _has_fill(x) for x in (a, b)):
         raise Opaque(node, "a comparison of masked scores")
     return compare(a, b)
+
+
+def _has_fill(x: Expr) -> bool:
+    return any(n.is_infinite or abs(n) > 1e3 for n in x.atoms(sympy.Number))
 
 
 def _choose(condition, a, b):

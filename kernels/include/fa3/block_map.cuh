@@ -28,9 +28,12 @@ struct BlockSequence {
   }
 };
 
+// Closed-form bounds are kept within key blocks [least, limit), so that the blocks of some rows of
+// a tile are some of the tile's, whatever the bounds of fewer rows may be.
 template <class Variant, int BlockM, int BlockN>
 FA3_DEVICE BlockSequence block_sequence(const typename Variant::At& at, const BlockMap& map,
-                                        int query_block) {
+                                        int query_block, int least = 0,
+                                        int limit = 0x7fffffff) {
   BlockSequence seq;
   if constexpr (Variant::kBlockMap) {
     int row = at.batch * map.batch_stride + at.head * map.head_stride + query_block;
@@ -44,11 +47,12 @@ FA3_DEVICE BlockSequence block_sequence(const typename Variant::At& at, const Bl
   } else {
     int q_begin = query_block * BlockM;
     KeyBounds keys = Variant::bounds(at, q_begin, min(q_begin + BlockM, at.queries));
-    int begin = max(keys.begin, 0) / BlockN;
-    int end = ceil_div(min(keys.end, at.keys), BlockN);
-    int full_begin = max(ceil_div(max(keys.full_begin, 0), BlockN), begin);
+    int first_key = max(keys.begin, 0), last_key = min(keys.end, at.keys);
+    int begin = max(first_key / BlockN, least);
+    int end = first_key < last_key ? min(ceil_div(last_key, BlockN), limit) : begin;
+    int full_begin = max(ceil_div(max(min(keys.full_begin, at.keys), 0), BlockN), begin);
     // The last block may reach past the keys and is masked then.
-    int full_end = max(min(keys.full_end, at.keys), 0) / BlockN;
+    int full_end = min(max(min(keys.full_end, at.keys), 0) / BlockN, end);
     seq.count = max(end - begin, 0);
     seq.full = max(full_end - full_begin, 0);
     seq.masked = seq.full > 0 ? end - full_end : seq.count;

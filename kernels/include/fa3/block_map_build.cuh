@@ -1,13 +1,17 @@
 // Lists the key blocks of every query block before the attention kernel runs, for masks that read
-// tensors (documents, padding). A tensor's values over a block are an interval, its least and
-// greatest; the mask evaluated on intervals says empty, partial or full. One pass over each row of
-// the tensors, never over queries x keys.
+// tensors.
 //
-// The variant provides
+// IntervalBlockMap: a tensor's values over a block of queries or keys are an interval, its least
+// and greatest; the mask evaluated on intervals says empty, partial or full. One pass over each row
+// of the tensors (documents, padding), never over queries x keys. The variant provides
+//   MapValue                                 int, int64_t or double
 //   kMapValues                               how many values the mask reads along an axis
-//   int map_query(at, i, q), map_key(at, i, kv)    value i of a row or of a column
+//   MapValue map_query(at, i, q), map_key(at, i, kv)    value i of a row or of a column
 //   int classify(at, queries, keys, q, kv)   kEmpty, kPartial or kFull, from Interval[kMapValues]
 //                                            and the intervals of the indices themselves
+//
+// DenseBlockMap: the mask itself is a (query, key) tensor; each of its elements is looked at once,
+// until a block has both a seen and an unseen one.
 #pragma once
 #include "fa3/block_map.cuh"
 
@@ -15,8 +19,9 @@ namespace fa3 {
 
 enum Occupancy { kEmpty, kPartial, kFull };
 
+template <class T>
 struct Interval {
-  int low, high;  // both included
+  T low, high;  // both included
 };
 
 template <class AuxT>
@@ -29,48 +34,95 @@ struct BlockMapParams {
   AuxT aux;
 };
 
+// The interval that holds nothing.
+FA3_DEVICE void reset(Interval<int>& x) { x = {0x7fffffff, -0x7fffffff - 1}; }
+FA3_DEVICE void reset(Interval<int64_t>& x) {
+  x = {0x7fffffffffffffffll, -0x7fffffffffffffffll - 1};
+}
+FA3_DEVICE void reset(Interval<double>& x) { x = {inf(), -inf()}; }
+
+template <class T>
+FA3_DEVICE void include(Interval<T>& x, T value) {
+  x.low = least(x.low, value);
+  x.high = largest(x.high, value);
+}
+FA3_DEVICE void include(Interval<double>& x, double value) {
+  if (value != value) x = {-inf(), inf()};  // compares with nothing: anything may come out
+  x.low = value < x.low ? value : x.low;
+  x.high = value > x.high ? value : x.high;
+}
+
+// Over a warp; every lane gets it.
+FA3_DEVICE Interval<int> united(const Interval<int>& x) {
+  return {__reduce_min_sync(~0u, x.low), __reduce_max_sync(~0u, x.high)};
+}
+template <class T>
+FA3_DEVICE Interval<T> united(Interval<T> x) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    x.low = least(x.low, __shfl_xor_sync(~0u, x.low, lanes));
+    x.high = largest(x.high, __shfl_xor_sync(~0u, x.high, lanes));
+  }
+  return x;
+}
+
+// Appends the blocks chunk .. chunk + 31, one a lane, to the lists of a query block.
+struct BlockList {
+  int* list;
+  int blocks;
+  int partial = 0, full = 0;
+
+  FA3_DEVICE void append(int block, int kind) {
+    uint32_t before = (1u << threadIdx.x % 32) - 1;
+    uint32_t partials = __ballot_sync(~0u, kind == kPartial);
+    uint32_t fulls = __ballot_sync(~0u, kind == kFull);
+    if (kind == kPartial) list[partial + __popc(partials & before)] = block;
+    if (kind == kFull) list[blocks - 1 - full - __popc(fulls & before)] = block;
+    partial += __popc(partials);
+    full += __popc(fulls);
+  }
+};
+
 template <class Variant, int BlockM, int BlockN>
-struct BlockMapBuilder {
+struct IntervalBlockMap {
   using At = typename Variant::At;
   using Params = BlockMapParams<typename Variant::Aux>;
+  using Values = Interval<typename Variant::MapValue>;
   static constexpr int kWarps = 8;
+  static constexpr int kRows = kWarps;  // query blocks of a thread block, one a warp
   static constexpr int kValues = Variant::kMapValues;
   static constexpr int kChunk = 512;  // key blocks whose intervals are in shared memory at a time
 
-  // The intervals of values first .. last - 1 along one axis; every lane of the warp gets them.
   template <bool Query>
-  FA3_DEVICE static void extent(const At& at, int first, int last, Interval (&out)[kValues]) {
+  FA3_DEVICE static void extent(const At& at, int first, int last, Values (&out)[kValues]) {
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
-      int low = 0x7fffffff, high = -0x7fffffff - 1;
-      for (int x = first + threadIdx.x % 32; x < last; x += 32) {
-        int value = Query ? Variant::map_query(at, i, x) : Variant::map_key(at, i, x);
-        low = min(low, value);
-        high = max(high, value);
-      }
-      out[i] = {__reduce_min_sync(~0u, low), __reduce_max_sync(~0u, high)};
+      Values x;
+      reset(x);
+      for (int at_x = first + threadIdx.x % 32; at_x < last; at_x += 32)
+        include(x, Query ? Variant::map_query(at, i, at_x) : Variant::map_key(at, i, at_x));
+      out[i] = united(x);
     }
   }
 
-  // One warp a query block; grid (ceil(query blocks / kWarps), heads, batches).
+  // Grid (ceil(query blocks / kRows), heads, batches).
   FA3_DEVICE static void run(const Params& p) {
-    __shared__ Interval keys[kChunk][kValues];
+    __shared__ Values keys[kChunk][kValues];
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int query_block = blockIdx.x * kWarps + warp;
+    int query_block = blockIdx.x * kRows + warp;
     At at{p.aux, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y), p.queries, p.keys};
-    Interval q{query_block * BlockM, min(query_block * BlockM + BlockM, p.queries) - 1};
-    Interval rows[kValues];
+    Interval<int> q{query_block * BlockM, min(query_block * BlockM + BlockM, p.queries) - 1};
+    Values rows[kValues];
     extent<true>(at, q.low, q.high + 1, rows);
     int64_t row = (static_cast<int64_t>(blockIdx.z) * p.heads + blockIdx.y) * p.query_blocks +
                   query_block;
-    int* list = p.indices + row * p.blocks;
-    int partial = 0, full = 0;
+    BlockList out{p.indices + row * p.blocks, p.blocks};
     for (int chunk = 0; chunk < p.blocks; chunk += kChunk) {
       int count = min(kChunk, p.blocks - chunk);
       __syncthreads();
       for (int i = warp; i < count; i += kWarps) {
         int first = (chunk + i) * BlockN;
-        Interval values[kValues];
+        Values values[kValues];
         extent<false>(at, first, min(first + BlockN, p.keys), values);
         if (lane == 0) {
 #pragma unroll
@@ -84,21 +136,69 @@ struct BlockMapBuilder {
         int kind = kEmpty;
         if (i < count) {
           int first = (chunk + i) * BlockN;
-          Interval kv{first, min(first + BlockN, p.keys) - 1};
+          Interval<int> kv{first, min(first + BlockN, p.keys) - 1};
           kind = Variant::classify(at, rows, keys[i], q, kv);
           // A block that reaches past the keys needs the mask.
           if (kind == kFull && first + BlockN > p.keys) kind = kPartial;
         }
-        uint32_t before = (1u << lane) - 1;
-        uint32_t partials = __ballot_sync(~0u, kind == kPartial);
-        uint32_t fulls = __ballot_sync(~0u, kind == kFull);
-        if (kind == kPartial) list[partial + __popc(partials & before)] = chunk + i;
-        if (kind == kFull) list[p.blocks - 1 - full - __popc(fulls & before)] = chunk + i;
-        partial += __popc(partials);
-        full += __popc(fulls);
+        out.append(chunk + i, kind);
       }
     }
-    if (query_block < p.query_blocks && lane == 0) p.counts[row] = make_int2(partial, full);
+    if (query_block < p.query_blocks && lane == 0)
+      p.counts[row] = make_int2(out.partial, out.full);
+  }
+};
+
+template <class Variant, int BlockM, int BlockN>
+struct DenseBlockMap {
+  using At = typename Variant::At;
+  using Params = BlockMapParams<typename Variant::Aux>;
+  static constexpr int kWarps = 8;
+  static constexpr int kRows = 1;  // query blocks of a thread block, whose warps share its blocks
+  static constexpr int kChunk = 1024;
+
+  FA3_DEVICE static int classify(const At& at, int q_first, int q_last, int first, int last) {
+    auto head = Variant::head(at);
+    bool seen = false, unseen = false;
+    for (int q = q_first; q < q_last; ++q) {
+      auto row = Variant::row(at, head, q);
+      for (int kv = first + threadIdx.x % 32; kv < last; kv += 32) {
+        bool here = Variant::mask(at, head, row, Variant::col(at, head, kv), q, kv, 0.0f);
+        seen = seen || here;
+        unseen = unseen || !here;
+      }
+      if (q % 8 == 7 && __any_sync(~0u, seen) && __any_sync(~0u, unseen)) return kPartial;
+    }
+    seen = __any_sync(~0u, seen);
+    unseen = __any_sync(~0u, unseen);
+    return seen ? (unseen ? kPartial : kFull) : kEmpty;
+  }
+
+  // Grid (query blocks, heads, batches).
+  FA3_DEVICE static void run(const Params& p) {
+    __shared__ int kinds[kChunk];
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int query_block = blockIdx.x;
+    At at{p.aux, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y), p.queries, p.keys};
+    int q_first = query_block * BlockM, q_last = min(q_first + BlockM, p.queries);
+    int64_t row = (static_cast<int64_t>(blockIdx.z) * p.heads + blockIdx.y) * p.query_blocks +
+                  query_block;
+    BlockList out{p.indices + row * p.blocks, p.blocks};
+    for (int chunk = 0; chunk < p.blocks; chunk += kChunk) {
+      int count = min(kChunk, p.blocks - chunk);
+      __syncthreads();
+      for (int i = warp; i < count; i += kWarps) {
+        int first = (chunk + i) * BlockN, last = min(first + BlockN, p.keys);
+        int kind = classify(at, q_first, q_last, first, last);
+        if (kind == kFull && first + BlockN > p.keys) kind = kPartial;
+        if (lane == 0) kinds[i] = kind;
+      }
+      __syncthreads();
+      if (warp > 0) continue;
+      for (int base = 0; base < count; base += 32)
+        out.append(chunk + base + lane, base + lane < count ? kinds[base + lane] : kEmpty);
+    }
+    if (threadIdx.x == 0) p.counts[row] = make_int2(out.partial, out.full);
   }
 };
 

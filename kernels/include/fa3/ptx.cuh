@@ -8,8 +8,9 @@ using uint32_t = unsigned int;
 using uint64_t = unsigned long long;
 using int64_t = long long;
 
-struct Bf16 {};
-struct Fp16 {};
+// Storage of 16 bits each, so that pointers count elements.
+struct Bf16 { unsigned short bits; };
+struct Fp16 { unsigned short bits; };
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
@@ -73,19 +74,6 @@ FA3_DEVICE float2 unpack<Fp16>(uint32_t x) {
       : "=f"(y.x), "=f"(y.y) : "r"(x));
   return y;
 }
-
-// One element of global memory as float or int, through the read-only path.
-template <class T>
-FA3_DEVICE T ldg(const T* p) { return __ldg(p); }
-
-template <class Dtype>
-FA3_DEVICE float ldg_half(const void* p) {
-  unsigned short bits;
-  asm("ld.global.nc.u16 %0, [%1];" : "=h"(bits) : "l"(p));
-  return unpack<Dtype>(bits).x;
-}
-FA3_DEVICE float ldg(const Bf16* p) { return ldg_half<Bf16>(p); }
-FA3_DEVICE float ldg(const Fp16* p) { return ldg_half<Fp16>(p); }
 
 FA3_DEVICE uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));

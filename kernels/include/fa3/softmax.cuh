@@ -25,7 +25,9 @@ struct Softmax {
 
   // Turns scores into weights. base[r] + s is the score of an element of row r. Returns whether
   // the accumulated output must be multiplied by `alpha`; uniform over the warp.
-  template <bool Guard>
+  // `Wide`: scores may be near float32's limits, where a score times `scale` is not a number to
+  // work with; the maximum is then subtracted first, which costs an instruction an element.
+  template <bool Guard, bool Wide>
   FA3_DEVICE bool update(float (&s)[N / 2], const float (&base)[2], float scale,
                          float (&alpha)[2]) {
     float top[2];
@@ -61,7 +63,8 @@ struct Softmax {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& x = s[4 * j + 2 * r + e];
-          x = exp2_approx(fmaf(x, scale, offset));
+          if constexpr (Wide) x = exp2_approx((x - finite<Guard>(max[r])) * scale);
+          else x = exp2_approx(fmaf(x, scale, offset));
           sum[r] += x;
         }
       }

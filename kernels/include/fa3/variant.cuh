@@ -7,20 +7,19 @@
 // FFMA that softmax needs anyway. For s * 0.125 with log2(e), score is s and scale 0.125 * log2(e);
 // for a softcap of 50, score is tanh(s * 0.125 / 50) and scale 50 * log2(e).
 #pragma once
-#include "fa3/ptx.cuh"
+#include "fa3/captured.cuh"
 
 namespace fa3 {
 
 // Keys [begin, end) hold everything the query block may see; all of [full_begin, full_end) is seen
-// by each of its rows, so that those blocks run without the mask. Fewer rows never see
-// more keys: warpgroups ask for their own 64.
+// by each of its rows, so that those blocks run without the mask. begin >= end: nothing is seen.
 struct KeyBounds {
   int begin, end, full_begin, full_end;
 };
 
-// A row that sees no key: zeros, NaN (softmax of -inf alone), or ForwardParams::dead, the softmax
-// over all keys of a score that is the same for each of them. Its LSE is -inf.
-enum class Dead { kZero, kNan, kValues };
+// A row that sees no key: zeros, NaN (softmax of -inf alone), or the softmax of fill() over all
+// keys, which fa3/dead_rows.cuh computes afterwards for the rows whose LSE is -inf.
+enum class Dead { kZero, kNan, kFilled };
 
 template <class AuxT>
 struct Site {
@@ -44,6 +43,8 @@ struct PlainVariant {
   static constexpr bool kRowBegin = false;     // row_begin() does so on the left
   static constexpr bool kLeftBlocks = false;   // masked blocks lie left of the full ones too
   static constexpr bool kFiniteScores = true;  // no score is -inf where the mask allows it
+  static constexpr bool kWideScores = false;   // scores times log2(e) may exceed float32
+  static constexpr bool kShift = false;        // shift() belongs to the score of every key
   static constexpr bool kSink = false;         // sink() joins the row sum and has no value
   static constexpr Dead kDead = Dead::kZero;   // what a row gets that sees no key
   static constexpr bool kBlockMap = false;     // key blocks come from lists built at run time
@@ -65,8 +66,15 @@ struct PlainVariant {
   }
   FA3_DEVICE static int row_begin(const At&, const auto&, const auto&, int q) { return 0; }
   FA3_DEVICE static int row_end(const At& at, const auto&, const auto&, int q) { return at.keys; }
-  // In log2 units: the sink logit times log2(e).
-  FA3_DEVICE static float sink(const At&, const auto&, int q) { return 0.0f; }
+  // A part of the score that is the same for a whole row: weights do not depend on it, LSE does.
+  FA3_DEVICE static float shift(const At&, const auto&, const auto&, int q) { return 0.0f; }
+  FA3_DEVICE static float sink(const At&, const auto&, const auto&, int q) { return 0.0f; }
+  // Uniform: fill() is the same for all keys of a row, at least in float32.
+  static constexpr bool kUniformFill = false;
+  FA3_DEVICE static float fill(float s, const At&, const auto&, const auto&, const auto&, int q,
+                               int kv) {
+    return 0.0f;
+  }
   FA3_DEVICE static KeyBounds bounds(const At& at, int q_begin, int q_end) {
     return {0, at.keys, 0, at.keys};
   }
