@@ -39,6 +39,9 @@ class Problem:
     aux_dtypes: tuple[torch.dtype, ...] = ()
     needs_grad: bool = False
     aux_needs_grad: tuple[bool, ...] = ()
+    # What the user asked of the kernels: see fa3_compile.options.
+    autotune: str = "none"
+    deterministic: bool = False
 
     @property
     def group(self) -> int:

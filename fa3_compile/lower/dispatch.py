@@ -21,6 +21,7 @@ from fa3_compile.lower.choose import (
     choose,
     reference,
 )
+from fa3_compile.lower.verify import verify
 from fa3_compile.runtime.op import split_text
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def make_problem(
 
     `lengths` are hints for (B, H, Hkv, Sq, Skv, D, Dv) where the shapes are symbolic.
     """
-    spec, _ = split_text(text)
+    spec, options = split_text(text)
     if lengths is None:
         lengths = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3])
         lengths = (*lengths, v.shape[3])
@@ -57,6 +58,8 @@ def make_problem(
         aux_dtypes=tuple(x.dtype for x in aux),
         needs_grad=any(needs),
         aux_needs_grad=tuple(needs[3:]) or (False,) * len(aux),
+        autotune=options.get("autotune", "none"),
+        deterministic=options.get("deterministic") == "True",
     )
 
 
@@ -64,6 +67,11 @@ def allowed_kernels(options: Mapping[str, str]) -> tuple[str, ...] | None:
     """The families that the spec text's options allow; None for the default."""
     names = options.get("kernels")
     return tuple(names.split(",")) if names else None
+
+
+def wants_verification(options: Mapping[str, str]) -> bool:
+    """Whether the reference runs beside the kernel; the operator then stays a call."""
+    return options.get("verify") == "True"
 
 
 @functools.lru_cache(maxsize=4096)
@@ -90,8 +98,12 @@ def built_backward(problem: Problem, allowed: tuple[str, ...] | None) -> Kernel:
 def forward(q, k, v, aux, sizes, text: str) -> tuple[Tensor, Tensor]:
     """`fa3::attention`. The choice does not depend on which gradients will be asked for."""
     problem = make_problem(text, q, k, v, aux)
-    kernel = built(problem, allowed_kernels(split_text(text)[1]))
-    return kernel.run(problem, q, k, v, aux, sizes)
+    options = split_text(text)[1]
+    kernel = built(problem, allowed_kernels(options))
+    out, lse = kernel.run(problem, q, k, v, aux, sizes)
+    if wants_verification(options):
+        verify(kernel, problem, q, k, v, aux, sizes, out)
+    return out, lse
 
 
 def backward(dout, dlse, q, k, v, out, lse, aux, sizes, text: str, needs) -> Gradients:

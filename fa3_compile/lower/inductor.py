@@ -18,7 +18,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from fa3_compile.lower.choose import Problem
-from fa3_compile.lower.dispatch import allowed_kernels, built, built_backward, make_problem
+from fa3_compile.lower.dispatch import (
+    allowed_kernels,
+    built,
+    built_backward,
+    make_problem,
+    wants_verification,
+)
 from fa3_compile.runtime.op import split_text
 
 log = logging.getLogger(__name__)
@@ -52,8 +58,9 @@ def _lower_attention(q, k, v, aux, sizes, text):
     """None to leave the call."""
     fake_q, fake_k, fake_v, fake_aux, fake_sizes, _ = _fake_arguments()
     problem = _problem(text, fake_q, fake_k, fake_v, fake_aux)
-    kernel = built(problem, allowed_kernels(split_text(text)[1]))
-    if not kernel.inline:
+    options = split_text(text)[1]
+    kernel = built(problem, allowed_kernels(options))
+    if not kernel.inline or wants_verification(options):
         return None
 
     def program(q, k, v, aux, sizes):

@@ -1,0 +1,59 @@
+"""`options={"verify": True}` sees a wrong kernel on the inputs that it runs on."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fa3_compile.backend import fa3
+from fa3_compile.lower import choose
+from fa3_compile.lower.kernels.cpu import Cpu
+
+LOGGER = "fa3_compile.lower.verify"
+
+
+class SlightlyWrong(Cpu):
+    """The cpu kernel, one row of its output off by 2%."""
+
+    def run(self, problem, q, k, v, aux, sizes):
+        out, lse = super().run(problem, q, k, v, aux, sizes)
+        out = out.clone()
+        out[:, :, 3] *= 1.02
+        return out, lse
+
+
+def attention(q, k, v):
+    return F.softmax(q @ k.transpose(-2, -1) * 0.25, -1) @ v
+
+
+def run():
+    q, k, v = (torch.randn(2, 4, 9, 16) for _ in range(3))
+    with torch.no_grad():
+        torch.compile(attention, backend=fa3, options={"verify": True})(q, k, v)
+
+
+def test_a_right_kernel_is_said_to_be_right(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, LOGGER):
+        run()
+    assert [r.levelname for r in caplog.records if r.name == LOGGER] == ["INFO"]
+
+
+def test_a_wrong_kernel_is_seen(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fa3_compile.lower import dispatch
+
+    choose.kernels()
+    monkeypatch.setitem(choose._kernels, "cpu", SlightlyWrong())
+    dispatch.built.cache_clear()
+    try:
+        with caplog.at_level(logging.INFO, LOGGER):
+            run()
+    finally:
+        dispatch.built.cache_clear()
+    records = [r for r in caplog.records if r.name == LOGGER]
+    assert [r.levelname for r in records] == ["WARNING"]
+    assert "cpu: largest error" in records[0].getMessage()
