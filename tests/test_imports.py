@@ -16,7 +16,8 @@ MAY_IMPORT = {
     "runtime": {"spec", *BASE},
     "lower": {"runtime", "spec", *BASE},
     "frontend": {"spec", *BASE},
-    "pipeline": {"frontend", "lower", "runtime", "spec", *BASE},
+    "selection": {"frontend", "lower", "runtime", "spec", *BASE},
+    "pipeline": {"selection", "frontend", "lower", "runtime", "spec", *BASE},
     **dict.fromkeys(BASE, BASE),
 }
 # Entry points stand above the pipeline and may import anything.
