@@ -1,10 +1,22 @@
-"""CUDA source -> cubin with NVRTC, and what the compiler said about it."""
+"""CUDA source -> cubin with NVRTC, what the compiler said about it, and the cache on disk."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import importlib.util
+import json
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from fa3_compile import resources
+from fa3_compile.lower import cache
+from fa3_compile.lower.choose import KernelBuildError
+from fa3_compile.lower.render_cuda import CudaKey, render
+
+KIND = "cuda"
 
 OPTIONS = (
     "--std=c++20",
@@ -85,3 +97,74 @@ def build(source: str, headers: dict[str, str], arch: str = "sm_90a") -> Built:
     registers = max((int(n) for n in re.findall(r"Used (\d+) registers", log)), default=0)
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
     return Built(cubin, log, registers, spills, bool(SERIALISED.search(log)))
+
+
+def missing() -> str | None:
+    """Why nothing can be built here, as a sentence; it imports nothing of CUDA's."""
+    if (
+        importlib.util.find_spec("cuda") is None
+        or importlib.util.find_spec("cuda.bindings") is None
+    ):
+        return "cuda-bindings is not installed (PyTorch's CUDA wheels bring it)"
+    return None
+
+
+@functools.cache
+def headers() -> dict[str, str]:
+    """The headers that the template includes."""
+    return read_headers(resources.kernels())
+
+
+@functools.cache
+def _compiler() -> str:
+    from cuda.bindings import nvrtc
+
+    return repr(nvrtc.nvrtcVersion()[1:])
+
+
+@functools.lru_cache(maxsize=1024)
+def load(key: CudaKey) -> Built:
+    """The kernel, from the cache on disk or built now; source, log and resources lie beside it.
+
+    Raises BuildError.
+    """
+    name = hashlib.sha256(f"{key.digest} {_compiler()}".encode()).hexdigest()[:24]
+    folder = cache.folder(KIND, name)
+    if cache.valid(KIND, name):
+        facts = json.loads((folder / "config.json").read_text())["built"]
+        return Built((folder / "kernel.cubin").read_bytes(), (folder / "log").read_text(), **facts)
+    source = render(key)
+    built = build(source, headers())
+    facts = {x: getattr(built, x) for x in ("registers", "spill_bytes", "serialised")}
+    config = {"spec": str(key.spec), "config": asdict(key.config), "built": facts}
+    cache.write(
+        KIND,
+        name,
+        {
+            "kernel.cu": source,
+            "kernel.cubin": built.cubin,
+            "log": built.log,
+            "config.json": json.dumps(config, indent=1),
+        },
+    )
+    return built
+
+
+def load_first(keys: Sequence[CudaKey]) -> tuple[CudaKey, Built]:
+    """The first that builds without a spill; failing that, the one that spills least.
+
+    Raises KernelBuildError where none builds.
+    """
+    found, errors = [], []
+    for key in keys:
+        try:
+            built = load(key)
+        except (BuildError, RuntimeError) as error:
+            errors.append(str(error)[:2000])
+            continue
+        if built.healthy:
+            return key, built
+        found.append((key, built))
+    if not found:
+        raise KernelBuildError("; ".join(errors) or "no tile fits these head dims")
+    return min(found, key=lambda x: (x[1].serialised, x[1].spill_bytes))

@@ -14,7 +14,7 @@ from torch import Tensor
 from fa3_compile.spec.attention import AttentionSpec
 
 # Modules of fa3_compile.lower.kernels; importing one registers its families.
-FAMILIES = ("reference", "cpu", "triton_forward")
+FAMILIES = ("reference", "cpu", "triton_forward", "cuda_sm90")
 
 
 class KernelBuildError(RuntimeError):
@@ -162,3 +162,12 @@ def reference() -> Kernel:
     """The last resort, which supports everything."""
     _import_families()
     return _kernels[REFERENCE]
+
+
+def next_after(kernel: Kernel, problem: Problem) -> Kernel:
+    """What runs where `kernel` finds at run time that it cannot: the next family that supports
+    the problem, or the reference."""
+    for other in kernels():
+        if other.priority < kernel.priority and other.supports(problem) is None:
+            return other
+    return reference()

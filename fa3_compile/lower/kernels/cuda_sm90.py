@@ -1,0 +1,489 @@
+"""`cuda_sm90`: the CUDA C++ kernel for Hopper GPUs, built by NVRTC for each spec.
+
+The kernel is kernels/sm90/attention_fwd.cuh; this file says what it takes, binds it to shapes and
+strides, and launches it. On a warm path a call costs one dictionary look-up, two allocations, a
+few addresses written into its parameters, and the launch.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import struct
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fa3_compile.lower.build_nvrtc import load_first, missing
+from fa3_compile.lower.choose import Kernel, KernelBuildError, Problem, next_after, register
+from fa3_compile.lower.config_sm90 import Sm90Config, candidates
+from fa3_compile.lower.launch_cuda import (
+    MAP_BYTES,
+    Module,
+    Parameters,
+    describable,
+    load_module,
+    tensor_map,
+)
+from fa3_compile.lower.printer import UnprintableError
+from fa3_compile.lower.render import aux_parameters
+from fa3_compile.lower.render_cuda import (
+    CudaKey,
+    Field,
+    arrange,
+    aux_fields,
+    fills_dead_rows,
+    map_kind,
+    render,
+    row_interval,
+    uniform_fill,
+)
+from fa3_compile.runtime.op import empty_out
+from fa3_compile.spec import expr as E
+from fa3_compile.spec.attention import AttentionSpec
+
+log = logging.getLogger(__name__)
+
+DTYPES = {torch.bfloat16: "Bf16", torch.float16: "Fp16"}
+ELEMENTS = {
+    torch.bool: "unsigned char",
+    torch.uint8: "unsigned char",
+    torch.int8: "signed char",
+    torch.int16: "short",
+    torch.int32: "int",
+    torch.int64: "int64_t",
+    torch.bfloat16: "Bf16",
+    torch.float16: "Fp16",
+    torch.float32: "float",
+    torch.float64: "double",
+}
+LARGEST_BOUND = 4096
+LARGEST_GRID = 65535
+# Keys and values that a section of the longest-first order may hold in L2, in bytes.
+SECTION_BYTES = 32 * 2**20
+INTERVAL_ROWS, UNIFORM_ROWS, DEAD_ROWS = 8, 1024, 64
+
+
+class CudaSm90(Kernel):
+    name = "cuda_sm90"
+    priority = 5
+
+    def __init__(self) -> None:
+        self._bound: dict[tuple, Bound | None] = {}
+        self._counters: dict[tuple[int, int], Tensor] = {}
+
+    def supports(self, problem: Problem) -> str | None:
+        if problem.device.type != "cuda":
+            return f"it is for Hopper GPUs, this is {problem.device.type}"
+        if problem.capability != (9, 0) or torch.version.hip is not None:
+            return f"it is for compute capability 9.0, this is {problem.capability}"
+        if problem.dtype not in DTYPES:
+            return f"q, k, v are {problem.dtype}; it takes bfloat16 and float16"
+        for what, dim in (("head dim", problem.dim), ("value head dim", problem.v_dim)):
+            if dim % 8 or not 8 <= dim <= 256:
+                return f"the {what} is {dim}; it takes multiples of 8 up to 256"
+        for i, dtype in enumerate(problem.aux_dtypes):
+            if dtype not in ELEMENTS:
+                return f"captured tensor {i} is {dtype}"
+        if problem.batch > LARGEST_GRID or problem.heads > LARGEST_GRID:
+            return f"it takes up to {LARGEST_GRID} heads and batches"
+        return missing() or _unprintable(problem.spec)
+
+    def prepare(self, problem: Problem) -> None:
+        """Builds the kernel as contiguous captured tensors want it."""
+        load_first(_keys(problem, _likely_layout(problem)))
+
+    def run(
+        self,
+        problem: Problem,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        aux: Sequence[Tensor],
+        sizes: Sequence[int],
+    ) -> tuple[Tensor, Tensor]:
+        spec = problem.spec
+        # `Bound` holds the spec, so that no other one can have its id.
+        key = (
+            id(spec), q.dtype, q.device.index, q.shape, q.stride(), k.shape, k.stride(), v.shape,
+            v.stride(), (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15, *sizes,
+            *[(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15) for x in aux],
+        )  # fmt: skip
+        try:
+            bound = self._bound[key]
+        except KeyError:
+            bound = self._bind(key, problem, q, k, v, aux, sizes)
+        if bound is None:
+            return next_after(self, problem).run(problem, q, k, v, aux, sizes)
+        if bound.adapts:
+            q, k, v = (x if describable(x) else _fresh(x) for x in (q, k, v))
+            return self.run(problem, q, k, v, [x.to(q.device) for x in aux], sizes)
+        if torch._C._cuda_getDevice() != bound.device:
+            with torch.cuda.device(bound.device):
+                return self._launch(bound, q, k, v, aux)
+        return self._launch(bound, q, k, v, aux)
+
+    def _bind(self, key, problem, q, k, v, aux, sizes) -> Bound | None:
+        if len(self._bound) >= LARGEST_BOUND:
+            self._bound.clear()
+        bound = None
+        if q.numel() and k.numel() and v.numel():
+            try:
+                with torch.cuda.device(q.device):
+                    bound = bind(problem, q, k, v, aux, sizes)
+            except KernelBuildError as error:
+                log.warning("cuda_sm90 could not be built for %s: %s", problem.spec, error)
+        self._bound[key] = bound
+        return bound
+
+    def _launch(self, bound: Bound, q, k, v, aux) -> tuple[Tensor, Tensor]:
+        stream = torch._C._cuda_getCurrentRawStream(bound.device)
+        out = torch.empty_strided(bound.out_shape, bound.out_stride, dtype=q.dtype, device=q.device)
+        lse = torch.empty(bound.out_shape[:3], dtype=torch.float32, device=q.device)
+        counter = self._counter(bound, stream) if bound.config.longest_first else None
+        lists = None
+        if bound.map_words:
+            lists = torch.empty(bound.map_words, dtype=torch.int32, device=q.device)
+        bound.launch(stream, q, k, v, aux, out, lse, counter, lists)
+        return out, lse
+
+    def _counter(self, bound: Bound, stream: int) -> Tensor:
+        """One int that is zero between launches; launches of one stream follow each other."""
+        if torch._C._cuda_isCurrentStreamCapturing():
+            # A graph may be replayed beside anything: it gets, and clears, its own.
+            return torch.zeros(1, dtype=torch.int32, device=f"cuda:{bound.device}")
+        key = bound.device, stream
+        if key not in self._counters:
+            self._counters[key] = torch.zeros(1, dtype=torch.int32, device=f"cuda:{bound.device}")
+        return self._counters[key]
+
+
+def _fresh(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+@functools.lru_cache(maxsize=1024)
+def _unprintable(spec: AttentionSpec) -> str | None:
+    kinds = {"bool": "unsigned char", "int": "int64_t", "float": "float"}
+    key = CudaKey(spec, "Bf16", 64, 64, Sm90Config(64, 64), tuple(kinds[x] for x in spec.aux))
+    try:
+        render(key)
+    except UnprintableError as error:
+        return f"an expression has no CUDA text: {error}"
+    return None
+
+
+# ---- what is built ----
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the source depends on beside the problem: see CudaKey."""
+
+    elements: tuple[str, ...]
+    unit: tuple[tuple[int, ...], ...]
+    tile: int | None
+
+
+def _likely_layout(problem: Problem) -> Layout:
+    """As if every captured tensor were contiguous."""
+    spec = problem.spec
+    ranks = {x.tensor: len(x.index) for x in E.loads_in(*spec.expressions)}
+    used = {x.tensor: x.strides for x in aux_parameters(spec)}
+    unit = tuple(
+        tuple(d for d in used.get(i, ()) if d == ranks[i] - 1) for i in range(len(spec.aux))
+    )
+    dtypes = problem.aux_dtypes
+    elements = tuple(ELEMENTS[x] for x in dtypes)
+    tile = _tile_candidate(spec)
+    if tile is not None and dtypes[tile.tensor] not in DTYPES:
+        tile = None
+    return Layout(elements, unit, None if tile is None else tile.tensor)
+
+
+def _layout(spec: AttentionSpec, aux: Sequence[Tensor]) -> Layout:
+    used = {x.tensor: x.strides for x in aux_parameters(spec)}
+    unit = tuple(tuple(d for d in used.get(i, ()) if x.stride(d) == 1) for i, x in enumerate(aux))
+    tile = _tile_candidate(spec)
+    if tile is not None:
+        x = aux[tile.tensor]
+        if x.dtype not in DTYPES or tile.index[-1] != E.KV or not describable(x):
+            tile = None
+    elements = tuple(ELEMENTS[x.dtype] for x in aux)
+    return Layout(elements, unit, None if tile is None else tile.tensor)
+
+
+@functools.lru_cache(maxsize=1024)
+def _tile_candidate(spec: AttentionSpec) -> E.load | None:
+    """The score's one load of [b, h, q, kv], each of b and h there or not."""
+    found = [x for x in E.loads_in(spec.score) if {E.Q, E.KV} <= set(x.index)]
+    same = [x for x in E.loads_in(spec.score) if found and x.tensor == found[0].tensor]
+    if len(found) != 1 or len(same) != 1:
+        return None
+    axes = [x for x in found[0].index if x != 0]
+    ordered = [x for x in E.COORDINATES if x in axes]
+    return found[0] if axes == ordered and len(set(axes)) == len(axes) else None
+
+
+def _keys(problem: Problem, layout: Layout) -> list[CudaKey]:
+    spec = problem.spec
+    plain = arrange(spec.score).x == E.S and not (spec.has_mask and not row_interval(spec.mask))
+    keys = []
+    for tile in dict.fromkeys((layout.tile, None)):
+        configs = candidates(
+            problem.dim, problem.v_dim, problem.q_len, spec.has_mask, plain, tile is not None
+        )
+        keys += [
+            CudaKey(
+                spec, DTYPES[problem.dtype], problem.dim, problem.v_dim, config, layout.elements,
+                layout.unit, tile,
+            )
+            for config in configs
+        ]  # fmt: skip
+    return keys
+
+
+# ---- what is launched ----
+
+
+@dataclass
+class Bound:
+    """The kernel for one set of shapes and strides.
+
+    adapts     q, k, v or captured tensors have to be copied first; then nothing else is set
+    map_words  int32 that the lists of key blocks take
+    """
+
+    spec: AttentionSpec
+    device: int
+    adapts: bool = False
+    config: Sm90Config = Sm90Config(64, 64)
+    out_shape: tuple[int, ...] = ()
+    out_stride: tuple[int, ...] = ()
+    map_words: int = 0
+    launches: tuple[_Launch, ...] = ()
+
+    def launch(self, stream, q, k, v, aux, out, lse, counter, lists) -> None:
+        for each in self.launches:
+            each(stream, q, k, v, aux, out, lse, counter, lists)
+
+
+class _Launch:
+    """One kernel, its grid, and where in its parameters each address belongs.
+
+    places  (offset, "q" ... or the number of a captured tensor, bytes to add)
+    """
+
+    def __init__(self, kernel, grid, threads, shared, content: bytes, places) -> None:
+        from cuda.bindings import driver
+
+        self._launch = driver.cuLaunchKernel
+        self._arguments = (kernel, *grid, threads, 1, 1, shared)
+        self._parameters = Parameters(content)
+        self._places = [
+            (offset, _NAMES.index(what) if isinstance(what, str) else what + len(_NAMES), add)
+            for offset, what, add in places
+        ]
+        # The driver copies the parameters while it launches.
+        self._lock = threading.Lock()
+
+    def __call__(self, stream, q, k, v, aux, out, lse, counter, lists) -> None:
+        tensors = (q, k, v, out, lse, counter, lists, *aux)
+        parameters = self._parameters
+        with self._lock:
+            for offset, index, add in self._places:
+                parameters.set(offset, tensors[index].data_ptr() + add)
+            (status,) = self._launch(*self._arguments, stream, parameters.pointer, 0)
+        if status.value:
+            raise RuntimeError(f"cuda_sm90 could not be launched: {status.name}")
+
+
+_NAMES = ("q", "k", "v", "out", "lse", "counter", "lists")
+
+
+@functools.lru_cache(maxsize=1024)
+def _module(key: CudaKey, cubin: bytes, device: int) -> Module:
+    return load_module(cubin)
+
+
+@functools.cache
+def _processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def bind(problem: Problem, q, k, v, aux, sizes, key: CudaKey | None = None) -> Bound:
+    """The kernel for these tensors; `key` instead of the table's choice.
+
+    Raises KernelBuildError.
+    """
+    spec = problem.spec
+    if not all(map(describable, (q, k, v))) or any(x.device != q.device for x in aux):
+        return Bound(spec, q.device.index, adapts=True)
+    keys = _keys(problem, _layout(spec, aux)) if key is None else [key]
+    key, built = load_first(keys)
+    module = _module(key, built.cubin, q.device.index)
+    binder = _Binder(spec, key, module, q, k, v, aux, sizes)
+    out = empty_out(q, v, spec.out_order)
+    launches, words = binder.launches(out.stride())
+    return Bound(
+        spec, q.device.index, False, key.config, tuple(out.shape), out.stride(), words, launches
+    )
+
+
+class _Binder:
+    """Packs parameters as kernels/sm90/attention_fwd.cuh and kernels/include/fa3 lay them out."""
+
+    def __init__(self, spec, key: CudaKey, module: Module, q, k, v, aux, sizes) -> None:
+        self.spec, self.key, self.module = spec, key, module
+        self.q, self.k, self.v, self.aux, self.sizes = q, k, v, aux, sizes
+        self.batch, self.heads, self.queries, _ = q.shape
+        self.kv_heads, self.keys = k.shape[1:3]
+        self.group = self.heads // self.kv_heads
+        self.query_blocks = -(-self.queries // key.config.block_m)
+        self.key_blocks = -(-self.keys // key.config.block_n)
+
+    def launches(self, out_stride) -> tuple[tuple[_Launch, ...], int]:
+        """(the kernels of a call in their order, int32 words of the block lists)."""
+        found = []
+        kind = map_kind(self.spec)
+        words = 0
+        if kind:
+            found.append(self.block_map(kind))
+            words = self.map_rows * (2 + self.key_blocks)
+        found.append(self.attention(out_stride))
+        dead = fills_dead_rows(self.spec)
+        if dead == "maybe" or (dead == "long" and self.queries > self.keys):
+            found.append(self.dead_rows(out_stride))
+        return tuple(found), words
+
+    def captured(self) -> tuple[bytes, list[tuple[int, Any, int]]]:
+        """The struct Aux, and where its pointers are."""
+        content, places = b"", []
+        for x in aux_fields(self.spec):
+            if x.kind == "pointer":
+                places.append((len(content), x.index, 0))
+            content += self._field(x)
+        return content + bytes(-len(content) % 8), places
+
+    def _field(self, x: Field) -> bytes:
+        if x.kind == "pointer":
+            return bytes(8)
+        if x.kind == "stride":
+            return struct.pack("q", self.aux[x.index].stride(x.axis))
+        if x.kind == "size":
+            return struct.pack("i", self.aux[x.index].shape[x.axis])
+        return struct.pack("i", self.sizes[x.index])
+
+    def with_captured(self, content: bytes, places: list) -> tuple[bytes, list]:
+        assert len(content) % 8 == 0
+        captured, inside = self.captured()
+        return content + captured, places + [(len(content) + o, i, n) for o, i, n in inside]
+
+    # The lists of key blocks.
+
+    @functools.cached_property
+    def map_shape(self) -> tuple[int, int]:
+        """(batches, heads) that have lists of their own."""
+        symbols = self.spec.mask.free_symbols
+        return (
+            self.batch if E.B in symbols else 1,
+            self.heads if E.H in symbols else 1,
+        )
+
+    @property
+    def map_rows(self) -> int:
+        batches, heads = self.map_shape
+        return batches * heads * self.query_blocks
+
+    def block_map(self, kind: str) -> _Launch:
+        batches, heads = self.map_shape
+        content = struct.pack(
+            "QQiiiiii", 0, 0, batches, heads, self.query_blocks, self.key_blocks, self.queries,
+            self.keys,
+        )  # fmt: skip
+        places = [(0, "lists", 8 * self.map_rows), (8, "lists", 0)]
+        rows = INTERVAL_ROWS if kind == "Interval" else 1
+        grid = (-(-self.query_blocks // rows), heads, batches)
+        return _Launch(
+            self.module.kernel("block_map"), grid, 256, 0, *self.with_captured(content, places)
+        )
+
+    # The attention.
+
+    def attention(self, out_stride) -> _Launch:
+        config = self.key.config
+        content = self._map(self.q, config.block_m)
+        content += self._map(self.k, config.block_n) + self._map(self.v, config.block_n)
+        places: list = [(0, "q", 0), (MAP_BYTES, "k", 0), (2 * MAP_BYTES, "v", 0)]
+        tile, broadcast = self._tile()
+        if self.key.tile is not None:
+            places.append((3 * MAP_BYTES, self.key.tile, 0))
+        content += tile
+        places += [(len(content), "out", 0), (len(content) + 8, "lse", 0)]
+        content += struct.pack("QQqqq", 0, 0, *out_stride[:3])
+        tiles = self.query_blocks * self.heads * self.batch
+        grid = min(tiles, _processors(self.q.device.index))
+        section = self._section()
+        content += struct.pack("iiiii4x", tiles, self.query_blocks, self.heads, section, grid)
+        if config.longest_first:
+            places.append((len(content), "counter", 0))
+        content += bytes(8)
+        batches, heads = self.map_shape
+        if map_kind(self.spec):
+            places += [(len(content), "lists", 8 * self.map_rows), (len(content) + 8, "lists", 0)]
+        content += struct.pack(
+            "QQiii4x", 0, 0, heads * self.query_blocks if batches > 1 else 0,
+            self.query_blocks if heads > 1 else 0, self.key_blocks,
+        )  # fmt: skip
+        content += struct.pack("iiiii4x", self.group, self.queries, self.keys, *broadcast)
+        content, places = self.with_captured(content, places)
+        content += bytes(-len(content) % 64)
+        return _Launch(
+            self.module.kernel("attention_fwd"), (grid, 1, 1), config.threads,
+            self.module.shared_bytes, content, places,
+        )  # fmt: skip
+
+    def _section(self) -> int:
+        """Heads whose keys and values may be in L2 together."""
+        bytes_ = 2 * self.keys * (self.k.shape[3] + self.v.shape[3])
+        section = max(1, SECTION_BYTES // max(bytes_, 1)) * self.group
+        return min(section, self.batch * self.heads)
+
+    def _map(self, x: Tensor, rows: int) -> bytes:
+        columns = 64 if -(-x.shape[3] // 32) % 2 == 0 else 32
+        return tensor_map(x, x.shape, x.stride(), rows, columns)
+
+    def _tile(self) -> tuple[bytes, tuple[int, int]]:
+        """The map of the dense tensor, and whether it has batches and heads of its own."""
+        if self.key.tile is None:
+            return bytes(MAP_BYTES), (0, 0)
+        load = _tile_candidate(self.spec)
+        assert load is not None
+        x = self.aux[self.key.tile]
+        place = {axis: d for d, axis in enumerate(load.index) if axis != 0}
+        sizes = [x.shape[place[a]] if a in place else 1 for a in E.COORDINATES]
+        strides = [x.stride(place[a]) if a in place else 1 for a in E.COORDINATES]
+        content = tensor_map(x, sizes, strides, self.key.config.block_m, 64)
+        return content, (int(E.B in place), int(E.H in place))
+
+    # Rows without a key.
+
+    def dead_rows(self, out_stride) -> _Launch:
+        content = struct.pack("QQQQQ", 0, 0, 0, 0, 0)
+        places: list = [(8 * i, name, 0) for i, name in enumerate(("q", "k", "v", "out", "lse"))]
+        for strides in (self.q.stride(), self.k.stride(), self.v.stride(), out_stride):
+            content += struct.pack("qqq", *strides[:3])
+        content += struct.pack("iiii", self.heads, self.group, self.queries, self.keys)
+        assert self.spec.fill is not None
+        rows = UNIFORM_ROWS if uniform_fill(self.spec.fill) else DEAD_ROWS
+        grid = (-(-self.queries // rows), self.heads, self.batch)
+        return _Launch(
+            self.module.kernel("dead_rows"), grid, 256, 0, *self.with_captured(content, places)
+        )
+
+
+register(CudaSm90())

@@ -1,0 +1,126 @@
+"""The CUDA driver through cuda-bindings: modules, tensor maps, parameters and launches."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fa3_compile.lower.choose import KernelBuildError
+
+POINTER = struct.Struct("Q").pack_into
+MAP_BYTES = 128
+
+
+def checked(result: tuple) -> Any:
+    """The values of a driver call; KernelBuildError names what failed."""
+    status, *values = result
+    if status.value != 0:
+        raise KernelBuildError(f"the CUDA driver says {status.name}")
+    return values[0] if len(values) == 1 else values
+
+
+@dataclass(frozen=True)
+class Module:
+    """A cubin in the current context, its kernels by name, and the attention's shared memory."""
+
+    handle: Any
+    shared_bytes: int
+
+    def kernel(self, name: str) -> Any:
+        from cuda.bindings import driver
+
+        return checked(driver.cuModuleGetFunction(self.handle, name.encode()))
+
+
+def load_module(cubin: bytes) -> Module:
+    """Loads a cubin of templates/cuda/attention_fwd.cu.jinja into the current context."""
+    from cuda.bindings import driver
+
+    handle = checked(driver.cuModuleLoadData(cubin))
+    address, _ = checked(driver.cuModuleGetGlobal(handle, b"shared_bytes"))
+    host = bytearray(4)
+    checked(driver.cuMemcpyDtoH(host, address, 4))
+    module = Module(handle, struct.unpack("i", host)[0])
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    checked(
+        driver.cuFuncSetAttribute(module.kernel("attention_fwd"), attribute, module.shared_bytes)
+    )
+    return module
+
+
+class Parameters:
+    """The one struct that a kernel takes, in memory that the driver reads at a launch."""
+
+    def __init__(self, content: bytes) -> None:
+        self.storage = ctypes.create_string_buffer(len(content) + 64)
+        start = -ctypes.addressof(self.storage) % 64
+        self.view = memoryview(self.storage).cast("B")[start : start + len(content)]
+        self.view[:] = content
+        self._array = (ctypes.c_void_p * 1)(ctypes.addressof(self.storage) + start)
+        self.pointer = ctypes.addressof(self._array)
+
+    def set(self, offset: int, address: int) -> None:
+        POINTER(self.view, offset, address)
+
+
+def describable(x: Tensor) -> bool:
+    """Whether a tensor map can describe it: last stride 1, the rest whole 16 bytes."""
+    return (
+        x.stride(-1) == 1
+        and x.data_ptr() % 16 == 0
+        and not any(s * x.itemsize % 16 for s, n in zip(x.stride()[:-1], x.shape) if n > 1)
+    )
+
+
+def tensor_map(
+    x: Tensor, sizes: Sequence[int], strides: Sequence[int], rows: int, columns: int
+) -> bytes:
+    """A 4-D map of a 16-bit tensor; boxes of `rows` by `columns` (64: 128-byte swizzle, or 32).
+
+    sizes, strides  from the outermost axis in, in elements; the innermost stride is 1
+
+    The address is its first word: callers put another there for another tensor of these strides.
+    """
+    first, second = (_encode(x.dtype, x.data_ptr() + n, sizes, strides, rows, columns)
+                     for n in (0, 4096))  # fmt: skip
+    moved = struct.pack("Q", x.data_ptr() + 4096) + first[8:]
+    if first[:8] != struct.pack("Q", x.data_ptr()) or second != moved:
+        raise KernelBuildError("this driver encodes tensor maps in a way that is not known here")
+    return first
+
+
+def _encode(dtype, address: int, sizes, strides, rows: int, columns: int) -> bytes:
+    from cuda.bindings import driver as cu
+
+    dtypes = cu.CUtensorMapDataType
+    swizzle = cu.CUtensorMapSwizzle
+    width = max(8, -(-sizes[-1] // 8) * 8)
+    # The stride of an axis of length 1 is arbitrary, and has to be a multiple of 16 bytes.
+    steps = [s if n > 1 else width for s, n in zip(strides[:-1], sizes)]
+    encoded = checked(
+        cu.cuTensorMapEncodeTiled(
+            {
+                torch.bfloat16: dtypes.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                torch.float16: dtypes.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            }[dtype],
+            4,
+            address,
+            [cu.cuuint64_t(n) for n in reversed(sizes)],
+            [cu.cuuint64_t(2 * n) for n in reversed(steps)],
+            [cu.cuuint32_t(n) for n in (columns, rows, 1, 1)],
+            [cu.cuuint32_t(1)] * 4,
+            cu.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            swizzle.CU_TENSOR_MAP_SWIZZLE_128B
+            if columns == 64
+            else swizzle.CU_TENSOR_MAP_SWIZZLE_64B,
+            cu.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            cu.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
+    return b"".join(struct.pack("Q", int(word)) for word in encoded.opaque)

@@ -1,0 +1,163 @@
+// Rows that see no key, where eager code gives masked scores a large negative value in place of
+// -inf: their weights are the softmax of Variant::fill over all keys. The attention kernel marks
+// them by an LSE of -inf; they are rare (queries that are padding), so this reads no more than the
+// LSEs where there are none.
+#pragma once
+#include "fa3/variant.cuh"
+
+namespace fa3 {
+
+struct Strides {
+  int64_t batch, head, row;  // in elements; columns are contiguous
+
+  FA3_DEVICE int64_t at(int b, int h, int x) const { return b * batch + h * head + x * row; }
+};
+
+template <class AuxT, class Dtype>
+struct DeadRowsParams {
+  const Dtype *q, *k, *v;
+  unsigned short* out;
+  float* lse;
+  Strides q_at, k_at, v_at, out_at;
+  int heads, group, queries, keys;
+  AuxT aux;
+};
+
+template <class Config, class Variant>
+struct DeadRows {
+  using Dtype = typename Config::Dtype;
+  using At = typename Variant::At;
+  using Params = DeadRowsParams<typename Variant::Aux, Dtype>;
+  static constexpr int kThreads = 256;
+  static constexpr int kWarps = kThreads / 32;
+  // A uniform fill reads the values once for all rows of a thread block.
+  static constexpr int kRows = Variant::kUniformFill ? 1024 : 64;
+
+  struct Shared {
+    float weights[kThreads], query[round_up(Config::kDimQK, 8)], partial[kWarps];
+  };
+
+  const Params& p;
+  Shared& shared;
+  At at;
+  int kv_head;
+
+  template <class Combine>
+  FA3_DEVICE float over_block(float x, Combine combine) const {
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) x = combine(x, __shfl_xor_sync(~0u, x, lanes));
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) shared.partial[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = shared.partial[0];
+#pragma unroll
+    for (int i = 1; i < kWarps; ++i) x = combine(x, shared.partial[i]);
+    return x;
+  }
+
+  FA3_DEVICE float product(int kv) const {
+    const Dtype* k = p.k + p.k_at.at(at.batch, kv_head, kv);
+    float s = 0.0f;
+    for (int d = 0; d < Config::kDimQK; ++d) s = fmaf(shared.query[d], ldg(k + d), s);
+    return s;
+  }
+
+  FA3_DEVICE bool seen(const auto& head, const auto& row, const auto& col, int q, int kv) const {
+    bool inside = true;
+    if constexpr (Variant::kRowEnd) inside = kv < Variant::row_end(at, head, row, q);
+    if constexpr (Variant::kRowBegin)
+      inside = inside && kv >= Variant::row_begin(at, head, row, q);
+    if constexpr (Variant::kMask)
+      inside = inside && Variant::mask(at, head, row, col, q, kv, 0.0f);
+    return inside;
+  }
+
+  // Column threadIdx.x of the row, and its LSE. A row whose mask holds somewhere is dead because
+  // every score there is -inf; the softmax of that is NaN.
+  FA3_DEVICE float attend(int q, float& lse) const {
+    auto head = Variant::head(at);
+    auto row = Variant::row(at, head, q);
+    const Dtype* query = p.q + p.q_at.at(at.batch, at.head, q);
+    __syncthreads();
+    if (threadIdx.x < Config::kDimQK) shared.query[threadIdx.x] = ldg(query + threadIdx.x);
+    __syncthreads();
+    float top = -inf(), total = 0.0f, out = 0.0f;
+    bool alive = false;
+    for (int base = 0; base < p.keys; base += kThreads) {
+      int kv = base + threadIdx.x;
+      float x = -inf();
+      if (kv < p.keys) {
+        auto col = Variant::col(at, head, kv);
+        x = Variant::fill(Variant::kUniformFill ? 0.0f : product(kv), at, head, row, col, q, kv);
+        if constexpr (!Variant::kFiniteScores) alive = alive || seen(head, row, col, q, kv);
+      }
+      float raised = fmaxf(top, over_block(x, fmaxf));
+      float base_score = raised == -inf() ? 0.0f : raised;
+      float alpha = exp2_approx((top - base_score) * kLog2e);
+      float weight = exp2_approx((x - base_score) * kLog2e);
+      shared.weights[threadIdx.x] = weight;
+      __syncthreads();
+      total = total * alpha + weight;
+      out *= alpha;
+      if (threadIdx.x < Config::kDimV) {
+        const Dtype* v = p.v + p.v_at.at(at.batch, kv_head, base) + threadIdx.x;
+        for (int i = 0; i < min(kThreads, p.keys - base); ++i)
+          out = fmaf(shared.weights[i], ldg(v + i * p.v_at.row), out);
+      }
+      top = raised;
+    }
+    total = over_block(total, [](float a, float b) { return a + b; });
+    if constexpr (Variant::kSink) {
+      float sink = Variant::sink(at, head, row, q);
+      float raised = fmaxf(top, sink);
+      float factor = exp2_approx((top - raised) * kLog2e);
+      total = total * factor + exp2_approx((sink - raised) * kLog2e);
+      out *= factor;
+      top = raised;
+    }
+    if constexpr (!Variant::kFiniteScores) {
+      if (__syncthreads_or(alive)) {
+        lse = -inf();
+        return nan();
+      }
+    }
+    lse = top + log2_approx(total) * kLn2;
+    return out / total;
+  }
+
+  FA3_DEVICE void store(int q, float value, float lse) const {
+    if (threadIdx.x < Config::kDimV)
+      p.out[p.out_at.at(at.batch, at.head, q) + threadIdx.x] =
+          static_cast<unsigned short>(pack<Dtype>(value, 0.0f));
+    if (threadIdx.x == 0)
+      p.lse[(static_cast<int64_t>(at.batch) * p.heads + at.head) * p.queries + q] = lse;
+  }
+
+  // Grid (ceil(queries / kRows), heads, batches).
+  FA3_DEVICE static void run(const Params& p) {
+    __shared__ Shared memory;
+    __shared__ unsigned dead[kRows / 32];
+    int head = blockIdx.y, batch = blockIdx.z, first = blockIdx.x * kRows;
+    DeadRows self{p, memory, At{p.aux, batch, head, p.queries, p.keys}, head / p.group};
+    const float* lse = p.lse + (static_cast<int64_t>(batch) * p.heads + head) * p.queries;
+    bool any = false;
+    for (int i = threadIdx.x; i < kRows; i += kThreads) {
+      bool mine = first + i < p.queries && lse[first + i] == -inf();
+      unsigned found = __ballot_sync(__activemask(), mine);
+      if (i % 32 == 0) dead[i / 32] = found;
+      any = any || mine;
+    }
+    if (!__syncthreads_or(any)) return;
+    float value = 0.0f, of_row = 0.0f;
+    bool known = false;
+    for (int i = 0; i < kRows; ++i) {
+      if (!(dead[i / 32] >> i % 32 & 1)) continue;
+      // A row whose mask holds has its own answer, NaN.
+      if (!known || !Variant::kFiniteScores) value = self.attend(first + i, of_row);
+      known = Variant::kUniformFill;
+      self.store(first + i, value, of_row);
+    }
+  }
+};
+
+}  // namespace fa3
