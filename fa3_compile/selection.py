@@ -119,7 +119,7 @@ def _backed(shape_env) -> dict:
 
 
 def _width(operand: Operand, region: Region) -> int:
-    for part in operand.view.parts:
+    for part in operand.view.parts if operand.view else ():
         if part[0] == "axis" and part[1].symbol.name == "d":
             return _hint(part[1].size, region)
     return 1

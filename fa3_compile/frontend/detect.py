@@ -110,7 +110,7 @@ def _output_node(shadow: Shadow, product: fx.Node) -> fx.Node | None:
         holders = shadow.dynamo_of.get(current, [])
         if holders:
             chosen = holders[-1]
-        followers = [u for u in shadow.users(current)]
+        followers = shadow.users(current)
         outside = {u for h in holders for u in h.users} - set(holders)
         if len(followers) != 1:
             return chosen
@@ -284,7 +284,12 @@ class _Reader:
         element = number(element)
         if isinstance(element, where) and isinstance(element.args[1], prob):
             if element.args[2] == 0:
-                raise Decline("mask-after-softmax", self._node(weights), hint)
+                raise Decline(
+                    "mask-after-softmax",
+                    self._node(weights),
+                    "Mask the scores, before the softmax.",
+                    message="weights are set to zero after the softmax",
+                )
         if not isinstance(element, prob):
             code = "softmax-result-changed" if element.atoms(prob) else "no-softmax"
             raise Decline(code, self._node(weights), hint, message=f"V is weighted by {element}")
@@ -297,6 +302,7 @@ class _Reader:
                 "softmax-axis",
                 self._node(softmax.node),
                 "The softmax has to run over the keys, the axis contracted with V.",
+                message="the softmax runs over another axis than the product with V",
             )
         if depends_on(at[softmax.dim] - KV, self.ranges) or any(
             depends_on(x, column.free_symbols) for x in at
@@ -305,6 +311,7 @@ class _Reader:
                 "softmax-axis",
                 self._node(softmax.node),
                 "The softmax has to run over the keys, the axis contracted with V.",
+                message="the softmax runs over another axis than the product with V",
             )
         return at
 
@@ -332,23 +339,32 @@ class _Reader:
         first: Exception | None = None
         for node in candidates:
             product = _Product(node)
-            special = {node: lambda i, product=product: product.element(i, lifters[-1])}
-            for other in self.shadow.graph.nodes:
-                if row_maximum(other) and other in after(node):
-                    special[other] = lambda i: row_max(*i)
-            lifters = [Lifter(self.shadow, self.ranges, special, wide=_is_wide(node))]
             try:
-                lifters[-1].element(x, index)
-                product.check(self._node(node))
+                return product, self._lift_around(product, x, index)
             except Opaque as opaque:
                 first = first or declined(opaque, self.shadow)
-                continue
             except Decline as decline:
                 first = first or decline
-                continue
-            return product, lifters[-1]
         assert first is not None
         raise first
+
+    def _lift_around(self, product: _Product, x: fx.Node, index: Index) -> Lifter:
+        """A lifter that has met the product once, in the scores' element."""
+        special = {
+            node: lambda i: row_max(*i)
+            for node in self.shadow.graph.nodes
+            if row_maximum(node) and node in after(product.node)
+        }
+        lifter = Lifter(
+            self.shadow,
+            self.ranges,
+            {**special, product.node: product},
+            wide=_is_wide(product.node),
+        )
+        product.lifter = lifter
+        lifter.element(x, index)
+        product.check(self._node(product.node))
+        return lifter
 
     def _without_row_maxima(self, score: Expr, x: fx.Node) -> Expr:
         for statistic in sorted(score.atoms(row_max), key=str):
@@ -476,8 +492,9 @@ class _Product:
         added = node.target in PRODUCTS[2:]
         self.left, self.right = node.args[1:3] if added else node.args[:2]
         self.index: Index | None = None
+        self.lifter: Lifter | None = None
 
-    def element(self, index: Index, lifter: Lifter) -> Expr:
+    def __call__(self, index: Index) -> Expr:
         if self.index is not None and self.index != index:
             raise Decline("product-read-twice", None, "")
         self.index = index
@@ -485,7 +502,11 @@ class _Product:
             return S
         beta, alpha = (sym(self.node.kwargs.get(k, 1)) for k in ("beta", "alpha"))
         scaled = alpha * S
-        return scaled if beta == 0 else beta * lifter.broadcast(self.node.args[0], index) + scaled
+        return scaled if beta == 0 else beta * self._added(index) + scaled
+
+    def _added(self, index: Index) -> Expr:
+        assert self.lifter is not None
+        return self.lifter.broadcast(self.node.args[0], index)
 
     def check(self, at: fx.Node) -> None:
         if self.index is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,7 @@ def target_name(node: fx.Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
-def example_value(node: fx.Node):
+def example_value(node: fx.Node) -> Any:
     """Dynamo's fake value of a node, or None."""
     return node.meta.get("example_value")
 

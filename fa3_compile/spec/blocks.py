@@ -1,6 +1,7 @@
 """Which tiles of the score matrix a mask leaves empty, fills, or cuts.
 
-`kv_bounds` and `kv_full_bounds` are closed forms that a kernel evaluates once a query block;
+`kv_bounds` and `kv_full_bounds` are closed forms that a kernel evaluates once a query block,
+`q_bounds` and `q_full_bounds` their transposes for a KV block;
 `tile_counts` counts the tiles of one concrete attention, for the report. What cannot be told
 (a captured tensor, a function without a rule) counts as "may hold, may not": sound by
 construction.
@@ -66,6 +67,24 @@ def kv_full_bounds(mask: Boolean, q_lo: Expr, q_hi: Expr) -> tuple[Expr, Expr]:
     """
     lo, hi = _bounds(_normal(mask), q_lo, q_hi).full
     return sympy.Max(ZERO, lo), sympy.Min(SKV, hi)
+
+
+def q_bounds(mask: Boolean, kv_lo: Expr, kv_hi: Expr) -> tuple[Expr, Expr]:
+    """(lo, hi): no query outside [lo, hi) may see any key in [kv_lo, kv_hi]; as `kv_bounds`, with
+    hi <= Sq."""
+    lo, hi = kv_bounds(_transposed(mask), kv_lo, kv_hi)
+    return _transposed(lo), _transposed(hi)
+
+
+def q_full_bounds(mask: Boolean, kv_lo: Expr, kv_hi: Expr) -> tuple[Expr, Expr]:
+    """(lo, hi): every query in [lo, hi) sees every key in [kv_lo, kv_hi]; as `kv_full_bounds`."""
+    lo, hi = kv_full_bounds(_transposed(mask), kv_lo, kv_hi)
+    return _transposed(lo), _transposed(hi)
+
+
+def _transposed(expr):
+    """Queries as keys and keys as queries."""
+    return expr.xreplace({Q: KV, KV: Q, SQ: SKV, SKV: SQ})
 
 
 def _normal(mask: Boolean) -> Boolean:

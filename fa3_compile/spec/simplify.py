@@ -63,6 +63,8 @@ def without_dead_rows(separated: Separated, witnesses: list[Expr]) -> Separated:
 
     witnesses  keys as expressions of q, such as 0 and q, that exist for every query
     """
+    if separated.dead == "zero" and separated.score.atoms(load):
+        return separated  # a bias that is read may be -inf for every key
     for key in witnesses:
         if tidy_mask(separated.mask.subs(KV, key)) == sympy.true:
             return Separated(separated.score, separated.mask, "nan", None)
@@ -262,8 +264,8 @@ LOWEST = sympy.Float(-3.4028234663852886e38)
 
 
 def _widest(fill: Expr) -> Expr:
-    """float16's lowest number absorbs a float16 score; in float32 arithmetic only float32's does."""
-    return fill.replace(lambda x: x.is_Float and x <= -65000, lambda x: LOWEST)
+    """float16's lowest number absorbs a float16 score, in float32 arithmetic only float32's."""
+    return fill.replace(lambda x: x.is_number and x <= -65000, lambda x: LOWEST)
 
 
 def masked(expr: Expr, reach: float) -> Expr:

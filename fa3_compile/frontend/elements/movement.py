@@ -134,7 +134,9 @@ def _(node, index, ctx: Lifter) -> Element:
             return ctx.element(part, (*index[:d], at - begin, *index[d + 1 :]))
     for begin, _, part in reversed(pieces):
         element = ctx.element(part, (*index[:d], at - begin, *index[d + 1 :]))
-        if any(x.is_Function and x.func.__name__ == "load" for x in sympy.preorder_traversal(element)):
+        if any(
+            x.is_Function and x.func.__name__ == "load" for x in sympy.preorder_traversal(element)
+        ):
             raise Opaque(node, "a concatenation read across its seam")
         if answer is None:
             answer = element
@@ -180,22 +182,28 @@ def _(node, index, ctx: Lifter) -> Element:
         d = len(index) - 1 - n
         before, after = sym(padding[2 * n]), sym(padding[2 * n + 1])
         moved[d] = index[d] - before
-        if before != 0:
-            inside.append(moved[d] >= 0)
-        if after != 0:
-            inside.append(moved[d] < shape[d])
+        low, high = bounds(moved[d], ctx.ranges) or (None, None)
+        if low is None or high is None:
+            inside += [moved[d] >= 0, moved[d] < shape[d]]
+            continue
+        if is_nonnegative(-1 - high) or is_nonnegative(low - shape[d]):
+            return _logical(value) if node.meta["val"].dtype == torch.bool else sym(value)
+        inside += [] if is_nonnegative(low) else [moved[d] >= 0]
+        inside += [] if is_nonnegative(shape[d] - 1 - high) else [moved[d] < shape[d]]
     element = ctx.element(source, moved)
     if not inside:
         return element
     if any(x.is_Function and x.func.__name__ == "load" for x in sympy.preorder_traversal(element)):
         raise Opaque(node, "padding around values that are read")
+    within = sympy.And(*inside)
     if node.meta["val"].dtype == torch.bool:
-        return sympy.And(*inside, truth(element)) if not value else _no_pad(node)
-    return where(sympy.And(*inside), number(element), sym(value))
+        outside = sympy.And(sympy.Not(within), _logical(value))
+        return sympy.Or(sympy.And(within, truth(element)), outside)
+    return where(within, number(element), sym(value))
 
 
-def _no_pad(node):
-    raise Opaque(node, "a mask padded with True")
+def _logical(value) -> Element:
+    return sympy.true if value else sympy.false
 
 
 @element_of(aten.split_with_sizes.default, aten.unbind.int, aten.split.Tensor)

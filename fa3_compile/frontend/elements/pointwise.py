@@ -334,7 +334,8 @@ def compare_infinite(x: Expr) -> Element:
 
 
 def _reads_floats(x: Expr, ctx: Lifter) -> bool:
-    return E.S in x.free_symbols or bool(x.atoms(E.load))
+    names = {f.func.__name__ for f in x.atoms(sympy.Function)}
+    return E.S in x.free_symbols or bool(names & {"load", "prob", "row_max"})
 
 
 def _no(node: fx.Node):
@@ -365,16 +366,37 @@ element_of(aten.logical_not.default, aten.bitwise_not.default)(_logic(lambda a: 
 
 @element_of(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
 def _(node, index, ctx: Lifter) -> Element:
-    condition, a, b = (ctx.operand(x, index) for x in node.args)
+    condition, a, b = node.args
+    if _is_weight(replaced := _without_nan(condition, a, b, index, ctx)):
+        return replaced
+    condition, a, b = (ctx.operand(x, index) for x in (condition, a, b))
     condition = truth(condition)
     if _is_bool(node):
         return _choose(condition, truth(a), truth(b))
     return where(condition, number(a), number(b))
 
 
+def _without_nan(condition, a, b, index, ctx: Lifter) -> Element | None:
+    """where(isnan(p), 0, p) of the weights p: rows of -inf alone give zeros."""
+    if not isinstance(condition, fx.Node) or condition.target is not aten.isnan.default:
+        return None
+    if condition.args[0] is not b or ctx.operand(a, index) != 0:
+        return None
+    element = ctx.operand(b, index)
+    ctx.zeroed = ctx.zeroed or _is_weight(element)
+    return element
+
+
+def _is_weight(element: Element | None) -> bool:
+    return isinstance(element, Expr) and element.is_Function and element.func.__name__ == "prob"
+
+
 @element_of(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 def _(node, index, ctx: Lifter) -> Element:
-    x, condition, value = (ctx.operand(a, index) for a in node.args)
+    x, condition, value = node.args
+    if _is_weight(replaced := _without_nan(condition, value, x, index, ctx)):
+        return replaced
+    x, condition, value = (ctx.operand(a, index) for a in (x, condition, value))
     condition = truth(condition)
     if _is_bool(node):
         return _choose(condition, truth(value), truth(x))
@@ -397,7 +419,7 @@ def _(node, index, ctx: Lifter) -> Element:
 def _(node, index, ctx: Lifter) -> Element:
     x = ctx.operand(node.args[0], index)
     nan, high, low = (*node.args[1:], *[None] * (4 - len(node.args)))
-    if not (isinstance(x, Expr) and x.is_Function and x.func.__name__ == "prob"):
+    if not _is_weight(x):
         limits = torch.finfo(node.meta["val"].dtype)
         high = limits.max if high is None else high
         low = limits.min if low is None else low
