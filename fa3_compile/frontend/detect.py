@@ -368,7 +368,9 @@ class _Reader:
 
     def _without_row_maxima(self, score: Expr, x: fx.Node) -> Expr:
         for statistic in sorted(score.atoms(row_max), key=str):
-            rest = sympy.expand(score + statistic) if score.is_Add else score + statistic
+            # Expanding would multiply out what the program keeps in factors.
+            rest = score + statistic
+            rest = sympy.expand(rest) if rest.has(statistic) else rest
             if depends_on(statistic, [KV]) or rest.has(statistic):
                 raise Decline("row-statistic", self._node(x), "")
             score = rest
