@@ -6,24 +6,33 @@ import functools
 import importlib.util
 import sys
 from types import ModuleType
+from typing import Protocol
 
 from fa3_compile.lower import cache
 from fa3_compile.lower.choose import KernelBuildError
-from fa3_compile.lower.render import RenderKey, render
 
 KIND = "triton"
 SOURCE = "kernel.py"
 
 
+class Key(Protocol):
+    """What names a kernel and writes its source; hashable."""
+
+    @property
+    def digest(self) -> str: ...
+
+    def source(self) -> str: ...
+
+
 @functools.lru_cache(maxsize=1024)
-def load(key: RenderKey) -> ModuleType:
+def load(key: Key) -> ModuleType:
     """The module of the kernel; its source stays beside Triton's own cache for the reader.
 
     Raises KernelBuildError where the source does not import.
     """
     digest = key.digest
     if not cache.valid(KIND, digest):
-        cache.write(KIND, digest, {SOURCE: render(key)})
+        cache.write(KIND, digest, {SOURCE: key.source()})
     name = f"fa3_triton_{digest}"
     path = cache.folder(KIND, digest) / SOURCE
     spec = importlib.util.spec_from_file_location(name, path)

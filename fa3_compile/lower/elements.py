@@ -59,7 +59,9 @@ def _program(exprs: tuple[Expr | Boolean, ...], aux: tuple[str, ...]) -> Callabl
     lines, results = TorchPrinter().print_block(exprs, Env(load=_load_text, aux=aux))
     used = {str(x) for e in exprs for x in e.free_symbols} - {"s"}
     results = [
-        f"torch.full((), {r}, dtype={_dtype_text(e)}, device=device)" if not e.free_symbols else r
+        f"torch.full((), {r}, dtype={_dtype_text(e)}, device=device)"
+        if not (e.free_symbols or e.atoms(load))
+        else r
         for e, r in zip(exprs, results)
     ]
     source = "\n    ".join(

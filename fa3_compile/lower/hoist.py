@@ -131,13 +131,18 @@ def dead_rows(mask: Boolean) -> str:
 class Hoister:
     """Splits expressions into statements by level, naming each part that pays for a name.
 
-    statements  (whether it is outside the loop over KV blocks, symbol, expression in terms of
+    statements  (whether it is outside the loop, symbol, expression in terms of
                 earlier symbols), in order
     known       what has a name outside the loop; several hoisters may share it
+    streamed    "kv" for a loop over KV blocks, "q" for one over query blocks
     """
 
-    def __init__(self, prefix: str, known: dict[sympy.Basic, sympy.Symbol]) -> None:
+    def __init__(
+        self, prefix: str, known: dict[sympy.Basic, sympy.Symbol], streamed: str = "kv"
+    ) -> None:
         self.prefix = prefix
+        self._outside = (HEAD, ROW) if streamed == "kv" else (HEAD, COLUMN)
+        self._start = KV_START if streamed == "kv" else Q_START
         self.statements: list[tuple[bool, sympy.Symbol, E.Expr | Boolean]] = []
         self._known = known
         self._in_loop: dict[sympy.Basic, sympy.Symbol] = {}
@@ -191,7 +196,7 @@ class Hoister:
         return expr.func(*parts)
 
     def _named(self, expr, placed) -> sympy.Symbol:
-        outside = level(expr) in (HEAD, ROW) and KV_START not in expr.free_symbols
+        outside = level(expr) in self._outside and self._start not in expr.free_symbols
         names = self._known if outside else self._in_loop
         if expr in names:
             return names[expr]

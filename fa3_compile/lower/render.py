@@ -48,6 +48,10 @@ class RenderKey:
         named["spec"] = str(self.spec)
         return hashlib.sha256(repr((named, _sources())).encode()).hexdigest()[:24]
 
+    def source(self) -> str:
+        """The kernel's source, as `render` has it."""
+        return render(self)
+
 
 @functools.cache
 def _sources() -> str:

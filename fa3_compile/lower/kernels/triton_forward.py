@@ -19,7 +19,14 @@ from torch import Tensor
 
 from fa3_compile.lower import hoist, tune
 from fa3_compile.lower.build import load
-from fa3_compile.lower.choose import Kernel, KernelBuildError, Problem, reference, register
+from fa3_compile.lower.choose import (
+    Gradients,
+    Kernel,
+    KernelBuildError,
+    Problem,
+    reference,
+    register,
+)
 from fa3_compile.lower.config import TritonConfig
 from fa3_compile.lower.printer import UnprintableError
 from fa3_compile.lower.render import Aux, RenderKey, aux_parameters, render
@@ -111,6 +118,17 @@ class TritonForward(Kernel):
         out, lse = outputs(problem, q, v)
         bound.launch([q, k, v, out, lse, *(aux[i] for i in bound.aux)])
         return out, lse
+
+    def supports_backward(self, problem: Problem) -> str | None:
+        # There: the two modules share how kernels are bound.
+        from fa3_compile.lower.kernels import triton_backward
+
+        return triton_backward.supports_backward(problem)
+
+    def run_backward(self, *arguments) -> Gradients:
+        from fa3_compile.lower.kernels import triton_backward
+
+        return triton_backward.run_backward(*arguments)
 
     def _bind(self, problem: Problem, q, k, v, aux, sizes) -> Bound | None:
         """The kernel for these arguments; None where the reference has to run."""

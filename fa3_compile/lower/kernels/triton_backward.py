@@ -1,0 +1,436 @@
+"""The gradients of an attention by Triton kernels, in O(S) memory and without atomics.
+
+The kernels' text is templates/triton/attention_backward.py.jinja. They recompute P from the LSE,
+so any forward that writes the LSE of `fa3::attention` may have run before them. Gradients of
+captured tensors that lack an axis come as float32 sums over it, [B, H, Sq] or [B, H, Skv]; what
+is left to do for them, for sinks and for rows without a key is O(S) and done by torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fa3_compile.lower import hoist
+from fa3_compile.lower.build import load
+from fa3_compile.lower.choose import Gradients, KernelBuildError, Problem, reference
+from fa3_compile.lower.config import TritonConfig
+from fa3_compile.lower.elements import Shape, elements
+from fa3_compile.lower.kernels import triton_forward as forward
+from fa3_compile.lower.printer import UnprintableError
+from fa3_compile.lower.render import aux_parameters
+from fa3_compile.lower.render_backward import BackwardKey, dense_loads, key_sums, row_sums
+from fa3_compile.lower.tune_backward import Configs, table_configs
+from fa3_compile.spec import expr as E
+from fa3_compile.spec.attention import AttentionSpec
+
+log = logging.getLogger(__name__)
+
+ROW_TERMS = TritonConfig(64, 64, 4, 2)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What one backward computes: `needs` of the operator, split up."""
+
+    q: bool
+    kv: bool
+    aux: tuple[int, ...]
+
+    @classmethod
+    def of(cls, needs: Sequence[bool]) -> Wanted:
+        found = tuple(i for i, n in enumerate(needs[3:]) if n)
+        return cls(needs[0], needs[1] or needs[2], found)
+
+
+def supports_backward(problem: Problem) -> str | None:
+    """None, or why these gradients are left to the reference, as a sentence."""
+    spec = problem.spec
+    wanted = tuple(i for i, n in enumerate(problem.aux_needs_grad) if n)
+    if reason := _unsupported(spec, wanted):
+        return reason
+    if spec.dead == "score" and forward.may_have_dead_rows(spec, problem.q_len, problem.kv_len):
+        assert spec.fill is not None
+        if not spec.fill.is_number:
+            return "a row without a key has scores of its own, the gradients of which are dense"
+        if spec.sinks:
+            return "rows without a key share their weight with a sink"
+    return None
+
+
+@functools.lru_cache(maxsize=1024)
+def _unsupported(spec: AttentionSpec, wanted: tuple[int, ...]) -> str | None:
+    try:
+        BackwardKey(spec, 64, 64, wanted).source()
+    except (UnprintableError, TypeError) as error:
+        return f"an expression has no Triton text: {error}"
+    dense = dense_loads(spec, wanted)
+    for x in dense:
+        axes = [i for i in x.index if not i.is_Integer]
+        if any(i not in E.COORDINATES for i in axes) or len(set(axes)) < len(axes):
+            return (
+                f"the gradient of captured tensor {x.tensor} is summed over the queries and keys "
+                "that share an element of it"
+            )
+        if sum(y.tensor == x.tensor for y in E.loads_in(*spec.expressions)) > 1:
+            return f"captured tensor {x.tensor} is read at several places of a query and key"
+    return None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel for one set of shapes and strides.
+
+    pointers  names of the tensors it takes
+    run       launches it on tensors in that order
+    """
+
+    pointers: tuple[str, ...]
+    run: Callable[[Sequence[Tensor]], None]
+    spills: int = 0
+
+    def __call__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.run([tensors[x] for x in self.pointers])
+
+
+_launches: dict[tuple, dict[str, Launch] | None] = {}
+
+
+def run_backward(
+    problem: Problem,
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    aux: Sequence[Tensor],
+    sizes: Sequence[int],
+    needs: Sequence[bool],
+) -> Gradients:
+    """`Kernel.run_backward`; the reference's where nothing can be built."""
+    q, k, v, dout, out = (_walkable(x) for x in (q, k, v, dout, out))
+    # A dLSE may be a broadcast scalar; the kernels read rows of B * H * Sq.
+    dlse = None if dlse is None else dlse.to(torch.float32).contiguous()
+    tensors = (q, k, v, dout, out, *aux)
+    key = (
+        problem.spec,
+        forward._precision(q.dtype),
+        dlse is None,
+        tuple(needs),
+        tuple(sizes),
+        *((x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15) for x in tensors),
+    )
+    if key not in _launches:
+        if len(_launches) >= forward.LARGEST_BOUND:
+            _launches.clear()
+        _launches[key] = _launches_or_none(problem, dlse, q, k, v, dout, out, aux, sizes, needs)
+    launches = _launches[key]
+    if launches is None:
+        return reference().run_backward(problem, dout, dlse, q, k, v, out, lse, aux, sizes, needs)
+    return compute(problem, launches, dout, dlse, q, k, v, out, lse, aux, sizes, needs)
+
+
+def _walkable(x: Tensor) -> Tensor:
+    """Offsets within a tile are 32-bit."""
+    return x.contiguous() if max(x.stride()[2:]) >= forward.LARGEST_STRIDE else x
+
+
+def _launches_or_none(problem, dlse, q, k, v, dout, out, aux, sizes, needs):
+    if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
+        return None
+    if any(x.device != q.device for x in (k, v, dout, out, *aux)):
+        return None
+    if supports_backward(problem) is not None:  # the lengths were hints when it was asked
+        return None
+    try:
+        return bind(problem, table_configs(problem), dlse, q, k, v, dout, out, aux, sizes, needs)
+    except KernelBuildError as error:
+        log.warning(
+            "the Triton backward could not be built for %s, head dims %d and %d, the reference "
+            "runs instead: %s", problem.spec, problem.dim, problem.v_dim, error
+        )  # fmt: skip
+        return None
+
+
+def compute(
+    problem: Problem,
+    launches: Mapping[str, Launch],
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    aux: Sequence[Tensor],
+    sizes: Sequence[int],
+    needs: Sequence[bool],
+) -> Gradients:
+    """The gradients, by kernels of `bind` for tensors like these."""
+    spec, wanted = problem.spec, Wanted.of(needs)
+    tensors = _outputs(problem, q, k, v, aux, wanted)
+    tensors |= {"q_ptr": q, "k_ptr": k, "v_ptr": v, "out_ptr": out, "dout_ptr": dout}
+    tensors |= {"lse_ptr": lse, "dlse_ptr": lse if dlse is None else dlse}
+    tensors |= {f"aux{i}": x for i, x in enumerate(aux)}
+    for launch in launches.values():
+        launch(tensors)
+    dq = tensors["dq_ptr"] if needs[0] else None
+    dk = tensors["dk_ptr"] if needs[1] else None
+    dv = tensors["dv_ptr"] if needs[2] else None
+    if dv is not None and forward.may_have_dead_rows(spec, q.shape[2], k.shape[2]):
+        dv = _with_dead_rows(spec, dv, dout, lse, tensors.get("dead_ptr"))
+    elif dv is not None and not spec.sinks and spec.dead == "nan" and _may_lose_rows(spec):
+        dv = _with_nan_rows(dv, lse)
+    return dq, dk, dv, _captured(problem, tensors, q, k, lse, aux, sizes, needs)
+
+
+def _may_lose_rows(spec: AttentionSpec) -> bool:
+    """Whether every score of a row that has keys may be -inf."""
+    return hoist.may_be_minus_inf(spec.score) and spec.has_mask
+
+
+def _with_dead_rows(
+    spec: AttentionSpec, dv: Tensor, dout: Tensor, lse: Tensor, dead: Tensor | None
+) -> Tensor:
+    """dV with what rows without a key add to it, which the kernels leave out."""
+    if spec.dead == "zero":
+        return dv
+    if spec.dead == "nan":
+        return dv if spec.sinks else _with_nan_rows(dv, lse)
+    # Every key has the weight 1 / Skv in a row of equal scores.
+    assert dead is not None
+    batch, kv_heads, kv_len, v_dim = dv.shape
+    total = _masked_row_sum(dead, dout)
+    total = total.view(batch, kv_heads, -1, v_dim).sum(2, keepdim=True) / kv_len
+    return dv.add_(total.to(dv.dtype))
+
+
+def _masked_row_sum(dead: Tensor, dout: Tensor) -> Tensor:
+    """float32 [B, H, Dv]: the sum of dO over the rows of `dead` [B, H, Sq]."""
+    return torch.where(dead.bool().unsqueeze(-1), dout, 0.0).sum(2, dtype=torch.float32)
+
+
+def _with_nan_rows(dv: Tensor, lse: Tensor) -> Tensor:
+    """P of a row whose scores are all -inf is NaN for every key."""
+    batch, kv_heads = dv.shape[:2]
+    lost = (lse == float("-inf")).view(batch, kv_heads, -1).any(-1)
+    return dv.masked_fill_(lost[:, :, None, None], float("nan"))
+
+
+def _outputs(problem, q, k, v, aux, wanted: Wanted) -> dict[str, Tensor]:
+    """What the kernels write, by the names of their parameters."""
+    spec = problem.spec
+    batch, heads, q_len, _ = q.shape
+    rows = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
+    found = {"delta_ptr": rows((batch, heads, q_len)), "dq_ptr": torch.empty_like(q)}
+    found |= {"dk_ptr": torch.empty_like(k), "dv_ptr": torch.empty_like(v)}
+    found["norm_ptr"] = found["delta_ptr"]
+    if hoist.may_be_huge(spec.score):
+        found["norm_ptr"] = rows((batch, heads, q_len))
+    if spec.dead == "score":
+        found["dead_ptr"] = torch.empty((batch, heads, q_len), dtype=torch.int8, device=q.device)
+    for i, _ in enumerate(row_sums(spec, wanted.aux)):
+        found[f"row_sum{i}_ptr"] = rows((batch, heads, q_len))
+    for i, _ in enumerate(key_sums(spec, wanted.aux)):
+        found[f"key_sum{i}_ptr"] = rows((batch, heads, k.shape[2]))
+    shape = Shape(batch, heads, q_len, k.shape[2])
+    lengths: dict[str, int] = dict(zip("b h q kv".split(), shape.lengths))
+    for x in dense_loads(spec, wanted.aux):
+        tensor = aux[x.tensor]
+        covered = all(
+            n == lengths.get(str(i), 1) for n, i in zip(tensor.shape, x.index, strict=True)
+        )
+        make = torch.empty_like if covered else torch.zeros_like
+        found[f"grad{x.tensor}_ptr"] = make(tensor)
+    return found
+
+
+def _captured(problem, tensors, q, k, lse, aux, sizes, needs) -> list[Tensor | None]:
+    """The gradients of the captured tensors, from what the kernels wrote."""
+    spec, wanted = problem.spec, Wanted.of(needs)
+    if not wanted.aux:
+        return [None] * len(aux)
+    dense = {x.tensor for x in dense_loads(spec, wanted.aux)}
+    shape = Shape(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    parts: list[tuple[E.Expr, Tensor]] = []
+    for i, x in enumerate(row_sums(spec, wanted.aux)):
+        parts.append((x, tensors[f"row_sum{i}_ptr"].unsqueeze(3)))
+    for i, x in enumerate(key_sums(spec, wanted.aux)):
+        parts.append((x, tensors[f"key_sum{i}_ptr"].unsqueeze(2)))
+    if any(x.tensor in wanted.aux for x in E.loads_in(*spec.sinks)):
+        with torch.no_grad():
+            values = elements(spec.sinks, spec, shape, None, aux, sizes, torch.float32, q.device)
+            for x, value in zip(spec.sinks, values):
+                weight = torch.exp(value.to(torch.float32) - lse.unsqueeze(3))
+                parts.append((x, -weight * tensors["delta_ptr"].unsqueeze(3)))
+    grads: list[Tensor | None] = []
+    for i, x in enumerate(aux):
+        if i not in wanted.aux:
+            grads.append(None)
+        elif i in dense:
+            grads.append(tensors[f"grad{i}_ptr"])
+        else:
+            grads.append(_chained(parts, spec, shape, i, aux, sizes).to(x.dtype))
+    return grads
+
+
+def _chained(parts, spec, shape: Shape, which: int, aux, sizes) -> Tensor:
+    """float32: sum over the parts of (d expression / d aux[which])^T applied to the cotangent."""
+    leaf = aux[which].detach().to(torch.float32).requires_grad_()
+    inputs = [leaf if i == which else x.detach() for i, x in enumerate(aux)]
+    total = torch.zeros_like(leaf, requires_grad=False)
+    for expr, cotangent in parts:
+        if not any(x.tensor == which for x in E.loads_in(expr)):
+            continue
+        with torch.enable_grad():
+            [value] = elements([expr], spec, shape, None, inputs, sizes, torch.float32, leaf.device)
+            value = value.to(torch.float32).expand(cotangent.shape)
+            [grad] = torch.autograd.grad(value, leaf, cotangent)
+        total += grad
+    return total
+
+
+def bind(
+    problem: Problem,
+    configs: Configs,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    out: Tensor,
+    aux: Sequence[Tensor],
+    sizes: Sequence[int],
+    needs: Sequence[bool],
+) -> dict[str, Launch]:
+    """The kernels for the shapes and strides of these tensors, by name, in order of launching.
+
+    A configuration that does not build gives way to smaller ones; KernelBuildError where none
+    is left.
+    """
+    spec, wanted = problem.spec, Wanted.of(needs)
+    module = load(render_key(problem, wanted.aux))
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    tensors = _outputs(problem, q, k, v, aux, wanted)
+    tensors |= {"q_ptr": q, "k_ptr": k, "v_ptr": v, "out_ptr": out, "dout_ptr": dout}
+    tensors |= {"lse_ptr": lse, "dlse_ptr": lse}
+    tensors |= {f"aux{i}": x for i, x in enumerate(aux)}
+    integers = _integers(problem, tensors, q, k, aux, sizes)
+    constants = {
+        "GROUP": q.shape[1] // k.shape[1],
+        "DEAD_ROWS": forward.may_have_dead_rows(spec, q.shape[2], k.shape[2]),
+        "HAS_DLSE": dlse is not None,
+        "PRECISION": forward._precision(q.dtype),
+    }
+    queries = problem_grid(q, "query")
+    keys = problem_grid(k, "key")
+    plan: list[tuple[str, TritonConfig, Callable[[TritonConfig], int]]] = []
+    plan.append(("row_terms", ROW_TERMS, queries))
+    if wanted.kv or key_sums(spec, wanted.aux):
+        plan.append(("key_blocks", configs.keys, keys))
+    if wanted.q or row_sums(spec, wanted.aux):
+        plan.append(("query_blocks", configs.queries, queries))
+    for x in dense_loads(spec, wanted.aux):
+        outer = q.shape[0] if E.B in x.free_symbols else 1
+        outer *= q.shape[1] if E.H in x.free_symbols else 1
+        plan.append((f"dense{x.tensor}", configs.queries, _tiles_of_both(q, k, outer)))
+    found = {}
+    for name, config, grid in plan:
+        kernel = getattr(module, name)
+        found[name] = _first_that_builds(kernel, config, grid, tensors, integers, constants)
+    return found
+
+
+def render_key(problem: Problem, wanted: tuple[int, ...]) -> BackwardKey:
+    """The source that a problem needs; `wanted` are the captured tensors with a gradient."""
+    return BackwardKey(
+        problem.spec,
+        problem.dim,
+        problem.v_dim,
+        wanted,
+        fast_tanh=problem.dtype.itemsize == 2 and not forward.interpreted(),
+        upcast=problem.dtype == torch.bfloat16 and forward.interpreted(),
+    )
+
+
+def problem_grid(x: Tensor, axis: str) -> Callable[[TritonConfig], int]:
+    """Programs of a kernel that owns tiles of x [B, heads, length, dim]."""
+
+    def programs(config: TritonConfig) -> int:
+        block = config.block_q if axis == "query" else config.block_kv
+        return -(-x.shape[2] // block) * x.shape[0] * x.shape[1]
+
+    return programs
+
+
+def _tiles_of_both(q: Tensor, k: Tensor, outer: int) -> Callable[[TritonConfig], int]:
+    def programs(config: TritonConfig) -> int:
+        return -(-q.shape[2] // config.block_q) * -(-k.shape[2] // config.block_kv) * outer
+
+    return programs
+
+
+def _integers(problem, tensors, q, k, aux, sizes) -> dict[str, int]:
+    """Every integer parameter of the kernels by its name."""
+    found = {"B": q.shape[0], "H": q.shape[1], "Sq": q.shape[2], "Skv": k.shape[2]}
+    for name, length in (("q", "q"), ("k", "kv"), ("v", "kv"), ("dout", "q"), ("out", "q"),
+                         ("dq", "q"), ("dk", "kv"), ("dv", "kv")):  # fmt: skip
+        axes = ("b", "h", length, "d")
+        strides = tensors[f"{name}_ptr"].stride()
+        found |= {f"{name}_stride_{x}": n for x, n in zip(axes, strides)}
+    for used in aux_parameters(problem.spec):
+        x = aux[used.tensor]
+        values = [x.stride(d) for d in used.strides] + [x.shape[d] for d in used.sizes]
+        found |= dict(zip(used.integers, values))
+        if (grad := tensors.get(f"grad{used.tensor}_ptr")) is not None:
+            found |= {f"grad{used.tensor}_stride{d}": n for d, n in enumerate(grad.stride())}
+    return found | {f"n{i}": n for i, n in enumerate(sizes[: problem.spec.size_count])}
+
+
+def _first_that_builds(kernel, config: TritonConfig, grid, tensors, integers, constants) -> Launch:
+    errors = []
+    while True:
+        try:
+            return bind_kernel(kernel, config, grid(config), tensors, integers, constants)
+        except KernelBuildError as error:
+            errors.append(str(error))
+            smaller = forward.smaller_config(config)
+            if smaller is None:
+                raise KernelBuildError("; ".join(errors)) from error
+            config = smaller
+
+
+def bind_kernel(kernel, config: TritonConfig, programs: int, tensors, integers, constants):
+    """One kernel built with one configuration. Raises KernelBuildError."""
+    values = {
+        **integers,
+        **constants,
+        "BLOCK_Q": config.block_q,
+        "BLOCK_KV": config.block_kv,
+        "EVEN_Q": integers["Sq"] % config.block_q == 0,
+        "EVEN_KV": integers["Skv"] % config.block_kv == 0,
+    }
+    names = kernel.arg_names
+    pointers = tuple(x for x in names if x in tensors)
+    arguments = tuple(values[x] for x in names if x not in tensors)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    grid = (programs, 1, 1)
+    if forward.interpreted():
+        return Launch(pointers, lambda xs: kernel[grid](*xs, *arguments, **options))
+    device = tensors["q_ptr"].device
+    with torch.cuda.device(device):
+        try:
+            like = [tensors[x] for x in pointers]
+            compiled = kernel.warmup(*like, *arguments, grid=grid, **options)
+            runner = compiled[grid]
+        except Exception as error:
+            raise KernelBuildError(f"{kernel.__name__} {config}: {error}") from error
+    launch = forward._launcher(runner, device, arguments, tma=False)
+    return Launch(pointers, launch, compiled.n_spills)

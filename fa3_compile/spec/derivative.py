@@ -1,0 +1,99 @@
+"""Derivatives of scores, with the conventions that torch has where a function has a corner.
+
+sympy's own `diff` answers in Heaviside and DiracDelta there, which no kernel can print.
+"""
+
+# sympy annotates every argument as Basic.
+# pyright: reportArgumentType=false, reportReturnType=false, reportOperatorIssue=false
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import sympy
+from sympy.logic.boolalg import Boolean
+
+from fa3_compile.spec import expr as E
+from fa3_compile.spec.expr import Expr, where
+
+ZERO = sympy.S.Zero
+
+# Constant between their steps.
+_STEPS = (E.floordiv, E.mod, E.trunc, E.round_half_even, sympy.floor, sympy.ceiling, sympy.sign)
+
+# The derivative of a function of one argument, as torch's derivative formulas have it.
+_OUTER: dict[type, Callable[[Expr], Expr]] = {
+    sympy.exp: sympy.exp,
+    sympy.log: lambda x: 1 / x,
+    sympy.sin: sympy.cos,
+    sympy.cos: lambda x: -sympy.sin(x),
+    sympy.tan: lambda x: 1 + sympy.tan(x) ** 2,
+    sympy.tanh: lambda x: 1 - sympy.tanh(x) ** 2,
+    sympy.sinh: sympy.cosh,
+    sympy.cosh: sympy.sinh,
+    sympy.atan: lambda x: 1 / (1 + x**2),
+    E.erf: lambda x: sympy.Float(1.1283791670955126) * sympy.exp(-(x**2)),
+    sympy.Abs: lambda x: sympy.sign(x),
+}
+
+
+def derivative(expr: Expr, by: Expr) -> Expr:
+    """d expr / d by; `by` is `s` or a load, which is differentiated as a variable of its own.
+
+    At a corner: abs has slope 0; a maximum or minimum with a number passes its argument's slope
+    (torch.clamp), one of two expressions the mean of both (torch.maximum). Conditions, rounding
+    and indices have none. TypeError for a function without a rule.
+    """
+    if expr == by:
+        return sympy.S.One
+    if isinstance(expr, (E.load, Boolean)) or not expr.has(by):
+        return ZERO
+    if isinstance(expr, sympy.Add):
+        return sympy.Add(*(derivative(x, by) for x in expr.args))
+    if isinstance(expr, sympy.Mul):
+        return _product(expr, by)
+    if isinstance(expr, sympy.Pow):
+        return _power(expr, by)
+    if isinstance(expr, where):
+        condition, a, b = expr.args
+        return where(condition, derivative(a, by), derivative(b, by))
+    if isinstance(expr, (sympy.Max, sympy.Min)):
+        return _extremum(expr, by)
+    if isinstance(expr, _STEPS):
+        return ZERO
+    if (outer := _OUTER.get(type(expr))) is not None:
+        return outer(expr.args[0]) * derivative(expr.args[0], by)
+    raise TypeError(f"{type(expr).__name__} has no derivative here: {expr}")
+
+
+def _product(expr: Expr, by: Expr) -> Expr:
+    terms = []
+    for i, factor in enumerate(expr.args):
+        slope = derivative(factor, by)
+        if slope != 0:
+            terms.append(sympy.Mul(*expr.args[:i], slope, *expr.args[i + 1 :]))
+    return sympy.Add(*terms)
+
+
+def _power(expr: sympy.Pow, by: Expr) -> Expr:
+    base, exponent = expr.base, expr.exp
+    slope = exponent * base ** (exponent - 1) * derivative(base, by)
+    if (of_exponent := derivative(exponent, by)) != 0:
+        slope += expr * sympy.log(base) * of_exponent
+    return slope
+
+
+def _extremum(expr: Expr, by: Expr) -> Expr:
+    """One operand after the other, numbers last, as the torch program takes them."""
+    args = sorted(expr.args, key=lambda x: (bool(x.is_number), str(x)))
+    value, slope = args[0], derivative(args[0], by)
+    for x in args[1:]:
+        wins = value > x if isinstance(expr, sympy.Max) else value < x
+        other = derivative(x, by)
+        if x.is_number:
+            loses = value < x if isinstance(expr, sympy.Max) else value > x
+            slope = where(loses, ZERO, slope)
+        else:
+            slope = where(wins, slope, where(sympy.Eq(value, x), (slope + other) / 2, other))
+        value = expr.func(value, x)
+    return slope

@@ -1,0 +1,231 @@
+"""The Triton backward under Triton's interpreter: every form's gradients, without a GPU.
+
+As test_triton_interpreter.py: this file is also the program that runs the cases. Each gradient
+is compared with float64 autograd through the reference.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+CAUSAL = "(kv - q <= 0)"
+MIN = "-3.4028234663852886e38"
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+LONG = (1, 2, 1, 40, 23, 16, 16)  # more queries than keys: rows that a window leaves empty
+WINDOW = f"{CAUSAL} & (q - kv <= 9)"
+SLOPES = "load(0, 0, h, 0, 0)"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A spec, the shapes (B, H, Hkv, Sq, Skv, D, Dv), and the names of what it captures."""
+
+    name: str
+    spec: str
+    shape: tuple[int, ...] = (1, 2, 1, 21, 37, 16, 16)
+    dtype: torch.dtype = F32
+    aux: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = ()
+    dlse: bool = False
+    block: tuple[int, int] = (16, 16)
+    needs: tuple[bool, ...] = (True, True, True)
+
+
+CASES = [
+    Case("full", "score=0.25*s"),
+    Case("even", "score=0.25*s", (1, 2, 2, 32, 32, 16, 16)),
+    Case("negative scale", "score=-0.25*s", dlse=True),
+    Case("fp16, dk != dv", "score=0.25*s", (2, 2, 2, 20, 33, 40, 24), F16),
+    Case("bf16, causal", f"score=0.25*s, mask={CAUSAL}", dtype=BF16),
+    Case("causal, group 4", f"score=0.25*s, mask={CAUSAL}", (2, 4, 1, 37, 37, 16, 16), dlse=True),
+    Case("causal, wide keys", f"score=0.25*s, mask={CAUSAL}", (1, 2, 1, 70, 70, 16, 16), block=(16, 32)),
+    Case("causal, wide queries", f"score=0.25*s, mask={CAUSAL}", (1, 2, 1, 70, 70, 16, 16), block=(32, 16)),
+    Case("bottom right", "score=0.25*s, mask=(kv - q - Skv + Sq <= 0)"),
+    Case("bottom right, dead", "score=0.25*s, mask=(kv - q - Skv + Sq <= 0), dead=zero", LONG),
+    Case("window", f"score=0.25*s, mask={WINDOW}", (1, 2, 1, 50, 50, 16, 16)),
+    Case("window, nan", f"score=0.25*s, mask={WINDOW}", LONG),
+    Case("window, zero", f"score=0.25*s, mask={WINDOW}, dead=zero", LONG),
+    Case("window, constant fill", f"score=0.25*s, mask={WINDOW}, dead=score, fill=-1e9", LONG),
+    Case("window, least fill", f"score=0.25*s, mask={WINDOW}, dead=score, fill={MIN}", LONG, dlse=True),
+    Case("fill that no row needs", f"score=0.25*s, mask={CAUSAL}, dead=score, fill=s - 99.0"),
+    Case("least fill, one tile", f"score=0.25*s, mask={CAUSAL} & (q > 3), dead=score, fill={MIN}"),
+    Case("all dead, zero", "score=0.25*s, mask=(kv - q >= 99), dead=zero"),
+    Case("all dead, nan", "score=0.25*s, mask=(kv - q >= 99)"),
+    Case("prefix", f"score=0.25*s, mask={CAUSAL} | (kv < 12)"),
+    Case("dynamic prefix", f"score=0.25*s, mask={CAUSAL} | (kv < n0)", sizes=(21,)),
+    Case("chunks", f"score=0.25*s, mask={CAUSAL} & (floordiv(q, 16) <= floordiv(kv, 16))"),
+    Case("dilated", f"score=0.25*s, mask={CAUSAL} & (mod(q - kv, 3) <= 0)"),
+    Case("softcap", f"score=5.0*tanh(0.05*s), mask={WINDOW}", (1, 2, 1, 30, 30, 16, 16)),
+    Case("clamp", "score=max(min(0.25*s, 0.5), -0.5)"),
+    Case("abs and square", "score=0.1*abs(s) - 0.01*pow(s, 2)"),
+    Case("where on s", "score=where(s > 0.0, 0.25*s, 0.05*s)"),
+    Case("exp of s", "score=exp(0.1*s)"),
+    Case("alibi", f"score=0.25*s + {SLOPES}*(kv - q), mask={CAUSAL}", aux=("slopes",)),
+    Case("alibi by key, batch 2", f"score=0.25*s + {SLOPES}*kv, mask={CAUSAL}", (2, 4, 2, 21, 37, 16, 16), aux=("slopes",)),
+    Case("alibi both sides, bf16", f"score=0.25*s - {SLOPES}*abs(q - kv)", (1, 2, 1, 9, 20, 24, 80), BF16, ("slopes",)),
+    Case("temperature", "score=s*load(0, h)", aux=("heads",)),
+    Case("0-d temperature", "score=s*load(0)", aux=("scalar",)),
+    Case("dense bias", "score=0.25*s + load(0, b, h, q, kv)", aux=("bias",)),
+    Case("dense bias over the batch", f"score=0.25*s + load(0, 0, h, q, kv), mask={CAUSAL}", (2, 2, 1, 21, 37, 16, 16), aux=("head_bias",)),
+    Case("dense bias over heads, bf16", "score=0.25*s + load(0, b, 0, q, kv)", (2, 4, 2, 21, 20, 16, 16), BF16, ("batch_bias",)),
+    Case("dense bias over both, scaled", "score=(0.25*s + load(0, q, kv))*0.5", (2, 2, 1, 21, 37, 16, 16), aux=("plain_bias",)),
+    Case("dense bias with -inf", "score=0.25*s + load(0, b, h, q, kv)", aux=("masked_bias",), needs=(True, True, True, False)),
+    Case("row and key bias", "score=0.25*s + load(0, b, q) + load(1, b, kv)", (2, 2, 1, 21, 37, 16, 16), aux=("rows", "keys")),
+    Case("temperature by row", "score=s*load(0, b, q)", aux=("rows",)),
+    Case("relative bias, no gradient", "score=0.25*s + load(0, h, max(min(kv - q, 7), -7) + 7)", aux=("relative",), needs=(True, True, True, False)),
+    Case("key mask, zero", "score=0.25*s, mask=load(0, b, 0, 0, kv) != 0, dead=zero", (2, 2, 1, 9, 37, 16, 16), aux=("padding",)),
+    Case("no key, least fill", f"score=0.25*s, mask=load(0, b, 0, 0, kv) != 0, dead=score, fill={MIN}", (2, 2, 1, 9, 37, 16, 16), aux=("nothing",)),
+    Case("documents", f"score=0.25*s, mask=(load(0, b, q) == load(0, b, kv)) & {CAUSAL}", (1, 2, 1, 37, 37, 16, 16), aux=("documents",)),
+    Case("dense mask", "score=0.25*s, mask=load(0, 0, 0, q, kv) != 0, dead=zero", aux=("dense",)),
+    Case("sink", f"score=0.25*s, mask={WINDOW}, sinks=[{SLOPES}]", (2, 4, 2, 30, 30, 16, 16), aux=("slopes",), dlse=True),
+    Case("sink, dead rows", f"score=0.25*s, mask={WINDOW}, sinks=[{SLOPES}]", LONG, aux=("slopes",)),
+    Case("two sinks, one per row", "score=0.25*s, sinks=[0.0, load(0, b, q)]", aux=("rows",)),
+    Case("one query", "score=0.25*s, mask=(kv - q - Skv + Sq <= 0)", (1, 4, 1, 1, 50, 16, 16)),
+    Case("one key", "score=0.25*s", (1, 2, 1, 5, 1, 16, 16)),
+    Case("head dim 96", "score=0.25*s", (1, 1, 1, 9, 20, 96, 192), BF16),
+    Case("only k", f"score=0.25*s, mask={CAUSAL}", needs=(False, True, False)),
+    Case("only q", f"score=0.25*s, mask={CAUSAL}", needs=(True, False, False)),
+    Case("score without s", "score=load(0, b, kv)", aux=("keys",)),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory) -> dict[str, dict]:
+    pytest.importorskip("triton")
+    folder = tmp_path_factory.mktemp("interpreter")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "FA3_CACHE_DIR": str(folder)}
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, __file__], env=environment, cwd=root, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {x["name"]: x for x in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda x: x.name)
+def test_matches_float64(case: Case, records) -> None:
+    record = records[case.name]
+    assert record["supported"] is None
+    for name, x in record["gradients"].items():
+        assert x["same_nan"], (name, x)
+        assert x["error"] <= 2 * x["error_of_reference"] + x["floor"], (name, x)
+        assert x["layout"], (name, x)
+
+
+def run(case: Case) -> dict:
+    from fa3_compile.lower.choose import Problem
+    from fa3_compile.lower.config import TritonConfig
+    from fa3_compile.lower.kernels import triton_backward as ours
+    from fa3_compile.lower.kernels.reference import attention, attention_backward
+    from fa3_compile.lower.tune_backward import Configs
+    from fa3_compile.spec.attention import AttentionSpec
+
+    torch.manual_seed(0)
+    kinds = {"documents": "int", "padding": "bool", "nothing": "bool", "dense": "bool"}
+    fields = case.spec
+    if case.aux:
+        fields += f", aux=[{', '.join(kinds.get(x, 'float') for x in case.aux)}]"
+    spec = AttentionSpec.parse(f"attention({fields})")
+    batch, heads, kv_heads, q_len, kv_len, dim, v_dim = case.shape
+    q = torch.randn(batch, q_len, heads, dim).to(case.dtype).transpose(1, 2)
+    k = torch.randn(batch, kv_heads, kv_len, dim).to(case.dtype)
+    v = torch.randn(batch, kv_heads, kv_len, v_dim).to(case.dtype)
+    dout = torch.randn(batch, heads, q_len, v_dim).to(case.dtype)
+    dlse = torch.randn(batch, heads, q_len) if case.dlse else None
+    aux = [captured(x, case.shape) for x in case.aux]
+    needs = [*case.needs, *(x.is_floating_point() for x in aux)][: 3 + len(aux)]
+    if len(case.needs) > 3:
+        needs = list(case.needs)
+    dtypes = tuple(x.dtype for x in aux)
+    needed = {"needs_grad": True, "aux_needs_grad": tuple(needs[3:])}
+    problem = Problem(spec, case.dtype, q.device, None, *case.shape, dtypes, **needed)
+    supported = ours.supports_backward(problem)
+    if supported is not None:
+        return {"name": case.name, "supported": supported}
+    out, lse = attention(spec, q, k, v, aux, case.sizes)
+    config = TritonConfig(*case.block, num_warps=4, num_stages=1)
+    launches = ours.bind(
+        problem, Configs(config, config), dlse, q, k, v, dout, out, aux, case.sizes, needs
+    )
+    found = ours.compute(problem, launches, dout, dlse, q, k, v, out, lse, aux, case.sizes, needs)
+    exact = attention_backward(
+        spec, dout.double(), dlse, q.double(), k.double(), v.double(),
+        [x.double() if x.is_floating_point() else x for x in aux], case.sizes, needs,
+    )  # fmt: skip
+    rounded = attention_backward(spec, dout, dlse, q, k, v, aux, case.sizes, needs)
+    names = ("dq", "dk", "dv", *(f"aux{i}" for i in range(len(aux))))
+    inputs = (q, k, v, *aux)
+    columns = [(*x[:3], *x[3]) for x in (found, exact, rounded)]
+    gradients = {}
+    for name, like, x, y, z in zip(names, inputs, *columns):
+        assert (x is None) == (y is None), name
+        if x is None:
+            continue
+        eps = torch.finfo(case.dtype).eps
+        gradients[name] = {
+            "same_nan": torch.equal(x.isnan(), y.isnan()),
+            "error": distance(x, y),
+            "error_of_reference": distance(z, y),
+            "floor": 8 * eps * (0.5 + y.nan_to_num(0.0).abs().max().item()),
+            "layout": x.stride() == torch.empty_like(like).stride() and x.dtype == like.dtype,
+        }
+    return {"name": case.name, "supported": None, "gradients": gradients}
+
+
+def distance(x: torch.Tensor, exact: torch.Tensor) -> float:
+    return (x.double() - exact).nan_to_num(0.0).abs().max().item()
+
+
+def captured(kind: str, shape: tuple[int, ...]) -> torch.Tensor:
+    batch, heads, _, q_len, kv_len, *_ = shape
+    match kind:
+        case "slopes":
+            return torch.rand(1, heads, 1, 1)
+        case "heads":
+            return torch.rand(heads)
+        case "scalar":
+            return torch.tensor(0.3)
+        case "bias":
+            return torch.randn(batch, heads, kv_len, q_len).transpose(2, 3)
+        case "head_bias":
+            return torch.randn(1, heads, q_len, kv_len)
+        case "batch_bias":
+            return torch.randn(batch, 1, q_len, kv_len)
+        case "plain_bias":  # longer than the axes
+            return torch.randn(q_len + 3, kv_len)
+        case "masked_bias":
+            x = torch.randn(batch, heads, q_len, kv_len)
+            x[:, :, :, :20] = torch.finfo(torch.float32).min
+            x[:, :, 7] = torch.finfo(torch.float32).min
+            return x
+        case "rows":
+            return torch.randn(batch, q_len)
+        case "keys":
+            return torch.randn(batch, kv_len)
+        case "relative":
+            return torch.randn(heads, 15)
+        case "padding":
+            return (torch.arange(kv_len) < torch.tensor([[kv_len], [7]])).view(2, 1, 1, kv_len)
+        case "nothing":
+            return torch.zeros(batch, 1, 1, kv_len, dtype=torch.bool)
+        case "documents":
+            return (torch.arange(max(q_len, kv_len)) // 13).expand(batch, -1)
+        case "dense":
+            return torch.rand(1, 1, q_len, kv_len) > 0.6
+    raise ValueError(kind)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    for each in CASES:
+        print(json.dumps(run(each)), flush=True)
