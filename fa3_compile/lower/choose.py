@@ -164,10 +164,11 @@ def reference() -> Kernel:
     return _kernels[REFERENCE]
 
 
-def next_after(kernel: Kernel, problem: Problem) -> Kernel:
-    """What runs where `kernel` finds at run time that it cannot: the next family that supports
-    the problem, or the reference."""
+def next_after(kernel: Kernel, problem: Problem, allowed: Sequence[str] | None = None) -> Kernel:
+    """What runs where `kernel`, once chosen, turns out not to work: the next family that
+    supports the problem, or the reference."""
     for other in kernels():
-        if other.priority < kernel.priority and other.supports(problem) is None:
+        named = other.name in allowed if allowed is not None else other.name != REFERENCE
+        if other.priority < kernel.priority and named and other.supports(problem) is None:
             return other
     return reference()

@@ -19,6 +19,8 @@ from fa3_compile.lower.choose import (
     KernelBuildError,
     Problem,
     choose,
+    kernels,
+    next_after,
     reference,
 )
 from fa3_compile.lower.verify import verify
@@ -77,22 +79,29 @@ def wants_verification(options: Mapping[str, str]) -> bool:
 @functools.lru_cache(maxsize=4096)
 def built(problem: Problem, allowed: tuple[str, ...] | None) -> Kernel:
     """The chosen kernel, ready to run; the reference where there is none."""
-    choice = choose(problem, allowed)
-    if choice.kernel is None:
-        return reference()
-    try:
-        choice.kernel.prepare(problem)
-    except KernelBuildError as error:
-        log.warning("%s could not be built, the reference runs: %s", choice.kernel.name, error)
-        return reference()
-    return choice.kernel
+    kernel = choose(problem, allowed).kernel or reference()
+    while kernel is not reference():
+        try:
+            kernel.prepare(problem)
+            return kernel
+        except KernelBuildError as error:
+            following = next_after(kernel, problem, allowed)
+            log.warning("%s could not be built, %s runs: %s", kernel.name, following.name, error)
+            kernel = following
+    return kernel
 
 
 @functools.lru_cache(maxsize=4096)
 def built_backward(problem: Problem, allowed: tuple[str, ...] | None) -> Kernel:
-    """As `built`, for the gradients: those of the kernel that ran forward, if it has any."""
-    kernel = built(problem, allowed)
-    return reference() if kernel.supports_backward(problem) else kernel
+    """The first family with gradients of its own for the problem, else the reference.
+
+    It need not be the one that ran forward: the LSE means the same in all of them.
+    """
+    for kernel in kernels():
+        taken = allowed is None or kernel.name in allowed
+        if taken and not (kernel.supports(problem) or kernel.supports_backward(problem)):
+            return kernel
+    return reference()
 
 
 def forward(q, k, v, aux, sizes, text: str) -> tuple[Tensor, Tensor]:

@@ -304,7 +304,7 @@ class _Writer:
     def mask(self) -> list[str]:
         mask = self.spec.mask
         dead = {"zero": "kZero", "nan": "kNan"}.get(self.spec.dead, "kFilled")
-        if not self.spec.has_mask or (dead == "kFilled" and fills_dead_rows(self.spec) == "never"):
+        if dead == "kFilled" and fills_dead_rows(self.spec) == "never":
             dead = "kNan"
         lines = [f"static constexpr Dead kDead = Dead::{dead};"]
         if not self.spec.has_mask:
