@@ -1,0 +1,581 @@
+"""Near-misses: what only looks like attention is left as it was, and the report says why."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from expecttest import assert_expected_inline
+from torch import nn
+
+from tests.graph.harness import check, rewrite_only, specs
+from tests.graph.inputs import (
+    INF,
+    SCALE,
+    B,
+    D,
+    H,
+    S,
+    attend,
+    normal,
+    qkv,
+    scores_of,
+    uniform,
+)
+
+
+def declined(function, *args, **kwargs) -> str:
+    """Stage and code of what was left; the numbers are eager's."""
+    report = check(function, *(args or qkv()), **kwargs)
+    assert not any(region.fused for region in report.regions), str(report)
+    assert all(region.reason for region in report.regions), str(report)
+    return specs(report)
+
+
+def weights_of(q, k):
+    return scores_of(q, k).softmax(-1)
+
+
+class TestAxes:
+    """The softmax runs over the keys, and V is weighed by them."""
+
+    def test_softmax_over_queries(self):
+        assert_expected_inline(declined(lambda q, k, v: scores_of(q, k).softmax(-2) @ v), """detect: softmax-axis""")
+
+    def test_softmax_over_heads(self):
+        assert_expected_inline(declined(lambda q, k, v: scores_of(q, k).softmax(1) @ v), """detect: softmax-axis""")
+
+    def test_softmax_over_the_batch(self):
+        assert_expected_inline(declined(lambda q, k, v: scores_of(q, k).softmax(0) @ v), """detect: softmax-axis""")
+
+    def test_softmax_over_queries_and_keys(self):
+        def attention(q, k, v):
+            return scores_of(q, k).flatten(-2).softmax(-1).view(B, H, S, S) @ v
+
+        assert_expected_inline(declined(attention), """detect: softmax-axis""")
+
+    def test_weights_transposed(self):
+        assert_expected_inline(declined(lambda q, k, v: weights_of(q, k).mT @ v), """detect: softmax-axis""")
+
+    def test_values_weighed_along_heads(self):
+        def attention(q, k, v):
+            return torch.einsum("bhqk,bgqd->bgkd", weights_of(q, k), v)
+
+        declined(attention)
+
+    def test_product_over_the_batch(self):
+        def attention(q, k, v):
+            return torch.einsum("bhqk,bhkd->hqd", weights_of(q, k), v)
+
+        declined(attention)
+
+    def test_product_of_elements(self):
+        assert_expected_inline(declined(lambda q, k, v: weights_of(q, k)[..., :D] * v), """""")
+
+    def test_linear_attention(self):
+        def attention(q, k, v):
+            return q.softmax(-1) @ (k.softmax(-2).mT @ v)
+
+        declined(attention)
+
+    def test_weights_rolled(self):
+        assert_expected_inline(declined(lambda q, k, v: weights_of(q, k).roll(1, -1) @ v), """detect: softmax-axis""")
+
+    def test_values_of_a_few_keys(self):
+        def attention(q, k, v):
+            return weights_of(q, k)[..., : S // 2] @ v[..., : S // 2, :]
+
+        assert_expected_inline(declined(attention), """detect: weights-partly-used""")
+
+    def test_every_second_key(self):
+        def attention(q, k, v):
+            return weights_of(q, k)[..., ::2] @ v[..., ::2, :]
+
+        assert_expected_inline(declined(attention), """detect: softmax-axis""")
+
+
+class TestBetween:
+    """Between the products every operation is element-wise."""
+
+    def test_cumulative_sum(self):
+        def attention(q, k, v):
+            return attend(scores_of(q, k).cumsum(-1), v)
+
+        assert_expected_inline(declined(attention), """lift: not-pointwise""")
+
+    def test_mean_of_the_row(self):
+        def attention(q, k, v):
+            s = scores_of(q, k)
+            return attend(s * s.mean(-1, keepdim=True), v)
+
+        assert_expected_inline(declined(attention), """lift: not-pointwise""")
+
+    def test_maximum_of_the_row_as_a_factor(self):
+        def attention(q, k, v):
+            s = scores_of(q, k)
+            return attend(s / s.abs().amax(-1, keepdim=True), v)
+
+        assert_expected_inline(declined(attention), """detect: row-statistic""")
+
+    def test_maximum_of_the_column(self):
+        def attention(q, k, v):
+            s = scores_of(q, k)
+            return attend(s - s.amax(-2, keepdim=True), v)
+
+        assert_expected_inline(declined(attention), """detect: row-statistic""")
+
+    def test_layer_norm(self):
+        def attention(q, k, v):
+            return attend(F.layer_norm(scores_of(q, k), (S,)), v)
+
+        declined(attention)
+
+    def test_convolution(self):
+        def attention(q, k, v, weight):
+            return attend(F.conv2d(scores_of(q, k), weight, padding=1), v)
+
+        declined(attention, *qkv(), normal(H, H, 3, 3))
+
+    def test_talking_heads(self):
+        def before(q, k, v, mix):
+            return torch.einsum("bhij,hg->bgij", scores_of(q, k), mix).softmax(-1) @ v
+
+        def after(q, k, v, mix):
+            return torch.einsum("bhij,hg->bgij", weights_of(q, k), mix) @ v
+
+        def linear(q, k, v, mix):
+            s = F.linear(scores_of(q, k).permute(0, 2, 3, 1), mix).permute(0, 3, 1, 2)
+            return attend(s, v)
+
+        assert_expected_inline(declined(before, *qkv(), normal(H, H)), """detect: product-axes""")
+        assert_expected_inline(declined(after, *qkv(), normal(H, H)), """detect: softmax-axis""")
+        declined(linear, *qkv(), normal(H, H))
+
+    def test_largest_scores_only(self):
+        def threshold(q, k, v):
+            s = scores_of(q, k)
+            return attend(s.masked_fill(s < s.topk(5, -1).values[..., -1:], -INF), v)
+
+        def scattered(q, k, v):
+            s = scores_of(q, k)
+            top = s.topk(5, -1)
+            return attend(torch.full_like(s, -INF).scatter(-1, top.indices, top.values), v)
+
+        assert_expected_inline(declined(threshold), """check: weights-used""")
+        assert_expected_inline(declined(scattered), """lift: not-pointwise""")
+
+    def test_sorted_scores(self):
+        declined(lambda q, k, v: attend(scores_of(q, k).sort(-1).values, v))
+
+    def test_shifted_scores(self):
+        def attention(q, k, v):
+            return attend(scores_of(q, k).roll(1, dims=-2), v)
+
+        declined(attention)
+
+    def test_flipped_keys(self):
+        # V is not flipped with the scores.
+        declined(lambda q, k, v: attend(scores_of(q, k).flip(-1), v))
+
+    def test_scores_of_another_head(self):
+        def attention(q, k, v):
+            s = scores_of(q, k)
+            return attend(s + s[:, :1], v)
+
+        assert_expected_inline(declined(attention), """detect: product-read-twice""")
+
+    def test_scores_added_to_their_transpose(self):
+        def attention(q, k, v):
+            s = scores_of(q, k)
+            return attend(s + s.mT, v)
+
+        assert_expected_inline(declined(attention), """detect: product-read-twice""")
+
+    def test_scores_modulated_by_their_softmax(self):
+        def attention(q, k, v):
+            s = scores_of(q, k)
+            return attend(s * s.softmax(-1), v)
+
+        declined(attention)
+
+
+class TestAfter:
+    """Nothing but views and copies lies between the softmax and V."""
+
+    def test_mask_after_the_softmax(self):
+        assert_expected_inline(declined(lambda q, k, v: weights_of(q, k).tril() @ v), """detect: mask-after-softmax""")
+
+    def test_weights_renormalised(self):
+        def attention(q, k, v):
+            p = weights_of(q, k).tril()
+            return p / p.sum(-1, keepdim=True) @ v
+
+        assert_expected_inline(declined(attention), """lift: not-pointwise""")
+
+    def test_weights_times_a_gate(self):
+        def attention(q, k, v, gate):
+            return weights_of(q, k) * gate @ v
+
+        assert_expected_inline(declined(attention, *qkv(), uniform(S, S)), """detect: softmax-result-changed""")
+
+    def test_weights_squared(self):
+        assert_expected_inline(declined(lambda q, k, v: weights_of(q, k).square() @ v), """detect: softmax-result-changed""")
+
+    def test_one_minus_the_weights(self):
+        assert_expected_inline(declined(lambda q, k, v: (1 - weights_of(q, k)) @ v), """detect: softmax-result-changed""")
+
+    def test_logarithm_of_the_softmax(self):
+        def attention(q, k, v):
+            return F.log_softmax(scores_of(q, k), -1) @ v
+
+        assert_expected_inline(declined(attention), """""")
+
+    def test_difference_of_two_softmaxes(self):
+        # Differential attention with one product; two products are two regions.
+        def attention(q, k, v):
+            q1, q2 = q.chunk(2, -1)
+            k1, k2 = k.chunk(2, -1)
+            return (weights_of(q1, k1) - 0.3 * weights_of(q2, k2)) @ v
+
+        assert_expected_inline(declined(attention), """\
+detect: softmax-result-changed
+detect: softmax-result-changed""")
+
+    def test_gumbel_straight_through(self):
+        def attention(q, k, v):
+            p = weights_of(q, k)
+            hard = torch.zeros_like(p).scatter(-1, p.argmax(-1, keepdim=True), 1.0)
+            return (hard - p.detach() + p) @ v
+
+        assert_expected_inline(declined(attention), """lift: not-pointwise""")
+
+    def test_dropout(self):
+        assert_expected_inline(
+            declined(lambda q, k, v: F.dropout(weights_of(q, k), 0.5) @ v, training=False),
+            """detect: dropout""",
+        )
+
+    def test_dropout_module_in_training(self):
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.drop = nn.Dropout(0.25)
+
+            def forward(self, q, k, v):
+                return self.drop(weights_of(q, k)) @ v
+
+        assert_expected_inline(declined(Model(), *qkv()), """detect: dropout""")
+
+    def test_dropout_of_sdpa(self):
+        def attention(q, k, v):
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
+
+        assert_expected_inline(declined(attention, training=False), """""")
+
+
+class TestUsedAgain:
+    """Scores and weights that something else reads have to exist."""
+
+    def test_weights_returned(self):
+        def attention(q, k, v):
+            p = weights_of(q, k)
+            return p @ v, p
+
+        assert_expected_inline(declined(attention), """check: weights-used""")
+
+    def test_weights_summed(self):
+        def attention(q, k, v):
+            p = weights_of(q, k)
+            return p @ v, -(p * p.log()).sum()
+
+        assert_expected_inline(declined(attention), """check: weights-used""")
+
+    def test_scores_returned(self):
+        def attention(q, k, v):
+            s = scores_of(q, k)
+            return attend(s, v), s
+
+        assert_expected_inline(declined(attention), """check: weights-used""")
+
+    def test_weights_of_two_values(self):
+        def attention(q, k, v):
+            p = weights_of(q, k)
+            return p @ v, p @ q
+
+        declined(attention)
+
+    def test_weights_written_after_use(self):
+        def attention(q, k, v):
+            p = weights_of(q, k)
+            y = p @ v
+            p.zero_()
+            return y, p
+
+        declined(attention, *(x.detach() for x in qkv()), training=False)
+
+    def test_view_of_the_weights_returned(self):
+        def attention(q, k, v):
+            p = weights_of(q, k)
+            return p @ v, p[:, 0, -1]
+
+        assert_expected_inline(declined(attention), """check: weights-used""")
+
+    def test_reason_names_the_reader_and_says_what_to_do(self):
+        def attention(q, k, v):
+            p = weights_of(q, k)
+            return p @ v, p.mean()
+
+        [region] = check(attention, *qkv()).regions
+        assert "weights" in region.hint
+        assert "test_declines.py" in region.where
+        assert "inputs.py" in region.where or "softmax" in region.where
+
+
+class TestNotAttention:
+    """A softmax and two products are not yet attention."""
+
+    def test_router(self):
+        class Experts(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.gate = nn.Parameter(normal(32, 8).detach())
+                self.table = nn.Parameter(normal(8, 32).detach())
+
+            def forward(self, x):
+                return (x @ self.gate).softmax(-1) @ self.table
+
+        assert_expected_inline(declined(Experts(), normal(64, 32)), """""")
+
+    def test_router_of_top_two(self):
+        def experts(x, gate, up, down):
+            p = (x @ gate).softmax(-1)
+            top, chosen = p.topk(2, -1)
+            y = torch.einsum("td,edf->tef", x, up).relu()
+            y = torch.einsum("tef,efd->ted", y, down)
+            return (top[..., None] * y.gather(1, chosen[..., None].expand(-1, -1, 32))).sum(1)
+
+        declined(experts, normal(16, 32), normal(32, 4), normal(4, 32, 8), normal(4, 8, 32))
+
+    def test_classifier(self):
+        def classify(x, weight, table):
+            return F.linear(x, weight).softmax(-1) @ table
+
+        assert_expected_inline(declined(classify, normal(5, D), normal(9, D), normal(9, 7)), """""")
+
+    def test_softmax_without_a_product(self):
+        assert_expected_inline(declined(lambda q, k, v: scores_of(q, k).softmax(-1) + 1), """""")
+
+    def test_products_without_a_softmax(self):
+        assert_expected_inline(declined(lambda q, k, v: scores_of(q, k) @ v), """""")
+
+    def test_rotary_embedding_is_no_attention(self):
+        # Its product of positions and frequencies is a decoy; the attention behind it is one.
+        def attention(q, k, v, frequencies):
+            position = torch.arange(S).float().view(1, 1, S)
+            angle = (frequencies.view(1, -1, 1) @ position).transpose(1, 2)
+            angle = torch.cat([angle, angle], -1)
+            cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+
+            def rotated(x):
+                half = torch.cat([-x[..., D // 2 :], x[..., : D // 2]], -1)
+                return x * cos + half * sin
+
+            return attend(scores_of(rotated(q), rotated(k)), v)
+
+        report = check(attention, *qkv(), uniform(D // 2))
+        assert specs(report) == "attention(score=0.25*s)"
+
+    def test_sigmoid_attention(self):
+        assert_expected_inline(declined(lambda q, k, v: scores_of(q, k).sigmoid() @ v), """""")
+
+    @pytest.mark.xfail(strict=True, reason="softmin is not among the names that are looked for")
+    def test_softmin(self):
+        # A softmax of the negative scores is attention all the same.
+        report = check(lambda q, k, v: F.softmin(scores_of(q, k), -1) @ v, *qkv())
+        assert specs(report) == "attention(score=-0.25*s)"
+
+    def test_base_two(self):
+        # 2**s / sum 2**s: a softmax of another base, written by hand.
+        def attention(q, k, v):
+            e = torch.exp2(scores_of(q, k))
+            return e / e.sum(-1, keepdim=True) @ v
+
+        check(attention, *qkv())
+
+    def test_distances_in_place_of_products(self):
+        def attention(q, k, v):
+            return (-torch.cdist(q, k)).softmax(-1) @ v
+
+        declined(attention)
+
+
+class TestTypes:
+    """q, k and v are of one floating type that the kernels know."""
+
+    def test_float64(self):
+        q, k, v = (x.detach().double() for x in qkv())
+        check(lambda q, k, v: attend(scores_of(q, k), v), q, k, v)
+
+    def test_complex(self):
+        def attention(q, k, v):
+            return attend((q @ k.mH).real * SCALE, v)
+
+        q, k, _ = qkv()
+        q, k = torch.complex(q, k).detach(), torch.complex(k, q).detach()
+        v = normal(B, H, S, D).detach()
+        ours = torch.compile(attention, backend=rewrite_only)(q, k, v)
+        torch.testing.assert_close(ours, attention(q, k, v))
+
+    def test_complex_values(self):
+        def attention(q, k, v):
+            return torch.view_as_real(weights_of(q, k).to(v.dtype) @ v)
+
+        q, k, _ = (x.detach() for x in qkv())
+        assert_expected_inline(
+            declined(attention, q, k, torch.complex(q, k), training=False), """lift: not-pointwise"""
+        )
+
+    def test_integers(self):
+        def attention(q, k, v):
+            return (q @ k.mT).float().softmax(-1) @ v
+
+        q, k = (torch.randint(-3, 3, (B, H, S, D)) for _ in range(2))
+        assert_expected_inline(declined(attention, q, k, normal(B, H, S, D)), """lift: mixed-dtypes""")
+
+    def test_mixed_types(self):
+        def attention(q, k, v):
+            return weights_of(q.float(), k.float()) @ v
+
+        q, k, v = qkv()
+        q, k = (x.detach().bfloat16().requires_grad_() for x in (q, k))
+        assert_expected_inline(declined(attention, q, k, v), """lift: mixed-dtypes""")
+
+    def test_output_of_another_type(self):
+        def attention(q, k, v):
+            return weights_of(q, k).double() @ v.double()
+
+        check(attention, *(x.detach() for x in qkv()), training=False)
+
+
+class TestMutation:
+    """What is written in between is not read too late."""
+
+    def test_keys_written_before_the_values_are_weighed(self):
+        def attention(q, k, v):
+            k = k.exp()
+            s = scores_of(q, k)
+            k.add_(1)
+            return attend(s, v) + k.sum()
+
+        q, k, v = (x.detach() for x in qkv())
+        assert_expected_inline(declined(attention, q, k, v, training=False), """""")
+
+    def test_keys_written_through_a_view(self):
+        def attention(q, k, v):
+            k = k.exp()
+            s = scores_of(q, k)
+            k.view(-1)[3:50].mul_(2)
+            return attend(s, v), k
+
+        q, k, v = (x.detach() for x in qkv())
+        assert_expected_inline(declined(attention, q, k, v, training=False), """""")
+
+    def test_bias_written_in_between(self):
+        def attention(q, k, v, bias):
+            s = scores_of(q, k) + bias
+            bias.zero_()
+            return attend(s, v)
+
+        q, k, v = (x.detach() for x in qkv())
+        assert_expected_inline(
+            declined(attention, q, k, v, uniform(S, S), training=False), """check: mutation-between"""
+        )
+
+    def test_input_written_in_between(self):
+        def attention(q, k, v):
+            s = scores_of(q, k)
+            q.copy_(v)
+            return attend(s, v)
+
+        q, k, v = (x.detach() for x in qkv())
+        assert_expected_inline(declined(attention, q, k, v, training=False), """check: mutation-between""")
+
+    def test_output_written_into_the_query(self):
+        def attention(q, k, v):
+            q.copy_(attend(scores_of(q, k), v))
+            return q * 2
+
+        q, k, v = (x.detach() for x in qkv())
+        report = check(attention, q, k, v, training=False)
+        assert specs(report) == "attention(score=0.25*s)"
+
+    def test_writes_before_the_attention(self):
+        def attention(q, k, v):
+            k, v = k * 1, v * 1
+            k[:, :, 0] = 0
+            v.mul_(2)
+            return attend(scores_of(q, k), v)
+
+        assert specs(check(attention, *qkv())) == "attention(score=0.25*s)"
+
+    def test_keys_written_whose_source_is_not(self):
+        # k is a copy: the op reads what it was copied from.
+        def attention(q, k, v):
+            k = k * 1
+            s = scores_of(q, k)
+            k.add_(1)
+            return attend(s, v) + k.sum()
+
+        q, k, v = (x.detach() for x in qkv())
+        report = check(attention, q, k, v, training=False)
+        assert specs(report) == "attention(score=0.25*s)"
+
+    def test_values_written_between_softmax_and_product(self):
+        def attention(q, k, v):
+            v = v * 1
+            p = weights_of(q, k)
+            v.mul_(2)
+            return p @ v
+
+        assert specs(check(attention, *qkv())) == "attention(score=0.25*s)"
+
+    def test_writes_after_the_attention(self):
+        def attention(q, k, v):
+            k = k * 1
+            y = attend(scores_of(q, k), v)
+            k.mul_(3)
+            return y, k
+
+        q, k, v = (x.detach() for x in qkv())
+        report = check(attention, q, k, v, training=False)
+        assert specs(report) == "attention(score=0.25*s)"
+
+    def test_dead_writes_to_the_scores_go_with_them(self):
+        def attention(q, k, v):
+            s = scores_of(q, k)
+            s += 1
+            y = attend(s, v)
+            s.zero_()
+            return y
+
+        q, k, v = (x.detach() for x in qkv())
+        check(attention, q, k, v, training=False)
+
+
+def test_one_declines_and_the_other_does_not():
+    def attention(q, k, v):
+        p = weights_of(q, k)
+        y = p @ v
+        return attend(scores_of(y, k), v), p
+
+    assert_expected_inline(specs(check(attention, *qkv())), """\
+check: weights-used
+attention(score=0.25*s)""")
+
+
+def test_scalars():
+    def attention(q, k, v, scale, cap):
+        return attend(cap * torch.tanh(q @ k.mT * scale / cap), v)
+
+    report = check(attention, *qkv(), torch.tensor(0.25), torch.tensor(5.0))
+    assert_expected_inline(specs(report), """attention(score=load(0)*tanh(load(1)*pow(load(0), -1)*s), aux=[float, float])""")
