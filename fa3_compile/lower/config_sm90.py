@@ -58,8 +58,9 @@ def _padded(dim: int) -> int:
 
 
 # Largest V head dim -> tiles for a linear score and masks that are row intervals; for any other.
+# 192 x 128 at 64 is of the second for its dense tiles, which are 64 or 128 keys wide.
 TILES: dict[int, tuple[str, str]] = {
-    64: ("192x128 192x96 128x128 128x96 128x64", "192x128 192x96 192x64 128x128 128x64"),
+    64: ("192x128 192x96 128x128 128x96 128x64", "192x96 192x128 192x64 128x128 128x64"),
     96: ("192x96 192x80 128x128 128x96 128x64", "128x128 128x112 128x96 128x64"),
     128: ("192x80 192x64 128x128 128x96 128x64", "128x128 128x112 128x96 128x64"),
     160: ("128x112 128x96 128x80 128x64", "128x96 128x80 128x64 128x48"),

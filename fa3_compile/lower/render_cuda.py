@@ -138,6 +138,36 @@ def row_interval(mask: E.Boolean) -> tuple[E.Expr, E.Expr] | None:
     return bounds if bounds == kv_full_bounds(mask, E.Q, E.Q) else None
 
 
+@dataclass(frozen=True)
+class MaskParts:
+    """A mask as the kernel takes it: what holds in all of three parts.
+
+    interval  (begin, end) of the keys that each row sees, None for all
+    column    the same for a whole column of keys
+    element   any other
+    """
+
+    interval: tuple[E.Expr, E.Expr] | None
+    column: E.Boolean
+    element: E.Boolean
+
+
+@functools.lru_cache(maxsize=1024)
+def mask_parts(mask: E.Boolean) -> MaskParts:
+    """The parts of a mask, each as cheap as it can be."""
+    if (whole := row_interval(mask)) is not None:
+        return MaskParts(whole, sympy.true, sympy.true)
+    parts = sorted(mask.args, key=str) if isinstance(mask, sympy.And) else [mask]
+    inside = [x for x in parts if row_interval(x) is not None]
+    interval = row_interval(sympy.And(*inside)) if inside else None
+    if interval is None:
+        inside = []
+    rest = [x for x in parts if x not in inside]
+    column = [x for x in rest if hoist.level(x) == hoist.COLUMN]
+    element = [x for x in rest if x not in column]
+    return MaskParts(interval, sympy.And(*column), sympy.And(*element))
+
+
 @functools.lru_cache(maxsize=1024)
 def map_kind(spec: AttentionSpec) -> str:
     """ "", "Interval" or "Dense": how the lists of key blocks are made, if there are any."""
@@ -309,19 +339,25 @@ class _Writer:
         lines = [f"static constexpr Dead kDead = Dead::{dead};"]
         if not self.spec.has_mask:
             return lines
-        interval = row_interval(mask)
-        if interval is not None:
+        parts = mask_parts(mask)
+        if parts.interval is not None:
             for name, flag, bound, open_end in (
-                ("row_begin", "kRowBegin", interval[0], sympy.S.Zero),
-                ("row_end", "kRowEnd", interval[1], E.SKV),
+                ("row_begin", "kRowBegin", parts.interval[0], sympy.S.Zero),
+                ("row_end", "kRowEnd", parts.interval[1], E.SKV),
             ):
                 if bound != open_end:
                     text = self.expression(bound, name, None)
                     lines += [f"static constexpr bool {flag} = true;"]
                     lines += [_method("int", name, _SITE["row"], text)]
-            return lines + self.bounds()
-        lines += ["static constexpr bool kMask = true;"]
-        lines += self.element_method("bool", "mask", _SITE["element"], mask, tile=False)
+        if parts.column != sympy.true:
+            lines += ["static constexpr bool kColumnMask = true;"]
+            site = "const At& at, const auto& head, const auto& col, int kv"
+            lines += self.element_method("bool", "column_mask", site, parts.column, tile=False)
+        if parts.element != sympy.true:
+            lines += ["static constexpr bool kMask = true;"]
+            lines += self.element_method(
+                "bool", "mask", _SITE["element"], parts.element, tile=False
+            )
         kind = map_kind(self.spec)
         if not kind:
             return lines + self.bounds()

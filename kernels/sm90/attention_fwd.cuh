@@ -313,6 +313,15 @@ struct AttentionForward {
           begin[r] = Variant::row_begin(t.at, t.head, t.row[r], t.q[r]) - kv0;
       }
     }
+    uint32_t columns[ceil_div(kN, 32)];  // a bit for each of the block's keys
+    if constexpr (Masked && Variant::kColumnMask) {
+#pragma unroll
+      for (int i = 0; i < ceil_div(kN, 32); ++i) {
+        int kv = min(block * kN + 32 * i + c.lane, t.at.keys - 1);
+        bool seen = Variant::column_mask(t.at, t.head, Variant::col(t.at, t.head, kv), kv);
+        columns[i] = __ballot_sync(~0u, seen) >> 2 * (c.lane % 4);
+      }
+    }
 #pragma unroll
     for (int j = 0; j < kN / 8; ++j) {
       float2 tile[2];
@@ -342,6 +351,8 @@ struct AttentionForward {
           if constexpr (Masked) {
             bool seen = column < end[r];
             if constexpr (Variant::kRowBegin) seen = seen && column >= begin[r];
+            if constexpr (Variant::kColumnMask)
+              seen = seen && (columns[j / 4] & 1u << (8 * (j % 4) + e));
             if constexpr (Variant::kMask)
               seen = seen && Variant::mask(t.at, t.head, t.row[r], col, t.q[r], kv, extra);
             if (!seen) x = -inf();

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 
@@ -38,8 +39,8 @@ from fa3_compile.lower.render_cuda import (
     aux_fields,
     fills_dead_rows,
     map_kind,
+    mask_parts,
     render,
-    row_interval,
     uniform_fill,
 )
 from fa3_compile.runtime.op import empty_out
@@ -231,7 +232,8 @@ def _tile_candidate(spec: AttentionSpec) -> E.load | None:
 
 def _keys(problem: Problem, layout: Layout) -> list[CudaKey]:
     spec = problem.spec
-    plain = arrange(spec.score).x == E.S and not (spec.has_mask and not row_interval(spec.mask))
+    plain = arrange(spec.score).x == E.S and not map_kind(spec)
+    plain = plain and mask_parts(spec.mask).element == sympy.true
     keys = []
     for tile in dict.fromkeys((layout.tile, None)):
         configs = candidates(

@@ -163,7 +163,7 @@ struct DenseBlockMap {
     for (int q = q_first; q < q_last; ++q) {
       auto row = Variant::row(at, head, q);
       for (int kv = first + threadIdx.x % 32; kv < last; kv += 32) {
-        bool here = Variant::mask(at, head, row, Variant::col(at, head, kv), q, kv, 0.0f);
+        bool here = sees<Variant>(at, head, row, Variant::col(at, head, kv), q, kv);
         seen = seen || here;
         unseen = unseen || !here;
       }

@@ -62,16 +62,6 @@ struct DeadRows {
     return s;
   }
 
-  FA3_DEVICE bool seen(const auto& head, const auto& row, const auto& col, int q, int kv) const {
-    bool inside = true;
-    if constexpr (Variant::kRowEnd) inside = kv < Variant::row_end(at, head, row, q);
-    if constexpr (Variant::kRowBegin)
-      inside = inside && kv >= Variant::row_begin(at, head, row, q);
-    if constexpr (Variant::kMask)
-      inside = inside && Variant::mask(at, head, row, col, q, kv, 0.0f);
-    return inside;
-  }
-
   // Column threadIdx.x of the row, and its LSE. A row whose mask holds somewhere is dead because
   // every score there is -inf; the softmax of that is NaN.
   FA3_DEVICE float attend(int q, float& lse) const {
@@ -89,7 +79,8 @@ struct DeadRows {
       if (kv < p.keys) {
         auto col = Variant::col(at, head, kv);
         x = Variant::fill(Variant::kUniformFill ? 0.0f : product(kv), at, head, row, col, q, kv);
-        if constexpr (!Variant::kFiniteScores) alive = alive || seen(head, row, col, q, kv);
+        if constexpr (!Variant::kFiniteScores) 
+          alive = alive || sees<Variant>(at, head, row, col, q, kv);
       }
       float raised = fmaxf(top, over_block(x, fmaxf));
       float base_score = raised == -inf() ? 0.0f : raised;

@@ -39,6 +39,7 @@ struct PlainVariant {
   static constexpr bool kScore = false;        // score() is not the identity
   static constexpr bool kAffine = false;       // slope(head) * (kv - q) is added to the score
   static constexpr bool kMask = false;         // mask() decides an element of a masked block
+  static constexpr bool kColumnMask = false;   // column_mask() does so for a whole column of it
   static constexpr bool kRowEnd = false;       // row_end() bounds the keys of a row
   static constexpr bool kRowBegin = false;     // row_begin() does so on the left
   static constexpr bool kLeftBlocks = false;   // masked blocks lie left of the full ones too
@@ -79,5 +80,18 @@ struct PlainVariant {
     return {0, at.keys, 0, at.keys};
   }
 };
+
+// Whether the mask holds for one element, all its parts together.
+template <class Variant>
+FA3_DEVICE bool sees(const typename Variant::At& at, const auto& head, const auto& row,
+                     const auto& col, int q, int kv) {
+  bool seen = true;
+  if constexpr (Variant::kRowEnd) seen = kv < Variant::row_end(at, head, row, q);
+  if constexpr (Variant::kRowBegin) seen = seen && kv >= Variant::row_begin(at, head, row, q);
+  if constexpr (Variant::kColumnMask) seen = seen && Variant::column_mask(at, head, col, kv);
+  if constexpr (Variant::kMask)
+    seen = seen && Variant::mask(at, head, row, col, q, kv, 0.0f);
+  return seen;
+}
 
 }  // namespace fa3
