@@ -22,9 +22,7 @@ def rewrite_only(gm: torch.fx.GraphModule, example_inputs: list[Any], **_: Any):
     return gm
 
 
-def check(
-    function: Callable[..., Any], *args: Any, training: bool = True, **kwargs: Any
-) -> Report:
+def check(function: Callable[..., Any], *args: Any, training: bool = True, **kwargs: Any) -> Report:
     """What became of the function's regions; its numbers, gradients included, are eager's."""
     return assert_matches_eager(function, *args, backend=rewrite_only, training=training, **kwargs)
 

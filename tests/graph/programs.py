@@ -49,12 +49,9 @@ MASKS: dict[str, Callable[[int, int], Tensor]] = {
     "bottom right": lambda n, m: torch.ones(n, m, dtype=torch.bool).tril(m - n),
     "window": lambda n, m: (positions(n, m)[0] - positions(n, m)[1]).abs() < 4,
     "band": lambda n, m: (
-        (positions(n, m)[1] <= positions(n, m)[0])
-        & (positions(n, m)[0] - positions(n, m)[1] < 5)
+        (positions(n, m)[1] <= positions(n, m)[0]) & (positions(n, m)[0] - positions(n, m)[1] < 5)
     ),
-    "prefix": lambda n, m: (
-        (positions(n, m)[1] <= positions(n, m)[0]) | (positions(n, m)[1] < 3)
-    ),
+    "prefix": lambda n, m: (positions(n, m)[1] <= positions(n, m)[0]) | (positions(n, m)[1] < 3),
     "chunks": lambda n, m: positions(n, m)[0] // 4 == positions(n, m)[1] // 4,
     "dilated": lambda n, m: (positions(n, m)[0] - positions(n, m)[1]) % 3 == 0,
     "strict": lambda n, m: positions(n, m)[1] < positions(n, m)[0],
@@ -88,10 +85,14 @@ MODIFIERS: dict[str, Scores] = {
     "abs": lambda s: s.abs(),
     "cube": lambda s: s + 0.1 * s**3,
     "sigmoid": lambda s: 4 * torch.sigmoid(s),
-    "ALiBi": lambda s: s + torch.tensor([0.5, 0.25, 0.125, 0.0625])[:, None, None]
-    * (torch.arange(s.shape[-1])[None, :] - torch.arange(s.shape[-2])[:, None]),
-    "distance": lambda s: s
-    - 0.1 * (torch.arange(s.shape[-1]) - torch.arange(s.shape[-2])[:, None]).abs(),
+    "ALiBi": lambda s: (
+        s
+        + torch.tensor([0.5, 0.25, 0.125, 0.0625])[:, None, None]
+        * (torch.arange(s.shape[-1])[None, :] - torch.arange(s.shape[-2])[:, None])
+    ),
+    "distance": lambda s: (
+        s - 0.1 * (torch.arange(s.shape[-1]) - torch.arange(s.shape[-2])[:, None]).abs()
+    ),
     "key bias": lambda s: s + torch.arange(s.shape[-1]) * 0.03,
     "half": lambda s: s / 2 + 1,
     "leaky": lambda s: torch.where(s > 0, s, 0.1 * s),

@@ -40,13 +40,19 @@ class TestAxes:
     """The softmax runs over the keys, and V is weighed by them."""
 
     def test_softmax_over_queries(self):
-        assert_expected_inline(declined(lambda q, k, v: scores_of(q, k).softmax(-2) @ v), """detect: softmax-axis""")
+        assert_expected_inline(
+            declined(lambda q, k, v: scores_of(q, k).softmax(-2) @ v), """detect: softmax-axis"""
+        )
 
     def test_softmax_over_heads(self):
-        assert_expected_inline(declined(lambda q, k, v: scores_of(q, k).softmax(1) @ v), """detect: softmax-axis""")
+        assert_expected_inline(
+            declined(lambda q, k, v: scores_of(q, k).softmax(1) @ v), """detect: softmax-axis"""
+        )
 
     def test_softmax_over_the_batch(self):
-        assert_expected_inline(declined(lambda q, k, v: scores_of(q, k).softmax(0) @ v), """detect: softmax-axis""")
+        assert_expected_inline(
+            declined(lambda q, k, v: scores_of(q, k).softmax(0) @ v), """detect: softmax-axis"""
+        )
 
     def test_softmax_over_queries_and_keys(self):
         def attention(q, k, v):
@@ -55,7 +61,9 @@ class TestAxes:
         assert_expected_inline(declined(attention), """detect: softmax-axis""")
 
     def test_weights_transposed(self):
-        assert_expected_inline(declined(lambda q, k, v: weights_of(q, k).mT @ v), """detect: softmax-axis""")
+        assert_expected_inline(
+            declined(lambda q, k, v: weights_of(q, k).mT @ v), """detect: softmax-axis"""
+        )
 
     def test_values_weighed_along_heads(self):
         def attention(q, k, v):
@@ -79,7 +87,9 @@ class TestAxes:
         declined(attention)
 
     def test_weights_rolled(self):
-        assert_expected_inline(declined(lambda q, k, v: weights_of(q, k).roll(1, -1) @ v), """detect: softmax-axis""")
+        assert_expected_inline(
+            declined(lambda q, k, v: weights_of(q, k).roll(1, -1) @ v), """detect: softmax-axis"""
+        )
 
     def test_values_of_a_few_keys(self):
         def attention(q, k, v):
@@ -203,7 +213,9 @@ class TestAfter:
     """Nothing but views and copies lies between the softmax and V."""
 
     def test_mask_after_the_softmax(self):
-        assert_expected_inline(declined(lambda q, k, v: weights_of(q, k).tril() @ v), """detect: mask-after-softmax""")
+        assert_expected_inline(
+            declined(lambda q, k, v: weights_of(q, k).tril() @ v), """detect: mask-after-softmax"""
+        )
 
     def test_weights_renormalised(self):
         def attention(q, k, v):
@@ -216,13 +228,21 @@ class TestAfter:
         def attention(q, k, v, gate):
             return weights_of(q, k) * gate @ v
 
-        assert_expected_inline(declined(attention, *qkv(), uniform(S, S)), """detect: softmax-result-changed""")
+        assert_expected_inline(
+            declined(attention, *qkv(), uniform(S, S)), """detect: softmax-result-changed"""
+        )
 
     def test_weights_squared(self):
-        assert_expected_inline(declined(lambda q, k, v: weights_of(q, k).square() @ v), """detect: softmax-result-changed""")
+        assert_expected_inline(
+            declined(lambda q, k, v: weights_of(q, k).square() @ v),
+            """detect: softmax-result-changed""",
+        )
 
     def test_one_minus_the_weights(self):
-        assert_expected_inline(declined(lambda q, k, v: (1 - weights_of(q, k)) @ v), """detect: softmax-result-changed""")
+        assert_expected_inline(
+            declined(lambda q, k, v: (1 - weights_of(q, k)) @ v),
+            """detect: softmax-result-changed""",
+        )
 
     def test_logarithm_of_the_softmax(self):
         def attention(q, k, v):
@@ -237,9 +257,12 @@ class TestAfter:
             k1, k2 = k.chunk(2, -1)
             return (weights_of(q1, k1) - 0.3 * weights_of(q2, k2)) @ v
 
-        assert_expected_inline(declined(attention), """\
+        assert_expected_inline(
+            declined(attention),
+            """\
 detect: softmax-result-changed
-detect: softmax-result-changed""")
+detect: softmax-result-changed""",
+        )
 
     def test_gumbel_straight_through(self):
         def attention(q, k, v):
@@ -270,7 +293,7 @@ detect: softmax-result-changed""")
         def attention(q, k, v):
             return F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
 
-        assert_expected_inline(declined(attention, training=False), """""")
+        assert_expected_inline(declined(attention, training=False), """lift: not-pointwise""")
 
 
 class TestUsedAgain:
@@ -344,7 +367,7 @@ class TestNotAttention:
             def forward(self, x):
                 return (x @ self.gate).softmax(-1) @ self.table
 
-        assert_expected_inline(declined(Experts(), normal(64, 32)), """""")
+        assert_expected_inline(declined(Experts(), normal(64, 32)), """lift: router""")
 
     def test_router_of_top_two(self):
         def experts(x, gate, up, down):
@@ -432,7 +455,8 @@ class TestTypes:
 
         q, k, _ = (x.detach() for x in qkv())
         assert_expected_inline(
-            declined(attention, q, k, torch.complex(q, k), training=False), """lift: not-pointwise"""
+            declined(attention, q, k, torch.complex(q, k), training=False),
+            """lift: not-pointwise""",
         )
 
     def test_integers(self):
@@ -440,7 +464,9 @@ class TestTypes:
             return (q @ k.mT).float().softmax(-1) @ v
 
         q, k = (torch.randint(-3, 3, (B, H, S, D)) for _ in range(2))
-        assert_expected_inline(declined(attention, q, k, normal(B, H, S, D)), """lift: mixed-dtypes""")
+        assert_expected_inline(
+            declined(attention, q, k, normal(B, H, S, D)), """lift: mixed-dtypes"""
+        )
 
     def test_mixed_types(self):
         def attention(q, k, v):
@@ -468,7 +494,7 @@ class TestMutation:
             return attend(s, v) + k.sum()
 
         q, k, v = (x.detach() for x in qkv())
-        assert_expected_inline(declined(attention, q, k, v, training=False), """""")
+        assert_expected_inline(declined(attention, q, k, v, training=False), """check: mutation-between""")
 
     def test_keys_written_through_a_view(self):
         def attention(q, k, v):
@@ -478,7 +504,7 @@ class TestMutation:
             return attend(s, v), k
 
         q, k, v = (x.detach() for x in qkv())
-        assert_expected_inline(declined(attention, q, k, v, training=False), """""")
+        assert_expected_inline(declined(attention, q, k, v, training=False), """check: mutation-between""")
 
     def test_bias_written_in_between(self):
         def attention(q, k, v, bias):
@@ -488,7 +514,8 @@ class TestMutation:
 
         q, k, v = (x.detach() for x in qkv())
         assert_expected_inline(
-            declined(attention, q, k, v, uniform(S, S), training=False), """check: mutation-between"""
+            declined(attention, q, k, v, uniform(S, S), training=False),
+            """check: mutation-between""",
         )
 
     def test_input_written_in_between(self):
@@ -498,7 +525,9 @@ class TestMutation:
             return attend(s, v)
 
         q, k, v = (x.detach() for x in qkv())
-        assert_expected_inline(declined(attention, q, k, v, training=False), """check: mutation-between""")
+        assert_expected_inline(
+            declined(attention, q, k, v, training=False), """check: mutation-between"""
+        )
 
     def test_output_written_into_the_query(self):
         def attention(q, k, v):
@@ -568,9 +597,12 @@ def test_one_declines_and_the_other_does_not():
         y = p @ v
         return attend(scores_of(y, k), v), p
 
-    assert_expected_inline(specs(check(attention, *qkv())), """\
+    assert_expected_inline(
+        specs(check(attention, *qkv())),
+        """\
 check: weights-used
-attention(score=0.25*s)""")
+attention(score=0.25*s)""",
+    )
 
 
 def test_scalars():
@@ -578,4 +610,7 @@ def test_scalars():
         return attend(cap * torch.tanh(q @ k.mT * scale / cap), v)
 
     report = check(attention, *qkv(), torch.tensor(0.25), torch.tensor(5.0))
-    assert_expected_inline(specs(report), """attention(score=load(0)*tanh(load(1)*pow(load(0), -1)*s), aux=[float, float])""")
+    assert_expected_inline(
+        specs(report),
+        """attention(score=load(0)*tanh(load(1)*pow(load(0), -1)*s), aux=[float, float])""",
+    )

@@ -44,9 +44,13 @@ def test_einsum_in_any_layout():
 
 def test_two_dimensions():
     assert_expected_inline(fused(plain, *qkv(S, D)), """attention(score=0.25*s, out_order=qbhd)""")
-    assert_expected_inline(fused(lambda q, k, v: (q @ k.T).softmax(1) @ v, *qkv(S, D)), """attention(score=s, out_order=qbhd)""")
     assert_expected_inline(
-        fused(lambda q, k, v: torch.inner(q, k).softmax(-1) @ v, *qkv(S, D)), """attention(score=s, out_order=qbhd)"""
+        fused(lambda q, k, v: (q @ k.T).softmax(1) @ v, *qkv(S, D)),
+        """attention(score=s, out_order=qbhd)""",
+    )
+    assert_expected_inline(
+        fused(lambda q, k, v: torch.inner(q, k).softmax(-1) @ v, *qkv(S, D)),
+        """attention(score=s, out_order=qbhd)""",
     )
     assert_expected_inline(
         fused(lambda q, k, v: torch.tensordot(q, k, ([1], [1])).softmax(-1).mm(v), *qkv(S, D)),
@@ -56,13 +60,15 @@ def test_two_dimensions():
 
 def test_three_dimensions():
     def diffusers(q, k, v):
-        s = torch.baddbmm(
-            torch.empty(B * H, S, S), q, k.transpose(-1, -2), beta=0, alpha=SCALE
-        )
+        s = torch.baddbmm(torch.empty(B * H, S, S), q, k.transpose(-1, -2), beta=0, alpha=SCALE)
         return torch.bmm(s.softmax(-1), v)
 
-    assert_expected_inline(fused(plain, *qkv(B * H, S, D)), """attention(score=0.25*s, out_order=bqhd)""")
-    assert_expected_inline(fused(diffusers, *qkv(B * H, S, D)), """attention(score=0.25*s, out_order=bqhd)""")
+    assert_expected_inline(
+        fused(plain, *qkv(B * H, S, D)), """attention(score=0.25*s, out_order=bqhd)"""
+    )
+    assert_expected_inline(
+        fused(diffusers, *qkv(B * H, S, D)), """attention(score=0.25*s, out_order=bqhd)"""
+    )
 
 
 def test_baddbmm_adds_its_mask():
@@ -70,8 +76,14 @@ def test_baddbmm_adds_its_mask():
         return torch.bmm(torch.baddbmm(mask, q, k.mT, alpha=SCALE, beta=2).softmax(-1), v)
 
     q, k, v = qkv(B * H, S, D)
-    assert_expected_inline(fused(attention, q, k, v, normal(B * H, S, S)), """attention(score=2*load(0, b, q, kv) + 0.25*s, aux=[float], out_order=bqhd)""")
-    assert_expected_inline(fused(attention, q, k, v, normal(B * H, 1, S)), """attention(score=2*load(0, b, 0, kv) + 0.25*s, aux=[float], out_order=bqhd)""")
+    assert_expected_inline(
+        fused(attention, q, k, v, normal(B * H, S, S)),
+        """attention(score=2*load(0, b, q, kv) + 0.25*s, aux=[float], out_order=bqhd)""",
+    )
+    assert_expected_inline(
+        fused(attention, q, k, v, normal(B * H, 1, S)),
+        """attention(score=2*load(0, b, 0, kv) + 0.25*s, aux=[float], out_order=bqhd)""",
+    )
 
 
 def test_five_and_six_dimensions():
@@ -127,9 +139,7 @@ def test_fused_projection():
 
 def test_grouped_heads():
     def expanded(q, k, v):
-        k, v = (
-            x[:, :, None].expand(B, 2, 2, S, D).reshape(B, 4, S, D) for x in (k, v)
-        )
+        k, v = (x[:, :, None].expand(B, 2, 2, S, D).reshape(B, 4, S, D) for x in (k, v))
         return plain(q, k, v)
 
     def interleaved(q, k, v):
@@ -190,7 +200,10 @@ def test_grouped_heads_with_a_bias_for_each_head():
 
     q, _, _ = qkv()
     k, v = normal(B, 2, S, D, seed=5), normal(B, 2, S, D, seed=6)
-    assert_expected_inline(fused(attention, q, k, v, normal(H)), """attention(score=load(0, h) + 0.25*s, aux=[float])""")
+    assert_expected_inline(
+        fused(attention, q, k, v, normal(H)),
+        """attention(score=load(0, h) + 0.25*s, aux=[float])""",
+    )
 
 
 def test_one_key_head():
@@ -213,8 +226,12 @@ def test_inputs_of_stride_zero():
 
 def test_keys_of_one_batch_element_for_all():
     q, _, _ = qkv()
-    assert_expected_inline(fused(plain, q, normal(1, H, S, D), normal(1, H, S, D)), """attention(score=0.25*s)""")
-    assert_expected_inline(fused(plain, q, normal(H, S, D), normal(H, S, D)), """attention(score=0.25*s)""")
+    assert_expected_inline(
+        fused(plain, q, normal(1, H, S, D), normal(1, H, S, D)), """attention(score=0.25*s)"""
+    )
+    assert_expected_inline(
+        fused(plain, q, normal(H, S, D), normal(H, S, D)), """attention(score=0.25*s)"""
+    )
 
 
 def test_keys_permuted():
@@ -223,19 +240,24 @@ def test_keys_permuted():
         return (q @ k.permute(0, 2, 3, 1) * SCALE).softmax(-1) @ v.permute(0, 2, 1, 3)
 
     q, _, _ = qkv()
-    assert_expected_inline(fused(attention, q, normal(B, S, H, D), normal(B, S, H, D)), """attention(score=0.25*s)""")
+    assert_expected_inline(
+        fused(attention, q, normal(B, S, H, D), normal(B, S, H, D)), """attention(score=0.25*s)"""
+    )
 
 
 def test_keys_already_transposed():
     q, _, v = qkv()
     assert_expected_inline(
-        fused(lambda q, k, v: (q @ k).softmax(-1) @ v, q, normal(B, H, D, S), v), """attention(score=s)"""
+        fused(lambda q, k, v: (q @ k).softmax(-1) @ v, q, normal(B, H, D, S), v),
+        """attention(score=s)""",
     )
 
 
 def test_cross_attention_with_another_width_of_values():
     q, _, _ = qkv()
-    assert_expected_inline(fused(plain, q, normal(B, H, 13, D), normal(B, H, 13, 5)), """attention(score=0.25*s)""")
+    assert_expected_inline(
+        fused(plain, q, normal(B, H, 13, D), normal(B, H, 13, 5)), """attention(score=0.25*s)"""
+    )
 
 
 def test_shared_tensors():
@@ -262,7 +284,12 @@ def test_latent_attention_of_deepseek():
         return plain(q, k, v)
 
     report = check(
-        attention, qkv()[0], normal(B, S, 10), normal(B, S, 8), normal(10, H * 8), normal(10, H * 12)
+        attention,
+        qkv()[0],
+        normal(B, S, 10),
+        normal(B, S, 8),
+        normal(10, H * 8),
+        normal(10, H * 12),
     )
     assert_expected_inline(specs(report), """attention(score=0.25*s)""")
 
@@ -276,7 +303,9 @@ def test_absorbed_latent_attention():
     report = check(
         attention, qkv()[0], normal(B, H, S, 8, seed=4), normal(B, S, D), normal(B, S, 8, seed=5)
     )
-    assert_expected_inline(specs(report), """attention(score=0.25*load(0, b, h, q, kv) + 0.25*s, aux=[float])""")
+    assert_expected_inline(
+        specs(report), """attention(score=0.25*load(0, b, h, q, kv) + 0.25*s, aux=[float])"""
+    )
 
 
 def test_cache_that_grows():
@@ -297,19 +326,30 @@ def test_static_cache_that_is_written():
 
     q, k, v = qkv(B, H, 1, D)
     cache = normal(B, H, 12, D, seed=7), normal(B, H, 12, D, seed=8)
-    assert_expected_inline(fused(attention, q, k, v, *cache, torch.tensor([5])), """attention(score=0.25*s, mask=kv <= load(0, 0), dead=nan, aux=[int])""")
+    assert_expected_inline(
+        fused(attention, q, k, v, *cache, torch.tensor([5])),
+        """attention(score=0.25*s, mask=kv <= load(0, 0), dead=nan, aux=[int])""",
+    )
 
 
 def test_one_query_and_one_key():
     q, k, v = qkv(B, H, 1, D)
-    assert_expected_inline(fused(plain, q, normal(B, H, S, D), normal(B, H, S, D)), """attention(score=0.25*s)""")
+    assert_expected_inline(
+        fused(plain, q, normal(B, H, S, D), normal(B, H, S, D)), """attention(score=0.25*s)"""
+    )
     assert_expected_inline(fused(plain, q, k, v), """detect: single-key""")
 
 
 def test_one_head_and_one_sequence():
-    assert_expected_inline(fused(plain, *qkv(1, 1, S, D)), """attention(score=0.25*s, out_order=qbhd)""")
-    assert_expected_inline(fused(plain, *qkv(1, H, S, D)), """attention(score=0.25*s, out_order=bqhd)""")
-    assert_expected_inline(fused(plain, *qkv(B, 1, S, D)), """attention(score=0.25*s, out_order=bqhd)""")
+    assert_expected_inline(
+        fused(plain, *qkv(1, 1, S, D)), """attention(score=0.25*s, out_order=qbhd)"""
+    )
+    assert_expected_inline(
+        fused(plain, *qkv(1, H, S, D)), """attention(score=0.25*s, out_order=bqhd)"""
+    )
+    assert_expected_inline(
+        fused(plain, *qkv(B, 1, S, D)), """attention(score=0.25*s, out_order=bqhd)"""
+    )
 
 
 def test_head_dimension_of_one():
@@ -367,4 +407,7 @@ def test_mask_in_the_layout_of_the_scores():
 
     mask = chance(0.3, B, S, S)
     mask[..., 0] = False
-    assert_expected_inline(fused(attention, *qkv(B, S, H, D), mask), """attention(score=0.25*s, mask=load(0, b, q, kv) == 0, dead=nan, aux=[bool])""")
+    assert_expected_inline(
+        fused(attention, *qkv(B, S, H, D), mask),
+        """attention(score=0.25*s, mask=load(0, b, q, kv) == 0, dead=nan, aux=[bool])""",
+    )

@@ -19,8 +19,8 @@ from tests.graph.inputs import (
     attend,
     chance,
     normal,
-    queries_and_keys,
     qkv,
+    queries_and_keys,
     scores_of,
 )
 
@@ -199,7 +199,9 @@ def test_chunks():
         """attention(score=0.25*s, mask=(floordiv(q, 8) == floordiv(kv, 8)) & (kv <= q), dead=nan)""",
     )
     assert_expected_inline(
-        by_positions(lambda q, kv: torch.eye(3).repeat_interleave(8, 0).repeat_interleave(8, 1) > 0),
+        by_positions(
+            lambda q, kv: torch.eye(3).repeat_interleave(8, 0).repeat_interleave(8, 1) > 0
+        ),
         """attention(score=0.25*s, mask=floordiv(q, 8) == floordiv(kv, 8), dead=nan)""",
     )
 
@@ -231,7 +233,10 @@ def test_each_head_its_own_window():
         width = 2 * torch.arange(H)[:, None, None] + 2
         return attend(scores_of(q, k).masked_fill((rows - columns).abs() > width, -INF), v)
 
-    assert_expected_inline(specs(check(attention, *qkv())), """attention(score=0.25*s, mask=(kv <= 2*h + q + 2) & (kv >= q - 2*h - 2), dead=nan)""")
+    assert_expected_inline(
+        specs(check(attention, *qkv())),
+        """attention(score=0.25*s, mask=(kv <= 2*h + q + 2) & (kv >= q - 2*h - 2), dead=nan)""",
+    )
 
 
 def test_query_rows_at_the_end_of_a_cache():
@@ -240,7 +245,10 @@ def test_query_rows_at_the_end_of_a_cache():
         return attend(scores_of(q, k).masked_fill(torch.arange(S)[None] > rows, -INF), v)
 
     _, k, v = qkv()
-    assert_expected_inline(specs(check(attention, normal(B, H, 5, D), k, v)), """attention(score=0.25*s, mask=kv <= q + 19, dead=nan)""")
+    assert_expected_inline(
+        specs(check(attention, normal(B, H, 5, D), k, v)),
+        """attention(score=0.25*s, mask=kv <= q + 19, dead=nan)""",
+    )
 
 
 def test_one_query_row():
@@ -249,7 +257,9 @@ def test_one_query_row():
 
     _, k, v = qkv()
     report = check(attention, normal(B, H, 1, D), k, v, torch.tensor([17]))
-    assert_expected_inline(specs(report), """attention(score=0.25*s, mask=kv <= load(0, 0), dead=nan, aux=[int])""")
+    assert_expected_inline(
+        specs(report), """attention(score=0.25*s, mask=kv <= load(0, 0), dead=nan, aux=[int])"""
+    )
 
 
 def test_static_cache():
@@ -259,7 +269,10 @@ def test_static_cache():
 
     _, k, v = qkv()
     report = check(attention, normal(B, H, 3, D), k, v, torch.tensor([9, 10, 11]))
-    assert_expected_inline(specs(report), """attention(score=0.25*s, mask=kv <= load(0, q), dead=score, fill=0.25*s - 3.4028234663852886e+38, aux=[int])""")
+    assert_expected_inline(
+        specs(report),
+        """attention(score=0.25*s, mask=kv <= load(0, q), dead=score, fill=0.25*s - 3.4028234663852886e+38, aux=[int])""",
+    )
 
 
 def test_documents():
@@ -269,7 +282,10 @@ def test_documents():
         return attend(scores_of(q, k).masked_fill(~(same & (columns <= rows)), -INF), v)
 
     report = check(attention, *qkv(), torch.arange(S).div(7).long().expand(B, S).contiguous())
-    assert_expected_inline(specs(report), """attention(score=0.25*s, mask=(kv <= q) & (load(0, b, q) == load(0, b, kv)), dead=nan, aux=[int])""")
+    assert_expected_inline(
+        specs(report),
+        """attention(score=0.25*s, mask=(kv <= q) & (load(0, b, q) == load(0, b, kv)), dead=nan, aux=[int])""",
+    )
 
 
 def test_lengths():
@@ -277,7 +293,10 @@ def test_lengths():
         visible = torch.arange(S)[None, :] < lengths[:, None]
         return attend(scores_of(q, k).masked_fill(~visible[:, None, None, :], -INF), v)
 
-    assert_expected_inline(specs(check(attention, *qkv(), torch.tensor([24, 11]))), """attention(score=0.25*s, mask=kv < load(0, b), dead=nan, aux=[int])""")
+    assert_expected_inline(
+        specs(check(attention, *qkv(), torch.tensor([24, 11]))),
+        """attention(score=0.25*s, mask=kv < load(0, b), dead=nan, aux=[int])""",
+    )
 
 
 def test_image_and_text():
@@ -289,7 +308,10 @@ def test_image_and_text():
 
     image = torch.full((B, S), -1)
     image[0, 3:9], image[1, 12:20] = 0, 1
-    assert_expected_inline(specs(check(attention, *qkv(), image)), """attention(score=0.25*s, mask=((load(0, b, kv) >= 0) & (load(0, b, q) == load(0, b, kv))) | (kv <= q), dead=nan, aux=[int])""")
+    assert_expected_inline(
+        specs(check(attention, *qkv(), image)),
+        """attention(score=0.25*s, mask=((load(0, b, kv) >= 0) & (load(0, b, q) == load(0, b, kv))) | (kv <= q), dead=nan, aux=[int])""",
+    )
 
 
 PASSED_IN = {
@@ -338,7 +360,10 @@ def test_padding_as_hugging_face_extends_it():
         extended = (1.0 - mask[:, None, None, :].to(q.dtype)) * torch.finfo(q.dtype).min
         return attend(scores_of(q, k) + extended, v)
 
-    assert_expected_inline(specs(check(attention, *qkv(), padding())), """attention(score=0.25*s + where(load(0, b, kv) == 1, 0, 3.4028234663852886e+38*load(0, b, kv) - 3.4028234663852886e+38), mask=load(0, b, kv) > 0, dead=score, fill=0.25*s + where(load(0, b, kv) == 1, 0, 3.4028234663852886e+38*load(0, b, kv) - 3.4028234663852886e+38), aux=[int])""")
+    assert_expected_inline(
+        specs(check(attention, *qkv(), padding())),
+        """attention(score=0.25*s + where(load(0, b, kv) == 1, 0, 3.4028234663852886e+38*load(0, b, kv) - 3.4028234663852886e+38), mask=load(0, b, kv) > 0, dead=score, fill=0.25*s + where(load(0, b, kv) == 1, 0, 3.4028234663852886e+38*load(0, b, kv) - 3.4028234663852886e+38), aux=[int])""",
+    )
 
 
 def test_padding_as_hugging_face_once_extended_it():
@@ -347,7 +372,10 @@ def test_padding_as_hugging_face_once_extended_it():
         extended = (1.0 - mask[:, None, None, :].to(q.dtype)) * -10000.0
         return attend(scores_of(q, k) + extended, v)
 
-    assert_expected_inline(specs(check(attention, *qkv(), padding())), """attention(score=0.25*s + where(load(0, b, kv) == 1, 0, 10000*load(0, b, kv) - 10000), aux=[int])""")
+    assert_expected_inline(
+        specs(check(attention, *qkv(), padding())),
+        """attention(score=0.25*s + where(load(0, b, kv) == 1, 0, 10000*load(0, b, kv) - 10000), aux=[int])""",
+    )
 
 
 def test_padding_of_some_keys():
@@ -355,14 +383,20 @@ def test_padding_of_some_keys():
         extended = ((1 - mask) * LOWEST)[:, None, None, :]
         return attend(scores_of(q, k) + torch.where(torch.arange(S) > 3, extended, 0.0), v)
 
-    assert_expected_inline(specs(check(attention, *qkv(), padding())), """attention(score=0.25*s + where(kv >= 4, where(load(0, b, kv) == 1, 0, 3.4028234663852886e+38*load(0, b, kv) - 3.4028234663852886e+38), 0), mask=(kv <= 3) | (load(0, b, kv) > 0), dead=nan, aux=[int])""")
+    assert_expected_inline(
+        specs(check(attention, *qkv(), padding())),
+        """attention(score=0.25*s + where(kv >= 4, where(load(0, b, kv) == 1, 0, 3.4028234663852886e+38*load(0, b, kv) - 3.4028234663852886e+38), 0), mask=(kv <= 3) | (load(0, b, kv) > 0), dead=nan, aux=[int])""",
+    )
 
 
 def test_padding_where_one_hides():
     def attention(q, k, v, mask):
         return attend(scores_of(q, k) + mask[:, None, None, :] * LOWEST, v)
 
-    assert_expected_inline(specs(check(attention, *qkv(), 1 - padding())), """attention(score=0.25*s - 3.4028234663852886e+38*load(0, b, kv), mask=load(0, b, kv) < 1, dead=score, fill=0.25*s - 3.4028234663852886e+38*load(0, b, kv), aux=[int])""")
+    assert_expected_inline(
+        specs(check(attention, *qkv(), 1 - padding())),
+        """attention(score=0.25*s - 3.4028234663852886e+38*load(0, b, kv), mask=load(0, b, kv) < 1, dead=score, fill=0.25*s - 3.4028234663852886e+38*load(0, b, kv), aux=[int])""",
+    )
 
 
 def test_padding_with_numbers_beyond_one():
@@ -380,7 +414,10 @@ def test_causal_and_padding_multiplied():
         both = triangle()[None, None] * mask[:, None, None, :]
         return attend(scores_of(q, k).masked_fill(both == 0, LOWEST), v)
 
-    assert_expected_inline(specs(check(attention, *qkv(), padding())), """attention(score=0.25*s, mask=(kv <= q) & (load(0, b, kv) != 0), dead=score, fill=-3.4028234663852886e+38, aux=[int])""")
+    assert_expected_inline(
+        specs(check(attention, *qkv(), padding())),
+        """attention(score=0.25*s, mask=(kv <= q) & (load(0, b, kv) != 0), dead=score, fill=-3.4028234663852886e+38, aux=[int])""",
+    )
 
 
 def test_causal_and_padding_combined_by_logic():
@@ -388,7 +425,10 @@ def test_causal_and_padding_combined_by_logic():
         hidden = upper()[None, None] | (mask == 0)[:, None, None, :]
         return attend(scores_of(q, k).masked_fill(hidden, -INF), v)
 
-    assert_expected_inline(specs(check(attention, *qkv(), padding())), """attention(score=0.25*s, mask=(kv <= q) & (load(0, b, kv) != 0), dead=nan, aux=[int])""")
+    assert_expected_inline(
+        specs(check(attention, *qkv(), padding())),
+        """attention(score=0.25*s, mask=(kv <= q) & (load(0, b, kv) != 0), dead=nan, aux=[int])""",
+    )
 
 
 def test_causal_and_padding_added():
@@ -396,7 +436,10 @@ def test_causal_and_padding_added():
         causal = torch.full((S, S), LOWEST).triu(1)
         return attend(scores_of(q, k) + causal + ((1 - mask) * LOWEST)[:, None, None, :], v)
 
-    assert_expected_inline(specs(check(attention, *qkv(), padding())), """attention(score=0.25*s + where(kv >= q + 1, -3.4028234663852886e+38, 0) + where(load(0, b, kv) == 1, 0, 3.4028234663852886e+38*load(0, b, kv) - 3.4028234663852886e+38), mask=((kv <= q) | (load(0, b, kv) > 1)) & (load(0, b, kv) > 0), dead=score, fill=0.25*s + where(kv >= q + 1, -3.4028234663852886e+38, 0) + where(load(0, b, kv) == 1, 0, 3.4028234663852886e+38*load(0, b, kv) - 3.4028234663852886e+38), aux=[int])""")
+    assert_expected_inline(
+        specs(check(attention, *qkv(), padding())),
+        """attention(score=0.25*s + where(kv >= q + 1, -3.4028234663852886e+38, 0) + where(load(0, b, kv) == 1, 0, 3.4028234663852886e+38*load(0, b, kv) - 3.4028234663852886e+38), mask=((kv <= q) | (load(0, b, kv) > 1)) & (load(0, b, kv) > 0), dead=score, fill=0.25*s + where(kv >= q + 1, -3.4028234663852886e+38, 0) + where(load(0, b, kv) == 1, 0, 3.4028234663852886e+38*load(0, b, kv) - 3.4028234663852886e+38), aux=[int])""",
+    )
 
 
 def test_causal_and_padding_added_and_clamped():
@@ -405,7 +448,10 @@ def test_causal_and_padding_added_and_clamped():
         both = causal + ((1 - mask) * LOWEST)[:, None, None, :]
         return attend(scores_of(q, k) + both.clamp(min=LOWEST), v)
 
-    assert_expected_inline(specs(check(attention, *qkv(), padding())), """attention(score=max(-3.4028234663852886e+38, where(kv >= q + 1, -3.4028234663852886e+38, 0) + where(load(0, b, kv) == 1, 0, 3.4028234663852886e+38*load(0, b, kv) - 3.4028234663852886e+38)) + 0.25*s, aux=[int])""")
+    assert_expected_inline(
+        specs(check(attention, *qkv(), padding())),
+        """attention(score=max(-3.4028234663852886e+38, where(kv >= q + 1, -3.4028234663852886e+38, 0) + where(load(0, b, kv) == 1, 0, 3.4028234663852886e+38*load(0, b, kv) - 3.4028234663852886e+38)) + 0.25*s, aux=[int])""",
+    )
 
 
 def test_keys_then_rows():
@@ -414,7 +460,10 @@ def test_keys_then_rows():
         both = mask[:, None, :, None] * mask[:, None, None, :]
         return attend(scores_of(q, k).masked_fill(both == 0, -INF), v)
 
-    assert_expected_inline(specs(check(attention, *qkv(), padding())), """attention(score=0.25*s, mask=(load(0, b, kv) != 0) & (load(0, b, q) != 0), dead=nan, aux=[int])""")
+    assert_expected_inline(
+        specs(check(attention, *qkv(), padding())),
+        """attention(score=0.25*s, mask=(load(0, b, kv) != 0) & (load(0, b, q) != 0), dead=nan, aux=[int])""",
+    )
 
 
 def test_written_into_the_mask():
@@ -425,7 +474,10 @@ def test_written_into_the_mask():
         causal[:, :, :, :S] = causal[:, :, :, :S].masked_fill(hidden, LOWEST)
         return attend(scores_of(q, k) + causal, v)
 
-    assert_expected_inline(specs(check(attention, *qkv(), padding())), """attention(score=0.25*s, mask=(((kv <= q) & (load(0, b, kv) != 0)) | ((kv >= q + 1) & (load(0, b, kv) - 3.4028234663852886e+38 != 0))) & (((kv <= q) & (load(0, b, kv) == 0)) | ((kv >= q + 1) & (load(0, b, kv) - 3.4028234663852886e+38 == 0)) | (kv <= q)), dead=score, fill=0.25*s - 3.4028234663852886e+38, aux=[int])""")
+    assert_expected_inline(
+        specs(check(attention, *qkv(), padding())),
+        """attention(score=0.25*s, mask=(((kv <= q) & (load(0, b, kv) != 0)) | ((kv >= q + 1) & (load(0, b, kv) - 3.4028234663852886e+38 != 0))) & (((kv <= q) & (load(0, b, kv) == 0)) | ((kv >= q + 1) & (load(0, b, kv) - 3.4028234663852886e+38 == 0)) | (kv <= q)), dead=score, fill=0.25*s - 3.4028234663852886e+38, aux=[int])""",
+    )
 
 
 def test_tree():
@@ -438,7 +490,10 @@ def test_tree():
             visible = visible | F.one_hot(at, S).bool()
         return attend(scores_of(q, k).masked_fill(~visible, -INF), v)
 
-    assert_expected_inline(specs(check(attention, *qkv(), (torch.arange(S) - 1) // 2 % S)), """attention(score=0.25*s, mask=(load(0, q) == kv) | (load(0, where(load(0, q) < 0, load(0, q) + 24, load(0, q))) == kv) | (load(0, where(load(0, where(load(0, q) < 0, load(0, q) + 24, load(0, q))) < 0, load(0, where(load(0, q) < 0, load(0, q) + 24, load(0, q))) + 24, load(0, where(load(0, q) < 0, load(0, q) + 24, load(0, q))))) == kv) | (q == kv), dead=nan, aux=[int])""")
+    assert_expected_inline(
+        specs(check(attention, *qkv(), (torch.arange(S) - 1) // 2 % S)),
+        """attention(score=0.25*s, mask=(load(0, q) == kv) | (load(0, where(load(0, q) < 0, load(0, q) + 24, load(0, q))) == kv) | (load(0, where(load(0, where(load(0, q) < 0, load(0, q) + 24, load(0, q))) < 0, load(0, where(load(0, q) < 0, load(0, q) + 24, load(0, q))) + 24, load(0, where(load(0, q) < 0, load(0, q) + 24, load(0, q))))) == kv) | (q == kv), dead=nan, aux=[int])""",
+    )
 
 
 def test_mask_that_multiplies_the_scores():
@@ -446,7 +501,9 @@ def test_mask_that_multiplies_the_scores():
     def attention(q, k, v):
         return attend(scores_of(q, k) * triangle(), v)
 
-    assert_expected_inline(specs(check(attention, *qkv())), """attention(score=where(kv <= q, 0.25*s, 0))""")
+    assert_expected_inline(
+        specs(check(attention, *qkv())), """attention(score=where(kv <= q, 0.25*s, 0))"""
+    )
 
 
 def test_zero_times_infinity():

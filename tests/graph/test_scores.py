@@ -21,8 +21,8 @@ from tests.graph.inputs import (
     attend,
     large,
     normal,
-    queries_and_keys,
     qkv,
+    queries_and_keys,
     scores_of,
     uniform,
 )
@@ -50,7 +50,10 @@ def test_softcap():
         s = torch.tanh(scores_of(q, k) / 20) * 20
         return attend(s.masked_fill(distance() > 0, -INF), v)
 
-    assert_expected_inline(specs(check(attention, *qkv())), """attention(score=20*tanh(0.0125*s), mask=kv <= q, dead=nan)""")
+    assert_expected_inline(
+        specs(check(attention, *qkv())),
+        """attention(score=20*tanh(0.0125*s), mask=kv <= q, dead=nan)""",
+    )
 
 
 def test_softcap_makes_a_mask_of_any_low_fill():
@@ -59,23 +62,45 @@ def test_softcap_makes_a_mask_of_any_low_fill():
         s = 20.0 * (scores_of(q, k) / 20.0).tanh()
         return attend(torch.where(distance() <= 0, s, -10000.0), v)
 
-    assert_expected_inline(specs(check(attention, *qkv())), """attention(score=20*tanh(0.0125*s), mask=kv <= q, dead=nan)""")
+    assert_expected_inline(
+        specs(check(attention, *qkv())),
+        """attention(score=20*tanh(0.0125*s), mask=kv <= q, dead=nan)""",
+    )
 
 
 def test_clamps():
-    assert_expected_inline(modified(lambda s: s.clamp(-2, 2)), """attention(score=min(2, max(-2, 0.25*s)))""")
-    assert_expected_inline(modified(lambda s: torch.clip(s, min=-1.5)), """attention(score=max(-1.5, 0.25*s))""")
-    assert_expected_inline(modified(lambda s: F.hardtanh(s)), """attention(score=min(1, max(-1, 0.25*s)))""")
-    assert_expected_inline(modified(lambda s: s.minimum(torch.tensor(0.5))), """attention(score=min(0.25*s, 0.5))""")
+    assert_expected_inline(
+        modified(lambda s: s.clamp(-2, 2)), """attention(score=min(2, max(-2, 0.25*s)))"""
+    )
+    assert_expected_inline(
+        modified(lambda s: torch.clip(s, min=-1.5)), """attention(score=max(-1.5, 0.25*s))"""
+    )
+    assert_expected_inline(
+        modified(lambda s: F.hardtanh(s)), """attention(score=min(1, max(-1, 0.25*s)))"""
+    )
+    assert_expected_inline(
+        modified(lambda s: s.minimum(torch.tensor(0.5))), """attention(score=min(0.25*s, 0.5))"""
+    )
 
 
 def test_activations():
-    assert_expected_inline(modified(lambda s: s.sigmoid()), """attention(score=0.5*tanh(0.125*s) + 0.5)""")
+    assert_expected_inline(
+        modified(lambda s: s.sigmoid()), """attention(score=0.5*tanh(0.125*s) + 0.5)"""
+    )
     assert_expected_inline(modified(lambda s: F.relu(s)), """attention(score=max(0, 0.25*s))""")
-    assert_expected_inline(modified(lambda s: F.leaky_relu(s, 0.1)), """attention(score=where(0.25*s > 0, 0.25*s, 0.025*s))""")
+    assert_expected_inline(
+        modified(lambda s: F.leaky_relu(s, 0.1)),
+        """attention(score=where(0.25*s > 0, 0.25*s, 0.025*s))""",
+    )
     assert_expected_inline(modified(lambda s: F.gelu(s)), """""")
-    assert_expected_inline(modified(lambda s: s * torch.sigmoid(s)), """attention(score=(0.125*tanh(0.125*s) + 0.125)*s)""")
-    assert_expected_inline(modified(lambda s: torch.where(s > 0, s, 2 * s)), """attention(score=where(0.25*s > 0, 0.25*s, 0.5*s))""")
+    assert_expected_inline(
+        modified(lambda s: s * torch.sigmoid(s)),
+        """attention(score=(0.125*tanh(0.125*s) + 0.125)*s)""",
+    )
+    assert_expected_inline(
+        modified(lambda s: torch.where(s > 0, s, 2 * s)),
+        """attention(score=where(0.25*s > 0, 0.25*s, 0.5*s))""",
+    )
 
 
 @pytest.mark.parametrize(
@@ -108,24 +133,41 @@ def test_functions_that_are_undefined_where_they_are_masked():
     def logarithm(s):
         return torch.where(distance() <= 0, s - torch.log(1.0 - distance()), -INF)
 
-    assert_expected_inline(modified(square_root), """attention(score=0.25*s - load(0, q, kv), mask=kv <= q, dead=nan, aux=[float])""")
-    assert_expected_inline(modified(logarithm), """attention(score=0.25*s - load(0, q, kv), mask=kv <= q, dead=nan, aux=[float])""")
+    assert_expected_inline(
+        modified(square_root),
+        """attention(score=0.25*s - load(0, q, kv), mask=kv <= q, dead=nan, aux=[float])""",
+    )
+    assert_expected_inline(
+        modified(logarithm),
+        """attention(score=0.25*s - load(0, q, kv), mask=kv <= q, dead=nan, aux=[float])""",
+    )
 
 
 def test_powers():
     assert_expected_inline(modified(lambda s: s.square()), """attention(score=0.0625*pow(s, 2))""")
-    assert_expected_inline(modified(lambda s: s**3 / 8), """attention(score=0.001953125*pow(s, 3))""")
+    assert_expected_inline(
+        modified(lambda s: s**3 / 8), """attention(score=0.001953125*pow(s, 3))"""
+    )
     assert_expected_inline(modified(lambda s: -s.abs()), """attention(score=-0.25*abs(s))""")
     assert_expected_inline(modified(lambda s: (s / 4).exp()), """attention(score=exp(0.0625*s))""")
 
 
 def test_arithmetic():
-    assert_expected_inline(modified(lambda s: s / 1.7), """attention(score=0.14705882352941177*s)""")
+    assert_expected_inline(
+        modified(lambda s: s / 1.7), """attention(score=0.14705882352941177*s)"""
+    )
     assert_expected_inline(modified(lambda s: 3 * s - 2), """attention(score=0.75*s - 2)""")
     assert_expected_inline(modified(lambda s: 1 - s), """attention(score=-0.25*s + 1)""")
-    assert_expected_inline(modified(lambda s: torch.add(s, s, alpha=2)), """attention(score=0.75*s)""")
-    assert_expected_inline(modified(lambda s: torch.addcmul(s, s, s, value=0.1)), """attention(score=0.00625*pow(s, 2) + 0.25*s)""")
-    assert_expected_inline(modified(lambda s: torch.lerp(s, -s, 0.25)), """attention(score=0.125*s)""")
+    assert_expected_inline(
+        modified(lambda s: torch.add(s, s, alpha=2)), """attention(score=0.75*s)"""
+    )
+    assert_expected_inline(
+        modified(lambda s: torch.addcmul(s, s, s, value=0.1)),
+        """attention(score=0.00625*pow(s, 2) + 0.25*s)""",
+    )
+    assert_expected_inline(
+        modified(lambda s: torch.lerp(s, -s, 0.25)), """attention(score=0.125*s)"""
+    )
 
 
 def test_dot_product_of_unit_vectors():
@@ -139,18 +181,32 @@ def test_learned_temperature():
     def per_head(s, t):
         return s * t.exp().view(1, H, 1, 1)
 
-    assert_expected_inline(modified(per_head, normal(H)), """attention(score=0.25*load(0, h)*s, aux=[float])""")
-    assert_expected_inline(modified(lambda s, t: s * t, normal(())), """attention(score=0.25*load(0)*s, aux=[float])""")
-    assert_expected_inline(modified(lambda s, t: s / t.clamp(min=0.1), normal(1)), """attention(score=0.25*pow(max(0.1, load(0, 0)), -1)*s, aux=[float])""")
+    assert_expected_inline(
+        modified(per_head, normal(H)), """attention(score=0.25*load(0, h)*s, aux=[float])"""
+    )
+    assert_expected_inline(
+        modified(lambda s, t: s * t, normal(())), """attention(score=0.25*load(0)*s, aux=[float])"""
+    )
+    assert_expected_inline(
+        modified(lambda s, t: s / t.clamp(min=0.1), normal(1)),
+        """attention(score=0.25*pow(max(0.1, load(0, 0)), -1)*s, aux=[float])""",
+    )
 
 
 def test_learned_temperature_on_q():
     def attention(q, k, v, t):
         return attend((q * t) @ k.mT, v)
 
-    assert_expected_inline(specs(check(attention, *qkv(), normal(()))), """attention(score=load(0)*s, aux=[float])""")
-    assert_expected_inline(specs(check(attention, *qkv(), normal(H, 1, 1))), """attention(score=load(0, h, 0, 0)*s, aux=[float])""")
-    assert_expected_inline(specs(check(attention, *qkv(), normal(B, 1, S, 1))), """attention(score=s)""")
+    assert_expected_inline(
+        specs(check(attention, *qkv(), normal(()))), """attention(score=load(0)*s, aux=[float])"""
+    )
+    assert_expected_inline(
+        specs(check(attention, *qkv(), normal(H, 1, 1))),
+        """attention(score=load(0, h, 0, 0)*s, aux=[float])""",
+    )
+    assert_expected_inline(
+        specs(check(attention, *qkv(), normal(B, 1, S, 1))), """attention(score=s)"""
+    )
 
 
 def test_scale_for_each_element_of_the_head_stays_in_q():
@@ -165,7 +221,10 @@ def test_swin_2_clamps_its_temperature():
         s = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
         return attend(s * torch.clamp(t, max=math.log(1.0 / 0.01)).exp(), v)
 
-    assert_expected_inline(specs(check(attention, *qkv(), normal(H, 1, 1))), """attention(score=load(0, h, 0, 0)*s, aux=[float])""")
+    assert_expected_inline(
+        specs(check(attention, *qkv(), normal(H, 1, 1))),
+        """attention(score=load(0, h, 0, 0)*s, aux=[float])""",
+    )
 
 
 def test_scale_that_grows_with_the_position():
@@ -173,7 +232,10 @@ def test_scale_that_grows_with_the_position():
         rows = torch.arange(1, S + 1).view(S, 1)
         return s * rows.log() / math.log(16)
 
-    assert_expected_inline(modified(logarithmic), """attention(score=0.09016844005556021*load(0, q, 0)*s, aux=[float])""")
+    assert_expected_inline(
+        modified(logarithmic),
+        """attention(score=0.09016844005556021*load(0, q, 0)*s, aux=[float])""",
+    )
 
 
 def test_alibi():
@@ -190,10 +252,18 @@ def test_alibi():
         slopes = torch.pow(2.0, -8.0 * torch.arange(1, H + 1) / H)
         return s + slopes[:, None, None] * distance()
 
-    assert_expected_inline(modified(by_distance), """attention(score=(kv - q)*load(0, h) + 0.25*s, aux=[float])""")
-    assert_expected_inline(modified(by_key), """attention(score=kv*load(0, h) + 0.25*s, aux=[float])""")
-    assert_expected_inline(modified(symmetric), """attention(score=0.25*s - abs(kv - q)*load(0, h), aux=[float])""")
-    assert_expected_inline(modified(computed_slopes), """attention(score=(kv - q)*load(0, h) + 0.25*s, aux=[float])""")
+    assert_expected_inline(
+        modified(by_distance), """attention(score=(kv - q)*load(0, h) + 0.25*s, aux=[float])"""
+    )
+    assert_expected_inline(
+        modified(by_key), """attention(score=kv*load(0, h) + 0.25*s, aux=[float])"""
+    )
+    assert_expected_inline(
+        modified(symmetric), """attention(score=0.25*s - abs(kv - q)*load(0, h), aux=[float])"""
+    )
+    assert_expected_inline(
+        modified(computed_slopes), """attention(score=(kv - q)*load(0, h) + 0.25*s, aux=[float])"""
+    )
 
 
 def test_alibi_passed_in_as_bloom_does():
@@ -206,7 +276,10 @@ def test_alibi_passed_in_as_bloom_does():
         return torch.bmm(weights.view(B * H, S, S), v.reshape(B * H, S, D)).view(B, H, S, D)
 
     report = check(attention, *qkv(), uniform(B, H, 1, S))
-    assert_expected_inline(specs(report), """attention(score=load(0, b, h, 0, kv) + 0.25*s, mask=kv <= q, dead=nan, aux=[float])""")
+    assert_expected_inline(
+        specs(report),
+        """attention(score=load(0, b, h, 0, kv) + 0.25*s, mask=kv <= q, dead=nan, aux=[float])""",
+    )
 
 
 def test_alibi_and_scale_together_as_falcon_does():
@@ -216,7 +289,10 @@ def test_alibi_and_scale_together_as_falcon_does():
         s *= SCALE
         return attend(s, v)
 
-    assert_expected_inline(specs(check(attention, *qkv(), uniform(B, H, 1, S))), """attention(score=0.25*load(0, b, h, 0, kv) + 0.25*s, aux=[float])""")
+    assert_expected_inline(
+        specs(check(attention, *qkv(), uniform(B, H, 1, S))),
+        """attention(score=0.25*load(0, b, h, 0, kv) + 0.25*s, aux=[float])""",
+    )
 
 
 def test_relative_positions_from_a_table():
@@ -233,10 +309,22 @@ def test_relative_positions_from_a_table():
     def of_one_head(s, table):
         return s + table[distance().abs()]
 
-    assert_expected_inline(modified(gathered, normal(2 * S - 1, H)), """attention(score=load(0, q - kv + 23, h) + 0.25*s, aux=[float])""")
-    assert_expected_inline(modified(embedded, normal(2 * S - 1, H)), """attention(score=load(0, kv - q + 23, h) + 0.25*s, aux=[float])""")
-    assert_expected_inline(modified(clipped, normal(9, H)), """attention(score=load(0, where(min(4, max(-4, kv - q)) + 4 < 0, min(4, max(-4, kv - q)) + 13, min(4, max(-4, kv - q)) + 4), h) + 0.25*s, aux=[float])""")
-    assert_expected_inline(modified(of_one_head, normal(S)), """attention(score=load(0, abs(kv - q)) + 0.25*s, aux=[float])""")
+    assert_expected_inline(
+        modified(gathered, normal(2 * S - 1, H)),
+        """attention(score=load(0, q - kv + 23, h) + 0.25*s, aux=[float])""",
+    )
+    assert_expected_inline(
+        modified(embedded, normal(2 * S - 1, H)),
+        """attention(score=load(0, kv - q + 23, h) + 0.25*s, aux=[float])""",
+    )
+    assert_expected_inline(
+        modified(clipped, normal(9, H)),
+        """attention(score=load(0, where(min(4, max(-4, kv - q)) + 4 < 0, min(4, max(-4, kv - q)) + 13, min(4, max(-4, kv - q)) + 4), h) + 0.25*s, aux=[float])""",
+    )
+    assert_expected_inline(
+        modified(of_one_head, normal(S)),
+        """attention(score=load(0, abs(kv - q)) + 0.25*s, aux=[float])""",
+    )
 
 
 def t5_bucket(relative):
@@ -254,7 +342,10 @@ def test_t5():
         s += bias
         return attend(s.float(), v)
 
-    assert_expected_inline(specs(check(attention, *qkv(), normal(8, H))), """attention(score=load(0, q, kv, h) + s, aux=[float])""")
+    assert_expected_inline(
+        specs(check(attention, *qkv(), normal(8, H))),
+        """attention(score=load(0, q, kv, h) + s, aux=[float])""",
+    )
 
 
 def test_swin():
@@ -270,7 +361,10 @@ def test_swin():
 
     shifted = torch.where(uniform(4, 9, 9) > 0.8, -100.0, 0.0)
     report = check(attention, normal(8, 9, 96), normal(25, 2, seed=1), shifted)
-    assert_expected_inline(specs(report), """attention(score=load(0, kv + 9*q, h) + load(1, mod(b, 4), q, kv) + 0.25*s, aux=[float, float], out_order=bqhd)""")
+    assert_expected_inline(
+        specs(report),
+        """attention(score=load(0, kv + 9*q, h) + load(1, mod(b, 4), q, kv) + 0.25*s, aux=[float, float], out_order=bqhd)""",
+    )
 
 
 def test_swin_2_adds_its_mask_twice():
@@ -281,7 +375,10 @@ def test_swin_2_adds_its_mask_twice():
         return attend(s.view(-1, H, S, S), v)
 
     mask = torch.where(uniform(B, S, S) > 0.8, -1.0, 0.0)
-    assert_expected_inline(specs(check(attention, *qkv(), mask)), """attention(score=2*load(0, b, q, kv) + 0.25*s, aux=[float])""")
+    assert_expected_inline(
+        specs(check(attention, *qkv(), mask)),
+        """attention(score=2*load(0, b, q, kv) + 0.25*s, aux=[float])""",
+    )
 
 
 def test_relative_shift_of_transformer_xl():
@@ -292,7 +389,10 @@ def test_relative_shift_of_transformer_xl():
         s = (q @ k.mT + position[..., :S]) * SCALE
         return attend(s.masked_fill(distance() > 0, -INF), v)
 
-    assert_expected_inline(specs(check(attention, *qkv(), normal(H, S, D))), """attention(score=0.25*load(0, b, h, floordiv(kv + 24*q + 24, 25), mod(kv + 24*q + 24, 25)) + 0.25*s, mask=kv <= q, dead=nan, aux=[float])""")
+    assert_expected_inline(
+        specs(check(attention, *qkv(), normal(H, S, D))),
+        """attention(score=0.25*load(0, b, h, floordiv(kv + 24*q + 24, 25), mod(kv + 24*q + 24, 25)) + 0.25*s, mask=kv <= q, dead=nan, aux=[float])""",
+    )
 
 
 def test_decomposed_positions_of_sam():
@@ -316,7 +416,10 @@ def test_disentangled_terms_of_deberta():
         return attend((q @ k.mT + c2p + p2c) * SCALE, v)
 
     report = check(attention, *qkv(), normal(2 * S - 1, D, seed=5), normal(2 * S - 1, D, seed=6))
-    assert_expected_inline(specs(report), """attention(score=0.25*load(0, b, h, q, kv - q + 23) + 0.25*load(1, b, h, kv, q - kv + 23) + 0.25*s, aux=[float, float])""")
+    assert_expected_inline(
+        specs(report),
+        """attention(score=0.25*load(0, b, h, q, kv - q + 23) + 0.25*load(1, b, h, kv, q - kv + 23) + 0.25*s, aux=[float, float])""",
+    )
 
 
 def test_evoformer():
@@ -332,14 +435,20 @@ def test_evoformer():
         normal(2, 1, H, S, S, seed=5),
         normal(2, 3, 1, 1, S, seed=6),
     )
-    assert_expected_inline(specs(report), """attention(score=load(0, floordiv(b, 3), mod(b, 3), 0, 0, kv) + load(1, floordiv(b, 3), 0, h, q, kv) + 0.25*s, aux=[float, float])""")
+    assert_expected_inline(
+        specs(report),
+        """attention(score=load(0, floordiv(b, 3), mod(b, 3), 0, 0, kv) + load(1, floordiv(b, 3), 0, h, q, kv) + 0.25*s, aux=[float, float])""",
+    )
 
 
 def test_bias_of_two_batch_elements_alike():
     def attention(q, k, v, bias):
         return attend(scores_of(q, k) + bias.repeat(2, 1, 1, 1), v)
 
-    assert_expected_inline(specs(check(attention, *qkv(), normal(1, H, S, S))), """attention(score=load(0, 0, h, q, kv) + 0.25*s, aux=[float])""")
+    assert_expected_inline(
+        specs(check(attention, *qkv(), normal(1, H, S, S))),
+        """attention(score=load(0, 0, h, q, kv) + 0.25*s, aux=[float])""",
+    )
 
 
 def test_bias_times_gate():
@@ -348,14 +457,19 @@ def test_bias_times_gate():
         return attend(scores_of(q, k) + gate.sigmoid().view(H, 1, 1) * bias, v)
 
     report = check(attention, *qkv(), normal(S, S), normal(H, seed=8))
-    assert_expected_inline(specs(report), """attention(score=load(0, h)*load(1, q, kv) + 0.25*s, aux=[float, float])""")
+    assert_expected_inline(
+        specs(report), """attention(score=load(0, h)*load(1, q, kv) + 0.25*s, aux=[float, float])"""
+    )
 
 
 def test_factor_for_each_query_and_key():
     def attention(q, k, v, factor):
         return attend(scores_of(q, k) * factor, v)
 
-    assert_expected_inline(specs(check(attention, *qkv(), normal(B, 1, S, S))), """attention(score=0.25*load(0, b, 0, q, kv)*s, aux=[float])""")
+    assert_expected_inline(
+        specs(check(attention, *qkv(), normal(B, 1, S, S))),
+        """attention(score=0.25*load(0, b, 0, q, kv)*s, aux=[float])""",
+    )
 
 
 class Layers(nn.Module):
@@ -369,10 +483,13 @@ class Layers(nn.Module):
 
 
 def test_each_layer_its_scale():
-    assert_expected_inline(specs(check(Layers(), *qkv())), """\
+    assert_expected_inline(
+        specs(check(Layers(), *qkv())),
+        """\
 attention(score=0.25*s)
 attention(score=0.125*s)
-attention(score=0.08333333333333333*s)""")
+attention(score=0.08333333333333333*s)""",
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

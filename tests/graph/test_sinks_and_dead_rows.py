@@ -20,8 +20,8 @@ from tests.graph.inputs import (
     chance,
     large,
     normal,
-    queries_and_keys,
     qkv,
+    queries_and_keys,
     scores_of,
 )
 
@@ -39,7 +39,10 @@ def test_sinks_of_gpt_oss():
         s = s - s.max(dim=-1, keepdim=True).values
         return F.softmax(s, dim=-1, dtype=s.dtype)[..., :-1] @ v
 
-    assert_expected_inline(specs(check(attention, *qkv(), normal(H))), """attention(score=0.25*s, sinks=[load(0, h)], aux=[float])""")
+    assert_expected_inline(
+        specs(check(attention, *qkv(), normal(H))),
+        """attention(score=0.25*s, sinks=[load(0, h)], aux=[float])""",
+    )
 
 
 def test_sink_in_the_first_column():
@@ -47,7 +50,10 @@ def test_sink_in_the_first_column():
         s = torch.cat([sinks.view(1, H, 1, 1).expand(B, H, S, 1), scores_of(q, k)], dim=-1)
         return s.softmax(-1)[..., 1:] @ v
 
-    assert_expected_inline(specs(check(attention, *qkv(), normal(H))), """attention(score=0.25*s, sinks=[load(0, h)], aux=[float])""")
+    assert_expected_inline(
+        specs(check(attention, *qkv(), normal(H))),
+        """attention(score=0.25*s, sinks=[load(0, h)], aux=[float])""",
+    )
 
 
 def test_two_sinks_and_a_mask():
@@ -56,7 +62,10 @@ def test_two_sinks_and_a_mask():
         s = torch.cat([s, sinks.view(1, H, 1, 2).expand(B, H, S, 2)], dim=-1)
         return s.softmax(-1)[..., :-2] @ v
 
-    assert_expected_inline(specs(check(attention, *qkv(), normal(H, 2))), """attention(score=0.25*s, mask=kv <= q - 1, dead=nan, sinks=[load(0, h, 0), load(0, h, 1)], aux=[float])""")
+    assert_expected_inline(
+        specs(check(attention, *qkv(), normal(H, 2))),
+        """attention(score=0.25*s, mask=kv <= q - 1, dead=nan, sinks=[load(0, h, 0), load(0, h, 1)], aux=[float])""",
+    )
 
 
 def test_sink_of_zero():
@@ -64,7 +73,9 @@ def test_sink_of_zero():
     def attention(q, k, v):
         return F.pad(scores_of(q, k), (0, 1)).softmax(-1)[..., :S] @ v
 
-    assert_expected_inline(specs(check(attention, *qkv())), """attention(score=0.25*s, sinks=[0])""")
+    assert_expected_inline(
+        specs(check(attention, *qkv())), """attention(score=0.25*s, sinks=[0])"""
+    )
 
 
 def test_sink_for_each_query():
@@ -72,7 +83,10 @@ def test_sink_for_each_query():
         s = torch.cat([scores_of(q, k), sinks], dim=-1)
         return s.softmax(-1)[..., :-1] @ v
 
-    assert_expected_inline(specs(check(attention, *qkv(), normal(B, H, S, 1))), """attention(score=0.25*s, sinks=[load(0, b, h, q, 0)], aux=[float])""")
+    assert_expected_inline(
+        specs(check(attention, *qkv(), normal(B, H, S, 1))),
+        """attention(score=0.25*s, sinks=[load(0, b, h, q, 0)], aux=[float])""",
+    )
 
 
 def test_softmax_one_as_it_is_pasted():
@@ -139,8 +153,13 @@ def test_fill_left_in_place_of_a_mask():
         return specs(check(attention, *qkv()))
 
     assert_expected_inline(filled(-INF), """attention(score=0.25*s, mask=kv <= q - 1, dead=nan)""")
-    assert_expected_inline(filled(LOWEST), """attention(score=0.25*s, mask=kv <= q - 1, dead=score, fill=-3.4028234663852886e+38)""")
-    assert_expected_inline(filled(-1e9), """attention(score=where(kv >= q, -1000000000.0, 0.25*s))""")
+    assert_expected_inline(
+        filled(LOWEST),
+        """attention(score=0.25*s, mask=kv <= q - 1, dead=score, fill=-3.4028234663852886e+38)""",
+    )
+    assert_expected_inline(
+        filled(-1e9), """attention(score=where(kv >= q, -1000000000.0, 0.25*s))"""
+    )
 
 
 @pytest.mark.parametrize("added", [False, True], ids=["filled", "added"])
@@ -187,7 +206,10 @@ def test_two_fills_added_overflow():
         return attend(scores_of(q, k) + causal + padded, v)
 
     padding = torch.arange(S) >= torch.tensor([[0], [6]])
-    assert_expected_inline(specs(check(attention, *qkv(), padding)), """attention(score=0.25*s, mask=(kv <= q - 1) & (load(0, b, kv) != 0), dead=score, fill=0.25*s + where(kv >= q, -3.4028234663852886e+38, 0) + where(load(0, b, kv) != 0, 0, -3.4028234663852886e+38), aux=[bool])""")
+    assert_expected_inline(
+        specs(check(attention, *qkv(), padding)),
+        """attention(score=0.25*s, mask=(kv <= q - 1) & (load(0, b, kv) != 0), dead=score, fill=0.25*s + where(kv >= q, -3.4028234663852886e+38, 0) + where(load(0, b, kv) != 0, 0, -3.4028234663852886e+38), aux=[bool])""",
+    )
 
 
 def test_two_fills_of_different_depth():
@@ -196,7 +218,10 @@ def test_two_fills_of_different_depth():
         return attend(s.masked_fill(~padding[:, None, None, :], -INF), v)
 
     padding = torch.arange(S) >= torch.tensor([[0], [6]])
-    assert_expected_inline(specs(check(attention, *qkv(), padding)), """attention(score=0.25*s, mask=((kv <= q - 1) | (load(0, b, kv) == 0)) & (load(0, b, kv) != 0), dead=score, fill=where(load(0, b, kv) == 0, -inf, -3.4028234663852886e+38), aux=[bool])""")
+    assert_expected_inline(
+        specs(check(attention, *qkv(), padding)),
+        """attention(score=0.25*s, mask=((kv <= q - 1) | (load(0, b, kv) == 0)) & (load(0, b, kv) != 0), dead=score, fill=where(load(0, b, kv) == 0, -inf, -3.4028234663852886e+38), aux=[bool])""",
+    )
 
 
 def test_two_fills_in_the_other_order():
@@ -205,7 +230,10 @@ def test_two_fills_in_the_other_order():
         return attend(s.masked_fill(hidden(), LOWEST), v)
 
     padding = torch.arange(S) >= torch.tensor([[0], [6]])
-    assert_expected_inline(specs(check(attention, *qkv(), padding)), """attention(score=0.25*s, mask=((kv >= q) | (load(0, b, kv) != 0)) & (kv <= q - 1), dead=score, fill=where(kv >= q, -3.4028234663852886e+38, -inf), aux=[bool])""")
+    assert_expected_inline(
+        specs(check(attention, *qkv(), padding)),
+        """attention(score=0.25*s, mask=((kv >= q) | (load(0, b, kv) != 0)) & (kv <= q - 1), dead=score, fill=where(kv >= q, -3.4028234663852886e+38, -inf), aux=[bool])""",
+    )
 
 
 def test_mask_without_a_key():
@@ -220,14 +248,18 @@ def test_nan_to_num():
         weights = scores_of(q, k).masked_fill(hidden(), -INF).softmax(-1)
         return torch.nan_to_num(weights) @ v
 
-    assert_expected_inline(specs(check(attention, *qkv())), """attention(score=0.25*s, mask=kv <= q - 1, dead=zero)""")
+    assert_expected_inline(
+        specs(check(attention, *qkv())), """attention(score=0.25*s, mask=kv <= q - 1, dead=zero)"""
+    )
 
 
 def test_nan_to_num_of_the_output():
     def attention(q, k, v):
         return torch.nan_to_num(attend(scores_of(q, k).masked_fill(hidden(), -INF), v))
 
-    assert_expected_inline(specs(check(attention, *qkv())), """attention(score=0.25*s, mask=kv <= q - 1, dead=nan)""")
+    assert_expected_inline(
+        specs(check(attention, *qkv())), """attention(score=0.25*s, mask=kv <= q - 1, dead=nan)"""
+    )
 
 
 def test_dead_rows_replaced_where_they_are_nan():
@@ -235,7 +267,9 @@ def test_dead_rows_replaced_where_they_are_nan():
         weights = scores_of(q, k).masked_fill(hidden(), -INF).softmax(-1)
         return torch.where(weights.isnan(), 0.0, weights) @ v
 
-    assert_expected_inline(specs(check(attention, *qkv())), """attention(score=0.25*s, mask=kv <= q - 1, dead=zero)""")
+    assert_expected_inline(
+        specs(check(attention, *qkv())), """attention(score=0.25*s, mask=kv <= q - 1, dead=zero)"""
+    )
 
 
 def test_dead_rows_masked_again():
@@ -253,9 +287,15 @@ def test_dead_rows_of_sdpa():
 
     mask = chance(0.4, B, 1, S, S)
     mask[:, :, 3] = False
-    assert_expected_inline(specs(check(attention, *qkv(), mask)), """attention(score=0.25*s, mask=load(0, b, 0, q, kv) != 0, dead=zero, aux=[bool])""")
+    assert_expected_inline(
+        specs(check(attention, *qkv(), mask)),
+        """attention(score=0.25*s, mask=load(0, b, 0, q, kv) != 0, dead=zero, aux=[bool])""",
+    )
     added = torch.where(mask, 0.0, -INF)
-    assert_expected_inline(specs(check(attention, *qkv(), added)), """attention(score=load(0, b, 0, q, kv) + 0.25*s, dead=zero, aux=[float])""")
+    assert_expected_inline(
+        specs(check(attention, *qkv(), added)),
+        """attention(score=load(0, b, 0, q, kv) + 0.25*s, dead=zero, aux=[float])""",
+    )
 
 
 def test_dead_rows_of_exp_over_sum():
@@ -263,7 +303,9 @@ def test_dead_rows_of_exp_over_sum():
         e = scores_of(q, k).masked_fill(hidden(), -INF).exp()
         return e / e.sum(-1, keepdim=True) @ v
 
-    assert_expected_inline(specs(check(attention, *qkv())), """attention(score=0.25*s, mask=kv <= q - 1, dead=nan)""")
+    assert_expected_inline(
+        specs(check(attention, *qkv())), """attention(score=0.25*s, mask=kv <= q - 1, dead=nan)"""
+    )
 
 
 def test_dead_rows_of_exp_times_mask():
