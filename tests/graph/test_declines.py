@@ -494,7 +494,9 @@ class TestMutation:
             return attend(s, v) + k.sum()
 
         q, k, v = (x.detach() for x in qkv())
-        assert_expected_inline(declined(attention, q, k, v, training=False), """check: mutation-between""")
+        assert_expected_inline(
+            declined(attention, q, k, v, training=False), """check: mutation-between"""
+        )
 
     def test_keys_written_through_a_view(self):
         def attention(q, k, v):
@@ -504,7 +506,9 @@ class TestMutation:
             return attend(s, v), k
 
         q, k, v = (x.detach() for x in qkv())
-        assert_expected_inline(declined(attention, q, k, v, training=False), """check: mutation-between""")
+        assert_expected_inline(
+            declined(attention, q, k, v, training=False), """check: mutation-between"""
+        )
 
     def test_bias_written_in_between(self):
         def attention(q, k, v, bias):
