@@ -65,7 +65,7 @@ def check(names: list[str], training: bool) -> list[list[str]]:
     for i in range(PROCESSES):
         share = names[i::PROCESSES]
         if share:
-            command = [sys.executable, __file__, "check-some", *flags, *share]
+            command = [sys.executable, __file__, "check-some", *share, *flags]
             environment = {**os.environ, "OMP_NUM_THREADS": "2"}
             children.append(
                 subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)

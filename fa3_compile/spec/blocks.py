@@ -165,7 +165,13 @@ def _condition_on_queries(value: Expr, limit: Expr, q_lo: Expr, q_hi: Expr) -> _
     if found is None:
         return UNKNOWN
     least, largest = found
-    return _Bounds(hi=where(least <= limit, SKV, ZERO), full_hi=where(largest <= limit, SKV, ZERO))
+    holds = least <= limit
+    # An empty range begins at the end, where it does not widen a union with another.
+    return _Bounds(
+        where(holds, ZERO, SKV),
+        where(holds, SKV, ZERO),
+        full_hi=where(largest <= limit, SKV, ZERO),
+    )
 
 
 def _solve_at_most(value: Expr, limit: Range, q_lo: Expr, q_hi: Expr) -> _Bounds:
