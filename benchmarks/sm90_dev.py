@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -274,15 +275,11 @@ def host() -> None:
         text = f"attention({fields})"
         spec = AttentionSpec.parse(text)
         problem = problem_of(spec, q, k, v, aux)
+        sdpa = partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True)
         calls = {
-            "run": lambda: kernel.run(problem, q, k, v, aux, ()),  # noqa: B023
-            "operator": lambda: torch.ops.fa3.attention(q, k, v, aux, [], text),  # noqa: B023
-            "sdpa": lambda: torch.nn.functional.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                is_causal=True,  # noqa: B023
-            ),
+            "run": partial(kernel.run, problem, q, k, v, aux, ()),
+            "operator": partial(torch.ops.fa3.attention, q, k, v, aux, [], text),
+            "sdpa": partial(sdpa, q, k, v),
         }
         with torch.no_grad():
             for name, call in calls.items():
@@ -316,7 +313,7 @@ def compiled_graph() -> None:
             for _ in range(4):
                 out = compiled(q, k, v).clone()
             error = (out - attention(q, k, v)).abs().max().item()
-            took = microseconds(lambda: compiled(q, k, v))  # noqa: B023
+            took = microseconds(partial(compiled, q, k, v))
         print(f"compiled, mode {mode}: error {error:.1e}, host {took:.1f} us", flush=True)
 
 

@@ -6,6 +6,9 @@ evaluated on intervals may hold, must hold, or neither. Sound: what has no rule 
 not.
 """
 
+# sympy gives the parts of an expression as Basic.
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import math

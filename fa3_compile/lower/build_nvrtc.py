@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import importlib.util
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from fa3_compile import resources
 from fa3_compile.lower import cache
@@ -53,6 +55,11 @@ class Built:
         return self.spill_bytes == 0 and not self.serialised
 
 
+@functools.cache
+def _nvrtc() -> Any:
+    return importlib.import_module("cuda.bindings.nvrtc")
+
+
 def read_headers(root: Path) -> dict[str, str]:
     """Include name -> text of every header under `root` (kernels/)."""
     names = {path: path.relative_to(root) for path in sorted(root.rglob("*.cuh"))}
@@ -64,9 +71,9 @@ def build(source: str, headers: dict[str, str], arch: str = "sm_90a") -> Built:
 
     Raises BuildError with the compiler's log.
     """
-    from cuda.bindings import nvrtc
+    nvrtc = _nvrtc()
 
-    def check(result):
+    def check(result) -> Any:
         status, *values = result
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             raise RuntimeError(f"NVRTC call failed: {status.name}")
@@ -117,9 +124,7 @@ def headers() -> dict[str, str]:
 
 @functools.cache
 def _compiler() -> str:
-    from cuda.bindings import nvrtc
-
-    return repr(nvrtc.nvrtcVersion()[1:])
+    return repr(_nvrtc().nvrtcVersion()[1:])
 
 
 @functools.lru_cache(maxsize=1024)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import importlib
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +17,13 @@ from fa3_compile.lower.choose import KernelBuildError
 
 POINTER = struct.Struct("Q").pack_into
 MAP_BYTES = 128
+COUNTERS = 256  # of a module: templates/cuda/attention_fwd.cu.jinja
+
+
+@functools.cache
+def driver() -> Any:
+    """cuda-bindings' driver API, imported on first use."""
+    return importlib.import_module("cuda.bindings.driver")
 
 
 def checked(result: tuple) -> Any:
@@ -27,29 +36,39 @@ def checked(result: tuple) -> Any:
 
 @dataclass(frozen=True)
 class Module:
-    """A cubin in the current context, its kernels by name, and the attention's shared memory."""
+    """A cubin in the current context, its kernels by name, and the attention's shared memory.
+
+    slots  stream -> address of an int of the module that is zero between launches
+    """
 
     handle: Any
     shared_bytes: int
+    counters: int
+    slots: dict[int, int]
+
+    def counter(self, stream: int) -> int | None:
+        """The counter of a stream, whose launches follow each other; None if all are taken."""
+        if stream not in self.slots:
+            if len(self.slots) == COUNTERS:
+                return None
+            self.slots[stream] = self.counters + 4 * len(self.slots)
+        return self.slots[stream]
 
     def kernel(self, name: str) -> Any:
-        from cuda.bindings import driver
-
-        return checked(driver.cuModuleGetFunction(self.handle, name.encode()))
+        return checked(driver().cuModuleGetFunction(self.handle, name.encode()))
 
 
 def load_module(cubin: bytes) -> Module:
     """Loads a cubin of templates/cuda/attention_fwd.cu.jinja into the current context."""
-    from cuda.bindings import driver
-
-    handle = checked(driver.cuModuleLoadData(cubin))
-    address, _ = checked(driver.cuModuleGetGlobal(handle, b"shared_bytes"))
+    handle = checked(driver().cuModuleLoadData(cubin))
+    address, _ = checked(driver().cuModuleGetGlobal(handle, b"shared_bytes"))
     host = bytearray(4)
-    checked(driver.cuMemcpyDtoH(host, address, 4))
-    module = Module(handle, struct.unpack("i", host)[0])
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    checked(driver().cuMemcpyDtoH(host, address, 4))
+    counters, _ = checked(driver().cuModuleGetGlobal(handle, b"counters"))
+    module = Module(handle, struct.unpack("i", host)[0], int(counters), {})
+    attribute = driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     checked(
-        driver.cuFuncSetAttribute(module.kernel("attention_fwd"), attribute, module.shared_bytes)
+        driver().cuFuncSetAttribute(module.kernel("attention_fwd"), attribute, module.shared_bytes)
     )
     return module
 
@@ -96,7 +115,7 @@ def tensor_map(
 
 
 def _encode(dtype, address: int, sizes, strides, rows: int, columns: int) -> bytes:
-    from cuda.bindings import driver as cu
+    cu = driver()
 
     dtypes = cu.CUtensorMapDataType
     swizzle = cu.CUtensorMapSwizzle

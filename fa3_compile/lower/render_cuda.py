@@ -5,6 +5,9 @@ instantiated with (kernels/include/fa3/variant.cuh). Only printed expressions, i
 words reach the source; no string of the user's does.
 """
 
+# sympy gives the parts of an expression as Basic.
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 import functools

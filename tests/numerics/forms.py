@@ -200,8 +200,8 @@ def captured(kind: str, shape: Shape, dtype: torch.dtype, generator) -> Tensor:
         case "masked_bias":
             x = normal(b, 1, q, eight).to(dtype)[..., :kv]
             x[:, :, :, :20] = torch.finfo(dtype).min
-            x[:, :, 3] = float("-inf")
-            x[:, :, 7] = torch.finfo(dtype).min
+            x[:, :, 3:4] = float("-inf")
+            x[:, :, 7:8] = torch.finfo(dtype).min
             x[:, :, :, 25::7] = float("-inf")
             return x
         case "rows":

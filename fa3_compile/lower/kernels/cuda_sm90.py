@@ -27,6 +27,7 @@ from fa3_compile.lower.launch_cuda import (
     Module,
     Parameters,
     describable,
+    driver,
     load_module,
     tensor_map,
 )
@@ -75,7 +76,6 @@ class CudaSm90(Kernel):
 
     def __init__(self) -> None:
         self._bound: dict[tuple, Bound | None] = {}
-        self._counters: dict[tuple[int, int], Tensor] = {}
 
     def supports(self, problem: Problem) -> str | None:
         if problem.device.type != "cuda":
@@ -145,22 +145,29 @@ class CudaSm90(Kernel):
         stream = torch._C._cuda_getCurrentRawStream(bound.device)
         out = torch.empty_strided(bound.out_shape, bound.out_stride, dtype=q.dtype, device=q.device)
         lse = torch.empty(bound.out_shape[:3], dtype=torch.float32, device=q.device)
-        counter = self._counter(bound, stream) if bound.config.longest_first else None
-        lists = None
+        counter = _counter(bound, stream) if bound.config.longest_first else 0
+        lists = 0
         if bound.map_words:
-            lists = torch.empty(bound.map_words, dtype=torch.int32, device=q.device)
-        bound.launch(stream, q, k, v, aux, out, lse, counter, lists)
+            words = torch.empty(bound.map_words, dtype=torch.int32, device=q.device)
+            lists = words.data_ptr()
+        addresses = (
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), counter,
+            lists, *[x.data_ptr() for x in aux],
+        )  # fmt: skip
+        for launch in bound.launches:
+            launch(stream, addresses)
         return out, lse
 
-    def _counter(self, bound: Bound, stream: int) -> Tensor:
-        """One int that is zero between launches; launches of one stream follow each other."""
-        if torch._C._cuda_isCurrentStreamCapturing():
-            # A graph may be replayed beside anything: it gets, and clears, its own.
-            return torch.zeros(1, dtype=torch.int32, device=f"cuda:{bound.device}")
-        key = bound.device, stream
-        if key not in self._counters:
-            self._counters[key] = torch.zeros(1, dtype=torch.int32, device=f"cuda:{bound.device}")
-        return self._counters[key]
+
+def _counter(bound: Bound, stream: int) -> int:
+    """The address of an int that is zero between launches."""
+    assert bound.module is not None
+    if not torch._C._cuda_isCurrentStreamCapturing():
+        found = bound.module.counter(stream)
+        if found is not None:
+            return found
+    # A graph may be replayed beside anything: it has, and clears, its own.
+    return torch.zeros(1, dtype=torch.int32, device=f"cuda:{bound.device}").data_ptr()
 
 
 def _fresh(x: Tensor) -> Tensor:
@@ -268,10 +275,7 @@ class Bound:
     out_stride: tuple[int, ...] = ()
     map_words: int = 0
     launches: tuple[_Launch, ...] = ()
-
-    def launch(self, stream, q, k, v, aux, out, lse, counter, lists) -> None:
-        for each in self.launches:
-            each(stream, q, k, v, aux, out, lse, counter, lists)
+    module: Module | None = None
 
 
 class _Launch:
@@ -281,9 +285,7 @@ class _Launch:
     """
 
     def __init__(self, kernel, grid, threads, shared, content: bytes, places) -> None:
-        from cuda.bindings import driver
-
-        self._launch = driver.cuLaunchKernel
+        self._launch = driver().cuLaunchKernel
         self._arguments = (kernel, *grid, threads, 1, 1, shared)
         self._parameters = Parameters(content)
         self._places = [
@@ -293,12 +295,12 @@ class _Launch:
         # The driver copies the parameters while it launches.
         self._lock = threading.Lock()
 
-    def __call__(self, stream, q, k, v, aux, out, lse, counter, lists) -> None:
-        tensors = (q, k, v, out, lse, counter, lists, *aux)
+    def __call__(self, stream: int, addresses: Sequence[int]) -> None:
+        """`addresses` in the order of _NAMES, then the captured tensors."""
         parameters = self._parameters
         with self._lock:
             for offset, index, add in self._places:
-                parameters.set(offset, tensors[index].data_ptr() + add)
+                parameters.set(offset, addresses[index] + add)
             (status,) = self._launch(*self._arguments, stream, parameters.pointer, 0)
         if status.value:
             raise RuntimeError(f"cuda_sm90 could not be launched: {status.name}")
@@ -331,9 +333,8 @@ def bind(problem: Problem, q, k, v, aux, sizes, key: CudaKey | None = None) -> B
     binder = _Binder(spec, key, module, q, k, v, aux, sizes)
     out = empty_out(q, v, spec.out_order)
     launches, words = binder.launches(out.stride())
-    return Bound(
-        spec, q.device.index, False, key.config, tuple(out.shape), out.stride(), words, launches
-    )
+    shape, stride = tuple(out.shape), out.stride()
+    return Bound(spec, q.device.index, False, key.config, shape, stride, words, launches, module)
 
 
 class _Binder:

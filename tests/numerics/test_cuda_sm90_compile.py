@@ -1,0 +1,162 @@
+"""`cuda_sm90` compiled for sm_90a where there is no GPU: no spills, no serialised products."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fa3_compile.lower import build_nvrtc, cache, choose
+from fa3_compile.lower.choose import KernelBuildError, Problem
+from fa3_compile.lower.config_sm90 import TILES, Sm90Config, candidates
+from fa3_compile.lower.kernels import cuda_sm90
+from fa3_compile.lower.kernels.cuda_sm90 import CudaSm90, _keys, _likely_layout
+from fa3_compile.lower.render_cuda import CudaKey, mask_parts, render
+from fa3_compile.spec.attention import AttentionSpec
+from tests.numerics.forms import BY_NAME, FORMS, inputs, shape_for
+
+needs_nvrtc = pytest.mark.skipif(build_nvrtc.missing() is not None, reason="no cuda-bindings")
+
+# Each hook of the variant once, and each head dim of the shipped table.
+BUILT = [
+    ("full", 64, 64),
+    ("causal", 128, 128),
+    ("window", 256, 256),
+    ("softcap", 96, 96),
+    ("alibi", 40, 40),
+    ("dense bias", 128, 128),
+    ("sink, filled", 192, 128),
+    ("left padding", 128, 128),
+    ("documents", 64, 64),
+    ("dense mask", 80, 80),
+    ("relative bias", 64, 64),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FA3_CACHE_DIR", str(tmp_path_factory.mktemp("fa3")))
+        build_nvrtc.load.cache_clear()
+        yield
+        build_nvrtc.load.cache_clear()
+
+
+def problem(name: str, dim: int, v_dim: int, dtype=torch.bfloat16) -> Problem:
+    form = BY_NAME[name]
+    shape = shape_for(form, dim, v_dim, 333, 421, 2)
+    *_, aux = inputs(form, shape, dtype, "cpu")
+    lengths = (shape.batch, shape.heads, shape.kv_heads, shape.q_len, shape.kv_len, dim, v_dim)
+    dtypes = tuple(x.dtype for x in aux)
+    device = torch.device("cuda:0")
+    return Problem(form.spec(), dtype, device, (9, 0), *lengths, aux_dtypes=dtypes)
+
+
+def keys(asked: Problem) -> list[CudaKey]:
+    return _keys(asked, _likely_layout(asked))
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(("name", "dim", "v_dim"), BUILT)
+def test_builds_without_spills(name: str, dim: int, v_dim: int) -> None:
+    _, built = build_nvrtc.load_first(keys(problem(name, dim, v_dim)))
+    assert built.healthy, built.log
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda x: x.name)
+def test_every_form_has_a_text(form) -> None:
+    asked = problem(form.name, 64, 64)
+    source = render(keys(asked)[0])
+    assert source == render(keys(asked)[0])
+    assert source.count("{") == source.count("}")
+    assert source.startswith(f"// {asked.spec}\n")
+
+
+@pytest.mark.parametrize("dim", range(8, 257, 8))
+def test_every_head_dim_has_tiles_that_fit(dim: int) -> None:
+    for q_len in (1, 100, 4096):
+        for plain in (True, False):
+            for tile in (True, False):
+                found = candidates(dim, dim, q_len, True, plain, tile)
+                assert found or tile, (dim, q_len, plain)
+                assert all(x.block_m <= max(128, q_len) for x in found)
+
+
+def test_tiles_of_the_table_fit() -> None:
+    for dim, names in TILES.items():
+        for name in " ".join(names).split():
+            block_m, block_n = map(int, name.split("x"))
+            assert Sm90Config(block_m, block_n).fits(dim, dim), (dim, name)
+
+
+@pytest.mark.parametrize(
+    ("form", "interval", "column", "element"),
+    [
+        ("window", "(Max(0, q - 70), Min(Skv, q + 1))", "True", "True"),
+        ("left padding", "(0, Min(Skv, q + 1))", "Ne(load(0, b, kv), 0)", "True"),
+        ("documents, full", "None", "True", "Eq(load(0, b, q), load(0, b, kv))"),
+        ("not itself", "None", "True", "Ne(q, kv)"),
+    ],
+)
+def test_a_mask_comes_apart(form: str, interval: str, column: str, element: str) -> None:
+    parts = mask_parts(BY_NAME[form].spec().mask)
+    assert (str(parts.interval), str(parts.column)) == (interval, column)
+    assert str(parts.element) == element
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": torch.float32}, "float32"),
+        ({"dim": 264}, "head dim is 264"),
+        ({"v_dim": 12}, "value head dim is 12"),
+        ({"device": torch.device("cpu"), "capability": None}, "this is cpu"),
+        ({"capability": (8, 0)}, "(8, 0)"),
+        ({"capability": (10, 0)}, "(10, 0)"),
+        ({"aux_dtypes": (torch.complex64,)}, "complex64"),
+        ({"batch": 70000}, "65535"),
+    ],
+    ids=lambda x: str(x)[:24],
+)
+def test_says_what_it_does_not_take(change, reason: str) -> None:
+    asked = problem("causal", 64, 64)
+    assert CudaSm90().supports(asked) is None
+    said = CudaSm90().supports(replace(asked, **change))
+    assert said is not None and reason in said
+
+
+def test_says_so_without_cuda_bindings(monkeypatch) -> None:
+    monkeypatch.setattr(cuda_sm90, "missing", lambda: "cuda-bindings is not installed")
+    said = CudaSm90().supports(problem("causal", 64, 64))
+    assert said == "cuda-bindings is not installed"
+
+
+def test_the_next_family_runs_where_it_cannot_be_built() -> None:
+    asked = problem("causal", 64, 64)
+    assert choose.next_after(CudaSm90(), asked, ("cuda_sm90", "reference")).name == "reference"
+    with pytest.raises(KernelBuildError, match="no tile fits"):
+        build_nvrtc.load_first([])
+
+
+@needs_nvrtc
+def test_an_entry_keeps_its_source_and_a_damaged_one_is_rebuilt() -> None:
+    key = CudaKey(AttentionSpec(), "Fp16", 64, 64, Sm90Config(64, 64))
+    built = build_nvrtc.load(key)
+    [folder] = [
+        x.parent
+        for x in (cache.root() / build_nvrtc.KIND).glob("*/kernel.cu")
+        if "fa3::Fp16" in x.read_text() or "<Fp16, 64, 64, 64, 64" in x.read_text()
+    ]
+    assert {"kernel.cubin", "log", "config.json"} <= {x.name for x in folder.iterdir()}
+    (folder / "kernel.cubin").write_bytes(b"foreign code")
+    build_nvrtc.load.cache_clear()
+    assert build_nvrtc.load(key).cubin == built.cubin
+
+
+@needs_nvrtc
+def test_a_source_that_does_not_compile_says_why() -> None:
+    with pytest.raises(build_nvrtc.BuildError, match="nonsense") as found:
+        build_nvrtc.build("nonsense here;", {})
+    assert found.value.source == "nonsense here;"
