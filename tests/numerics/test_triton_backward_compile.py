@@ -1,0 +1,123 @@
+"""The Triton backward compiled for GPUs that are not here: matrix instructions, and spills."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from fa3_compile.lower import build  # noqa: E402
+from fa3_compile.lower.choose import Problem  # noqa: E402
+from fa3_compile.lower.config import SHARED_MEMORY, TritonConfig  # noqa: E402
+from fa3_compile.lower.kernels.triton_backward import render_key, supports_backward  # noqa: E402
+from fa3_compile.lower.tune_backward import table_configs  # noqa: E402
+from tests.numerics.test_triton_compile import (  # noqa: E402
+    CAUSAL,
+    FORMS,
+    own_caches,  # noqa: F401
+    problem,
+    spilled_bytes,
+)
+
+# Bytes of spills that the fastest measured tile of Hopper has, by head dim.
+SPILLS = {(90, 128): 128, (90, 192): 300, (90, 256): 1200}
+
+
+def compiled(asked: Problem, name: str, config: TritonConfig, wanted: tuple[int, ...] = ()):
+    """Triton's CompiledKernel for contiguous inputs of an even length."""
+    kernel = getattr(build.load(render_key(asked, wanted)), name)
+    element = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[asked.dtype]
+    kinds = {"float": "*fp32", "int": "*i64", "bool": "*i1"}
+    given = {
+        "GROUP": 1,
+        "EVEN_KV": True,
+        "EVEN_Q": True,
+        "DEAD_ROWS": asked.spec.dead != "nan",
+        "HAS_DLSE": False,
+        "BLOCK_Q": config.block_q,
+        "BLOCK_KV": config.block_kv,
+        "PRECISION": "tf32" if asked.dtype.itemsize == 2 else "ieee",
+    }
+    constants, signature, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.arg_names):
+        if parameter in given or parameter.endswith("stride_d"):
+            constants[parameter] = given.get(parameter, 1)
+            signature[parameter] = "constexpr"
+            continue
+        if aux := re.fullmatch(r"aux(\d+)", parameter):
+            signature[parameter] = kinds[asked.spec.aux[int(aux[1])]]
+        elif parameter == "dead_ptr":
+            signature[parameter] = "*i8"
+        elif parameter.endswith("_ptr"):
+            inputs = r"(q|k|v|out|dout|dq|dk|dv)_ptr"
+            signature[parameter] = element if re.fullmatch(inputs, parameter) else "*fp32"
+        else:
+            signature[parameter] = "i32"
+        if parameter not in ("B", "H"):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    major, minor = asked.capability or (8, 0)
+    return triton.compile(
+        ASTSource(kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", 10 * major + minor, 32),
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+    )
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_default_configs(arch: int, dim: int, tmp_path: Path) -> None:
+    asked = problem(CAUSAL, dim, arch)
+    configs = table_configs(asked)
+    for name, config in (("key_blocks", configs.keys), ("query_blocks", configs.queries)):
+        kernel = compiled(asked, name, config)
+        assert spilled_bytes(kernel, arch, tmp_path) <= SPILLS.get((arch, dim), 0), name
+        assert kernel.metadata.shared <= SHARED_MEMORY[divmod(arch, 10)]
+        product = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch]
+        assert product in kernel.asm["ptx"]
+        assert "atom" not in kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_compile_for_hopper(form: str) -> None:
+    """With the gradient of everything that has one."""
+    asked = problem(FORMS[form], 128, 90)
+    wanted = tuple(i for i, kind in enumerate(asked.spec.aux) if kind == "float")
+    configs = table_configs(asked)
+    names = ["row_terms", "key_blocks", "query_blocks", *(["dense0"] * (form == "dense bias"))]
+    for name in names:
+        config = configs.keys if name == "key_blocks" else configs.queries
+        ptx = compiled(asked, name, config, wanted).asm["ptx"]
+        assert ("wgmma.mma_async" in ptx) or name == "row_terms"
+
+
+RELATIVE = "attention(score=0.125*s + load(0, h, kv - q + 99), aux=[float])"
+
+
+@pytest.mark.parametrize(
+    ("text", "needs", "reason"),
+    [
+        (CAUSAL, (), None),
+        (FORMS["window with a fill"], (), None),
+        (RELATIVE, (False,), None),
+        (RELATIVE, (True,), "summed over the queries and keys"),
+        (
+            "attention(score=s, mask=(kv - q >= 1), dead=score, fill=s - 99.0)",
+            (),
+            "scores of its own",
+        ),
+    ],
+    ids=["causal", "window", "table", "table with a gradient", "fill with s"],
+)
+def test_says_what_it_leaves_to_the_reference(text: str, needs, reason: str | None) -> None:
+    dtypes = (torch.float32,) * len(needs)
+    asked = replace(problem(text, 64, 90), aux_dtypes=dtypes, aux_needs_grad=needs)
+    said = supports_backward(asked)
+    assert (said is None) if reason is None else (said is not None and reason in said)
