@@ -28,6 +28,7 @@ from fa3_compile.lower.render_backward import BackwardKey, dense_loads, key_sums
 from fa3_compile.lower.tune_backward import Configs, table_configs
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
+from fa3_compile.spec.derivative import derivative
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +56,7 @@ def supports_backward(problem: Problem) -> str | None:
     if reason := _unsupported(spec, wanted):
         return reason
     if spec.dead == "score" and forward.may_have_dead_rows(spec, problem.q_len, problem.kv_len):
-        assert spec.fill is not None
-        if not spec.fill.is_number:
+        if fill_slope(spec) is None:
             return "a row without a key has scores of its own, the gradients of which are dense"
         if spec.sinks:
             return "rows without a key share their weight with a sink"
@@ -80,6 +80,19 @@ def _unsupported(spec: AttentionSpec, wanted: tuple[int, ...]) -> str | None:
         if sum(y.tensor == x.tensor for y in E.loads_in(*spec.expressions)) > 1:
             return f"captured tensor {x.tensor} is read at several places of a query and key"
     return None
+
+
+@functools.lru_cache(maxsize=4096)
+def fill_slope(spec: AttentionSpec) -> float | None:
+    """d fill / ds where the fill is the same for every key in float32, so that each has the
+    weight 1 / Skv: a number, or one so large that it absorbs `s`. None for any other fill."""
+    assert spec.fill is not None
+    constant, rest = spec.fill.as_coeff_Add()
+    if spec.fill.is_number:
+        return 0.0
+    slope = derivative(rest, E.S)
+    absorbs = constant <= -1e30 and rest.free_symbols == {E.S} and not rest.has(E.load)
+    return float(slope) if absorbs and slope.is_number else None
 
 
 @dataclass(frozen=True)
@@ -174,21 +187,29 @@ def compute(
     needs: Sequence[bool],
 ) -> Gradients:
     """The gradients, by kernels of `bind` for tensors like these."""
-    spec, wanted = problem.spec, Wanted.of(needs)
+    wanted = Wanted.of(needs)
     tensors = _outputs(problem, q, k, v, aux, wanted)
     tensors |= {"q_ptr": q, "k_ptr": k, "v_ptr": v, "out_ptr": out, "dout_ptr": dout}
     tensors |= {"lse_ptr": lse, "dlse_ptr": lse if dlse is None else dlse}
     tensors |= {f"aux{i}": x for i, x in enumerate(aux)}
     for launch in launches.values():
         launch(tensors)
-    dq = tensors["dq_ptr"] if needs[0] else None
-    dk = tensors["dk_ptr"] if needs[1] else None
-    dv = tensors["dv_ptr"] if needs[2] else None
-    if dv is not None and forward.may_have_dead_rows(spec, q.shape[2], k.shape[2]):
-        dv = _with_dead_rows(spec, dv, dout, lse, tensors.get("dead_ptr"))
-    elif dv is not None and not spec.sinks and spec.dead == "nan" and _may_lose_rows(spec):
-        dv = _with_nan_rows(dv, lse)
+    if wanted.kv or wanted.q:
+        _finish_rows(problem, tensors, q, k, v, dout, lse)
+    dq, dk, dv = (tensors[f"{x}_ptr"] if n else None for x, n in zip(("dq", "dk", "dv"), needs[:3]))
     return dq, dk, dv, _captured(problem, tensors, q, k, lse, aux, sizes, needs)
+
+
+def _finish_rows(problem, tensors, q, k, v, dout, lse) -> None:
+    """Adds to dQ, dK and dV what the kernels leave out: rows without a key or without weight."""
+    spec, dv = problem.spec, tensors["dv_ptr"]
+    if forward.may_have_dead_rows(spec, q.shape[2], k.shape[2]):
+        if spec.dead == "score":
+            _add_uniform_rows(spec, tensors, q, k, v, dout)
+        elif spec.dead == "nan" and not spec.sinks:
+            _set_nan_rows(dv, lse)
+    elif spec.dead == "nan" and not spec.sinks and _may_lose_rows(spec):
+        _set_nan_rows(dv, lse)
 
 
 def _may_lose_rows(spec: AttentionSpec) -> bool:
@@ -196,32 +217,33 @@ def _may_lose_rows(spec: AttentionSpec) -> bool:
     return hoist.may_be_minus_inf(spec.score) and spec.has_mask
 
 
-def _with_dead_rows(
-    spec: AttentionSpec, dv: Tensor, dout: Tensor, lse: Tensor, dead: Tensor | None
-) -> Tensor:
-    """dV with what rows without a key add to it, which the kernels leave out."""
-    if spec.dead == "zero":
-        return dv
-    if spec.dead == "nan":
-        return dv if spec.sinks else _with_nan_rows(dv, lse)
-    # Every key has the weight 1 / Skv in a row of equal scores.
-    assert dead is not None
-    batch, kv_heads, kv_len, v_dim = dv.shape
-    total = _masked_row_sum(dead, dout)
-    total = total.view(batch, kv_heads, -1, v_dim).sum(2, keepdim=True) / kv_len
-    return dv.add_(total.to(dv.dtype))
+def _add_uniform_rows(spec: AttentionSpec, tensors, q, k, v, dout) -> None:
+    """The share of rows without a key, in which every key has the weight 1 / Skv.
+
+    With P uniform, ds = slope / Skv * (dO.v - delta) is linear in dO, so that the sums over keys
+    and rows factor into products of [D, S] and [S, Dv].
+    """
+    batch, kv_heads, kv_len, _ = k.shape
+    rows = (batch, kv_heads, -1)
+    dead = tensors["dead_ptr"].bool()
+    dout = torch.where(dead.unsqueeze(-1), dout, 0.0).float().reshape(*rows, dout.shape[-1])
+    tensors["dv_ptr"].add_((dout.sum(2, keepdim=True) / kv_len).to(v.dtype))
+    if not (slope := fill_slope(spec)):
+        return
+    delta = torch.where(dead, tensors["delta_ptr"], 0.0).reshape(*rows, 1)
+    weight = slope / kv_len
+    q_rows, k, v = q.float().reshape(*rows, q.shape[-1]), k.float(), v.float()
+    dq = dout @ (v.transpose(-1, -2) @ k) - delta * k.sum(2, keepdim=True)
+    dk = v @ (dout.transpose(-1, -2) @ q_rows) - (delta * q_rows).sum(2, keepdim=True)
+    tensors["dq_ptr"].add_((dq * weight).view(q.shape).to(q.dtype))
+    tensors["dk_ptr"].add_((dk * weight).to(q.dtype))
 
 
-def _masked_row_sum(dead: Tensor, dout: Tensor) -> Tensor:
-    """float32 [B, H, Dv]: the sum of dO over the rows of `dead` [B, H, Sq]."""
-    return torch.where(dead.bool().unsqueeze(-1), dout, 0.0).sum(2, dtype=torch.float32)
-
-
-def _with_nan_rows(dv: Tensor, lse: Tensor) -> Tensor:
+def _set_nan_rows(dv: Tensor, lse: Tensor) -> None:
     """P of a row whose scores are all -inf is NaN for every key."""
     batch, kv_heads = dv.shape[:2]
     lost = (lse == float("-inf")).view(batch, kv_heads, -1).any(-1)
-    return dv.masked_fill_(lost[:, :, None, None], float("nan"))
+    dv.masked_fill_(lost[:, :, None, None], float("nan"))
 
 
 def _outputs(problem, q, k, v, aux, wanted: Wanted) -> dict[str, Tensor]:
