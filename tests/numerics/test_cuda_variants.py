@@ -204,8 +204,8 @@ def test_hooks_are_the_reference(form: Form, library) -> None:
     lengths = tuple(s.shape)
     tiles = None
     exprs = list(spec.expressions)
-    if key.tile is not None:
-        exprs.append(_tile_candidate(spec))
+    if (load := _tile_candidate(spec)) is not None and key.tile is not None:
+        exprs.append(load)
     values = elements(exprs, spec, Shape(*lengths), s, aux, form.sizes, torch.float32, s.device)
     if key.tile is not None:
         tiles = values.pop().float().expand(lengths).contiguous()
