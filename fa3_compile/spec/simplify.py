@@ -179,10 +179,12 @@ def _harmless(expr: Expr, reach: float) -> Boolean:
     """When a term of a sum is too small to undo a fill at `reach` that is added to it."""
     limit = -reach * MODERATE
     if expr.is_number:
-        return sympy.true if expr == -sympy.oo or expr < limit else sympy.false
+        return sympy.true if float(expr) < limit else sympy.false
     if isinstance(expr, where):
         condition, a, b = expr.args
         a, b = _harmless(a, reach), _harmless(b, reach)
+        if a == b:
+            return a
         return sympy.Or(sympy.And(condition, a), sympy.And(sympy.Not(condition), b))
     if isinstance(expr, sympy.Add):
         constant, rest = expr.as_coeff_Add()

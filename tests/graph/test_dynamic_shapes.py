@@ -1,0 +1,305 @@
+"""Lengths that change: symbols in the spec, one compilation, and eager's numbers at each length."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from expecttest import assert_expected_inline
+from torch import nn
+
+from fa3_compile.report import collect
+from tests.graph.harness import rewrite_only, specs
+from tests.graph.inputs import INF, SCALE, B, D, H, attend, normal, scores_of
+
+
+def runs(function, inputs, *, dynamic: bool | None = True, training: bool = True) -> str:
+    """The specs of a function compiled once and run on several inputs; numbers are eager's."""
+    compiled = torch.compile(function, backend=rewrite_only, dynamic=dynamic)
+    with collect() as report:
+        for args in inputs:
+            expected = _outputs(function, args, training)
+            ours = _outputs(compiled, args, training)
+            torch.testing.assert_close(ours, expected, atol=2e-5, rtol=2e-5, equal_nan=True)
+    return specs(report)
+
+
+def _outputs(function, args, training):
+    args = [x.detach().requires_grad_(x.requires_grad) if torch.is_tensor(x) else x for x in args]
+    out = function(*args)
+    leaves = [x for x in args if torch.is_tensor(x) and x.requires_grad]
+    if not training or not leaves:
+        return [out]
+    weight = torch.linspace(-1, 1, out.numel()).view(out.shape)
+    return [out, *torch.autograd.grad((out * weight).sum(), leaves)]
+
+
+def of_lengths(*lengths, batch=None, heads=H):
+    """q, k, v of [batch, heads, length, D] for each length."""
+    return [tuple(normal(batch or B, heads, n, D, seed=i) for i in range(3)) for n in lengths]
+
+
+def causal(q, k, v):
+    n = q.size(-2)
+    return attend(scores_of(q, k).masked_fill(torch.ones(n, n).triu(1).bool(), -INF), v)
+
+
+def test_plain():
+    assert_expected_inline(
+        runs(lambda q, k, v: attend(scores_of(q, k), v), of_lengths(24, 7, 40)),
+        """attention(score=load(0)*s, aux=[float])""",
+    )
+
+
+def test_batch():
+    inputs = [of_lengths(24, batch=n)[0] for n in (2, 3, 5)]
+    assert_expected_inline(
+        runs(causal, inputs), """attention(score=load(0)*s, mask=kv <= q, dead=nan, aux=[float])"""
+    )
+
+
+def test_causal():
+    assert_expected_inline(
+        runs(causal, of_lengths(24, 7, 40)),
+        """attention(score=load(0)*s, mask=kv <= q, dead=nan, aux=[float])""",
+    )
+
+
+def test_causal_with_a_window():
+    def attention(q, k, v):
+        at = torch.arange(q.size(-2))
+        d = at[:, None] - at[None]
+        return attend(scores_of(q, k).masked_fill((d < 0) | (d >= 5), -INF), v)
+
+    assert_expected_inline(
+        runs(attention, of_lengths(24, 7, 40)),
+        """attention(score=load(0)*s, mask=(kv <= q) & (kv >= q - 4), dead=nan, aux=[float])""",
+    )
+
+
+def test_queries_at_the_end_of_the_keys():
+    def attention(q, k, v):
+        rows, columns = q.size(-2), k.size(-2)
+        hidden = torch.ones(rows, columns).triu(columns - rows + 1).bool()
+        return attend(scores_of(q, k).masked_fill(hidden, -INF), v)
+
+    inputs = [
+        (normal(B, H, n, D), normal(B, H, m, D, seed=1), normal(B, H, m, D, seed=2))
+        for n, m in ((5, 24), (3, 30), (8, 9))
+    ]
+    assert_expected_inline(
+        runs(attention, inputs),
+        """attention(score=load(0)*s, mask=kv <= Skv + q - Sq, dead=nan, aux=[float])""",
+    )
+
+
+def test_cross_attention():
+    inputs = [
+        (normal(B, H, n, D), normal(B, H, m, D, seed=1), normal(B, H, m, D, seed=2))
+        for n, m in ((5, 24), (24, 6), (8, 9))
+    ]
+    assert_expected_inline(
+        runs(lambda q, k, v: attend(scores_of(q, k), v), inputs),
+        """attention(score=load(0)*s, aux=[float])""",
+    )
+
+
+def test_cache_that_grows():
+    def attention(q, k, v, past_k, past_v):
+        k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+        return attend(scores_of(q, k), v)
+
+    inputs = [
+        (*of_lengths(1)[0], normal(B, H, n, D, seed=5), normal(B, H, n, D, seed=6))
+        for n in (4, 5, 6, 17)
+    ]
+    assert_expected_inline(
+        runs(attention, inputs),
+        """\
+detect: product-axes
+detect: product-axes""",
+    )
+
+
+def test_alibi():
+    def attention(q, k, v):
+        at = torch.arange(q.size(-2))
+        slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+        return attend(scores_of(q, k) + slopes[:, None, None] * (at[None] - at[:, None]), v)
+
+    assert_expected_inline(
+        runs(attention, of_lengths(24, 7, 40)),
+        """attention(score=(kv - q)*load(1, h) + load(0)*s, aux=[float, float])""",
+    )
+
+
+def test_heads_split_and_merged():
+    def attention(x):
+        b, n, _ = x.shape
+        q, k, v = x.view(b, n, 3, H, D).permute(2, 0, 3, 1, 4).unbind(0)
+        return attend(scores_of(q, k), v).transpose(1, 2).reshape(b, n, H * D)
+
+    inputs = [(normal(b, n, 3 * H * D),) for b, n in ((2, 24), (3, 7), (1, 40))]
+    assert_expected_inline(
+        runs(attention, inputs),
+        """\
+attention(score=load(0)*s, aux=[float], out_order=bqhd)
+attention(score=load(0)*s, aux=[float], out_order=qbhd)""",
+    )
+
+
+def test_heads_folded_into_the_batch():
+    def attention(q, k, v):
+        b, h, n, d = q.shape
+        q, k, v = (x.reshape(b * h, n, d) for x in (q, k, v))
+        s = torch.bmm(q, k.transpose(1, 2)) * SCALE
+        return torch.bmm(s.softmax(-1), v).view(b, h, n, d)
+
+    assert_expected_inline(
+        runs(attention, of_lengths(24, 7, 40)), """attention(score=load(0)*s, aux=[float])"""
+    )
+
+
+def test_grouped_heads():
+    def attention(q, k, v):
+        b, h, n, d = k.shape
+        k, v = (x[:, :, None].expand(b, h, 2, n, d).reshape(b, 2 * h, n, d) for x in (k, v))
+        return attend(scores_of(q, k), v)
+
+    inputs = [
+        (normal(B, 4, n, D), normal(B, 2, n, D, seed=1), normal(B, 2, n, D, seed=2))
+        for n in (24, 7, 40)
+    ]
+    assert_expected_inline(
+        runs(attention, inputs, dynamic=None),
+        """\
+attention(score=0.25*s)
+attention(score=0.25*s)""",
+    )
+
+
+def test_padding():
+    def attention(q, k, v, padding):
+        bias = torch.where(padding, 0.0, torch.finfo(q.dtype).min)[:, None, None, :]
+        return attend(scores_of(q, k) + bias, v)
+
+    inputs = [
+        (*x, torch.arange(n) >= torch.tensor([[0], [2]]))
+        for x, n in zip(of_lengths(24, 7, 40), (24, 7, 40), strict=True)
+    ]
+    assert_expected_inline(
+        runs(attention, inputs),
+        """attention(score=load(0)*s, mask=load(1, b, kv) != 0, dead=score, fill=load(0)*s - 3.4028234663852886e+38, aux=[float, bool])""",
+    )
+
+
+def test_relative_table():
+    def attention(q, k, v, table):
+        n = q.size(-2)
+        at = torch.arange(n)
+        place = (at[None] - at[:, None]).clamp(-8, 8) + 8
+        return attend(scores_of(q, k) + table[place].permute(2, 0, 1), v)
+
+    inputs = [(*x, normal(17, H, seed=9)) for x in of_lengths(24, 7, 40)]
+    assert_expected_inline(
+        runs(attention, inputs),
+        """attention(score=load(0)*s + load(1, where(min(8, max(-8, kv - q)) + 8 < 0, min(8, max(-8, kv - q)) + n0 + 8, min(8, max(-8, kv - q)) + 8), h), aux=[float, float])""",
+    )
+
+
+def test_scale_of_a_changing_number():
+    def attention(q, k, v, scale):
+        return attend(q @ k.mT * scale, v)
+
+    inputs = [(*x, c) for x, c in zip(of_lengths(24, 24, 24), (0.25, 0.5, 1.75), strict=True)]
+    compiled = runs(attention, inputs, dynamic=None)
+    assert "fused" not in compiled and "attention" in compiled
+
+
+def test_window_of_a_changing_number():
+    def attention(q, k, v, window):
+        at = torch.arange(q.size(-2))
+        d = at[:, None] - at[None]
+        return attend(scores_of(q, k).masked_fill((d < 0) | (d >= window), -INF), v)
+
+    inputs = [(*x, n) for x, n in zip(of_lengths(24, 24, 24, 24), (3, 5, 9, 11), strict=True)]
+    assert_expected_inline(
+        runs(attention, inputs, dynamic=None),
+        """\
+attention(score=0.25*s, mask=(kv <= q) & (kv >= q - 2), dead=nan)
+attention(score=0.25*s, mask=(kv <= q) & (kv >= q - n0 + 1), dead=nan)""",
+    )
+
+
+def test_scale_that_depends_on_the_length():
+    def attention(q, k, v):
+        return attend(q @ k.mT / k.size(-2) ** 0.5, v)
+
+    assert_expected_inline(
+        runs(attention, of_lengths(24, 7, 40)), """attention(score=pow(Skv, -0.5)*s)"""
+    )
+
+
+def test_chunks_of_a_dynamic_length():
+    def attention(q, k, v):
+        at = torch.arange(q.size(-2)) // 8
+        return attend(scores_of(q, k).masked_fill(at[None] != at[:, None], -INF), v)
+
+    assert_expected_inline(
+        runs(attention, of_lengths(24, 7, 40)),
+        """attention(score=load(0)*s, mask=floordiv(kv, 8) == floordiv(q, 8), dead=nan, aux=[float])""",
+    )
+
+
+def test_sdpa():
+    def attention(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    assert_expected_inline(
+        runs(attention, of_lengths(24, 7, 40)),
+        """attention(score=0.25*s, mask=kv <= q, dead=nan)""",
+    )
+
+
+class Sliced(nn.Module):
+    """nanoGPT: a buffer of the longest length, cut to this one."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("bias", torch.tril(torch.ones(64, 64)).view(1, 1, 64, 64))
+
+    def forward(self, q, k, v):
+        n = q.size(2)
+        return attend(scores_of(q, k).masked_fill(self.bias[:, :, :n, :n] == 0, -INF), v)
+
+
+def test_sliced_buffer():
+    assert_expected_inline(
+        runs(Sliced(), of_lengths(24, 7, 40)),
+        """attention(score=load(1)*s, mask=load(0, 0, 0, q, kv) != 0, dead=nan, aux=[float, float])""",
+    )
+
+
+@pytest.mark.parametrize("dim", [0, 2], ids=["batch", "length"])
+def test_marked_dimension(dim):
+    def attention(q, k, v):
+        return causal(q, k, v)
+
+    first = [x.detach() for x in of_lengths(24)[0]]
+    for x in first:
+        torch._dynamo.mark_dynamic(x, dim)
+    compiled = torch.compile(attention, backend=rewrite_only)
+    with collect() as report:
+        compiled(*first)
+        others = of_lengths(24, batch=3) if dim == 0 else of_lengths(9, 33)
+        for other in ([x.detach() for x in args] for args in others):
+            torch.testing.assert_close(compiled(*other), attention(*other), atol=2e-5, rtol=2e-5)
+    assert specs(report) == "attention(score=0.25*s, mask=kv <= q, dead=nan)"
+
+
+def test_one_compilation_for_every_length():
+    compiled = torch.compile(causal, backend=rewrite_only, dynamic=True)
+    with collect() as report:
+        for args in of_lengths(24, 7, 40, 100, 3):
+            compiled(*args)
+    assert len(report.regions) == 1
