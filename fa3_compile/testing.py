@@ -125,11 +125,17 @@ def _fresh(value: Any, dtype: torch.dtype | None) -> Any:
     """A tensor's copy with its strides, as a leaf; anything else as it is."""
     if not isinstance(value, Tensor):
         return value
-    made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-    made.copy_(value.detach())
-    if dtype is not None and made.is_floating_point():
-        made = made.to(dtype)
-    return made.requires_grad_(value.requires_grad)
+    # An expanded dimension holds one element: that one is copied, and expanded again.
+    once = tuple(slice(0, 1) if s == 0 and n > 1 else slice(None) for n, s in _layout(value))
+    source = value.detach()[once]
+    kept = dtype if dtype is not None and value.is_floating_point() else value.dtype
+    made = torch.empty_strided(source.shape, source.stride(), dtype=kept, device=value.device)
+    made.copy_(source)
+    return made.expand(value.shape).requires_grad_(value.requires_grad)
+
+
+def _layout(value: Tensor) -> list[tuple[int, int]]:
+    return list(zip(value.shape, value.stride(), strict=True))
 
 
 def _gradients(outputs: dict[str, Tensor], leaves: dict[str, Tensor]) -> dict[str, Tensor]:

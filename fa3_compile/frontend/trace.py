@@ -27,6 +27,7 @@ from fa3_compile.frontend.dynamo_graph import (
     opaque_target,
     storage_of,
 )
+from fa3_compile.frontend.gradients import stops
 from fa3_compile.frontend.spell_out import LIBRARY, SPELLED_OUT
 
 LIBRARY.define("mark(Tensor x, int index) -> Tensor")
@@ -38,7 +39,17 @@ def _(x, index):
     return torch.empty_like(x)
 
 
+LIBRARY.define("stop(Tensor x) -> Tensor")
+LIBRARY.impl("stop", lambda x: x.clone(), "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fa3_shadow::stop", lib=LIBRARY)
+def _(x):
+    return torch.empty_like(x)
+
+
 MARK = torch.ops.fa3_shadow.mark.default
+STOP = torch.ops.fa3_shadow.stop.default
 
 
 aten = torch.ops.aten
@@ -75,9 +86,11 @@ def shadow(gm: fx.GraphModule) -> Shadow | None:
     cuts = [n for n in gm.graph.nodes if n in keep and _is_cut(n)]
     cuts = [n for n in cuts if _is_value(example_value(n))]
     marked: list[tuple[fx.Node, fx.Node]] = []
+    # Asked while the program's own gradient mode is on, which the analysis turns off.
+    stopping = stops(gm.graph)
 
     def run(*values):
-        interpreter = _Reader(gm, keep, dict(zip(cuts, values, strict=True)), marked)
+        interpreter = _Reader(gm, keep, dict(zip(cuts, values, strict=True)), marked, stopping)
         # `boxed_run` and `run` want one argument a placeholder; cut values stand in for them.
         return interpreter.run_cut()
 
@@ -123,9 +136,10 @@ def _analysis_only(fake_mode) -> Iterator[None]:
 class _Reader(fx.Interpreter):
     """Runs the relevant nodes of the Dynamo graph on fakes, marking every tensor they make."""
 
-    def __init__(self, gm, keep, cut_values, marked):
+    def __init__(self, gm, keep, cut_values, marked, stopping):
         super().__init__(gm, garbage_collect_values=False)
-        self.keep, self.cut_values, self.marked = keep, cut_values, marked
+        self.keep, self.cut_values = keep, cut_values
+        self.marked, self.stopping = marked, stopping
 
     def run_cut(self):
         marks = []
@@ -142,6 +156,10 @@ class _Reader(fx.Interpreter):
                 if isinstance(value, torch.Tensor):
                     marks.append(MARK(value, len(self.marked)))
                     self.marked.append((changed, node))
+            if node in self.stopping:
+                stopped = self.env[node] = STOP(self.env[node])
+                marks.append(MARK(stopped, len(self.marked)))
+                self.marked.append((node, node))
         return marks
 
     def _written_by(self, mutation: fx.Node) -> list[fx.Node]:

@@ -403,6 +403,18 @@ def _(node, index, ctx: Lifter) -> Element:
     return where(condition, number(value), number(x))
 
 
+@element_of(torch.ops.fa3_shadow.stop.default)
+def _(node, index, ctx: Lifter) -> Element:
+    if node not in ctx.inside:
+        raise Opaque(node, "a value that the program holds constant")
+    raise Decline(
+        "gradient-stopped",
+        None,
+        "Leave detach() and no_grad() out of the attention, or take its whole under no_grad().",
+        message="the scores or weights are detached between the two products",
+    )
+
+
 @element_of(torch.ops.fa3_shadow.dropout.default)
 def _(node, index, ctx: Lifter) -> Element:
     if node not in ctx.inside:

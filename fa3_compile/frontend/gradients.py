@@ -1,0 +1,78 @@
+"""Where a program stops gradients: `detach()`, and results that leave a `no_grad` region.
+
+A fused attention has the gradient of its whole expression. What the program holds constant has to
+be read as a constant, so the shadow puts an operator there that no element rule looks through.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from fa3_compile.frontend.dynamo_graph import example_value, target_name
+
+# Their results are constants whatever they are given.
+CREATION = ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
+
+
+def stops(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes past which no gradient flows, although their inputs have one."""
+    enabled = torch.is_grad_enabled()
+    sections: dict[fx.Node, int] = {}
+    modes: dict[fx.Node, bool] = {}
+    section = 0
+    for node in graph.nodes:
+        if target_name(node) == "_set_grad_enabled":
+            enabled = bool(node.args[0])
+            section += 1
+        sections[node], modes[node] = section, enabled
+    return {
+        node
+        for node in graph.nodes
+        if _cuts_gradient(node)
+        and (modes[node] or any(modes[u] and sections[u] != sections[node] for u in node.users))
+    }
+
+
+def _cuts_gradient(node: fx.Node) -> bool:
+    value = example_value(node)
+    if node.op not in ("call_function", "call_method") or not _is_float(value):
+        return False
+    name = target_name(node)
+    if value.requires_grad or name in CREATION or name.startswith("new_"):
+        return False
+    sources = [s for s in node.all_input_nodes if _is_float(example_value(s))]
+    if name == "detach" and sources and _is_row_maximum(sources[0]):
+        # A softmax does not depend on what is taken off a whole row, nor does its gradient.
+        return False
+    return any(_had_gradient(s) for s in sources)
+
+
+def _had_gradient(node: fx.Node) -> bool:
+    """Whether a value has a gradient, or would have one outside `no_grad`."""
+    seen, stack = set(), [node]
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if _is_float(example_value(current)) and example_value(current).requires_grad:
+            return True
+        if target_name(current) != "detach":
+            stack.extend(s for s in current.all_input_nodes if len(seen) < 64)
+    return False
+
+
+def _is_float(value) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _is_row_maximum(node: fx.Node) -> bool:
+    if target_name(node) == "amax":
+        return True
+    source = node.args[0] if node.args else None
+    return (
+        target_name(node) == "getitem"
+        and isinstance(source, fx.Node)
+        and (target_name(source) == "max")
+    )
