@@ -1,0 +1,54 @@
+"""Derivatives of scores: sympy's where it has one to print, torch's at the corners."""
+
+import pytest
+import sympy
+import torch
+
+from fa3_compile.lower.elements import Shape, elements
+from fa3_compile.spec.attention import AttentionSpec
+from fa3_compile.spec.derivative import derivative
+from fa3_compile.spec.expr import S, load
+from fa3_compile.spec.text import parse, text
+
+SHAPE = Shape(1, 1, 1, 5)
+SCORES = [
+    "0.25*s",
+    "20.0*tanh(0.05*s)",
+    "exp(0.1*s) + pow(s, 2)",
+    "pow(abs(s) + 1.0, 1.5)",
+    "log(pow(s, 2) + 1.0)*sin(s)",
+    "atan(s) + erf(s) - cosh(0.1*s) + sinh(0.1*s)*cos(s)",
+    "where(s > 0.0, s, 0.1*s)",
+    "max(min(s, 1.0), -1.0)",
+    "max(s, -s)",
+    "min(s, 2.0*s, 0.5)",
+    "abs(s) + sign(s) + floor(s) + round(s)",
+    "pow(2.0, s)",
+]
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_is_what_torch_differentiates(score: str) -> None:
+    """At corners too: 0 is a corner of abs and of max(s, -s), 1 of the clamp."""
+    s = torch.tensor([-2.5, -1.0, 0.0, 1.0, 1.7], dtype=torch.float64).view(1, 1, 1, 5)
+    s.requires_grad_()
+    expr = parse(score)
+    arguments = (AttentionSpec(), SHAPE, s, [], [], torch.float64, s.device)
+    [value] = elements([expr], *arguments)
+    [expected] = torch.autograd.grad(value.expand(s.shape).sum(), s)
+    found = derivative(expr, S)
+    assert not found.has(sympy.Heaviside, sympy.DiracDelta, sympy.Derivative, sympy.Subs)
+    [slope] = elements([found], *arguments)
+    torch.testing.assert_close(slope.to(torch.float64).expand(s.shape), expected)
+
+
+def test_loads_are_variables_of_their_own() -> None:
+    score = parse("load(0, h)*(kv - q) + s*load(1, b, h, q, kv) + load(0, 0)")
+    assert text(derivative(score, load(0, *parse("load(0, h)").args[1:]))) == "kv - q"
+    assert text(derivative(score, parse("load(1, b, h, q, kv)"))) == "s"
+    assert text(derivative(score, S)) == "load(1, b, h, q, kv)"
+
+
+def test_names_a_function_without_a_rule() -> None:
+    with pytest.raises(TypeError, match="gamma"):
+        derivative(sympy.gamma(S), S)
