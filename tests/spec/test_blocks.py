@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fa3_compile.spec.attention import AttentionSpec
-from fa3_compile.spec.blocks import TileCounts, kv_bounds, kv_full_bounds, tile_counts
+from fa3_compile.spec.blocks import (
+    TileCounts,
+    kv_bounds,
+    kv_full_bounds,
+    q_bounds,
+    q_full_bounds,
+    tile_counts,
+)
 from fa3_compile.spec.text import parse
 from tests.spec.by_hand import evaluate, masks
 
@@ -72,6 +79,29 @@ def test_bounds_are_sound(mask, q_len, kv_len, n0, first, block):
     lo, hi = (int(evaluate(x, **at)) for x in kv_full_bounds(mask, Q_LO, Q_HI))
     assert 0 <= lo and hi <= kv_len
     assert passes[:, lo : max(lo, hi)].all()
+
+
+@given(masks, lengths, lengths, lengths, st.integers(0, 13), st.integers(1, 6))
+@settings(max_examples=150)
+def test_query_bounds_are_sound(mask, q_len, kv_len, n0, first, block):
+    first = min(first, kv_len - 1)
+    last = min(first + block, kv_len) - 1
+    passes = dense(mask, q_len, kv_len, n0)[:, first : last + 1]
+    at = {"q_lo": first, "q_hi": last, "Sq": q_len, "Skv": kv_len, "n0": n0}
+    lo, hi = (int(evaluate(x, **at)) for x in q_bounds(mask, Q_LO, Q_HI))
+    assert 0 <= lo and hi <= q_len
+    outside = np.ones(q_len, bool)
+    outside[lo : max(lo, hi)] = False
+    assert not passes[outside].any()
+    lo, hi = (int(evaluate(x, **at)) for x in q_full_bounds(mask, Q_LO, Q_HI))
+    assert 0 <= lo and hi <= q_len
+    assert passes[lo : max(lo, hi)].all()
+
+
+def test_query_bounds_of_a_window() -> None:
+    mask = parse("(kv <= q) & (q - kv < 128)")
+    assert str(q_bounds(mask, Q_LO, Q_HI)) == "(q_lo, Min(Sq, q_hi + 128))"
+    assert str(q_full_bounds(mask, Q_LO, Q_HI)) == "(q_hi, Min(Sq, q_lo + 128))"
 
 
 @given(masks, lengths, lengths, lengths, st.integers(1, 6), st.integers(1, 6))
