@@ -1,5 +1,8 @@
 """Derivatives of scores: sympy's where it has one to print, torch's at the corners."""
 
+# A parsed text is an Expr or a Boolean.
+# pyright: reportArgumentType=false
+
 import pytest
 import sympy
 import torch
