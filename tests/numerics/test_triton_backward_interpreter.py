@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -148,8 +148,8 @@ def run(case: Case) -> dict:
     if len(case.needs) > 3:
         needs = list(case.needs)
     dtypes = tuple(x.dtype for x in aux)
-    needed = {"needs_grad": True, "aux_needs_grad": tuple(needs[3:])}
-    problem = Problem(spec, case.dtype, q.device, None, *case.shape, dtypes, **needed)
+    problem = Problem(spec, case.dtype, q.device, None, *case.shape, aux_dtypes=dtypes)
+    problem = replace(problem, needs_grad=True, aux_needs_grad=tuple(needs[3:]))
     supported = ours.supports_backward(problem)
     if supported is not None:
         return {"name": case.name, "supported": supported}
