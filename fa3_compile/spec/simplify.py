@@ -143,11 +143,13 @@ def killed(expr: Expr, reach: float) -> Boolean:
         return sympy.Or(sympy.And(condition, if_true), sympy.And(sympy.Not(condition), if_false))
     if isinstance(expr, sympy.Add):
         units = _units(expr)
-        return sympy.Or(*(
-            sympy.And(killed_unit, *(_harmless(x, reach) for x in units if x is not unit))
-            for unit in units
-            if (killed_unit := _killed_unit(unit, reach)) != sympy.false
-        ))
+        return sympy.Or(
+            *(
+                sympy.And(killed_unit, *(_harmless(x, reach) for x in units if x is not unit))
+                for unit in units
+                if (killed_unit := _killed_unit(unit, reach)) != sympy.false
+            )
+        )
     if isinstance(expr, sympy.Mul):
         coefficient, rest = expr.as_coeff_Mul()
         if coefficient.is_positive and coefficient != 1:

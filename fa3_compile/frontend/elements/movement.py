@@ -180,7 +180,7 @@ def _(node, index, ctx: Lifter) -> Element:
     moved, inside = list(index), []
     for n in range(len(padding) // 2):
         d = len(index) - 1 - n
-        before, after = sym(padding[2 * n]), sym(padding[2 * n + 1])
+        before = sym(padding[2 * n])
         moved[d] = index[d] - before
         low, high = bounds(moved[d], ctx.ranges) or (None, None)
         if low is None or high is None:

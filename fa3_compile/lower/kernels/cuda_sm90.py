@@ -72,7 +72,7 @@ INTERVAL_ROWS, UNIFORM_ROWS, DEAD_ROWS = 8, 1024, 64
 
 class CudaSm90(Kernel):
     name = "cuda_sm90"
-    priority = 5
+    priority = 20
 
     def __init__(self) -> None:
         self._bound: dict[tuple, Bound | None] = {}

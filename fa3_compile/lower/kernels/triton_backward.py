@@ -52,6 +52,9 @@ class Wanted:
 def supports_backward(problem: Problem) -> str | None:
     """None, or why these gradients are left to the reference, as a sentence."""
     spec = problem.spec
+    if problem.dtype == torch.float32 and problem.device.type == "cuda":
+        # Weights rebuilt from the LSE: 3.5 times eager's own error in BART (H200), 2 allowed.
+        return "float32 gradients rebuilt from the LSE are further from float64 than twice eager's"
     wanted = tuple(i for i, n in enumerate(problem.aux_needs_grad) if n)
     if reason := _unsupported(spec, wanted):
         return reason
