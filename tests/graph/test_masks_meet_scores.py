@@ -1,0 +1,372 @@
+"""Masks before, after and inside score modifiers: order matters, and it is the program's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from expecttest import assert_expected_inline
+
+from tests.graph.harness import check, specs
+from tests.graph.inputs import (
+    INF,
+    LOWEST,
+    SCALE,
+    B,
+    D,
+    H,
+    S,
+    attend,
+    chance,
+    large,
+    normal,
+    qkv,
+    scores_of,
+    uniform,
+)
+from tests.graph.test_masks import PASSED_IN
+
+
+def upper():
+    return torch.ones(S, S, dtype=torch.bool).triu(1)
+
+
+def ones():
+    return torch.tril(torch.ones(S, S))
+
+
+def _hidden_where_small(s):
+    s = s.clone()
+    s[s.abs() < 0.5] = -INF
+    return s
+
+
+# Each is applied to s; what a hidden key ends up with is in the name.
+ORDERS = {
+    "capped: -3": lambda s: 3 * torch.tanh(s.masked_fill(upper(), -INF) / 3),
+    "capped: -3, of finfo.min": lambda s: 3 * torch.tanh((s + (1 - ones()) * LOWEST) / 3),
+    "clamped: -1": lambda s: s.masked_fill(upper(), -INF).clamp(min=-1),
+    "rectified: 0": lambda s: s.masked_fill(upper(), LOWEST).relu(),
+    "sigmoid: 0": lambda s: s.masked_fill(upper(), -INF).sigmoid(),
+    "exponential: 0": lambda s: s.masked_fill(upper(), -INF).exp(),
+    "square: finite": lambda s: s.masked_fill(upper(), -2.0).square(),
+    "made finite": lambda s: torch.nan_to_num(s.masked_fill(upper(), -INF), neginf=-50.0),
+    "made finite, lowest": lambda s: torch.nan_to_num(s.masked_fill(upper(), -INF)),
+    "scaled afterwards": lambda s: s.masked_fill(upper(), LOWEST) * 0.125,
+    "scaled up afterwards": lambda s: s.masked_fill(upper(), -1e30) * 8,
+    "divided afterwards": lambda s: (s + (1 - ones()) * -1e9) / 1e9,
+    "negated: the hidden attract": lambda s: -s.masked_fill(upper(), -1e9),
+    "negated twice": lambda s: -(-s).masked_fill(upper(), INF),
+    "subtracted": lambda s: s - upper() * 1e9,
+    "subtracted, infinity": lambda s: s - torch.full((S, S), INF).triu(1),
+    "multiplied, then filled": lambda s: s * ones() - 1e4 * (1 - ones()),
+    "multiplied, then lowest": lambda s: s * ones() + LOWEST * (1 - ones()),
+    "logarithm of almost zero": lambda s: s + (ones() + 1e-45).log(),
+    "logarithm of 1e-9": lambda s: s + (ones() + 1e-9).log(),
+    "by the score": lambda s: s.masked_fill(s < -0.5, -INF),
+    "by the score, written": _hidden_where_small,
+    "by the score and the place": lambda s: torch.where((s > 0) | ~upper(), s, LOWEST),
+    "filled with the score of another scale": lambda s: torch.where(upper(), 0.1 * s, s),
+    "filled with a position": lambda s: torch.where(upper(), -1.0 * torch.arange(S), s),
+    "filled with +5": lambda s: s.masked_fill(upper(), 5.0),
+    "biased and filled": lambda s: (s + torch.arange(S)).masked_fill(upper(), -INF),
+    "filled and biased": lambda s: s.masked_fill(upper(), -INF) + torch.arange(S),
+    "filled, biased by -inf": lambda s: s.masked_fill(upper(), LOWEST) - INF * 0.0,
+    "fills of two depths": lambda s: s.masked_fill(upper(), -1e9).masked_fill(upper().mT, -1e4),
+    "fills of two depths, added": lambda s: s + upper() * -1e9 + upper().mT * -1e4,
+    "half the lowest, twice": lambda s: s + upper() * (LOWEST / 2) + upper() * (LOWEST / 2),
+    "everything hidden": lambda s: s.masked_fill(torch.ones(S, S).bool(), -INF),
+    "everything lowest": lambda s: s + LOWEST,
+    "nothing hidden": lambda s: s.masked_fill(torch.zeros(S, S).bool(), -INF),
+    "one key left": lambda s: s.masked_fill(torch.arange(S) != 5, LOWEST),
+    "scaled by zero": lambda s: s * 0,
+}
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_order(order):
+    check(lambda q, k, v: attend(order(scores_of(q, k)), v), *qkv())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "multiplied, then filled",
+        "multiplied, then lowest",
+        "capped: -3",
+        "divided afterwards",
+        "fills of two depths, added",
+    ],
+)
+def test_order_with_large_scores(name):
+    check(lambda q, k, v: attend(ORDERS[name](q @ k.mT), v), *large())
+
+
+def masked_by(function, *masks, grad=False):
+    """Specs, for a padding mask of 0 and 1 in each of several types."""
+    found = set()
+    for mask in masks:
+        report = check(lambda q, k, v, m: attend(function(scores_of(q, k), m), v), *qkv(), mask)
+        found.add(specs(report).replace("aux=[float]", "aux=[..]").replace("aux=[int]", "aux=[..]"))
+    return "\n".join(sorted(found))
+
+
+def padding():
+    return (torch.arange(S) >= torch.tensor([[0], [6]])).view(B, 1, 1, S)
+
+
+NUMBERS = (torch.int64, torch.int32, torch.float32, torch.bfloat16)
+
+
+def test_masks_of_every_type():
+    masks = [padding().to(dtype) for dtype in NUMBERS]
+    assert_expected_inline(
+        masked_by(lambda s, m: s.masked_fill(m == 0, -INF), *masks),
+        """attention(score=0.25*s, mask=load(0, b, 0, 0, kv) != 0, dead=nan, aux=[..])""",
+    )
+    assert_expected_inline(
+        masked_by(lambda s, m: s.masked_fill(m < 0.5, -INF), *masks[:2]),
+        """attention(score=0.25*s, mask=load(0, b, 0, 0, kv) >= 0.5, dead=nan, aux=[..])""",
+    )
+    assert_expected_inline(
+        masked_by(lambda s, m: torch.where(m.bool(), s, LOWEST), *masks),
+        """attention(score=0.25*s, mask=load(0, b, 0, 0, kv) != 0, dead=score, fill=-3.4028234663852886e+38, aux=[..])""",
+    )
+    assert_expected_inline(
+        masked_by(lambda s, m: s + (1.0 - m.to(s.dtype)) * LOWEST, *masks),
+        """attention(score=0.25*s + where(load(0, b, 0, 0, kv) == 1, 0, 3.4028234663852886e+38*load(0, b, 0, 0, kv) - 3.4028234663852886e+38), mask=load(0, b, 0, 0, kv) > 0, dead=score, fill=0.25*s + where(load(0, b, 0, 0, kv) == 1, 0, 3.4028234663852886e+38*load(0, b, 0, 0, kv) - 3.4028234663852886e+38), aux=[..])""",
+    )
+    assert_expected_inline(
+        masked_by(lambda s, m: s + (m.to(s.dtype) - 1.0) * 1e9, *masks),
+        """attention(score=0.25*s + where(load(0, b, 0, 0, kv) == 1, 0, 1000000000.0*load(0, b, 0, 0, kv) - 1000000000.0), aux=[..])""",
+    )
+    assert_expected_inline(
+        masked_by(lambda s, m: s * m + (1 - m.to(s.dtype)) * -1e9, *masks),
+        """attention(score=0.25*load(0, b, 0, 0, kv)*s + where(load(0, b, 0, 0, kv) == 1, 0, 1000000000.0*load(0, b, 0, 0, kv) - 1000000000.0), aux=[..])""",
+    )
+    assert_expected_inline(
+        masked_by(lambda s, m: s + torch.log(m.to(s.dtype)), *masks[:2]),
+        """attention(score=load(0, b, 0, 0, kv) + 0.25*s, aux=[..])""",
+    )
+
+
+@pytest.mark.xfail(
+    strict=True, reason="arithmetic in the captured tensor's own 8 bits: 0 - 1 = 255"
+)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8], ids=str)
+def test_masks_of_bytes(dtype):
+    def attention(q, k, v, mask, numbers):
+        s = scores_of(q, k) + (mask.to(q.dtype) - 1.0) * 1e9
+        return attend(s + 0.125 * (numbers.int() * 2).to(q.dtype), v)
+
+    numbers = torch.arange(S).to(dtype) + 100
+    check(attention, *qkv(), padding().to(dtype), numbers)
+
+
+def test_boolean_masks():
+    for function in (
+        lambda s, m: s + (1.0 - m.float()) * LOWEST,
+        lambda s, m: s.masked_fill(~m, LOWEST),
+        lambda s, m: s + torch.where(m, 0.0, LOWEST),
+        lambda s, m: s + torch.zeros(m.shape).masked_fill(~m, LOWEST),
+        lambda s, m: s + (~m) * LOWEST,
+        lambda s, m: s.masked_fill(m.logical_not(), LOWEST),
+        lambda s, m: s.masked_fill(m == False, LOWEST),  # noqa: E712
+        lambda s, m: s.masked_fill(m ^ True, LOWEST),
+        lambda s, m: s.masked_fill(m.long() < 1, LOWEST),
+        lambda s, m: s.masked_fill((1 - m.int()).bool(), LOWEST),
+    ):
+        assert "mask=load(0, b, 0, 0, kv) != 0, dead=score" in masked_by(function, padding())
+
+
+@pytest.mark.parametrize(("shape", "index"), PASSED_IN.values(), ids=PASSED_IN)
+def test_bias_that_is_learned(shape, index):
+    # Its gradient is summed over what it was broadcast along.
+    def attention(q, k, v, bias):
+        return attend(scores_of(q, k).masked_fill(upper(), -INF) + bias, v)
+
+    assert f"load(0, {index})" in specs(check(attention, *qkv(), normal(*shape)))
+
+
+def test_one_bias_in_two_places():
+    def attention(q, k, v, bias):
+        return attend(scores_of(q, k) + bias + bias.mT, v)
+
+    def of_keys_and_queries(q, k, v, bias):
+        return attend(scores_of(q, k) + bias[:, None] * bias[None, :], v)
+
+    assert_expected_inline(
+        specs(check(attention, *qkv(), normal(S, S))),
+        """attention(score=load(0, kv, q) + load(0, q, kv) + 0.25*s, aux=[float])""",
+    )
+    assert_expected_inline(
+        specs(check(of_keys_and_queries, *qkv(), normal(S))),
+        """attention(score=load(0, kv)*load(0, q) + 0.25*s, aux=[float])""",
+    )
+
+
+def test_bias_made_of_the_queries():
+    # k's norm as a bias, q's as a temperature: gradients flow through the captured tensors too.
+    def attention(q, k, v):
+        s = scores_of(q, k) - k.square().sum(-1)[:, :, None, :] / 8
+        return attend(s / q.norm(dim=-1, keepdim=True), v)
+
+    assert_expected_inline(
+        specs(check(attention, *qkv())),
+        """attention(score=(0.25*s - 0.125*load(0, b, h, kv))*pow(load(1, b, h, q, 0), -1), aux=[float, float])""",
+    )
+
+
+def test_distances_by_products():
+    # -|q - k|^2, expanded as everyone writes it.
+    def attention(q, k, v):
+        d = q.square().sum(-1, True) + k.square().sum(-1)[..., None, :] - 2 * (q @ k.mT)
+        return attend(-d / 4, v)
+
+    assert_expected_inline(
+        specs(check(attention, *qkv())),
+        """attention(score=0.5*s - 0.25*load(0, b, h, q, 0) - 0.25*load(1, b, h, kv), aux=[float, float])""",
+    )
+
+
+def test_gate_for_each_key_in_the_exponent():
+    # Forgetting attention: differences of a cumulative sum of log gates.
+    def attention(q, k, v, gates):
+        total = F.logsigmoid(gates).cumsum(-1)
+        decay = total[..., :, None] - total[..., None, :]
+        return attend((scores_of(q, k) + decay).masked_fill(upper(), -INF), v)
+
+    assert_expected_inline(
+        specs(check(attention, *qkv(), normal(B, H, S))),
+        """attention(score=load(0, b, h, q) + 0.25*s - load(0, b, h, kv), mask=kv <= q, dead=nan, aux=[float])""",
+    )
+
+
+def test_bias_of_another_type():
+    def attention(q, k, v, bias):
+        return attend(scores_of(q, k) + bias, v)
+
+    for dtype in (torch.bfloat16, torch.float16):
+        check(attention, *qkv(), normal(H, S, S).detach().to(dtype))
+
+
+def test_half_precision_bias_is_rounded_as_eager_rounds_it():
+    def attention(q, k, v, bias):
+        s = scores_of(q, k) + 3 * bias.to(q.dtype)
+        return F.softmax(s, -1, dtype=torch.float32).to(q.dtype) @ v
+
+    check(attention, *qkv(dtype=torch.bfloat16), normal(H, S, S))
+
+
+def test_positions_in_half_precision():
+    # bfloat16 holds integers up to 256.
+    def attention(q, k, v):
+        at = torch.arange(300, dtype=torch.bfloat16)
+        s = q @ k.mT * SCALE - (at[:, None] - at[None, :]).abs()
+        return F.softmax(s.float(), -1).to(q.dtype) @ v
+
+    check(attention, *qkv(1, 1, 300, D, dtype=torch.bfloat16))
+
+
+def test_compared_positions_in_half_precision():
+    def attention(q, k, v):
+        at = torch.arange(300, dtype=torch.float32).bfloat16()
+        return attend(scores_of(q, k).masked_fill(at[None, :] > at[:, None], -INF), v)
+
+    check(attention, *qkv(1, 1, 300, D))
+
+
+def test_random_mask_made_inside():
+    def attention(q, k, v):
+        return attend(scores_of(q, k).masked_fill(torch.rand(S, S) > 0.9, -INF), v)
+
+    check(attention, *qkv())
+
+
+def test_mask_made_of_the_inputs():
+    def attention(q, k, v):
+        hidden = (k[..., 0] > 1)[:, :, None, :]
+        return attend(scores_of(q, k).masked_fill(hidden, LOWEST), v)
+
+    assert_expected_inline(
+        specs(check(attention, *qkv())),
+        """attention(score=0.25*s, mask=load(0, b, h, kv, 0) <= 1, dead=score, fill=-3.4028234663852886e+38, aux=[float])""",
+    )
+
+
+def test_keys_that_are_zero_are_padding():
+    def attention(q, k, v):
+        padded = (k == 0).all(-1)[:, :, None, :]
+        return attend(scores_of(q, k).masked_fill(padded, -INF), v)
+
+    q, k, v = qkv()
+    k = k.detach()
+    k[:, :, 20:] = 0
+    assert_expected_inline(
+        specs(check(attention, q, k.requires_grad_(), v)),
+        """attention(score=0.25*s, mask=load(0, b, h, kv) == 0, dead=nan, aux=[bool])""",
+    )
+
+
+def test_query_broadcast_over_the_batch():
+    q = normal(1, H, S, D)
+    _, k, v = qkv()
+    assert_expected_inline(
+        specs(check(lambda q, k, v: attend(scores_of(q, k), v), q, k, v)),
+        """attention(score=0.25*s)""",
+    )
+    learned = normal(S, D)
+    assert_expected_inline(
+        specs(check(lambda q, k, v: attend(scores_of(q, k), v), learned, k, v)),
+        """detect: product-axes""",
+    )
+
+
+def test_softmax_in_double():
+    def attention(q, k, v):
+        return scores_of(q, k).double().softmax(-1).to(q.dtype) @ v
+
+    check(attention, *qkv())
+
+
+def test_heads_summed_by_the_product_with_the_values():
+    def attention(q, k, v):
+        return torch.einsum("bhqk,bhkd->bqd", scores_of(q, k).softmax(-1), v)
+
+    check(attention, *qkv())
+
+
+def test_temperature_inside_the_einsum():
+    def attention(q, k, v, t):
+        return attend(torch.einsum("bhqd,bhkd,h->bhqk", q, k, t), v)
+
+    check(attention, *qkv(), normal(H))
+
+
+def test_gated_weights_of_another_attention():
+    # The second attention is biased by the first one's weights.
+    def attention(q, k, v):
+        p = scores_of(k, q).softmax(-1)
+        return attend(scores_of(q, k) + p, v)
+
+    check(attention, *qkv())
+
+
+def test_output_of_one_attention_as_bias_of_the_next():
+    def attention(q, k, v):
+        y = attend(scores_of(q, k), v)
+        return attend(scores_of(q, k) + y.sum(-1)[..., None, :], y)
+
+    check(attention, *qkv())
+
+
+def test_mask_of_which_each_batch_element_has_a_part():
+    def attention(q, k, v, hidden):
+        hidden = torch.cat([hidden[:1], hidden[1:].flip(-1)])
+        return attend(scores_of(q, k).masked_fill(hidden, -1e9), v)
+
+    check(attention, *qkv(), chance(0.5, B, 1, S, S))
+
+
+def test_uniform_scores():
+    check(lambda q, k, v: attend(scores_of(q * 0, k) + uniform(S, S), v), *qkv())
