@@ -150,17 +150,12 @@ def test_masks_of_every_type():
     )
 
 
-@pytest.mark.xfail(
-    strict=True, reason="arithmetic in the captured tensor's own 8 bits: 0 - 1 = 255"
-)
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8], ids=str)
-def test_masks_of_bytes(dtype):
-    def attention(q, k, v, mask, numbers):
-        s = scores_of(q, k) + (mask.to(q.dtype) - 1.0) * 1e9
-        return attend(s + 0.125 * (numbers.int() * 2).to(q.dtype), v)
+@pytest.mark.xfail(strict=True, reason="arithmetic in the captured tensor's 8 bits: 0 - 1 = 255")
+def test_mask_of_bytes():
+    def attention(q, k, v, mask):
+        return attend(scores_of(q, k) + (mask.to(q.dtype) - 1.0) * 1e9, v)
 
-    numbers = torch.arange(S).to(dtype) + 100
-    check(attention, *qkv(), padding().to(dtype), numbers)
+    check(attention, *qkv(), padding().to(torch.uint8))
 
 
 def test_boolean_masks():

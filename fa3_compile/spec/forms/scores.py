@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import sympy
 
-from fa3_compile.spec.expr import KV, B, Expr, H, Q, S, load
+from fa3_compile.spec.expr import KV, B, Expr, H, Q, S, load, where
+from fa3_compile.spec.simplify import OUT_OF_REACH
 
 FORMS: list[Callable[[Expr], str | None]] = []
 
@@ -71,6 +72,20 @@ def alibi(term: Expr) -> str | None:
 def per_head(term: Expr) -> str | None:
     """A constant of the head: softmax does not see it."""
     return "" if term.free_symbols <= {H, B} and S not in term.free_symbols else None
+
+
+@score_form
+def extended_mask(term: Expr) -> str | None:
+    """(x - 1) * c of a loaded 0/1 mask x, as BERT extended its padding once."""
+    if not isinstance(term, where) or not isinstance(term.args[0], sympy.Eq):
+        return None
+    condition, at_one, otherwise = term.args
+    x = condition.lhs
+    slope = otherwise.coeff(x) if isinstance(x, load) else sympy.S.Zero
+    if slope == 0 or at_one != 0 or otherwise != slope * x - slope:
+        return None
+    # Out of reach it is a mask, which has a name of its own.
+    return "" if slope >= -OUT_OF_REACH else "bias"
 
 
 @score_form

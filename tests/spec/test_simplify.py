@@ -1,0 +1,79 @@
+"""Score, mask and fill from one element's expression, without a graph."""
+
+from __future__ import annotations
+
+import pytest
+
+from fa3_compile.spec.simplify import exact_at_one, separate
+from fa3_compile.spec.text import parse, text
+
+LOWEST = "3.4028234663852886e+38"
+CASES = {
+    # element -> score, mask, dead, fill
+    "s": ("s", "True", "nan", ""),
+    "where(kv <= q, s, -inf)": ("s", "kv <= q", "nan", ""),
+    "s + where(kv <= q, 0, -inf)": ("s", "kv <= q", "nan", ""),
+    f"where(kv <= q, s, -{LOWEST})": ("s", "kv <= q", "score", f"-{LOWEST}"),
+    f"s + where(kv <= q, 0, -{LOWEST})": ("s", "kv <= q", "score", f"s - {LOWEST}"),
+    # In reach of a large score, unless the score is bounded.
+    "where(kv <= q, s, -10000)": ("where(kv <= q, s, -10000)", "True", "nan", ""),
+    "where(kv <= q, 20*tanh(s), -10000)": ("20*tanh(s)", "kv <= q", "score", "-10000"),
+    # A factor keeps the fill out of reach, a negative one turns it round.
+    "0.5*(s + where(kv <= q, 0, -inf))": ("0.5*s", "kv <= q", "nan", ""),
+    "-(s + where(kv <= q, 0, -1e30))": (
+        "where(kv <= q, 0, 1e+30) - s",
+        "True",
+        "nan",
+        "",
+    ),
+    # Terms that undo one another are no mask.
+    "s + load(0, kv) - 1e38": (
+        "load(0, kv) + s - 1e+38",
+        "False",
+        "score",
+        "load(0, kv) + s - 1e+38",
+    ),
+    "s + 1e38*load(0, kv) - 1e38": (
+        "s + where(load(0, kv) == 1, 0, 1e+38*load(0, kv) - 1e+38)",
+        "load(0, kv) > 0",
+        "score",
+        "s + where(load(0, kv) == 1, 0, 1e+38*load(0, kv) - 1e+38)",
+    ),
+    "s - 1e38*load(0, kv)": (
+        "s - 1e+38*load(0, kv)",
+        "load(0, kv) < 1",
+        "score",
+        "s - 1e+38*load(0, kv)",
+    ),
+    # A select that the mask decides is gone from the score.
+    "where(kv <= q, s + where(kv <= q, 0, 1), -inf)": ("s", "kv <= q", "nan", ""),
+    "where(where(kv <= q, load(0, kv), 0) != 0, s, -inf)": (
+        "s",
+        "(kv <= q) & (load(0, kv) != 0)",
+        "nan",
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("element", CASES)
+def test_separate(element):
+    found = separate(parse(element))
+    fill = "" if found.fill is None else text(found.fill)
+    assert (text(found.score), text(found.mask), found.dead, fill) == CASES[element]
+
+
+def test_half_precision_reaches_less_far():
+    element = parse("where(kv <= q, s, -65504.0)")
+    assert separate(element).mask == True  # noqa: E712
+    found = separate(element, half_fill=True)
+    assert text(found.mask) == "kv <= q"
+    assert found.fill is not None and text(found.fill) == f"-{LOWEST}"
+
+
+def test_a_mask_of_zeros_and_ones_is_exactly_nothing_at_one():
+    assert text(exact_at_one(parse("s + 10000*load(0, kv) - 10000"))) == (
+        "s + where(load(0, kv) == 1, 0, 10000*load(0, kv) - 10000)"
+    )
+    # Small numbers add up exactly enough.
+    assert text(exact_at_one(parse("s + 2*load(0, kv) - 2"))) == "2*load(0, kv) + s - 2"
