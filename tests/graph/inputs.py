@@ -13,13 +13,13 @@ LOWEST = torch.finfo(torch.float32).min
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal numbers that ask for a gradient."""
-    made = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    made = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     return made.to(dtype).requires_grad_()
 
 
 def uniform(*shape: int, seed: int = 0) -> Tensor:
     """Numbers from [0, 1), without gradient."""
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def chance(probability: float, *shape: int, seed: int = 0) -> Tensor:

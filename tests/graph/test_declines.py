@@ -270,7 +270,7 @@ detect: softmax-result-changed""",
             hard = torch.zeros_like(p).scatter(-1, p.argmax(-1, keepdim=True), 1.0)
             return (hard - p.detach() + p) @ v
 
-        assert_expected_inline(declined(attention), """lift: not-pointwise""")
+        assert_expected_inline(declined(attention), """detect: gradient-stopped""")
 
     def test_dropout(self):
         assert_expected_inline(

@@ -185,7 +185,7 @@ def test_learned_temperature():
         modified(per_head, normal(H)), """attention(score=0.25*load(0, h)*s, aux=[float])"""
     )
     assert_expected_inline(
-        modified(lambda s, t: s * t, normal(())), """attention(score=0.25*load(0)*s, aux=[float])"""
+        modified(lambda s, t: s * t, normal()), """attention(score=0.25*load(0)*s, aux=[float])"""
     )
     assert_expected_inline(
         modified(lambda s, t: s / t.clamp(min=0.1), normal(1)),
@@ -198,7 +198,7 @@ def test_learned_temperature_on_q():
         return attend((q * t) @ k.mT, v)
 
     assert_expected_inline(
-        specs(check(attention, *qkv(), normal(()))), """attention(score=load(0)*s, aux=[float])"""
+        specs(check(attention, *qkv(), normal())), """attention(score=load(0)*s, aux=[float])"""
     )
     assert_expected_inline(
         specs(check(attention, *qkv(), normal(H, 1, 1))),
