@@ -47,7 +47,7 @@ def region(shadow: Shadow, skeleton: Skeleton, reading: Reading) -> Region:
     sinks = tuple(simplify.tidy(in_coordinates(x)) for x in reading.sinks)
     separated = simplify.separate(
         score,
-        half_fill=example_value(query.source).dtype == torch.float16,
+        half_fill=_scores_dtype(skeleton) == torch.float16,
         dead_rows_zero=skeleton.softmax.dead_rows_zero or reading.dead_rows_zero,
     )
     if skeleton.softmax.unshifted and separated.dead == "score":
@@ -84,6 +84,14 @@ def region(shadow: Shadow, skeleton: Skeleton, reading: Reading) -> Region:
         loads=loads,
         sizes=sizes,
     )
+
+
+def _scores_dtype(skeleton: Skeleton) -> torch.dtype:
+    """The dtype in which scores are masked, before the softmax casts them."""
+    node = skeleton.softmax.scores
+    while node.target is torch.ops.aten._to_copy.default:
+        node = node.args[0]
+    return node.meta["val"].dtype
 
 
 def _interior(shadow: Shadow, skeleton: Skeleton, reading: Reading) -> list[fx.Node]:

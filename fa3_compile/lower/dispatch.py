@@ -71,6 +71,14 @@ def allowed_kernels(options: Mapping[str, str]) -> tuple[str, ...] | None:
     return tuple(names.split(",")) if names else None
 
 
+NARROW = (torch.uint8, torch.int8, torch.int16)
+
+
+def widened(aux: Sequence[Tensor]) -> list[Tensor]:
+    """Captured integers in a type that arithmetic does not overflow: 0 - 1 is 255 in uint8."""
+    return [x.to(torch.int32) if x.dtype in NARROW else x for x in aux]
+
+
 def wants_verification(options: Mapping[str, str]) -> bool:
     """Whether the reference runs beside the kernel; the operator then stays a call."""
     return options.get("verify") == "True"
@@ -106,6 +114,7 @@ def built_backward(problem: Problem, allowed: tuple[str, ...] | None) -> Kernel:
 
 def forward(q, k, v, aux, sizes, text: str) -> tuple[Tensor, Tensor]:
     """`fa3::attention`. The choice does not depend on which gradients will be asked for."""
+    aux = widened(aux)
     problem = make_problem(text, q, k, v, aux)
     options = split_text(text)[1]
     kernel = built(problem, allowed_kernels(options))
@@ -117,6 +126,7 @@ def forward(q, k, v, aux, sizes, text: str) -> tuple[Tensor, Tensor]:
 
 def backward(dout, dlse, q, k, v, out, lse, aux, sizes, text: str, needs) -> Gradients:
     """`fa3::attention_backward`."""
+    aux = widened(aux)
     problem = make_problem(text, q, k, v, aux, needs)
     kernel = built_backward(problem, allowed_kernels(split_text(text)[1]))
     return kernel.run_backward(problem, dout, dlse, q, k, v, out, lse, aux, sizes, needs)

@@ -24,6 +24,7 @@ from fa3_compile.lower.dispatch import (
     built_backward,
     make_problem,
     wants_verification,
+    widened,
 )
 from fa3_compile.runtime.op import split_text
 
@@ -64,7 +65,7 @@ def _lower_attention(q, k, v, aux, sizes, text):
         return None
 
     def program(q, k, v, aux, sizes):
-        return kernel.run(problem, q, k, v, aux, sizes)
+        return kernel.run(problem, q, k, v, widened(aux), sizes)
 
     fakes = (fake_q, fake_k, fake_v, list(fake_aux), list(fake_sizes))
     return _inline(program, fakes, (q, k, v, list(aux), list(sizes)))
@@ -82,7 +83,7 @@ def _lower_backward(dout, dlse, q, k, v, out, lse, aux, sizes, text, needs):
     def program(dout, dlse, q, k, v, out, lse, aux, sizes):
         inputs = (q, k, v, *aux)
         dq, dk, dv, daux = kernel.run_backward(
-            problem, dout, dlse, q, k, v, out, lse, aux, sizes, needs
+            problem, dout, dlse, q, k, v, out, lse, widened(aux), sizes, needs
         )
         grads = [x.new_empty(0) if g is None else g for x, g in zip(inputs, (dq, dk, dv, *daux))]
         return grads[0], grads[1], grads[2], grads[3:]

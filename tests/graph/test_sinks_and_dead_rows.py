@@ -176,7 +176,6 @@ def test_dead_rows_in_half_precision(dtype, added):
     assert [r.fused for r in check(attention, *qkv(dtype=dtype)).regions] == [True]
 
 
-@pytest.mark.xfail(strict=True, reason="half_fill is decided by q's dtype, not by the scores'")
 def test_lowest_half_in_float32_scores():
     # -65504 is no mask where the scores are float32: many are lower.
     def attention(q, k, v):
