@@ -9,6 +9,7 @@ Dynamo gave. Nothing here changes that graph.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -106,6 +107,7 @@ def shadow(gm: fx.GraphModule) -> Shadow | None:
     return _connect(traced, cuts, marked)
 
 
+@functools.cache
 def _decompositions() -> dict:
     table = dict(torch._decomp.core_aten_decompositions())
     # Kept whole: their element rules are shorter than what they decompose into.
