@@ -13,7 +13,7 @@ from fa3_compile.report import Tiles
 from fa3_compile.resources import source_hash
 from fa3_compile.runtime.op import join_text
 from fa3_compile.spec.blocks import tile_counts
-from fa3_compile.spec.expr import KV, Expr
+from fa3_compile.spec.expr import Expr
 from fa3_compile.spec.forms import name_of
 from fa3_compile.spec.text import text
 
@@ -123,6 +123,3 @@ def _width(operand: Operand, region: Region) -> int:
         if part[0] == "axis" and part[1].symbol.name == "d":
             return _hint(part[1].size, region)
     return 1
-
-
-__all__ = ["KV", "described", "formulas", "kernel_for", "problem_of", "spec_text"]

@@ -17,7 +17,16 @@ from torch import fx
 import fa3_compile.frontend.elements  # noqa: F401  (registers the element rules)
 from fa3_compile.errors import Decline
 from fa3_compile.frontend.dynamo_graph import example_value, is_mutation
-from fa3_compile.frontend.lift import Index, Lifter, Opaque, declined, number, shape_of, sym
+from fa3_compile.frontend.lift import (
+    Index,
+    Lifter,
+    Opaque,
+    declined,
+    descendants,
+    number,
+    shape_of,
+    sym,
+)
 from fa3_compile.frontend.normalize import Softmax, row_maximum, softmaxes
 from fa3_compile.frontend.operands import is_movement, origins, step_back, view_of
 from fa3_compile.frontend.region import Operand
@@ -228,7 +237,6 @@ class _Reader:
         if reading.key_length == 1:
             raise Decline("single-key", self.skeleton.output, message="there is only one key")
         self.ranges[KV] = reading.key_length
-        row, column = product_index[-1 - keys_first], product_index[-2 + keys_first]
         row, column = product_index[-2], product_index[-1]
         if keys_first:
             row, column = column, row
@@ -350,10 +358,11 @@ class _Reader:
 
     def _lift_around(self, product: _Product, x: fx.Node, index: Index) -> Lifter:
         """A lifter that has met the product once, in the scores' element."""
+        computed = after(product.node)
         special = {
             node: lambda i: row_max(*i)
             for node in self.shadow.graph.nodes
-            if row_maximum(node) and node in after(product.node)
+            if row_maximum(node) and node in computed
         }
         lifter = Lifter(
             self.shadow,
@@ -380,8 +389,6 @@ class _Reader:
         reading = self.reading
         width = shape_of(product.left)[-1]
         self.ranges[D] = width
-        head_dim = reading.head_dim.free_symbols
-        rows = set(sympy.Add(*reading.rows).free_symbols) | {KV}
         (query, query_index), (key, key_index) = product.sides()
         dtype = self.output.meta["val"].dtype
         for casts in (True, False):
@@ -398,7 +405,6 @@ class _Reader:
             value_dtype = example_value(found[2].source).dtype
             if value_dtype == dtype or not casts:
                 break
-        del rows, head_dim
         reading.query, reading.key, reading.value = found
         reading.score = reading.score.subs(S, factor * S) if factor != 1 else reading.score
 
@@ -460,13 +466,8 @@ def _mixed_radix(axes: list[sympy.Symbol], sizes) -> Expr:
 
 
 def after(node: fx.Node) -> set[fx.Node]:
-    seen, stack = set(), [node]
-    while stack:
-        current = stack.pop()
-        if current not in seen:
-            seen.add(current)
-            stack.extend(current.users)
-    return seen
+    """The node and everything computed from it."""
+    return descendants([node])
 
 
 def products_before(node: fx.Node) -> list[fx.Node]:

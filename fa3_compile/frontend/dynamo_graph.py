@@ -70,7 +70,7 @@ def opaque_target(node: fx.Node) -> bool:
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return True
     name = target_name(node)
-    if name in OPAQUE_NAMES or "functorch" in getattr(node.target, "__module__", "") or "":
+    if name in OPAQUE_NAMES or "functorch" in (getattr(node.target, "__module__", "") or ""):
         return True
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target.namespace not in ("aten", "prims")

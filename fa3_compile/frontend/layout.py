@@ -13,7 +13,7 @@ from fa3_compile.frontend.region import Layout, Operand, Region
 from fa3_compile.frontend.sizes import hint
 from fa3_compile.frontend.trace import Shadow
 from fa3_compile.spec import simplify
-from fa3_compile.spec.attention import AttentionSpec
+from fa3_compile.spec.attention import OUT_ORDERS, AttentionSpec
 from fa3_compile.spec.expr import (
     KV,
     SKV,
@@ -298,6 +298,4 @@ def _out_order(reading: Reading, layout: Layout, output: fx.Node) -> str:
                 order += letter
     order += "".join(x for x in "bhq" if x not in order)
     order += "d"
-    from fa3_compile.spec.attention import OUT_ORDERS
-
     return order if order in OUT_ORDERS else "bhqd"

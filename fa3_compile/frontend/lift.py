@@ -6,7 +6,7 @@ A tensor that has no rule, or whose rule would be dearer than reading it, is a l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import sympy
@@ -93,7 +93,7 @@ class Lifter:
         self.zeroed = False
         # What load(i, ...) reads, in order of i: the Dynamo node, and since when it holds it.
         self.loads: list[tuple[fx.Node, fx.Node]] = []
-        self.inside = _descendants(special)
+        self.inside = descendants(special)
         self._memo: dict[tuple[fx.Node, Index], Element] = {}
 
     def element(self, node: fx.Node, index: Sequence[Expr]) -> Element:
@@ -181,7 +181,8 @@ def _rounds_to_half(node: fx.Node) -> bool:
     return name in INEXACT and node.meta["val"].dtype in (torch.float16, torch.bfloat16)
 
 
-def _descendants(nodes) -> set[fx.Node]:
+def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes and everything computed from them."""
     seen: set[fx.Node] = set()
     stack = list(nodes)
     while stack:

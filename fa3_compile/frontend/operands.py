@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from fa3_compile.errors import Decline
-from fa3_compile.frontend.lift import RULES, Index, Lifter, Opaque, shape_of, sym
+from fa3_compile.frontend.lift import RULES, Index, Lifter, Opaque, shape_of
 from fa3_compile.spec.expr import Expr, depends_on
 from fa3_compile.spec.index import Ranges, quotient, same
 
@@ -241,8 +241,3 @@ def _outermost(terms: dict[sympy.Symbol, Expr]) -> sympy.Symbol | None:
         elif quotient(terms[largest], stride) is None or stride == terms[largest]:
             return None
     return largest
-
-
-def size_expr(value) -> Expr:
-    """A tensor's size as an expression."""
-    return sym(value)

@@ -89,7 +89,7 @@ def _body(expr) -> tuple[str, int]:
     if isinstance(expr, sympy.Not):
         return "~" + _text(expr.args[0], _ATOM), _NOT
     if type(expr) in RELATION_TEXT:
-        left, right = _tidy_sides(expr)
+        left, right = expr.lhs, expr.rhs
         sign = RELATION_TEXT[type(expr)]
         return f"{_text(left, _ADD)} {sign} {_text(right, _ADD)}", _RELATION
     if isinstance(expr, sympy.Add):
@@ -108,10 +108,6 @@ def _body(expr) -> tuple[str, int]:
     if expr.is_number:
         return number_text(sympy.Float(expr)), _ATOM
     raise TypeError(f"no text for {type(expr).__name__}: {expr}")
-
-
-def _tidy_sides(relation) -> tuple[Expr, Expr]:
-    return relation.lhs, relation.rhs
 
 
 def _sum_text(expr) -> str:

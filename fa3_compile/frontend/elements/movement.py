@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import sympy
 import torch
 from torch import fx
@@ -16,7 +18,7 @@ from fa3_compile.frontend.lift import (
     sym,
     truth,
 )
-from fa3_compile.spec.expr import where
+from fa3_compile.spec.expr import load, where
 from fa3_compile.spec.index import bounds, is_nonnegative, remainder, reshape_index
 
 aten = torch.ops.aten
@@ -134,9 +136,7 @@ def _(node, index, ctx: Lifter) -> Element:
             return ctx.element(part, (*index[:d], at - begin, *index[d + 1 :]))
     for begin, _, part in reversed(pieces):
         element = ctx.element(part, (*index[:d], at - begin, *index[d + 1 :]))
-        if any(
-            x.is_Function and x.func.__name__ == "load" for x in sympy.preorder_traversal(element)
-        ):
+        if element.atoms(load):
             raise Opaque(node, "a concatenation read across its seam")
         if answer is None:
             answer = element
@@ -193,7 +193,7 @@ def _(node, index, ctx: Lifter) -> Element:
     element = ctx.element(source, moved)
     if not inside:
         return element
-    if any(x.is_Function and x.func.__name__ == "load" for x in sympy.preorder_traversal(element)):
+    if element.atoms(load):
         raise Opaque(node, "padding around values that are read")
     within = sympy.And(*inside)
     if node.meta["val"].dtype == torch.bool:
@@ -211,7 +211,7 @@ def _(node, index, ctx: Lifter) -> Element:
     raise Opaque(node, "a tuple has no element")
 
 
-@element_of(__import__("operator").getitem)
+@element_of(operator.getitem)
 def _(node, index, ctx: Lifter) -> Element:
     split, n = node.args
     if split.target is aten.native_dropout.default and n == 0:
