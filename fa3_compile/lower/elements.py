@@ -1,4 +1,4 @@
-"""A spec's expressions as tensors: every score, mask, fill and sink, element by element.
+"""A spec's expressions as tensors: every score, mask, fill, sink and weight, element by element.
 
 `elements` runs a torch program that TorchPrinter wrote; it is an ordinary differentiable
 function of `s` and the captured tensors, and can be traced by make_fx.
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
+from fa3_compile.lower.philox import uniform
 from fa3_compile.lower.printer import Env, TorchPrinter
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.expr import COORDINATES, SKV, SQ, Boolean, Expr, load
@@ -73,6 +74,7 @@ def _program(exprs: tuple[Expr | Boolean, ...], aux: tuple[str, ...]) -> Callabl
         ]
     )
     scope = {"torch": torch, "axis": _axis, "view": _view, "gather": _gather}
+    scope["uniform"] = uniform
     exec(compile(source, "<fa3 elements>", "exec"), scope)
     return scope["program"]
 

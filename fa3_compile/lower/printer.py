@@ -151,6 +151,10 @@ class Printer:
     def absolute(self, x: Text) -> Text:
         raise NotImplementedError
 
+    def uniform(self, args: list[Text]) -> Text:
+        """A call of the program's own function, of integers (seed, b, h, q, kv)."""
+        return Text(f"uniform({', '.join(x.body for x in args)})", "float")
+
 
 class _Session:
     """Prints nodes for one (printer, env); `bound` are subexpressions that have a variable."""
@@ -309,6 +313,9 @@ class _Session:
         x = expr.args[0]
         return self.text(E.where(x > 0, 1, E.where(x < 0, -1, 0)))
 
+    def _uniform(self, expr) -> Text:
+        return self.to.uniform([self.to.to_int(x) for x in self.texts(expr.args)])
+
     def _And(self, expr) -> Text:
         return self.to.logic("and", self.conditions(expr.args))
 
@@ -391,6 +398,7 @@ class TorchPrinter(Printer):
 
     The program has `dtype` (the float type) and `device` in scope, and every symbol is a tensor:
     coordinates and sizes int64, `s` of `dtype`. A constant expression prints as a number.
+    `uniform` is lower.philox.uniform.
     """
 
     FUNCTIONS = {
@@ -441,6 +449,9 @@ class TorchPrinter(Printer):
 
     def absolute(self, x: Text) -> Text:
         return Text(f"torch.abs({x.body})", x.kind)
+
+    def uniform(self, args: list[Text]) -> Text:
+        return Text(f"uniform({', '.join(x.body for x in args)}, dtype)", "float")
 
 
 _OPERATORS = {"and": " & ", "or": " | "}

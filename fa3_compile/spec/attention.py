@@ -18,7 +18,8 @@ OUT_ORDERS = ("bhqd", "bqhd", "hbqd", "hqbd", "qbhd", "qhbd")
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """out[b,h,q,:] = sum_kv p[b,h,q,kv] V[b, h // G, kv, :], p = softmax over kv of the score.
+    """out[b,h,q,:] = sum_kv p[b,h,q,kv] w[b,h,q,kv] V[b, h // G, kv, :], p = softmax over kv of
+    the score, w a weight that is 1 unless said otherwise.
 
     Shapes: Q [B, H, Sq, D], K [B, Hkv, Skv, D], V [B, Hkv, Skv, Dv], H = G * Hkv; the raw dot
     product is `s`. Scores are in natural-log units and float32.
@@ -31,6 +32,8 @@ class AttentionSpec:
               of `fill`, which is the eager score of a masked element
     fill      the score of masked elements, only with dead="score"
     sinks     logits that join the softmax's denominator and have no value (functions of b, h, q)
+    weight    w, a factor on each probability after the softmax, which neither the denominator nor
+              the LSE knows of: dropout, a mask multiplied in. None stands for 1
     aux       kind of each captured tensor: "bool", "int" or "float"
     out_order memory order of the output's axes, outermost first; its shape is [B, H, Sq, Dv]
     """
@@ -42,6 +45,7 @@ class AttentionSpec:
     sinks: tuple[Expr, ...] = ()
     aux: tuple[str, ...] = ()
     out_order: str = "bhqd"
+    weight: Expr | None = None
 
     def __post_init__(self) -> None:
         if self.dead not in ("nan", "zero", "score"):
@@ -54,13 +58,19 @@ class AttentionSpec:
             raise ValueError(f"out_order is one of {OUT_ORDERS}, got {self.out_order!r}")
         if S in self.mask.free_symbols:
             raise ValueError("the mask may not depend on s")
+        if self.weight == 1:
+            object.__setattr__(self, "weight", None)
+        if self.weight is not None and S in self.weight.free_symbols:
+            raise ValueError("the weight may not depend on s")
         if any(x.tensor >= len(self.aux) for x in loads_in(*self.expressions)):
             raise ValueError(f"a load beyond the {len(self.aux)} captured tensors")
 
     @property
     def expressions(self) -> tuple[Expr | Boolean, ...]:
-        """Every expression of the spec: score, mask, fill if any, sinks."""
-        return (self.score, self.mask, *([] if self.fill is None else [self.fill]), *self.sinks)
+        """Every expression of the spec: score, mask, fill if any, sinks, weight if any."""
+        fill = [] if self.fill is None else [self.fill]
+        weight = [] if self.weight is None else [self.weight]
+        return (self.score, self.mask, *fill, *self.sinks, *weight)
 
     @property
     def has_mask(self) -> bool:
@@ -82,6 +92,8 @@ class AttentionSpec:
             fields.append(f"fill={text(self.fill)}")
         if self.sinks:
             fields.append(f"sinks=[{', '.join(map(text, self.sinks))}]")
+        if self.weight is not None:
+            fields.append(f"weight={text(self.weight)}")
         if self.aux:
             fields.append(f"aux=[{', '.join(self.aux)}]")
         if self.out_order != "bhqd":
@@ -111,7 +123,7 @@ def _parse(source: str) -> AttentionSpec:
         if name in fields:
             raise ValueError(f"{name} stands twice in {source!r}")
         match name, value:
-            case (("score" | "mask" | "fill"), _):
+            case (("score" | "mask" | "fill" | "weight"), _):
                 fields[name] = parse_node(value)
             case "sinks", ast.List(elts=elements):
                 fields[name] = tuple(map(parse_node, elements))

@@ -6,7 +6,8 @@ An expression answers "what is element (b, h, q, kv)?". It is a sympy expression
 - sizes: `Sq`, `Skv` (lengths) and `n0`, `n1`, ... (any other dynamic integer);
 - `load(i, *index)`: the element of captured tensor i; booleans load as 0 or 1;
 - `where(condition, a, b)`, `floordiv`, `mod` (Python's rounding), `trunc`, and sympy's own
-  arithmetic, comparisons, logic and elementary functions.
+  arithmetic, comparisons, logic and elementary functions;
+- `uniform(seed, b, h, q, kv)`: a random number that these five integers determine.
 
 Values are real numbers in float32, indices are integers.
 """
@@ -41,6 +42,7 @@ __all__ = [
     "size_symbol",
     "sizes_in",
     "trunc",
+    "uniform",
     "where",
 ]
 
@@ -166,6 +168,21 @@ class erf(sympy.Function):
 
     def fdiff(self, argindex=1):
         return 2 / sympy.sqrt(sympy.pi) * sympy.exp(-(self.args[0] ** 2))
+
+
+class uniform(sympy.Function):
+    """`uniform(seed, b, h, q, kv)`: a float32 in [0, 1), a multiple of 2**-24.
+
+    The upper 24 bits of word kv % 4 of Philox4x32-10 (Salmon et al., "Parallel random numbers: as
+    easy as 1, 2, 3", SC 2011) under the key (seed mod 2**32, seed // 2**32) at the counter
+    (kv // 4, q, h, b): the same number in the forward, in the backward and in every kernel family.
+    `seed` is an integer of 64 bits; the others are at least 0 and below 2**31.
+    """
+
+    nargs = 5
+    is_real = True
+    is_nonnegative = True
+    is_commutative = True
 
 
 def _where_diff(self, symbol):

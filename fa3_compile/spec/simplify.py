@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import sympy
 from sympy.logic.boolalg import Boolean
 
-from fa3_compile.spec.expr import KV, Expr, S, erf, load, where
+from fa3_compile.spec.expr import KV, Expr, S, erf, load, uniform, where
 
 # No product of finite inputs that a softmax could use comes near it, and exp of the distance
 # to anything above it is zero in float32.
@@ -88,6 +88,8 @@ def value_bounds(expr: Expr) -> tuple[float, float] | None:
         return (value, value)
     if isinstance(expr, (sympy.tanh, erf, sympy.sin, sympy.cos)):
         return (-1.0, 1.0)
+    if isinstance(expr, uniform):
+        return (0.0, 1.0)
     if isinstance(expr, where):
         a, b = value_bounds(expr.args[1]), value_bounds(expr.args[2])
         return (min(a[0], b[0]), max(a[1], b[1])) if a and b else None

@@ -21,6 +21,7 @@ FUNCTIONS: dict[str, Callable[..., Expr]] = {
     "mod": E.mod,
     "trunc": E.trunc,
     "round": E.round_half_even,
+    "uniform": E.uniform,
     "floor": sympy.floor,
     "ceil": sympy.ceiling,
     "abs": sympy.Abs,

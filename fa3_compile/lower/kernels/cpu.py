@@ -67,6 +67,8 @@ def _plan(spec: AttentionSpec) -> _Plan | Unsupported:
     try:
         if spec.sinks:
             raise Unsupported("ATen's flash kernel has no attention sinks")
+        if spec.weight is not None:
+            raise Unsupported("ATen's flash kernel has no factor after the softmax, no dropout")
         scale, bias = _linear(spec.score, "score")
         if not scale > 0:
             raise Unsupported(f"ATen's flash kernel takes a positive scale, this one is {scale}")

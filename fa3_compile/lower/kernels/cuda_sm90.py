@@ -92,6 +92,8 @@ class CudaSm90(Kernel):
                 return f"captured tensor {i} is {dtype}"
         if problem.batch > LARGEST_GRID or problem.heads > LARGEST_GRID:
             return f"it takes up to {LARGEST_GRID} heads and batches"
+        if problem.spec.weight is not None:
+            return "it has no factor on the weights after the softmax (dropout)"
         return missing() or _unprintable(problem.spec)
 
     def prepare(self, problem: Problem) -> None:

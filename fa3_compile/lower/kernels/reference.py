@@ -48,7 +48,7 @@ def _attention(spec, q, k, v, aux, sizes):
     s = torch.matmul(q.reshape(*rows, q.shape[3]).to(dtype), k.to(dtype).transpose(-1, -2))
     s = s.reshape(shape.lengths)
 
-    x, sinks = _scores(spec, shape, s, aux, sizes, dtype)
+    x, sinks, factor = _scores(spec, shape, s, aux, sizes, dtype)
     top = x.amax(-1, keepdim=True)
     for sink in sinks:
         top = torch.maximum(top, sink)
@@ -60,6 +60,8 @@ def _attention(spec, q, k, v, aux, sizes):
     empty = total == 0
     positive = torch.where(empty, 1.0, total)
     p = weight / (positive if spec.dead == "zero" else total)
+    if factor is not None:
+        p = p * factor
     lse = torch.where(empty, float("-inf"), top + torch.log(positive)).squeeze(-1)
     out = torch.matmul(p.to(v.dtype).reshape(*rows, kv_len), v)
     return out.reshape(batch, heads, q_len, v.shape[3]), lse
@@ -70,19 +72,20 @@ def _infinite_lse(q: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _scores(spec, shape, s, aux, sizes, dtype):
-    """(what the softmax is taken of, the sinks, each [B|1, H|1, Sq|1, 1])."""
+    """(what the softmax is taken of, the sinks, each [B|1, H|1, Sq|1, 1], the weight or None)."""
     exprs = spec.expressions
     values = elements(exprs, spec, shape, s, aux, sizes, dtype, s.device)
     score, mask, *rest = values
     fill = rest.pop(0) if spec.fill is not None else None
+    factor = rest.pop().to(dtype) if spec.weight is not None else None
     score = score.to(dtype).expand(shape.lengths)
     rest = [x.to(dtype) for x in rest]
     if spec.mask == sympy.true:
-        return score, rest
+        return score, rest, factor
     masked: Tensor | float = float("-inf")
     if fill is not None:
         masked = torch.where(mask.any(-1, keepdim=True), float("-inf"), fill.to(dtype))
-    return torch.where(mask, score, masked), rest
+    return torch.where(mask, score, masked), rest, factor
 
 
 def attention_backward(

@@ -84,6 +84,8 @@ class TritonForward(Kernel):
         for i, dtype in enumerate(problem.aux_dtypes):
             if dtype.is_complex or dtype.itemsize < 1:
                 return f"captured tensor {i} is {dtype}"
+        if problem.spec.weight is not None:
+            return "it has no factor on the weights after the softmax (dropout)"
         return _unprintable(problem.spec)
 
     def prepare(self, problem: Problem) -> None:

@@ -6,8 +6,9 @@ spec's name is the names of its parts. What has no name is called custom, and wo
 
 from fa3_compile.spec.forms.masks import mask_names
 from fa3_compile.spec.forms.scores import score_names
+from fa3_compile.spec.forms.weights import dropout_weight, weight_names
 
-__all__ = ["mask_names", "name_of", "score_names"]
+__all__ = ["dropout_weight", "mask_names", "name_of", "score_names", "weight_names"]
 
 
 def name_of(spec) -> str:
@@ -15,4 +16,5 @@ def name_of(spec) -> str:
     names = [*score_names(spec.score), *mask_names(spec.mask)]
     if spec.sinks:
         names.append("sink")
+    names += weight_names(spec.weight)
     return " + ".join(names) or "plain"
