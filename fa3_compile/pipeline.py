@@ -58,7 +58,7 @@ def _rewrite_graph(gm: fx.GraphModule, options: Options, graph_name: str, fused:
             count += 1
             report.record(
                 report.RegionReport(
-                    index, graph_name, True, **known, **selection.described(region, choice)
+                    index, graph_name, True, **known, **selection.described(region, choice, options)
                 )
             )
         except Decline as decline:

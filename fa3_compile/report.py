@@ -59,6 +59,7 @@ class RegionReport:
     tiles          what the mask lets the kernel skip
     kernel         the kernel family that runs it
     config         its tile config
+    gradients      the kernel family that computes its gradients; "" where none is asked for
     other_kernels  why each other family was not taken
     stage, code, reason, hint, node
                    for a region left alone: who declined it, as an identifier and as a sentence,
@@ -76,6 +77,7 @@ class RegionReport:
     tiles: Tiles | None = None
     kernel: str = ""
     config: str = ""
+    gradients: str = ""
     other_kernels: dict[str, str] = field(default_factory=dict)
     stage: str = ""
     code: str = ""
@@ -120,6 +122,7 @@ class RegionReport:
             ("tiles", str(self.tiles) if self.tiles else ""),
             ("kernel", f"{self.kernel} {self.config}".strip()),
             *(("", other) for other in others),
+            ("grads", self.gradients),
             ("reason", f"{self.reason} [{self.code}]" if self.code else self.reason),
             ("node", self.node),
             ("hint", self.hint),
@@ -155,6 +158,17 @@ class Report:
 
     def __str__(self) -> str:
         return self.text()
+
+    def kernels(self) -> str:
+        """What runs the regions, each said once: "cuda_sm90, gradients reference", or the code
+        of a decline."""
+        said = [
+            ", gradients ".join(x for x in (region.kernel, region.gradients) if x)
+            if region.fused
+            else f"declined: {region.code}"
+            for region in self.regions
+        ]
+        return "; ".join(dict.fromkeys(said))
 
     def summary(self) -> str:
         """The whole in one line."""

@@ -8,6 +8,7 @@ from fa3_compile.errors import Decline
 from fa3_compile.frontend.dynamo_graph import example_value
 from fa3_compile.frontend.region import Operand, Region
 from fa3_compile.lower.choose import Choice, Problem, choose
+from fa3_compile.lower.dispatch import built_backward
 from fa3_compile.options import Options
 from fa3_compile.report import Tiles
 from fa3_compile.resources import source_hash
@@ -78,11 +79,14 @@ def formulas(region: Region) -> dict:
     }
 
 
-def described(region: Region, choice: Choice) -> dict:
-    """What the report says of the kernel."""
+def described(region: Region, choice: Choice, options: Options) -> dict:
+    """What the report says of the kernel, and of the one that computes the gradients."""
     assert choice.kernel is not None
     others = {n: r for n, r in choice.reasons.items() if n != choice.kernel.name}
-    return {"kernel": choice.kernel.name, "other_kernels": others}
+    problem, gradients = problem_of(region), ""
+    if problem.needs_grad:
+        gradients = built_backward(problem, options.kernels).name
+    return {"kernel": choice.kernel.name, "gradients": gradients, "other_kernels": others}
 
 
 def _tiles(region: Region) -> Tiles | None:
