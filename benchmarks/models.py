@@ -1,11 +1,8 @@
-"""Hugging Face models on a GPU: right (`check`), and how fast and how large (`speed`).
+"""Are the models of tests/models/zoo.py right on this GPU, against eager in float64?
 
     python benchmarks/models.py check [--training] [--out FILE.csv] [NAME ...]
-    python benchmarks/models.py speed [--training] [--out FILE.csv] [NAME ...]
 
-`check` runs the thirty tiny models of tests/models/zoo.py against float64 eager, several
-processes at once. `speed` times the large ones of tests/models/large.py in one process: eager,
-Inductor on eager and on SDPA, and ours; medians of interleaved runs.
+Several processes at once. How fast models are: benchmarks/run.py.
 """
 
 from __future__ import annotations
@@ -13,7 +10,6 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -22,7 +18,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 PROCESSES = 8
-RUNS = 15
 
 
 def check_some(names: list[str], training: bool) -> list[list[str]]:
@@ -83,96 +78,17 @@ def check(names: list[str], training: bool) -> list[list[str]]:
     return rows
 
 
-def speed(names: list[str], training: bool) -> list[list[str]]:
-    """[model, what, median ms, peak GiB, largest error of float32-accumulated eager]."""
-    import torch
-
-    from fa3_compile.backend import fa3
-    from fa3_compile.report import collect
-    from tests.models.large import large
-
-    rows = []
-    for name in names:
-        model, inputs = large(name)
-        model.train(training)
-        plain = {"inductor": "inductor", "fa3": fa3}
-        candidates = {}
-        for label, backend in plain.items():
-            torch._dynamo.reset()
-            start = time.perf_counter()
-            with collect() as report:
-                run = _runner(torch.compile(model, backend=backend), inputs, training)
-                run()
-            torch.cuda.synchronize()
-            print(f"{name} {label}: first call {_since(start):.1f} s", flush=True)
-            if label == "fa3":
-                print(*(f"  {r.line()}" for r in report.regions), sep="\n", flush=True)
-            candidates[label] = run
-            if label == "inductor":
-                # Each label keeps its own compiled code: a reset would drop it.
-                run()
-            times, peak, out = _measure({label: run})
-            rows.append([name, label, f"{times[label]:.2f}", f"{peak:.2f}"])
-            print(*rows[-1], flush=True)
-            candidates[label] = out
-        a, b = candidates["inductor"], candidates["fa3"]
-        off = (a.float() - b.float()).abs().max().item()
-        print(f"{name}: largest difference {off:.3e} of {a.float().abs().max().item():.3e}")
-        del model, inputs, candidates, a, b, out, run
-        torch.cuda.empty_cache()
-    return rows
-
-
-def _runner(compiled, inputs, training: bool):
-    import torch
-
-    def run():
-        if not training:
-            with torch.no_grad():
-                return compiled(**inputs)[0]
-        out = compiled(**inputs)[0]
-        out.float().square().mean().backward()
-        return out.detach()
-
-    return run
-
-
-def _measure(runs) -> tuple[dict[str, float], float, object]:
-    import torch
-
-    times: dict[str, list[float]] = {label: [] for label in runs}
-    out = None
-    for run in runs.values():
-        for _ in range(3):
-            out = run()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    for _ in range(RUNS):
-        for label, run in runs.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            out = run()
-            end.record()
-            end.synchronize()
-            times[label].append(begin.elapsed_time(end))
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    return {label: statistics.median(t) for label, t in times.items()}, peak, out
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("what", choices=("check", "check-some", "speed"))
+    parser.add_argument("what", choices=("check", "check-some"))
     parser.add_argument("names", nargs="*")
     parser.add_argument("--training", action="store_true")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    names = arguments.names
-    if not names:
-        from tests.models.large import LARGE
-        from tests.models.zoo import BY_NAME
+    from tests.models.zoo import BY_NAME
 
-        names = list(LARGE if arguments.what == "speed" else BY_NAME)
-    act = {"check": check, "check-some": check_some, "speed": speed}[arguments.what]
+    names = arguments.names or list(BY_NAME)
+    act = {"check": check, "check-some": check_some}[arguments.what]
     rows = act(names, arguments.training)
     if arguments.out:
         with arguments.out.open("w", newline="") as file:

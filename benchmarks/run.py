@@ -180,16 +180,16 @@ class Progress:
 
 def jobs(arguments: argparse.Namespace) -> list[tuple[str, str, Case | None]]:
     """(name, direction, the case or None for a model), in the order in which they run."""
-    chosen = [
-        case
+    chosen = {
+        case.name: case
         for case in all_cases()
-        if (arguments.cases and any(fnmatch.fnmatch(case.name, x) for x in arguments.cases))
+        if any(fnmatch.fnmatch(case.name, x) for x in arguments.cases)
         or case.group in arguments.group
-    ]
+    }
     found: list[tuple[str, str, Case | None]] = [
         (case.name, direction, case)
         for direction in arguments.direction
-        for case in dict.fromkeys(chosen)
+        for case in chosen.values()
         if direction == "forward" or (direction == "backward" and case.group != "decode")
     ]
     found += [
