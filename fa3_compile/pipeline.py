@@ -46,8 +46,11 @@ def _rewrite_graph(gm: fx.GraphModule, options: Options, graph_name: str, fused:
     shadow = trace.shadow(gm)
     if shadow is None:
         return 0
+    for index, decline in enumerate(shadow.declined):
+        known = {"where": where(decline.node) if decline.node is not None else ""}
+        report.record(report.RegionReport.declined(index, graph_name, decline, **known))
     count, replaced = 0, {}
-    for index, skeleton in enumerate(detect.skeletons(shadow)):
+    for index, skeleton in enumerate(detect.skeletons(shadow), len(shadow.declined)):
         known = {"where": where(skeleton.softmax_holder(shadow))}
         try:
             if options.fuel is not None and fused + count >= options.fuel:

@@ -27,6 +27,7 @@ from fa3_compile.frontend.lift import (
     shape_of,
     sym,
 )
+from fa3_compile.frontend.logsumexp import Lse, statistics
 from fa3_compile.frontend.normalize import Softmax, row_maximum, softmaxes
 from fa3_compile.frontend.operands import is_movement, origins, step_back, view_of
 from fa3_compile.frontend.region import Operand
@@ -63,7 +64,7 @@ class Skeleton:
     def softmax_holder(self, shadow: Shadow) -> fx.Node:
         """The Dynamo node of the softmax, the line that its reader would call the attention."""
         holders = shadow.dynamo_of.get(self.softmax.node)
-        return holders[0] if holders else self.output
+        return holders[0] if holders else shadow.within.get(self.softmax.node, self.output)
 
 
 @dataclass
@@ -82,6 +83,7 @@ class Reading:
     key: Operand | None = None
     value: Operand | None = None
     key_length: Expr = sympy.S.One
+    statistics: list[Lse] = field(default_factory=list)
     loads: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
 
 
@@ -258,6 +260,9 @@ class _Reader:
             reading.sinks.append(sink)
         reading.score = simplify_index(reading.score, self.ranges)
         reading.sinks = [simplify_index(x, self.ranges) for x in reading.sinks]
+        reading.statistics = statistics(
+            self.shadow, x, softmax.dim, scores_index, self.reading.sizes
+        )
         self._operands(lifter, product, values, values_index)
         reading.loads, reading.product = lifter.loads, product.node
         return reading

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 SOFTMAX_NAMES = re.compile(r"softmax|exp|scaled_dot_product_attention|flex_attention")
 
@@ -121,13 +122,20 @@ def mutated_nodes(node: fx.Node) -> list[fx.Node]:
     return [x for x in _flat(node.args[0]) if isinstance(x, fx.Node)] if node.args else []
 
 
+def unwrapped(value: torch.Tensor) -> torch.Tensor:
+    """A tensor without the wrappers of functorch's transforms."""
+    while is_functorch_wrapped_tensor(value):
+        value = get_unwrapped(value)
+    return value
+
+
 def storage_of(node: fx.Node) -> int | None:
     """An identity of the memory that a node's value lives in; views share their base's."""
     value = example_value(node)
     if not isinstance(value, torch.Tensor):
         return None
     try:
-        return value.untyped_storage()._cdata
+        return unwrapped(value).untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):
         return None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fa3_compile.frontend.dynamo_graph import example_value, target_name
+from fa3_compile.frontend.dynamo_graph import example_value, target_name, unwrapped
 
 # Their results are constants whatever they are given.
 CREATION = ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
@@ -39,7 +39,7 @@ def _cuts_gradient(node: fx.Node) -> bool:
     if node.op not in ("call_function", "call_method") or not _is_float(value):
         return False
     name = target_name(node)
-    if value.requires_grad or name in CREATION or name.startswith("new_"):
+    if _has_gradient(value) or name in CREATION or name.startswith("new_"):
         return False
     sources = [s for s in node.all_input_nodes if _is_float(example_value(s))]
     if name == "detach" and sources and _is_row_maximum(sources[0]):
@@ -56,11 +56,16 @@ def _had_gradient(node: fx.Node) -> bool:
         if current in seen:
             continue
         seen.add(current)
-        if _is_float(example_value(current)) and example_value(current).requires_grad:
+        if _is_float(example_value(current)) and _has_gradient(example_value(current)):
             return True
         if target_name(current) != "detach":
             stack.extend(s for s in current.all_input_nodes if len(seen) < 64)
     return False
+
+
+def _has_gradient(value: torch.Tensor) -> bool:
+    """Whether the caller's gradient flows; what transforms differentiate is theirs alone."""
+    return unwrapped(value).requires_grad
 
 
 def _is_float(value) -> bool:

@@ -83,6 +83,8 @@ def region(shadow: Shadow, skeleton: Skeleton, reading: Reading) -> Region:
         spec=AttentionSpec.parse(str(spec)),
         loads=loads,
         sizes=sizes,
+        # The LSE of a row that is all fill has no meaning of its own in the kernels.
+        statistics=[] if separated.dead == "score" else reading.statistics,
     )
 
 
@@ -105,7 +107,8 @@ def _interior(shadow: Shadow, skeleton: Skeleton, reading: Reading) -> list[fx.N
                 behind.add(source)
                 stack.append(source)
     between = behind & after(reading.product)
-    return [d for d, a in shadow.aten_of.items() if a in between]
+    held = [d for d, a in shadow.aten_of.items() if a in between]
+    return [*dict.fromkeys([*held, *(d for a, d in shadow.within.items() if a in between)])]
 
 
 def _checked_operands(reading: Reading, skeleton: Skeleton) -> tuple[Operand, Operand, Operand]:

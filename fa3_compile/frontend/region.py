@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import sympy
 from torch import fx
 
+from fa3_compile.frontend.logsumexp import Lse
 from fa3_compile.frontend.operands import Place, View
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.expr import Expr
@@ -61,3 +62,5 @@ class Region:
     # values of n0, n1, ...
     loads: list[tuple[fx.Node, fx.Node]]
     sizes: list[Expr]
+    # What else the op replaces: its LSE.
+    statistics: list[Lse] = field(default_factory=list)

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from fa3_compile.errors import Decline
+from fa3_compile.frontend import flex, transforms
 from fa3_compile.frontend.detect import D
 from fa3_compile.frontend.dynamo_graph import (
     example_value,
@@ -19,6 +20,7 @@ from fa3_compile.frontend.dynamo_graph import (
     target_name,
 )
 from fa3_compile.frontend.lift import sym
+from fa3_compile.frontend.logsumexp import Lse
 from fa3_compile.frontend.region import Layout, Operand, Region
 from fa3_compile.spec.expr import KV, Expr, floordiv
 
@@ -27,13 +29,15 @@ def check(graph: fx.Graph, region: Region) -> None:
     """`Decline` where the rewrite would change what the program computes or keeps."""
     _check_mutations(graph, region)
     _check_interior_dead(graph, region)
+    _place(graph, region)
 
 
 def rewrite(graph: fx.Graph, region: Region, spec_text: str) -> fx.Node:
     """Replaces the region's output by the op; dead nodes are left to `remove_dead`."""
     output = region.output
-    with graph.inserting_before(output):
-        emit = _Emitter(graph, output)
+    place = _place(graph, region)
+    with graph.inserting_before(place):
+        emit = _Emitter(graph, place)
         layout = region.layout
         heads = [*layout.kv_heads, *layout.group]
         rows = ([*layout.batch], heads, [*layout.query], [D])
@@ -51,9 +55,33 @@ def rewrite(graph: fx.Graph, region: Region, spec_text: str) -> fx.Node:
         )
         out = graph.call_function(operator.getitem, (pair, 0))
         result = emit.output(out, region)
-    result.meta.update(output.meta)
-    output.replace_all_uses_with(result)
+        statistics = {x.node: emit.statistic(pair, x, region) for x in region.statistics}
+    for replaced, made in {output: result, **statistics}.items():
+        made.meta.update(replaced.meta)
+        replaced.replace_all_uses_with(made)
     return result
+
+
+def _place(graph: fx.Graph, region: Region) -> fx.Node:
+    """Before which node the op stands: what it replaces, and after any vmap around that."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    replaced = [region.output, *(x.node for x in region.statistics)]
+    place = min(replaced, key=order.__getitem__)
+    around = [span for span in transforms.spans(graph) if any(n in span.nodes for n in replaced)]
+    if around:
+        place = around[-1].nodes[-1].next
+    operands = (region.query, region.key, region.value)
+    read = [*(x.since for x in operands), *(since for _, since in region.loads)]
+    late = [n for n in read if order[n] >= order[place]]
+    early = [u for n in replaced for u in n.users if order[u] < order[place]]
+    if late or early:
+        raise Decline(
+            "order",
+            (late or early)[0],
+            "Use the log-sum-exp, and leave vmap, after the attention as a whole.",
+            message="a part of the attention is used before the whole can be computed",
+        )
+    return place
 
 
 def follow_replacements(region: Region, replaced: dict[fx.Node, fx.Node]) -> None:
@@ -72,6 +100,7 @@ def remove_dead(graph: fx.Graph) -> None:
                 if user in live:
                     raise RuntimeError(f"{user} is live and reads dead {node}")
             graph.erase_node(node)
+    transforms.remove_empty(graph)
 
 
 def _check_mutations(graph: fx.Graph, region: Region) -> None:
@@ -99,8 +128,12 @@ def _check_interior_dead(graph: fx.Graph, region: Region) -> None:
     """The scores and weights may be used by nothing but the region itself."""
     operands = (region.query, region.key, region.value)
     read = [*(x.source for x in operands), *(node for node, _ in region.loads)]
-    live = _live(graph, without=region.output, read=read)
+    statistics = [x.node for x in region.statistics]
+    live = _live(graph, without=(region.output, *statistics), read=read)
+    region.statistics = [x for x in region.statistics if x.node in live]
     for node in region.interior:
+        if node in statistics:
+            continue
         if node not in live:
             continue
         reader = next((u for u in node.users if u in live and u not in region.interior), node)
@@ -113,9 +146,9 @@ def _check_interior_dead(graph: fx.Graph, region: Region) -> None:
 
 
 def _live(
-    graph: fx.Graph, without: fx.Node | None = None, read: Sequence[fx.Node] = ()
+    graph: fx.Graph, without: Sequence[fx.Node] = (), read: Sequence[fx.Node] = ()
 ) -> set[fx.Node]:
-    """What the outputs and side effects need, if `without` read `read` instead of its inputs."""
+    """What the outputs and side effects need, if `without` read `read` instead of their inputs."""
     live: set[fx.Node] = set()
     stack = [*read]
     stack += [n for n in graph.nodes if n.op in ("output", "placeholder") or _has_effect(n)]
@@ -126,7 +159,7 @@ def _live(
             if node in live:
                 continue
             live.add(node)
-            if node is not without:
+            if node not in without:
                 stack.extend(node.all_input_nodes)
         storages = {storage_of(n) for n in live} - {None}
         stack = [
@@ -146,7 +179,7 @@ def _has_effect(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     if isinstance(node.target, torch._ops.HigherOrderOperator):
-        return True
+        return not flex.is_call(node)
     name = target_name(node)
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target.namespace not in ("aten", "prims", "fa3") and not node.users
@@ -263,6 +296,20 @@ class _Emitter:
             if not group:
                 x = self.call("unsqueeze", x, i)
         return x
+
+    def statistic(self, pair: fx.Node, statistic: Lse, region: Region) -> fx.Node:
+        """The LSE [B, H, Sq] in the shape, type and unit of the node that it replaces."""
+        layout, value = region.layout, example_value(statistic.node)
+        flat = [*layout.batch, *layout.kv_heads, *layout.group, *layout.query]
+        x = self.graph.call_function(operator.getitem, (pair, 1))
+        x = self.call("reshape", x, [self.size(layout.size[a]) for a in flat] or [1])
+        wanted = [a for axes in statistic.dims for a in axes]
+        x = self.call("permute", x, [flat.index(a) for a in wanted]) if wanted != flat else x
+        shape = [self.size(sympy.Mul(*(layout.size[a] for a in axes))) for axes in statistic.dims]
+        x = self.call("reshape", x, shape)
+        if statistic.factor != 1:
+            x = self.graph.call_function(operator.mul, (x, statistic.factor))
+        return self.call("to", x, value.dtype)
 
     def output(self, out: fx.Node, region: Region) -> fx.Node:
         """[B, H, Sq, Dv] in the shape of the node that it replaces."""

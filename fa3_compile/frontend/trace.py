@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx
@@ -20,6 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fa3_compile.errors import Decline
+from fa3_compile.frontend import flex, transforms
 from fa3_compile.frontend.dynamo_graph import (
     example_value,
     is_mutation,
@@ -27,9 +30,13 @@ from fa3_compile.frontend.dynamo_graph import (
     mutated_nodes,
     opaque_target,
     storage_of,
+    target_name,
+    unwrapped,
 )
 from fa3_compile.frontend.gradients import stops
 from fa3_compile.frontend.spell_out import LIBRARY, SPELLED_OUT
+
+log = logging.getLogger(__name__)
 
 LIBRARY.define("mark(Tensor x, int index) -> Tensor")
 LIBRARY.impl("mark", lambda x, index: x.clone(), "CompositeExplicitAutograd")
@@ -47,6 +54,11 @@ LIBRARY.impl("stop", lambda x: x.clone(), "CompositeExplicitAutograd")
 @torch.library.register_fake("fa3_shadow::stop", lib=LIBRARY)
 def _(x):
     return torch.empty_like(x)
+
+
+torch.library.register_vmap(
+    "fa3_shadow::stop", lambda info, in_dims, x: (STOP(x), in_dims[0]), lib=LIBRARY
+)
 
 
 MARK = torch.ops.fa3_shadow.mark.default
@@ -73,6 +85,11 @@ class Shadow:
     dynamo_of: dict[fx.Node, list[fx.Node]]
     # For a value and a holder, the Dynamo node since which it holds it: itself, or a mutation.
     since: dict[tuple[fx.Node, fx.Node], fx.Node]
+    # Values that no Dynamo node holds as they are, by the node that makes them: a flex_attention's
+    # weights, and what is wrapped by a transform.
+    within: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    # Attention that cannot be read at all.
+    declined: list[Decline] = field(default_factory=list)
 
     def users(self, node: fx.Node) -> list[fx.Node]:
         """The readers of a shadow node, markers left out."""
@@ -83,17 +100,36 @@ def shadow(gm: fx.GraphModule) -> Shadow | None:
     """The shadow of the part of `gm` that attention can be made of; None if there is none."""
     if not any(is_softmax_like(node) for node in gm.graph.nodes):
         return None
-    keep = _relevant(gm.graph)
-    cuts = [n for n in gm.graph.nodes if n in keep and _is_cut(n)]
-    cuts = [n for n in cuts if _is_value(example_value(n))]
-    marked: list[tuple[fx.Node, fx.Node]] = []
+    scope = _Scope(gm)
+    while True:
+        try:
+            with transforms.nesting_restored():
+                return _shadow(gm, scope)
+        except _Unreadable as unreadable:
+            log.debug("%s cannot be read", unreadable.node, exc_info=True)
+            scope.cut_out(unreadable.node, str(unreadable))
+
+
+class _Unreadable(Exception):
+    """A flex_attention, or a part of a vmap, that the shadow cannot run."""
+
+    def __init__(self, node: fx.Node, why: str):
+        super().__init__(why)
+        self.node = node
+
+
+def _shadow(gm: fx.GraphModule, scope: _Scope) -> Shadow:
+    keep = _relevant(gm.graph, scope)
+    cuts = [n for n in gm.graph.nodes if n in keep and scope.is_cut(n)]
+    cuts = [n for n in cuts if _is_value(example_value(n)) and not transforms.is_wrapped(n)]
     # Asked while the program's own gradient mode is on, which the analysis turns off.
     stopping = stops(gm.graph)
+    marks = _Marks()
 
     def run(*values):
-        interpreter = _Reader(gm, keep, dict(zip(cuts, values, strict=True)), marked, stopping)
+        cut_values = dict(zip(cuts, values, strict=True))
         # `boxed_run` and `run` want one argument a placeholder; cut values stand in for them.
-        return interpreter.run_cut()
+        return _Reader(gm, scope, keep, cut_values, marks, stopping).run_cut()
 
     values = [example_value(node) for node in cuts]
     # Dynamo's values live in a mode of their own, older than TracingContext's.
@@ -104,7 +140,7 @@ def shadow(gm: fx.GraphModule) -> Shadow | None:
             decomposition_table=_decompositions(),
             _allow_non_fake_inputs=True,
         )(*values)
-    return _connect(traced, cuts, marked)
+    return _connect(traced, cuts, marks, scope.declined)
 
 
 @functools.cache
@@ -135,34 +171,130 @@ def _analysis_only(fake_mode) -> Iterator[None]:
             torch.set_grad_enabled(grad)
 
 
+class _Scope:
+    """Which nodes the shadow runs, and which it takes as given."""
+
+    def __init__(self, gm: fx.GraphModule):
+        # The span of transforms that each of these nodes is in: run, or cut as a whole.
+        self.batched: dict[fx.Node, transforms.Span] = {}
+        self.cut: dict[fx.Node, transforms.Span] = {}
+        # Calls of flex_attention that are more than their mods say.
+        self.refused: set[fx.Node] = set()
+        self.declined: list[Decline] = []
+        for span in transforms.spans(gm.graph):
+            if span.batches_alone and not any(map(_cannot_run, span.nodes)):
+                self.batched.update(dict.fromkeys(span.nodes, span))
+            else:
+                self._cut(span, "it is no plain batching")
+        for node in gm.graph.nodes:
+            if flex.is_call(node) and node not in self.cut:
+                try:
+                    flex.check(node, gm)
+                except Decline as decline:
+                    self._refuse(node, decline)
+
+    def is_cut(self, node: fx.Node) -> bool:
+        """Whether the shadow takes the node's value as given instead of running the node."""
+        if node in self.batched or node in self.cut:
+            return node in self.cut
+        first = node.args[0] if node.args else None
+        refused = node in self.refused or isinstance(first, fx.Node) and first in self.refused
+        return refused or _is_cut(node)
+
+    def cut_out(self, node: fx.Node, why: str) -> None:
+        """Takes the value of what has turned out unreadable as given."""
+        if node in self.batched:
+            self._cut(self.batched[node], why)
+        else:
+            self._refuse(node, Decline("flex-unreadable", None, message=why))
+
+    def _cut(self, span: transforms.Span, why: str) -> None:
+        for node in span.nodes:
+            self.batched.pop(node, None)
+            self.cut[node] = span
+        softmax = transforms.softmax_of(span)
+        if softmax is not None:
+            self.declined.append(
+                Decline(
+                    "functorch",
+                    softmax,
+                    "Apply the transform to the compiled function, or compile without it.",
+                    message=f"attention under {span.name} is left as it was: {why}",
+                    stage="trace",
+                )
+            )
+
+    def _refuse(self, node: fx.Node, decline: Decline) -> None:
+        decline.node, decline.stage = node, "trace"
+        self.refused.add(node)
+        self.declined.append(decline)
+
+
+def _cannot_run(node: fx.Node) -> bool:
+    """Whether a node has no meaning for vmap."""
+    return not transforms.is_transform(node) and (
+        node.op == "call_module"
+        or isinstance(node.target, torch._ops.HigherOrderOperator)
+        or "dropout" in target_name(node)
+    )
+
+
+@dataclass
+class _Marks:
+    """What MARK's numbers stand for."""
+
+    # (a Dynamo node, the node since which it holds the marked value)
+    held: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
+    # The numbers of values that are part of a Dynamo node, and held by none.
+    within: set[int] = field(default_factory=set)
+    made: list[torch.Tensor] = field(default_factory=list)
+
+    def add(self, value: torch.Tensor, holder: fx.Node, at: fx.Node, *, within=False) -> None:
+        inner = unwrapped(value)
+        if within or inner is not value:
+            self.within.add(len(self.held))
+        self.made.append(MARK(inner, len(self.held)))
+        self.held.append((holder, at))
+
+
 class _Reader(fx.Interpreter):
     """Runs the relevant nodes of the Dynamo graph on fakes, marking every tensor they make."""
 
-    def __init__(self, gm, keep, cut_values, marked, stopping):
+    def __init__(self, gm, scope, keep, cut_values, marks, stopping):
         super().__init__(gm, garbage_collect_values=False)
-        self.keep, self.cut_values = keep, cut_values
-        self.marked, self.stopping = marked, stopping
+        self.scope, self.keep, self.cut_values = scope, keep, cut_values
+        self.marks, self.stopping = marks, stopping
 
     def run_cut(self):
-        marks = []
         for node in self.module.graph.nodes:
             if node in self.cut_values:
                 self.env[node] = self.cut_values[node]
                 continue
-            if node not in self.keep or node.op == "output" or _is_cut(node):
+            if node not in self.keep or node.op == "output" or self.scope.is_cut(node):
                 continue
             value = self.env[node] = self.run_node(node)
             written = self._written_by(node) if is_mutation(node) else []
             for changed in (node, *written):
                 value = self.env.get(changed)
                 if isinstance(value, torch.Tensor):
-                    marks.append(MARK(value, len(self.marked)))
-                    self.marked.append((changed, node))
+                    self.marks.add(value, changed, node)
             if node in self.stopping:
                 stopped = self.env[node] = STOP(self.env[node])
-                marks.append(MARK(stopped, len(self.marked)))
-                self.marked.append((node, node))
-        return marks
+                self.marks.add(stopped, node, node)
+        return self.marks.made
+
+    def run_node(self, n: fx.Node):
+        try:
+            if not flex.is_call(n):
+                return super().run_node(n)
+            call = flex.call_of(n, self.module, self.env)
+            outputs, weights = flex.spelled_out(call, STOP)
+        except Exception as error:
+            if not flex.is_call(n) and n not in self.scope.batched:
+                raise
+            raise _Unreadable(n, f"{type(error).__name__}: {error}".split("\n")[0]) from error
+        self.marks.add(weights, n, n, within=True)
+        return outputs
 
     def _written_by(self, mutation: fx.Node) -> list[fx.Node]:
         """The nodes whose values a mutation changes, through whatever view."""
@@ -178,9 +310,10 @@ def _is_value(value) -> bool:
 
 
 def _is_cut(node: fx.Node) -> bool:
-    """Whether the shadow takes the node's value as given instead of running the node."""
     if node.op in ("placeholder", "get_attr"):
         return True
+    if flex.is_call(node):
+        return False
     if node.op == "call_module" or opaque_target(node):
         return True
     # What a cut tuple was taken apart into is cut too.
@@ -194,9 +327,9 @@ def _is_cut(node: fx.Node) -> bool:
     )
 
 
-def _relevant(graph: fx.Graph) -> set[fx.Node]:
+def _relevant(graph: fx.Graph, scope: _Scope) -> set[fx.Node]:
     """Ancestors and descendants of softmax-like nodes, up to cuts, with all mutations kept."""
-    seeds = [node for node in graph.nodes if is_softmax_like(node)]
+    seeds = [node for node in graph.nodes if is_softmax_like(node) and not scope.is_cut(node)]
     forward: set[fx.Node] = set()
     stack = list(seeds)
     while stack:
@@ -204,10 +337,11 @@ def _relevant(graph: fx.Graph) -> set[fx.Node]:
         if node in forward or node.op == "output":
             continue
         forward.add(node)
-        stack.extend(user for user in node.users if not _is_cut(user))
+        stack.extend(user for user in node.users if not scope.is_cut(user))
     keep: set[fx.Node] = set()
     stack = list(forward)
     stack += [n for n in graph.nodes if _changes_mode(n)]
+    stack += [n for n in scope.batched if transforms.enters(n) or transforms.leaves(n)]
     mutations = [n for n in graph.nodes if is_mutation(n)]
     while True:
         while stack:
@@ -215,8 +349,8 @@ def _relevant(graph: fx.Graph) -> set[fx.Node]:
             if node in keep:
                 continue
             keep.add(node)
-            if not _is_cut(node):
-                stack.extend(node.all_input_nodes)
+            if not scope.is_cut(node):
+                stack.extend(flex.inputs(node) if flex.is_call(node) else node.all_input_nodes)
         # A write reaches what is kept through any view of the same memory.
         storages = {storage_of(n) for n in keep} - {None}
         stack = [n for n in mutations if n not in keep and _writes_to(n, keep, storages)]
@@ -235,19 +369,27 @@ def _changes_mode(node: fx.Node) -> bool:
 
 
 def _connect(
-    traced: fx.GraphModule, cuts: list[fx.Node], marked: list[tuple[fx.Node, fx.Node]]
+    traced: fx.GraphModule, cuts: list[fx.Node], marks: _Marks, declined: list[Decline]
 ) -> Shadow:
     graph = traced.graph
     aten_of: dict[fx.Node, fx.Node] = {}
     dynamo_of: dict[fx.Node, list[fx.Node]] = {}
     since: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
+    within: dict[fx.Node, fx.Node] = {}
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     held = [(aten, dynamo, dynamo) for dynamo, aten in zip(cuts, placeholders, strict=True)]
-    held += [(n.args[0], *marked[n.args[1]]) for n in graph.nodes if n.target is MARK]
+    for node in graph.nodes:
+        if node.target is not MARK:
+            continue
+        aten, number = node.args
+        if number in marks.within:
+            within.setdefault(aten, marks.held[number][0])
+        else:
+            held.append((aten, *marks.held[number]))
     order = {node: i for i, node in enumerate(cuts[0].graph.nodes)} if cuts else {}
     for aten, dynamo, at in sorted(held, key=lambda x: (order.get(x[2], 0), order.get(x[1], 0))):
         aten_of.setdefault(dynamo, aten)
         if dynamo not in dynamo_of.setdefault(aten, []):
             dynamo_of[aten].append(dynamo)
             since[aten, dynamo] = at
-    return Shadow(graph, aten_of, dynamo_of, since)
+    return Shadow(graph, aten_of, dynamo_of, since, within, declined)

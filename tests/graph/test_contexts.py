@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
@@ -13,7 +12,6 @@ from tests.graph.harness import check, rewrite_only, specs
 from tests.graph.inputs import INF, B, D, H, S, attend, normal, qkv, scores_of, uniform
 
 PLAIN = "attention(score=0.25*s)"
-WRAPPED = pytest.mark.xfail(strict=True, reason="the shadow cannot run functorch's tensors")
 
 
 def plain(q, k, v):
@@ -198,49 +196,7 @@ class TestCheckpointing:
         check(attention, *qkv())
 
 
-class TestTransforms:
-    @WRAPPED
-    def test_grad_inside(self):
-        def gradient(q, k, v):
-            return torch.func.grad(lambda q: plain(q, k, v).square().sum())(q)
-
-        assert_same(gradient, *(x.detach() for x in qkv()), tolerance=1e-4)
-
-    def test_grad_outside(self):
-        q, k, v = (x.detach() for x in qkv())
-
-        def gradient(function):
-            return torch.func.grad(lambda q: function(q, k, v).square().sum())(q)
-
-        torch.testing.assert_close(gradient(compiled(plain)), gradient(plain), atol=1e-4, rtol=1e-4)
-
-    @WRAPPED
-    def test_vmap_over_heads(self):
-        def attention(q, k, v):
-            return torch.vmap(torch.vmap(plain))(q, k, v)
-
-        assert_same(attention, *(x.detach() for x in qkv()), tolerance=1e-5)
-
-    @WRAPPED
-    def test_jvp(self):
-        def derivative(q, k, v):
-            return torch.func.jvp(lambda q: plain(q, k, v), (q,), (v,))[1]
-
-        assert_same(derivative, *(x.detach() for x in qkv()), tolerance=1e-4)
-
-    @WRAPPED
-    def test_mask_made_by_vmap(self):
-        # As transformers makes its masks.
-        def attention(q, k, v):
-            def visible(q, kv):
-                return (kv <= q) & (q - kv < 6)
-
-            at = torch.arange(S)
-            mask = torch.vmap(torch.vmap(visible, (None, 0)), (0, None))(at, at)
-            return attend(scores_of(q, k).masked_fill(~mask, -INF), v)
-
-        assert_expected_inline(specs(check(attention, *qkv())), """""")
-
+class TestAutogradFunctions:
     def test_attention_inside_an_autograd_function(self):
         class Halved(torch.autograd.Function):
             @staticmethod

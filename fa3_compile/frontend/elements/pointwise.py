@@ -464,8 +464,10 @@ EXACT_INTEGERS = {torch.bfloat16: 256, torch.float16: 2048, torch.float32: 1 << 
 @element_of(aten._to_copy.default, torch.ops.prims.convert_element_type.default)
 def _(node, index, ctx: Lifter) -> Element:
     x = ctx.operand(node.args[0], index)
-    source = node.args[0].meta["val"].dtype
     target = node.meta["val"].dtype
+    # vmap casts the Python numbers that it meets.
+    number_cast = not isinstance(node.args[0], fx.Node)
+    source = target if number_cast else node.args[0].meta["val"].dtype
     if target == torch.bool:
         return truth(x)
     x = number(x)
