@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from fa3_compile.lower.philox import uniform
-from fa3_compile.lower.printer import Env, TorchPrinter
+from fa3_compile.lower.printer import Env
+from fa3_compile.lower.printer_torch import TorchPrinter
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.expr import COORDINATES, SKV, SQ, Boolean, Expr, load
 

@@ -1,7 +1,8 @@
-"""Score and mask expressions as source text: torch, Triton and CUDA C++.
+"""Score and mask expressions as source text.
 
-One rule per sympy node type, in `Printer`; a language overrides the few that differ. Every
-printed piece carries its kind, because the languages do not agree on mixed arithmetic:
+One rule per sympy node type, here; printer_torch, printer_triton and printer_cuda override the
+few that differ. Every printed piece carries its kind, because the languages do not agree on
+mixed arithmetic:
 
 - "int": exact integer arithmetic (index expressions),
 - "float": float32 (the compute dtype in torch),
@@ -27,6 +28,7 @@ from fa3_compile.spec import expr as E
 LOW, ADD, MUL, ATOM = range(4)
 
 FLOAT32_MAX = 3.4028234663852886e38
+OPERATORS = {"and": " & ", "or": " | "}  # of torch and Triton
 LARGEST_PRODUCT = 16  # integer powers up to here are written as products
 
 
@@ -72,11 +74,11 @@ class Printer:
 
     def print(self, expr: E.Expr | E.Boolean, env: Env = Env()) -> str:
         """One expression; UnprintableError names a node the language lacks."""
-        return _Session(self, env, {}).text(self.rewrite(expr)).body
+        return Session(self, env, {}).text(self.rewrite(expr)).body
 
     def print_float(self, expr: E.Expr, env: Env = Env()) -> str:
         """As `print`, with the value converted to the float type."""
-        return self.to_float(_Session(self, env, {}).text(self.rewrite(expr))).body
+        return self.to_float(Session(self, env, {}).text(self.rewrite(expr))).body
 
     def print_block(
         self, exprs: Iterable[E.Expr | E.Boolean], env: Env = Env(), prefix: str = "t"
@@ -85,9 +87,9 @@ class Printer:
         to variables `<prefix>0`, ..., and the text of each expression in terms of them."""
         exprs = [self.rewrite(x) for x in exprs]
         bound: dict[sympy.Basic, Text] = {}
-        session = _Session(self, env, bound)
+        session = Session(self, env, bound)
         lines = []
-        for shared in _shared(exprs):
+        for shared in shared_parts(exprs):
             value = session.text(shared)
             name = f"{prefix}{len(lines)}"
             lines.append(self.ASSIGN.format(name=name, value=value.body))
@@ -156,7 +158,7 @@ class Printer:
         return Text(f"uniform({', '.join(x.body for x in args)})", "float")
 
 
-class _Session:
+class Session:
     """Prints nodes for one (printer, env); `bound` are subexpressions that have a variable."""
 
     def __init__(self, printer: Printer, env: Env, bound: dict[sympy.Basic, Text]) -> None:
@@ -364,7 +366,7 @@ def _sum(terms: list[tuple[bool, Text]], kind: str) -> Text:
     return Text(body, kind, ADD)
 
 
-def _shared(exprs: Sequence[sympy.Basic]) -> list[sympy.Basic]:
+def shared_parts(exprs: Sequence[sympy.Basic]) -> list[sympy.Basic]:
     """Subexpressions worth a variable, innermost first."""
     count: Counter[sympy.Basic] = Counter()
     order: list[sympy.Basic] = []
@@ -383,7 +385,7 @@ def _shared(exprs: Sequence[sympy.Basic]) -> list[sympy.Basic]:
     return [x for x in order if count[x] > 1]
 
 
-def _float32(value: float) -> float:
+def float32(value: float) -> float:
     """The value as a literal: within float32's range as it is, beyond it an infinity."""
     if abs(value) <= FLOAT32_MAX:
         return value
@@ -393,232 +395,6 @@ def _float32(value: float) -> float:
         return math.copysign(math.inf, value)
 
 
-class TorchPrinter(Printer):
-    """Expressions of tensors that broadcast against each other.
-
-    The program has `dtype` (the float type) and `device` in scope, and every symbol is a tensor:
-    coordinates and sizes int64, `s` of `dtype`. A constant expression prints as a number.
-    `uniform` is lower.philox.uniform.
-    """
-
-    FUNCTIONS = {
-        name: f"torch.{name}"
-        for name in (
-            "exp exp2 log sin cos tan tanh sinh cosh atan erf floor ceil round sqrt".split()
-        )
-    }
-
-    def number(self, value: float) -> str:
-        return f'float("{value}")' if math.isinf(value) else repr(value)
-
-    def cast_float(self, x: Text) -> Text:
-        return Text(f"{x.at(ATOM)}.to(dtype)", "float")
-
-    def cast_int(self, x: Text) -> Text:
-        return Text(f"{x.at(ATOM)}.to(torch.int64)", "int")
-
-    def truth(self, x: Text, expected: bool) -> Text:
-        return x if expected else Text(f"~{x.at(ATOM)}", "bool", MUL)
-
-    def where(self, condition: Text, a: Text, b: Text) -> Text:
-        first = a.body
-        if a.literal and b.literal:
-            kind = "dtype" if a.kind == "float" else "torch.int64"
-            first = f"torch.full((), {a.body}, dtype={kind}, device=device)"
-        return Text(f"torch.where({condition.body}, {first}, {b.body})", a.kind)
-
-    def extremum(self, name: str, a: Text, b: Text) -> Text:
-        if b.literal:
-            bound = "min" if name == "max" else "max"
-            return Text(f"torch.clamp({a.body}, {bound}={b.body})", a.kind)
-        return Text(f"torch.{name}imum({a.body}, {b.body})", a.kind)
-
-    def logic(self, operator: str, args: list[Text]) -> Text:
-        if operator == "not":
-            return Text(f"~{args[0].at(ATOM)}", "bool", MUL)
-        return Text(_OPERATORS[operator].join(x.at(ATOM) for x in args), "bool", LOW)
-
-    def floordiv(self, a: Text, b: Text, plain: bool) -> Text:
-        return Text(f"{a.at(MUL)} // {b.at(ATOM)}", "int", MUL)
-
-    def mod(self, a: Text, b: Text, plain: bool) -> Text:
-        return Text(f"{a.at(MUL)} % {b.at(ATOM)}", "int", MUL)
-
-    def power(self, base: Text, exponent: Text, expr: sympy.Pow) -> Text:
-        return Text(f"torch.pow({base.body}, {exponent.body})", "float")
-
-    def absolute(self, x: Text) -> Text:
-        return Text(f"torch.abs({x.body})", x.kind)
-
-    def uniform(self, args: list[Text]) -> Text:
-        return Text(f"uniform({', '.join(x.body for x in args)}, dtype)", "float")
-
-
-_OPERATORS = {"and": " & ", "or": " | "}
-
-
-def _python_mod(a: Text, b: Text) -> str:
+def python_mod(a: Text, b: Text) -> str:
     """The sign of the divisor, whichever way the language's `%` rounds."""
     return f"({a.at(MUL)} % {b.at(ATOM)} + {b.at(ADD)}) % {b.at(ATOM)}"
-
-
-class TritonPrinter(Printer):
-    """Elements of Triton blocks: int32 (int64 where a load or a size is) and float32.
-
-    Needs `tl` alone (no libdevice), so that it also runs under TRITON_INTERPRET=1.
-    """
-
-    FUNCTIONS = {
-        name: f"tl.{name}" for name in "exp exp2 log log2 sin cos erf floor ceil sqrt".split()
-    }
-
-    def rewrite(self, expr):
-        """tanh, tan, sinh, cosh, atan and round out of what `tl` has."""
-        for cls, formula in _TRITON_FORMULAS.items():
-            if expr.has(cls):
-                expr = expr.replace(cls, formula)
-        return expr
-
-    def number(self, value: float) -> str:
-        value = _float32(value)
-        if math.isinf(value):
-            return f'float("{value}")'
-        # Triton reads a literal below float32's normal range as float64.
-        return repr(value) if abs(value) >= 2.0**-126 else "0.0"
-
-    def cast_float(self, x: Text) -> Text:
-        return Text(f"tl.cast({x.body}, tl.float32)", "float")
-
-    def cast_int(self, x: Text) -> Text:
-        return Text(f"tl.cast({x.body}, tl.int32)", "int")
-
-    def where(self, condition: Text, a: Text, b: Text) -> Text:
-        return Text(f"tl.where({condition.body}, {a.body}, {b.body})", a.kind)
-
-    def extremum(self, name: str, a: Text, b: Text) -> Text:
-        return Text(f"tl.{name}imum({a.body}, {b.body})", a.kind)
-
-    def logic(self, operator: str, args: list[Text]) -> Text:
-        if operator == "not":  # not `~`: of a constexpr bool that is -1 or -2
-            return Text(f"{args[0].at(ATOM)} == 0", "bool", LOW)
-        return Text(_OPERATORS[operator].join(x.at(ATOM) for x in args), "bool", LOW)
-
-    def floordiv(self, a: Text, b: Text, plain: bool) -> Text:
-        if plain:
-            return Text(f"{a.at(MUL)} // {b.at(ATOM)}", "int", MUL)
-        return Text(f"({a.at(ADD)} - {_python_mod(a, b)}) // {b.at(ATOM)}", "int", MUL)
-
-    def mod(self, a: Text, b: Text, plain: bool) -> Text:
-        body = f"{a.at(MUL)} % {b.at(ATOM)}" if plain else _python_mod(a, b)
-        return Text(body, "int", MUL)
-
-    def power(self, base: Text, exponent: Text, expr: sympy.Pow) -> Text:
-        y = exponent.at(MUL)
-        if not expr.exp.is_Integer:
-            return Text(f"tl.exp2({y}*tl.log2({base.body}))", "float")
-        magnitude = f"tl.exp2({y}*tl.log2(tl.abs({base.body})))"
-        if expr.exp.is_even:
-            return Text(magnitude, "float")
-        return Text(f"tl.where({base.at(ADD)} < 0, -{magnitude}, {magnitude})", "float")
-
-    def absolute(self, x: Text) -> Text:
-        return Text(f"tl.abs({x.body})", x.kind)
-
-
-_MINUS_2_LOG2_E = sympy.Float(-2 / math.log(2))
-
-
-def _tanh(x):
-    """2 / (1 + e^(-2x)) - 1: no overflow at either end, absolute error about 1e-7."""
-    coefficient, rest = x.as_coeff_Mul()
-    # Not evaluated: sympy would multiply a sum of integers out.
-    exponent = sympy.Mul(_MINUS_2_LOG2_E * coefficient, rest, evaluate=False)
-    return 2 / (1 + sympy.Pow(2, exponent)) - 1
-
-
-def _round(x):
-    low = sympy.floor(x, evaluate=False)
-    odd = low - 2 * sympy.floor(low * 0.5, evaluate=False)
-    up = E.where(x - low > 0.5, 1.0, E.where(x - low < 0.5, 0.0, odd))
-    return low + up
-
-
-# Minimax on [0, 1] in z**2 of atan(z) / z (Abramowitz and Stegun 4.4.49), error 2e-8.
-_ATAN = (1.0, -0.3333314528, 0.1999355085, -0.1420889944)
-_ATAN += (0.1065626393, -0.0752896400, 0.0429096138, -0.0161657367, 0.0028662257)
-
-
-def _atan(x):
-    size = sympy.Abs(x, evaluate=False)
-    z = sympy.Min(size, 1 / size, evaluate=False)
-    out = sympy.Float(_ATAN[-1])
-    for coefficient in reversed(_ATAN[:-1]):
-        out = out * z**2 + coefficient
-    folded = E.where(size > 1, math.pi / 2, 0.0) + E.where(size > 1, -1.0, 1.0) * z * out
-    return E.where(x < 0, -1.0, 1.0) * folded
-
-
-_TRITON_FORMULAS = {
-    sympy.tanh: _tanh,
-    sympy.tan: lambda x: sympy.sin(x) / sympy.cos(x),
-    sympy.sinh: lambda x: (sympy.exp(x) - sympy.exp(-x)) / 2,
-    sympy.cosh: lambda x: (sympy.exp(x) + sympy.exp(-x)) / 2,
-    sympy.atan: _atan,
-    E.round_half_even: _round,
-}
-
-
-class CudaPrinter(Printer):
-    """CUDA C++ scalars: `int` (64 bits where a load or a size is) and `float`."""
-
-    ASSIGN = "const auto {name} = {value};"
-    TRUE, FALSE = "true", "false"
-    FUNCTIONS = {
-        name: f"{name}f"
-        for name in "exp exp2 log sin cos tan sinh cosh atan erf floor ceil sqrt".split()
-    } | {"round": "rintf"}
-
-    def rewrite(self, expr):
-        """tanhf has a branch and about 20 instructions; this is one exp2 and one division."""
-        return expr.replace(sympy.tanh, _tanh)
-
-    def number(self, value: float) -> str:
-        value = _float32(value)
-        if math.isinf(value):  # NVRTC has no INFINITY without a header
-            return f"__int_as_float(0x{'7f' if value > 0 else 'ff'}800000)"
-        return f"{value!r}f"
-
-    def cast_float(self, x: Text) -> Text:
-        return Text(f"float({x.body})", "float")
-
-    def cast_int(self, x: Text) -> Text:
-        return Text(f"int({x.body})", "int")
-
-    def where(self, condition: Text, a: Text, b: Text) -> Text:
-        return Text(f"{condition.at(ATOM)} ? {a.at(ADD)} : {b.at(ADD)}", a.kind, LOW)
-
-    def extremum(self, name: str, a: Text, b: Text) -> Text:
-        function = f"f{name}f" if a.kind == "float" else name
-        return Text(f"{function}({a.body}, {b.body})", a.kind)
-
-    def logic(self, operator: str, args: list[Text]) -> Text:
-        if operator == "not":
-            return Text(f"!{args[0].at(ATOM)}", "bool", MUL)
-        return Text(
-            {"and": " && ", "or": " || "}[operator].join(x.at(ATOM) for x in args), "bool", LOW
-        )
-
-    def floordiv(self, a: Text, b: Text, plain: bool) -> Text:
-        if plain:
-            return Text(f"{a.at(MUL)} / {b.at(ATOM)}", "int", MUL)
-        return Text(f"({a.at(ADD)} - {_python_mod(a, b)}) / {b.at(ATOM)}", "int", MUL)
-
-    def mod(self, a: Text, b: Text, plain: bool) -> Text:
-        body = f"{a.at(MUL)} % {b.at(ATOM)}" if plain else _python_mod(a, b)
-        return Text(body, "int", MUL)
-
-    def power(self, base: Text, exponent: Text, expr: sympy.Pow) -> Text:
-        return Text(f"powf({base.body}, {exponent.body})", "float")
-
-    def absolute(self, x: Text) -> Text:
-        return Text(f"{'fabsf' if x.kind == 'float' else 'abs'}({x.body})", x.kind)

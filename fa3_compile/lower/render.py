@@ -14,7 +14,8 @@ import sympy
 
 from fa3_compile import resources
 from fa3_compile.lower import hoist
-from fa3_compile.lower.printer import Env, Text, TritonPrinter, _Session
+from fa3_compile.lower.printer import Env, Session, Text
+from fa3_compile.lower.printer_triton import TritonPrinter
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.blocks import kv_bounds, kv_full_bounds
@@ -56,10 +57,11 @@ class RenderKey:
 @functools.cache
 def _sources() -> str:
     """Hash of the template and of the modules that print into it."""
-    from fa3_compile.lower import printer
+    from fa3_compile.lower import formulas, printer, printer_triton
     from fa3_compile.spec import blocks
 
-    files = [__file__, hoist.__file__, printer.__file__, blocks.__file__, E.__file__]
+    modules = [hoist, formulas, printer, printer_triton, blocks, E]
+    files = [__file__, *(x.__file__ for x in modules)]
     digest = hashlib.sha256(_template_path().read_bytes())
     for file in files:
         with open(file, "rb") as stream:
@@ -274,7 +276,7 @@ class _Writer:
         return self.print(self.printer.rewrite(expr)).body
 
     def print(self, expr) -> Text:
-        return _Session(self.printer, Env(aux=self.spec.aux), self.bound).text(expr)
+        return Session(self.printer, Env(aux=self.spec.aux), self.bound).text(expr)
 
     def load(self, value: E.load, outside: bool) -> Text:
         """`tl.load` by pointer and strides; keys beyond Skv and computed indices are guarded."""

@@ -18,7 +18,7 @@ import sympy
 
 from fa3_compile import resources
 from fa3_compile.lower import hoist, render
-from fa3_compile.lower.printer import Text, _shared
+from fa3_compile.lower.printer import Text, shared_parts
 from fa3_compile.lower.render import Chunk, chunks
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
@@ -241,7 +241,7 @@ class _Writer(render._Writer):
             else:
                 loop.append(f"{symbol.name} = {text.body}")
         bound = dict(self.bound)
-        for i, shared in enumerate(_shared(placed)):
+        for i, shared in enumerate(shared_parts(placed)):
             text = self.print(shared)
             loop.append(f"{prefix}_shared{i} = {text.body}")
             self.bound[shared] = Text(f"{prefix}_shared{i}", text.kind)

@@ -20,7 +20,8 @@ import sympy
 from fa3_compile import resources
 from fa3_compile.lower import block_map, hoist
 from fa3_compile.lower.config_sm90 import Sm90Config
-from fa3_compile.lower.printer import CudaPrinter, Env, Text, _Session
+from fa3_compile.lower.printer import Env, Session, Text
+from fa3_compile.lower.printer_cuda import CudaPrinter
 from fa3_compile.lower.render import Aux, aux_parameters
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
@@ -490,7 +491,7 @@ class _Writer:
             body = symbol.name if inside else f"{LEVELS[own]}.{symbol.name}"
             bound[symbol] = Text(body, kind)
         env = Env(self.names, lambda x, _: self.load(x, x.index, hoist.HEAD).body, self.spec.aux)
-        return _Session(self.printer, env, bound).text(expr)
+        return Session(self.printer, env, bound).text(expr)
 
     def load(self, value: E.load, origin, level: int) -> Text:
         """`ldg` by pointer and strides; the part of the address that a head or a row shares is

@@ -14,13 +14,10 @@ import sympy
 import torch
 from hypothesis import given, settings
 
-from fa3_compile.lower.printer import (
-    CudaPrinter,
-    Env,
-    TorchPrinter,
-    TritonPrinter,
-    UnprintableError,
-)
+from fa3_compile.lower.printer import Env, UnprintableError
+from fa3_compile.lower.printer_cuda import CudaPrinter
+from fa3_compile.lower.printer_torch import TorchPrinter
+from fa3_compile.lower.printer_triton import TritonPrinter
 from fa3_compile.spec.text import parse
 from tests.spec.by_hand import evaluate, indices, masks, scores
 
@@ -72,6 +69,13 @@ SNAPSHOTS = [
         'torch.where(kv <= q, s, float("-inf"))',
         'tl.where(kv <= q, s, float("-inf"))',
         "(kv <= q) ? s : __int_as_float(0xff800000)",
+    ),
+    (
+        "where(uniform(load(2, 0), b, h, q, kv - 1) < 0.25, 0, 2)",
+        "torch.where(uniform(A2[0], b, h, q, kv - 1, dtype) < 0.25,"
+        " torch.full((), 0, dtype=torch.int64, device=device), 2)",
+        "tl.where(uniform(A2[0], b, h, q, kv - 1) < 0.25, 0, 2)",
+        "(uniform(A2[0], b, h, q, kv - 1) < 0.25f) ? 0 : 2",
     ),
 ]
 

@@ -1,0 +1,41 @@
+"""Functions out of simpler ones, for languages that lack them or have them dearer."""
+
+from __future__ import annotations
+
+import math
+
+import sympy
+
+from fa3_compile.spec import expr as E
+
+MINUS_2_LOG2_E = sympy.Float(-2 / math.log(2))
+
+
+def tanh_by_exp2(x):
+    """2 / (1 + e^(-2x)) - 1: no overflow at either end, absolute error about 1e-7."""
+    coefficient, rest = x.as_coeff_Mul()
+    # Not evaluated: sympy would multiply a sum of integers out.
+    exponent = sympy.Mul(MINUS_2_LOG2_E * coefficient, rest, evaluate=False)
+    return 2 / (1 + sympy.Pow(2, exponent)) - 1
+
+
+def round_by_floor(x):
+    low = sympy.floor(x, evaluate=False)
+    odd = low - 2 * sympy.floor(low * 0.5, evaluate=False)
+    up = E.where(x - low > 0.5, 1.0, E.where(x - low < 0.5, 0.0, odd))
+    return low + up
+
+
+# Minimax on [0, 1] in z**2 of atan(z) / z (Abramowitz and Stegun 4.4.49), error 2e-8.
+_ATAN = (1.0, -0.3333314528, 0.1999355085, -0.1420889944)
+_ATAN += (0.1065626393, -0.0752896400, 0.0429096138, -0.0161657367, 0.0028662257)
+
+
+def atan_by_polynomial(x):
+    size = sympy.Abs(x, evaluate=False)
+    z = sympy.Min(size, 1 / size, evaluate=False)
+    out = sympy.Float(_ATAN[-1])
+    for coefficient in reversed(_ATAN[:-1]):
+        out = out * z**2 + coefficient
+    folded = E.where(size > 1, math.pi / 2, 0.0) + E.where(size > 1, -1.0, 1.0) * z * out
+    return E.where(x < 0, -1.0, 1.0) * folded
