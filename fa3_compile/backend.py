@@ -37,6 +37,22 @@ def fa3(
     return compile_fx(gm, list(example_inputs), config_patches=patches or None)
 
 
+def rewritten(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
+):
+    """As `fa3`, but what it returns is the rewritten graph itself, to be run as it is."""
+    from fa3_compile import report
+    from fa3_compile.options import split
+    from fa3_compile.pipeline import rewrite_attention
+
+    rewrite_attention(gm, split(options, mode)[0], report.enter_graph())
+    return gm
+
+
 def _reset() -> None:
     """What `torch._dynamo.reset()` should also forget: recorded CUDA graphs."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,12 +37,26 @@ def explain(
 
     Raises what the model raises.
     """
+    from fa3_compile.backend import fa3
+
+    return explain_with(fa3, model_or_fn, args, kwargs, options, training)
+
+
+def explain_with(
+    backend: Callable[..., Any],
+    model_or_fn: nn.Module | Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    options: Mapping[str, Any] | None,
+    training: bool | None,
+) -> Report:
+    """`explain` with another backend, which is called as Dynamo calls one, with `options`."""
     plain = getattr(model_or_fn, "_orig_mod", None)
     plain = plain or getattr(model_or_fn, "_torchdynamo_orig_callable", model_or_fn)
     torch._dynamo.reset()
     try:
         with _no_graph_caches(), _mode(plain, training), collect() as report:
-            breaks = _GraphBreaks()
+            breaks = _GraphBreaks(backend)
             compiled = torch.compile(plain, backend=breaks.backend, options=dict(options or {}))
             start = time.perf_counter()
             output = compiled(*args, **kwargs)
@@ -58,20 +72,19 @@ def explain(
 class _GraphBreaks:
     """Notes why Dynamo broke the graph, on the way to the backend."""
 
-    def __init__(self) -> None:
+    def __init__(self, compile_graph: Callable[..., Any]) -> None:
+        self.compile_graph = compile_graph
         self.before = _counted_breaks()
         self.placed: dict[str, str] = {}
 
     def backend(self, gm: torch.fx.GraphModule, example_inputs: list[Any], **kwargs: Any) -> Any:
-        from fa3_compile.backend import fa3
-
         ended = getattr(gm, "compile_subgraph_reason", None)
         if ended is not None and ended.graph_break:
             frame = ended.user_stack[-1] if ended.user_stack else None
             self.placed[ended.reason] = (
                 f"{short_path(frame.filename)}:{frame.lineno}: {frame.line}" if frame else ""
             )
-        return fa3(gm, example_inputs, **kwargs)
+        return self.compile_graph(gm, example_inputs, **kwargs)
 
     def texts(self) -> list[str]:
         # A break before the first operation makes no graph; only the counter knows of it.

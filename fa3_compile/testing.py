@@ -8,6 +8,9 @@ roundings.
 
     report = assert_matches_eager(model, input_ids, training=True)
     assert all(region.fused for region in report.regions)
+
+`assert_fused` and `snapshot` test what became of the attention, and no numbers: see
+fa3_compile/fused.py.
 """
 
 from __future__ import annotations
@@ -23,9 +26,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fa3_compile.fused import assert_fused, snapshot
 from fa3_compile.report import Report, collect
 
-__all__ = ["assert_close_to_oracle", "assert_matches_eager"]
+__all__ = ["assert_close_to_oracle", "assert_fused", "assert_matches_eager", "snapshot"]
 
 # How many roundings of the largest element are forgiven on top of twice eager's own error.
 FLOOR_ROUNDINGS = 8

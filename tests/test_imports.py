@@ -21,7 +21,7 @@ MAY_IMPORT = {
     **dict.fromkeys(BASE, BASE),
 }
 # Entry points stand above the pipeline and may import anything.
-TOP = {"__init__", "__main__", "backend", "explaining", "testing"}
+TOP = {"__init__", "__main__", "backend", "explaining", "fused", "testing"}
 
 
 def part_of(module: str) -> str:

@@ -1,0 +1,97 @@
+"""`assert_fused` and `snapshot`: what passes, what fails, and with which words."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch import nn
+
+from fa3_compile.testing import assert_fused, snapshot
+
+ROOT = Path(__file__).parents[1]
+
+
+class Layers(nn.Module):
+    """Causal attention, `layers` times over; `refactored` shows the weights to somebody."""
+
+    def __init__(self, layers=2, refactored=False, window=None):
+        super().__init__()
+        self.layers, self.refactored, self.window = layers, refactored, window
+
+    def forward(self, x):
+        shown = []
+        for _ in range(self.layers):
+            at = torch.arange(x.shape[-2])
+            hidden = at[None, :] > at[:, None]
+            if self.window:
+                hidden = hidden | (at[:, None] - at[None, :] >= self.window)
+            scores = (x @ x.transpose(-2, -1) / 4).masked_fill(hidden, float("-inf"))
+            weights = scores.softmax(-1)
+            shown.append(weights)
+            x = weights @ x
+        return (x, shown) if self.refactored else x
+
+
+def x():
+    return torch.randn(1, 2, 12, 16)
+
+
+def test_a_fused_model_passes_and_gives_its_report():
+    report = assert_fused(Layers(), x(), regions=2, forms="causal")
+    assert len(report.fused) == 2
+    assert_fused(Layers(3), x(), forms=["causal"] * 3, training=False)
+    assert_fused(Layers(1), x(), kernels="reference", options={"kernels": "reference"})
+
+
+@pytest.mark.parametrize(
+    "model, expected, said",
+    [
+        (Layers(refactored=True), {}, "region 0 of graph 0/0: left as it was by check"),
+        (Layers(), {"regions": 3}, "expected 3 attention regions, found 2"),
+        (Layers(window=4), {"forms": "causal"}, "expected form 'causal', found 'causal + window"),
+        (Layers(), {"forms": ["causal"]}, "1 forms were named for 2 regions"),
+        (Layers(), {"kernels": "cuda_sm90"}, "expected kernel 'cuda_sm90', found 'cpu'"),
+        (nn.Linear(16, 16), {}, "no attention was found"),
+    ],
+    ids=["refactored", "regions", "form", "forms", "kernel", "no attention"],
+)
+def test_what_is_missing_is_said_with_the_report(model, expected, said):
+    with pytest.raises(AssertionError) as caught:
+        assert_fused(model, x(), **expected)
+    first, report = str(caught.value).split("\n\n", 1)
+    assert said in first
+    assert report.startswith("fa3_compile: ")
+
+
+def test_a_snapshot_has_one_line_for_regions_that_are_alike():
+    assert_expected_inline(
+        snapshot(Layers(4), x()),
+        """\
+4 of 4 regions fused
+0-3: causal | score 0.25*s | mask kv <= q""",
+    )
+    assert_expected_inline(
+        snapshot(Layers(1, refactored=True), x()),
+        """\
+0 of 1 regions fused
+0: left as it was by check [weights-used]""",
+    )
+
+
+def test_a_snapshot_does_not_name_what_changes_from_machine_to_machine():
+    text = snapshot(Layers(1), x(), options={"kernels": "reference"})
+    assert text == snapshot(Layers(1), x())
+    assert "cpu" not in text and __file__ not in text
+
+
+def test_the_example_of_the_documentation_passes():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+         "examples/test_fused_attention.py", "-k", "not gradients"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "2 passed" in done.stdout
