@@ -1,0 +1,130 @@
+// Before and after the backward's main kernel: what each query row needs of LSE and dO, and dQ from
+// its fp32 sums. Both read and write each of their tensors once.
+#pragma once
+#include "fa3/fragment.cuh"
+#include "fa3/variant.cuh"
+
+namespace fa3 {
+
+struct RowStrides {
+  int64_t batch, head, row;  // in elements; columns are contiguous
+
+  FA3_DEVICE int64_t at(int b, int h, int x) const { return b * batch + h * head + x * row; }
+};
+
+template <class AuxT>
+struct RowTermsParams {
+  const char *out, *dout;
+  const float *lse, *dlse;  // (batch, heads, queries); dlse may be null
+  float* rows;              // (batch, heads, query blocks, {LSE, delta}, BlockM)
+  float* dq_sums;           // cleared here
+  RowStrides out_at, dout_at;
+  int heads, queries, keys;
+  int unused;
+  AuxT aux;
+};
+
+// rows: the LSE in the exponent's unit, infinity where a row has no weight; and
+// delta = rowsum(dO * O) - dLSE.
+template <class Config, class Variant>
+struct RowTerms {
+  using Dtype = typename Config::Dtype;
+  using Params = RowTermsParams<typename Variant::Aux>;
+  static constexpr int kM = Config::kBlockM;
+  static constexpr int kThreads = 256;
+  static constexpr int kPieces = Config::kDimV / 8;  // of 16 bytes in a row
+  static constexpr int kLanes =
+      kPieces > 16 ? 32 : kPieces > 8 ? 16 : kPieces > 4 ? 8 : kPieces > 2 ? 4 : kPieces;
+  static constexpr int kRowsAtOnce = kThreads / kLanes;
+
+  // Grid (query blocks, heads, batches).
+  FA3_DEVICE static void run(const Params& p) {
+    int head = blockIdx.y, batch = blockIdx.z;
+    int64_t block = (static_cast<int64_t>(batch) * p.heads + head) * gridDim.x + blockIdx.x;
+    float4* sums = reinterpret_cast<float4*>(p.dq_sums + block * Config::kSumFloats);
+    for (int i = threadIdx.x; i < Config::kSumFloats / 4; i += kThreads)
+      sums[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    typename Variant::At at{p.aux, batch, head, p.queries, p.keys};
+    int piece = threadIdx.x % kLanes;
+    float* rows = p.rows + block * 2 * kM;
+#pragma unroll
+    for (int i = 0; i < ceil_div(kM, kRowsAtOnce); ++i) {
+      int inside = i * kRowsAtOnce + threadIdx.x / kLanes;
+      int q = blockIdx.x * kM + inside;
+      float sum = 0.0f;
+      bool exists = q < p.queries && inside < kM;
+      if (exists && piece < kPieces) {
+        uint4 o = __ldg(reinterpret_cast<const uint4*>(p.out + 2 * p.out_at.at(batch, head, q)) +
+                        piece);
+        uint4 d = __ldg(reinterpret_cast<const uint4*>(p.dout + 2 * p.dout_at.at(batch, head, q)) +
+                        piece);
+        sum = product(o.x, d.x) + product(o.y, d.y) + product(o.z, d.z) + product(o.w, d.w);
+      }
+#pragma unroll
+      for (int lanes = kLanes / 2; lanes > 0; lanes /= 2)
+        sum += __shfl_xor_sync(~0u, sum, lanes);
+      if (piece > 0 || inside >= kM) continue;
+      float lse = inf();
+      if (exists) {
+        int64_t row = (static_cast<int64_t>(batch) * p.heads + head) * p.queries + q;
+        lse = __ldg(p.lse + row);
+        if (p.dlse != nullptr) sum -= __ldg(p.dlse + row);
+        if (lse == -inf()) lse = inf(), sum = 0.0f;
+        auto own = Variant::head(at);
+        if constexpr (Variant::kShift)
+          lse -= Variant::shift(at, own, Variant::row(at, own, q), q);
+        if constexpr (!Variant::kWideScores) lse *= kLog2e;
+      }
+      rows[inside] = lse;
+      rows[kM + inside] = sum;
+    }
+  }
+
+  FA3_DEVICE static float product(uint32_t a, uint32_t b) {
+    float2 x = unpack<Dtype>(a), y = unpack<Dtype>(b);
+    return fmaf(x.x, y.x, x.y * y.y);
+  }
+};
+
+struct QueryGradientParams {
+  const float* dq_sums;
+  char* dq;
+  RowStrides dq_at;
+  int heads, queries;
+};
+
+// dQ from the sums, which lie as the main kernel's accumulators do: one float4 of each thread after
+// the other.
+template <class Config, class Variant>
+struct QueryGradient {
+  using Dtype = typename Config::Dtype;
+  static constexpr int kThreads = Config::kSumThreads;
+
+  // Grid (query blocks, heads, batches).
+  FA3_DEVICE static void run(const QueryGradientParams& p) {
+    int head = blockIdx.y, batch = blockIdx.z;
+    int64_t block = (static_cast<int64_t>(batch) * p.heads + head) * gridDim.x + blockIdx.x;
+    int part = threadIdx.x / 128, thread = threadIdx.x % 128;
+    constexpr int count = Config::kSumColumns / 2;
+    const float4* sums = reinterpret_cast<const float4*>(p.dq_sums + block * Config::kSumFloats) +
+                         part * count * 32 + thread;
+    float x[count];
+#pragma unroll
+    for (int j = 0; j < count / 4; ++j) {
+      float4 y = __ldcs(sums + j * 128);
+      x[4 * j] = y.x, x[4 * j + 1] = y.y, x[4 * j + 2] = y.z, x[4 * j + 3] = y.w;
+    }
+    int q0 = blockIdx.x * Config::kBlockM + Config::sum_row(part) + thread / 32 * 16 +
+             thread % 32 / 4;
+    int column = Config::sum_column(part);
+    int columns = Config::kDimQK - column;  // that are left for this part
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      int q = q0 + 8 * r;
+      char* to = p.dq + 2 * (p.dq_at.at(batch, head, q) + column);
+      store_row<Dtype, Config::kSumColumns>(x, r, Variant::kFactor, q < p.queries, to, columns);
+    }
+  }
+};
+
+}  // namespace fa3

@@ -1,0 +1,77 @@
+// Accumulators of wgmma m64nN on their way to memory. A thread holds two rows, eight apart, and in
+// each the columns 8j + 2 * (lane % 4) + {0, 1}; element [4j + 2r + e].
+#pragma once
+#include "fa3/ptx.cuh"
+
+namespace fa3 {
+
+FA3_DEVICE void store_if(bool wanted, char* to, const uint32_t (&x)[4]) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.v4.b32 [%1], {%2, %3, %4, %5};}" ::"r"(
+          static_cast<int>(wanted)),
+      "l"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+      : "memory");
+}
+
+// x[i] of lane l becomes x[l] of lane i, within each four lanes.
+FA3_DEVICE void quad_transpose(uint32_t (&x)[4], int lane) {
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2) {
+    bool upper = lane & bit;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & bit) continue;
+      uint32_t sent = upper ? x[i] : x[i | bit];
+      uint32_t received = __shfl_xor_sync(~0u, sent, bit);
+      if (upper) x[i] = received;
+      else x[i | bit] = received;
+    }
+  }
+}
+
+// Columns 0 .. Columns - 1 of row r (0 or 1) of this thread, those before `end`, times `factor`, at
+// `to`: lanes of a quad exchange pieces so that each writes 16 bytes. All lanes take part, `inside`
+// or not.
+template <class Dtype, int Columns, int N>
+FA3_DEVICE void store_row(const float (&x)[N], int r, float factor, bool inside, char* to,
+                          int end = Columns) {
+  constexpr int pieces = Columns / 8;
+  int quad_lane = threadIdx.x % 4;
+#pragma unroll
+  for (int j = 0; j < pieces; j += 4) {
+    uint32_t y[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      int at = j + i < pieces ? 4 * (j + i) + 2 * r : 0;
+      y[i] = pack<Dtype>(x[at] * factor, x[at + 1] * factor);
+    }
+    quad_transpose(y, quad_lane);
+    store_if(inside && j + quad_lane < pieces && 8 * (j + quad_lane) < end, to + 16 * (j + quad_lane), y);
+  }
+}
+
+FA3_DEVICE float2 load_shared(uint32_t from) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(from));
+  return x;
+}
+
+// Four 8x8 tiles of packed accumulators; lane l says where row l % 8 of tile l / 8 goes.
+FA3_DEVICE void store_matrices(uint32_t row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
+               "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
+// Before a barrier behind which the tensor cores or TMA read what this thread wrote.
+FA3_DEVICE void async_proxy_fence() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+FA3_DEVICE void add_global(float* to, float a, float b, float c, float d) {
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a), "f"(b), "f"(c),
+               "f"(d)
+               : "memory");
+}
+
+}  // namespace fa3
