@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from fa3_compile.lower.bound import BindingKernel
 from fa3_compile.lower.choose import (
     Gradients,
     Kernel,
@@ -24,6 +25,7 @@ from fa3_compile.lower.choose import (
     reference,
 )
 from fa3_compile.lower.verify import verify
+from fa3_compile.runtime.launch import Call
 from fa3_compile.runtime.op import split_text
 
 log = logging.getLogger(__name__)
@@ -110,6 +112,39 @@ def built_backward(problem: Problem, allowed: tuple[str, ...] | None) -> Kernel:
         if taken and not (kernel.supports(problem) or kernel.supports_backward(problem)):
             return kernel
     return reference()
+
+
+def is_direct(
+    kernel: Kernel, options: Mapping[str, str], aux_dtypes: Sequence[torch.dtype]
+) -> bool:
+    """Whether generated code may call the kernel's launch without the operator around it."""
+    narrow = any(x in NARROW for x in aux_dtypes)
+    return isinstance(kernel, BindingKernel) and not narrow and not wants_verification(options)
+
+
+def bound(text: str, q, k, v, aux, sizes) -> Call | None:
+    """What `forward` would call for these arguments and others of their layouts; None where it
+    has more to do than that."""
+    problem = make_problem(text, q, k, v, aux)
+    options = split_text(text)[1]
+    kernel = built(problem, allowed_kernels(options))
+    if not is_direct(kernel, options, problem.aux_dtypes):
+        return None
+    assert isinstance(kernel, BindingKernel)
+    return kernel.bound(problem, q, k, v, aux, sizes)
+
+
+def bound_backward(text: str, q, k, v, aux, needs: Sequence[bool]) -> Callable[..., Gradients]:
+    """What `backward` would call for these arguments and others of their layouts: a function of
+    (dout, dlse, q, k, v, out, lse, aux, sizes, needs)."""
+    problem = make_problem(text, q, k, v, widened(aux), needs)
+    kernel = built_backward(problem, allowed_kernels(split_text(text)[1]))
+
+    def call(dout, dlse, q, k, v, out, lse, aux, sizes, needs) -> Gradients:
+        arguments = (dout, dlse, q, k, v, out, lse, widened(aux), sizes, needs)
+        return kernel.run_backward(problem, *arguments)
+
+    return call
 
 
 def forward(q, k, v, aux, sizes, text: str) -> tuple[Tensor, Tensor]:

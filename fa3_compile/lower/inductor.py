@@ -1,9 +1,10 @@
 """Inductor lowerings of the operators, installed by `install`.
 
 A kernel that is a program of torch operators is inlined: traced, and lowered node by node into
-the code around it. Any other stays one call of the operator, which runs the same choice again.
-Where a kernel cannot be built, and for gradients without a kernel, the reference is inlined; a
-backward lowering must not raise, because that would surface at `.backward()`.
+the code around it. Any other becomes one call that goes straight to its launch (`direct_call`),
+or, with `verify`, stays a call of the operator, which runs the same choice again. Where a kernel
+cannot be built, and for gradients without a kernel, the reference is inlined; a backward lowering
+must not raise, because that would surface at `.backward()`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from fa3_compile.lower.dispatch import (
     allowed_kernels,
     built,
     built_backward,
+    is_direct,
     make_problem,
     wants_verification,
     widened,
@@ -61,6 +63,8 @@ def _lower_attention(q, k, v, aux, sizes, text):
     problem = _problem(text, fake_q, fake_k, fake_v, fake_aux)
     options = split_text(text)[1]
     kernel = built(problem, allowed_kernels(options))
+    if is_direct(kernel, options, problem.aux_dtypes):
+        return _direct(torch.ops.fa3.attention.default, q, k, v, aux, sizes, text)
     if not kernel.inline or wants_verification(options):
         return None
 
@@ -78,7 +82,8 @@ def _lower_backward(dout, dlse, q, k, v, out, lse, aux, sizes, text, needs):
     problem = _problem(text, fake_q, fake_k, fake_v, fake_aux, needs)
     kernel = built_backward(problem, allowed_kernels(split_text(text)[1]))
     if not kernel.inline:
-        return None
+        op = torch.ops.fa3.attention_backward.default
+        return _direct(op, dout, dlse, q, k, v, out, lse, aux, sizes, text, needs)
 
     def program(dout, dlse, q, k, v, out, lse, aux, sizes):
         inputs = (q, k, v, *aux)
@@ -90,6 +95,23 @@ def _lower_backward(dout, dlse, q, k, v, out, lse, aux, sizes, text, needs):
 
     arguments = (dout, dlse, q, k, v, out, lse, list(aux), list(sizes))
     return _inline(program, tuple(fakes[:-2]), arguments)
+
+
+def _direct(op, *args):
+    """One call of the kernel's launch."""
+    from torch._inductor import ir
+    from torch._inductor.virtualized import V
+
+    from fa3_compile.lower.direct_call import DirectCall
+
+    def wrapped(x):
+        return ir.TensorBox.create(x) if isinstance(x, ir.IRNode) else x
+
+    outputs = DirectCall.create(op, *args)
+    if op is torch.ops.fa3.attention.default:
+        # Allocated anew, however the inputs lie.
+        V.graph.unaligned_buffers -= {x.get_name() for x in outputs}
+    return pytree.tree_map(wrapped, outputs)
 
 
 def _fake_arguments() -> tuple[Any, ...]:

@@ -6,16 +6,17 @@ import ctypes
 import functools
 import importlib
 import struct
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._dynamo import guards
 
 from fa3_compile.lower.choose import KernelBuildError
 
-POINTER = struct.Struct("Q").pack_into
 MAP_BYTES = 128
 COUNTERS = 256  # of a module: templates/cuda/attention_fwd.cu.jinja
 
@@ -73,19 +74,64 @@ def load_module(cubin: bytes) -> Module:
     return module
 
 
-class Parameters:
-    """The one struct that a kernel takes, in memory that the driver reads at a launch."""
+# What a kernel's parameters may point to, beside the captured tensors.
+NAMES = ("q", "k", "v", "out", "lse", "counter", "lists")
 
-    def __init__(self, content: bytes) -> None:
-        self.storage = ctypes.create_string_buffer(len(content) + 64)
-        start = -ctypes.addressof(self.storage) % 64
-        self.view = memoryview(self.storage).cast("B")[start : start + len(content)]
-        self.view[:] = content
-        self._array = (ctypes.c_void_p * 1)(ctypes.addressof(self.storage) + start)
-        self.pointer = ctypes.addressof(self._array)
 
-    def set(self, offset: int, address: int) -> None:
-        POINTER(self.view, offset, address)
+class Launch:
+    """One kernel, its grid and its parameters: a struct in memory that the driver reads.
+
+    content  the struct, its size a multiple of 8
+    places   (offset, one of NAMES or the number of a captured tensor, bytes to add): where the
+             addresses of a call belong
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: Sequence[int],
+        threads: int,
+        shared: int,
+        content: bytes,
+        places: Sequence[tuple[int, str | int, int]],
+    ) -> None:
+        self._storage = ctypes.create_string_buffer(len(content) + 64)
+        start = -ctypes.addressof(self._storage) % 64
+        view = memoryview(self._storage).cast("B")[start : start + len(content)]
+        view[:] = content
+        self._words = view.cast("Q")
+        self._array = (ctypes.c_void_p * 1)(ctypes.addressof(self._storage) + start)
+        self._pointer = ctypes.addressof(self._array)
+        at = [(n // 8, NAMES.index(x) if isinstance(x, str) else x + len(NAMES), more)
+              for n, x, more in places]  # fmt: skip
+        self._copied = [(word, index) for word, index, more in at if not more]
+        self._moved = [x for x in at if x[2]]
+        self._launch = driver().cuLaunchKernel
+        self._success = driver().CUresult.CUDA_SUCCESS
+        self._arguments = (kernel, *grid, threads, 1, 1, shared)
+        # The driver copies the parameters while it launches, without the interpreter's lock.
+        self._lock = threading.Lock()
+
+    def __call__(self, stream: int, addresses: Sequence[int]) -> None:
+        """`addresses` in the order of NAMES, then the captured tensors."""
+        words = self._words
+        with self._lock:
+            for word, index in self._copied:
+                words[word] = addresses[index]
+            for word, index, more in self._moved:
+                words[word] = addresses[index] + more
+            (status,) = self._launch(*self._arguments, stream, self._pointer, 0)
+        if status is not self._success:
+            raise RuntimeError(f"cuda_sm90 could not be launched: {status.name}")
+
+
+def _empty_cuda(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(shape, stride, dtype=dtype, device="cuda")
+
+
+# An uninitialised tensor on the current device, as Inductor's code allocates: without the
+# dispatcher.
+empty_cuda = getattr(guards, "_empty_strided_cuda", _empty_cuda)
 
 
 def describable(x: Tensor) -> bool:

@@ -132,13 +132,18 @@ def empty_out(q: Tensor, v: Tensor, order: str) -> Tensor:
     return out.permute([order.index(x) for x in "bhqd"])
 
 
+def out_strides(shape: Sequence[int], order: str) -> tuple[int, ...]:
+    """The strides of `empty_out` for an output of this shape."""
+    steps, step = {}, 1
+    for axis in reversed(order):
+        steps[axis] = step
+        step *= max(shape["bhqd".index(axis)], 1)
+    return tuple(steps[x] for x in "bhqd")
+
+
 def lse_dtype(q: Tensor) -> torch.dtype:
     """float32; float64 for float64 inputs, so that gradients can be checked numerically."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
-def _in_layout(x: Tensor, like: Tensor) -> Tensor:
-    return x if x.stride() == like.stride() and x.dtype == like.dtype else like.copy_(x)
 
 
 @torch.library.impl(LIBRARY, "attention", "CompositeExplicitAutograd")
@@ -146,7 +151,9 @@ def _attention(q, k, v, aux, sizes, spec):
     parsed, _ = split_text(spec)
     check_inputs(q, k, v, aux, sizes, parsed)
     out, lse = _implementation().forward(q, k, v, aux, sizes, spec)
-    return _in_layout(out, empty_out(q, v, parsed.out_order)), lse.contiguous()
+    if out.stride() != out_strides(out.shape, parsed.out_order) or out.dtype != q.dtype:
+        out = empty_out(q, v, parsed.out_order).copy_(out)
+    return out, lse.contiguous()
 
 
 @torch.library.register_fake("fa3::attention", lib=LIBRARY)
@@ -157,8 +164,36 @@ def _attention_fake(q, k, v, aux, sizes, spec):
     return empty_out(q, v, parsed.out_order), lse
 
 
-# A gradient that nobody needs is an empty tensor; the others have the layout that
-# `torch.empty_like` gives their input.
+def gradients_as_declared(inputs: Sequence[Tensor], grads: Sequence) -> tuple:
+    """(dq, dk, dv, daux) as the operator gives them, from those of an implementation.
+
+    A gradient that nobody needs is an empty tensor; the others have the layout that
+    `torch.empty_like` gives their input.
+    """
+    dq, dk, dv, daux = grads
+    found = [_like(x, g) for x, g in zip(inputs, (dq, dk, dv, *daux))]
+    return found[0], found[1], found[2], found[3:]
+
+
+def _like(x: Tensor, grad: Tensor | None) -> Tensor:
+    if grad is None:
+        return x.new_empty(0)
+    if grad.dtype == x.dtype and grad.stride() == x.stride() and is_dense(x):
+        return grad
+    like = torch.empty_like(x)
+    return grad if grad.dtype == like.dtype and grad.stride() == like.stride() else like.copy_(grad)
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements fill the memory between the first and the last, each once; then
+    `torch.empty_like` has x's strides."""
+    expected = 1
+    for stride, length in sorted(zip(x.stride(), x.shape)):
+        if length != 1:
+            if stride != expected:
+                return False
+            expected *= length
+    return True
 
 
 def _autograd_allowed():
@@ -173,15 +208,8 @@ def _autograd_allowed():
 @torch.library.impl(LIBRARY, "attention_backward", "CompositeExplicitAutograd")
 def _attention_backward(dout, dlse, q, k, v, out, lse, aux, sizes, spec, needs):
     with _autograd_allowed():
-        dq, dk, dv, daux = _implementation().backward(
-            dout, dlse, q, k, v, out, lse, aux, sizes, spec, needs
-        )
-    inputs = (q, k, v, *aux)
-    grads = [
-        x.new_empty(0) if g is None else _in_layout(g, torch.empty_like(x))
-        for x, g in zip(inputs, (dq, dk, dv, *daux))
-    ]
-    return grads[0], grads[1], grads[2], grads[3:]
+        grads = _implementation().backward(dout, dlse, q, k, v, out, lse, aux, sizes, spec, needs)
+    return gradients_as_declared((q, k, v, *aux), grads)
 
 
 @torch.library.register_fake("fa3::attention_backward", lib=LIBRARY)

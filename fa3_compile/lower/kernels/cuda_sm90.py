@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import logging
 import struct
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,15 +18,16 @@ import sympy
 import torch
 from torch import Tensor
 
+from fa3_compile.lower.bound import BindingKernel
 from fa3_compile.lower.build_nvrtc import load_first, missing
-from fa3_compile.lower.choose import Kernel, KernelBuildError, Problem, next_after, register
+from fa3_compile.lower.choose import KernelBuildError, Problem, register
 from fa3_compile.lower.config_sm90 import Sm90Config, candidates
 from fa3_compile.lower.launch_cuda import (
     MAP_BYTES,
+    Launch,
     Module,
-    Parameters,
     describable,
-    driver,
+    empty_cuda,
     load_module,
     tensor_map,
 )
@@ -44,7 +44,8 @@ from fa3_compile.lower.render_cuda import (
     render,
     uniform_fill,
 )
-from fa3_compile.runtime.op import empty_out
+from fa3_compile.runtime.launch import Call
+from fa3_compile.runtime.op import out_strides
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
 
@@ -63,19 +64,15 @@ ELEMENTS = {
     torch.float32: "float",
     torch.float64: "double",
 }
-LARGEST_BOUND = 4096
 LARGEST_GRID = 65535
 # Keys and values that a section of the longest-first order may hold in L2, in bytes.
 SECTION_BYTES = 32 * 2**20
 INTERVAL_ROWS, UNIFORM_ROWS, DEAD_ROWS = 8, 1024, 64
 
 
-class CudaSm90(Kernel):
+class CudaSm90(BindingKernel):
     name = "cuda_sm90"
     priority = 20
-
-    def __init__(self) -> None:
-        self._bound: dict[tuple, Bound | None] = {}
 
     def supports(self, problem: Problem) -> str | None:
         if problem.device.type != "cuda":
@@ -100,76 +97,22 @@ class CudaSm90(Kernel):
         """Builds the kernel as contiguous captured tensors want it."""
         load_first(_keys(problem, _likely_layout(problem)))
 
-    def run(
-        self,
-        problem: Problem,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        aux: Sequence[Tensor],
-        sizes: Sequence[int],
-    ) -> tuple[Tensor, Tensor]:
-        spec = problem.spec
-        # `Bound` holds the spec, so that no other one can have its id.
-        key = (
-            id(spec), q.dtype, q.device.index, q.shape, q.stride(), k.shape, k.stride(), v.shape,
-            v.stride(), (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15, *sizes,
-            *[(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15) for x in aux],
-        )  # fmt: skip
+    def bind(self, problem: Problem, q, k, v, aux, sizes) -> Call | None:
+        if not (q.numel() and k.numel() and v.numel()):
+            return None
+        if not all(map(describable, (q, k, v))) or any(x.device != q.device for x in aux):
+
+            def adapted(q, k, v, aux):
+                q, k, v = (x if describable(x) else _fresh(x) for x in (q, k, v))
+                return self.run(problem, q, k, v, [x.to(q.device) for x in aux], sizes)
+
+            return adapted
         try:
-            bound = self._bound[key]
-        except KeyError:
-            bound = self._bind(key, problem, q, k, v, aux, sizes)
-        if bound is None:
-            return next_after(self, problem).run(problem, q, k, v, aux, sizes)
-        if bound.adapts:
-            q, k, v = (x if describable(x) else _fresh(x) for x in (q, k, v))
-            return self.run(problem, q, k, v, [x.to(q.device) for x in aux], sizes)
-        if torch._C._cuda_getDevice() != bound.device:
-            with torch.cuda.device(bound.device):
-                return self._launch(bound, q, k, v, aux)
-        return self._launch(bound, q, k, v, aux)
-
-    def _bind(self, key, problem, q, k, v, aux, sizes) -> Bound | None:
-        if len(self._bound) >= LARGEST_BOUND:
-            self._bound.clear()
-        bound = None
-        if q.numel() and k.numel() and v.numel():
-            try:
-                with torch.cuda.device(q.device):
-                    bound = bind(problem, q, k, v, aux, sizes)
-            except KernelBuildError as error:
-                log.warning("cuda_sm90 could not be built for %s: %s", problem.spec, error)
-        self._bound[key] = bound
-        return bound
-
-    def _launch(self, bound: Bound, q, k, v, aux) -> tuple[Tensor, Tensor]:
-        stream = torch._C._cuda_getCurrentRawStream(bound.device)
-        out = torch.empty_strided(bound.out_shape, bound.out_stride, dtype=q.dtype, device=q.device)
-        lse = torch.empty(bound.out_shape[:3], dtype=torch.float32, device=q.device)
-        counter = _counter(bound, stream) if bound.config.longest_first else 0
-        lists = 0
-        if bound.map_words:
-            words = torch.empty(bound.map_words, dtype=torch.int32, device=q.device)
-            lists = words.data_ptr()
-        addresses = (
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), counter,
-            lists, *[x.data_ptr() for x in aux],
-        )  # fmt: skip
-        for launch in bound.launches:
-            launch(stream, addresses)
-        return out, lse
-
-
-def _counter(bound: Bound, stream: int) -> int:
-    """The address of an int that is zero between launches."""
-    assert bound.module is not None
-    if not torch._C._cuda_isCurrentStreamCapturing():
-        found = bound.module.counter(stream)
-        if found is not None:
-            return found
-    # A graph may be replayed beside anything: it has, and clears, its own.
-    return torch.zeros(1, dtype=torch.int32, device=f"cuda:{bound.device}").data_ptr()
+            with torch.cuda.device(q.device):
+                return bind(problem, q, k, v, aux, sizes)
+        except KernelBuildError as error:
+            log.warning("cuda_sm90 could not be built for %s: %s", problem.spec, error)
+            return None
 
 
 def _fresh(x: Tensor) -> Tensor:
@@ -263,52 +206,57 @@ def _keys(problem: Problem, layout: Layout) -> list[CudaKey]:
 
 @dataclass
 class Bound:
-    """The kernel for one set of shapes and strides.
+    """The kernels of a call for one set of shapes and strides; calling it launches them.
 
-    adapts     q, k, v or captured tensors have to be copied first; then nothing else is set
     map_words  int32 that the lists of key blocks take
     """
 
-    spec: AttentionSpec
     device: int
-    adapts: bool = False
-    config: Sm90Config = Sm90Config(64, 64)
-    out_shape: tuple[int, ...] = ()
-    out_stride: tuple[int, ...] = ()
-    map_words: int = 0
-    launches: tuple[_Launch, ...] = ()
-    module: Module | None = None
+    dtype: torch.dtype
+    config: Sm90Config
+    module: Module
+    out_shape: tuple[int, ...]
+    out_stride: tuple[int, ...]
+    map_words: int
+    launches: tuple[Launch, ...]
 
+    def __post_init__(self) -> None:
+        self._lse_shape = self.out_shape[:3]
+        _, heads, rows = self._lse_shape
+        self._lse_stride = (heads * rows, rows, 1)
 
-class _Launch:
-    """One kernel, its grid, and where in its parameters each address belongs.
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, aux: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        if torch._C._cuda_getDevice() != self.device:
+            with torch.cuda.device(self.device):
+                return self(q, k, v, aux)
+        stream = torch._C._cuda_getCurrentRawStream(self.device)
+        out = empty_cuda(self.out_shape, self.out_stride, self.dtype)
+        lse = empty_cuda(self._lse_shape, self._lse_stride, torch.float32)
+        counter = self._counter(stream) if self.config.longest_first else 0
+        lists = 0
+        if self.map_words:
+            words = empty_cuda((self.map_words,), (1,), torch.int32)
+            lists = words.data_ptr()
+        addresses = [
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), counter,
+            lists,
+        ]  # fmt: skip
+        for x in aux:
+            addresses.append(x.data_ptr())
+        for launch in self.launches:
+            launch(stream, addresses)
+        return out, lse
 
-    places  (offset, "q" ... or the number of a captured tensor, bytes to add)
-    """
-
-    def __init__(self, kernel, grid, threads, shared, content: bytes, places) -> None:
-        self._launch = driver().cuLaunchKernel
-        self._arguments = (kernel, *grid, threads, 1, 1, shared)
-        self._parameters = Parameters(content)
-        self._places = [
-            (offset, _NAMES.index(what) if isinstance(what, str) else what + len(_NAMES), add)
-            for offset, what, add in places
-        ]
-        # The driver copies the parameters while it launches.
-        self._lock = threading.Lock()
-
-    def __call__(self, stream: int, addresses: Sequence[int]) -> None:
-        """`addresses` in the order of _NAMES, then the captured tensors."""
-        parameters = self._parameters
-        with self._lock:
-            for offset, index, add in self._places:
-                parameters.set(offset, addresses[index] + add)
-            (status,) = self._launch(*self._arguments, stream, parameters.pointer, 0)
-        if status.value:
-            raise RuntimeError(f"cuda_sm90 could not be launched: {status.name}")
-
-
-_NAMES = ("q", "k", "v", "out", "lse", "counter", "lists")
+    def _counter(self, stream: int) -> int:
+        """The address of an int that is zero between launches."""
+        if not torch._C._cuda_isCurrentStreamCapturing():
+            found = self.module.counter(stream)
+            if found is not None:
+                return found
+        # A graph may be replayed beside anything: it has, and clears, its own.
+        return torch.zeros(1, dtype=torch.int32, device=f"cuda:{self.device}").data_ptr()
 
 
 @functools.lru_cache(maxsize=1024)
@@ -322,21 +270,18 @@ def _processors(device: int) -> int:
 
 
 def bind(problem: Problem, q, k, v, aux, sizes, key: CudaKey | None = None) -> Bound:
-    """The kernel for these tensors; `key` instead of the table's choice.
+    """The kernel for these tensors, which TMA can describe; `key` instead of the table's choice.
 
     Raises KernelBuildError.
     """
     spec = problem.spec
-    if not all(map(describable, (q, k, v))) or any(x.device != q.device for x in aux):
-        return Bound(spec, q.device.index, adapts=True)
     keys = _keys(problem, _layout(spec, aux)) if key is None else [key]
     key, built = load_first(keys)
     module = _module(key, built.cubin, q.device.index)
-    binder = _Binder(spec, key, module, q, k, v, aux, sizes)
-    out = empty_out(q, v, spec.out_order)
-    launches, words = binder.launches(out.stride())
-    shape, stride = tuple(out.shape), out.stride()
-    return Bound(spec, q.device.index, False, key.config, shape, stride, words, launches, module)
+    shape = (*q.shape[:3], v.shape[3])
+    stride = out_strides(shape, spec.out_order)
+    launches, words = _Binder(spec, key, module, q, k, v, aux, sizes).launches(stride)
+    return Bound(q.device.index, q.dtype, key.config, module, shape, stride, words, launches)
 
 
 class _Binder:
@@ -351,7 +296,7 @@ class _Binder:
         self.query_blocks = -(-self.queries // key.config.block_m)
         self.key_blocks = -(-self.keys // key.config.block_n)
 
-    def launches(self, out_stride) -> tuple[tuple[_Launch, ...], int]:
+    def launches(self, out_stride) -> tuple[tuple[Launch, ...], int]:
         """(the kernels of a call in their order, int32 words of the block lists)."""
         found = []
         kind = map_kind(self.spec)
@@ -404,7 +349,7 @@ class _Binder:
         batches, heads = self.map_shape
         return batches * heads * self.query_blocks
 
-    def block_map(self, kind: str) -> _Launch:
+    def block_map(self, kind: str) -> Launch:
         batches, heads = self.map_shape
         content = struct.pack(
             "QQiiiiii", 0, 0, batches, heads, self.query_blocks, self.key_blocks, self.queries,
@@ -413,13 +358,13 @@ class _Binder:
         places = [(0, "lists", 8 * self.map_rows), (8, "lists", 0)]
         rows = INTERVAL_ROWS if kind == "Interval" else 1
         grid = (-(-self.query_blocks // rows), heads, batches)
-        return _Launch(
+        return Launch(
             self.module.kernel("block_map"), grid, 256, 0, *self.with_captured(content, places)
         )
 
     # The attention.
 
-    def attention(self, out_stride) -> _Launch:
+    def attention(self, out_stride) -> Launch:
         config = self.key.config
         content = self._map(self.q, config.block_m)
         content += self._map(self.k, config.block_n) + self._map(self.v, config.block_n)
@@ -447,7 +392,7 @@ class _Binder:
         content += struct.pack("iiiii4x", self.group, self.queries, self.keys, *broadcast)
         content, places = self.with_captured(content, places)
         content += bytes(-len(content) % 64)
-        return _Launch(
+        return Launch(
             self.module.kernel("attention_fwd"), (grid, 1, 1), config.threads,
             self.module.shared_bytes, content, places,
         )  # fmt: skip
@@ -477,7 +422,7 @@ class _Binder:
 
     # Rows without a key.
 
-    def dead_rows(self, out_stride) -> _Launch:
+    def dead_rows(self, out_stride) -> Launch:
         content = struct.pack("QQQQQ", 0, 0, 0, 0, 0)
         places: list = [(8 * i, name, 0) for i, name in enumerate(("q", "k", "v", "out", "lse"))]
         for strides in (self.q.stride(), self.k.stride(), self.v.stride(), out_stride):
@@ -486,7 +431,7 @@ class _Binder:
         assert self.spec.fill is not None
         rows = UNIFORM_ROWS if uniform_fill(self.spec.fill) else DEAD_ROWS
         grid = (-(-self.queries // rows), self.heads, self.batch)
-        return _Launch(
+        return Launch(
             self.module.kernel("dead_rows"), grid, 256, 0, *self.with_captured(content, places)
         )
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fa3_compile.lower import hoist
+from fa3_compile.lower.bound import precision
 from fa3_compile.lower.build import load
 from fa3_compile.lower.choose import Gradients, KernelBuildError, Problem, reference
 from fa3_compile.lower.config import TritonConfig
@@ -137,7 +138,7 @@ def run_backward(
     tensors = (q, k, v, dout, out, *aux)
     key = (
         problem.spec,
-        forward._precision(q.dtype),
+        precision(q.dtype),
         dlse is None,
         tuple(needs),
         tuple(sizes),
@@ -352,7 +353,7 @@ def bind(
         "GROUP": q.shape[1] // k.shape[1],
         "DEAD_ROWS": forward.may_have_dead_rows(spec, q.shape[2], k.shape[2]),
         "HAS_DLSE": dlse is not None,
-        "PRECISION": forward._precision(q.dtype),
+        "PRECISION": precision(q.dtype),
     }
     queries = problem_grid(q, "query")
     keys = problem_grid(k, "key")

@@ -18,18 +18,13 @@ import torch
 from torch import Tensor
 
 from fa3_compile.lower import hoist, tune
+from fa3_compile.lower.bound import BindingKernel, precision
 from fa3_compile.lower.build import load
-from fa3_compile.lower.choose import (
-    Gradients,
-    Kernel,
-    KernelBuildError,
-    Problem,
-    reference,
-    register,
-)
+from fa3_compile.lower.choose import Gradients, KernelBuildError, Problem, register
 from fa3_compile.lower.config import TritonConfig
 from fa3_compile.lower.printer import UnprintableError
 from fa3_compile.lower.render import Aux, RenderKey, aux_parameters, render
+from fa3_compile.runtime.launch import Call
 from fa3_compile.runtime.op import empty_out
 from fa3_compile.spec.attention import AttentionSpec
 
@@ -60,12 +55,9 @@ class Bound:
     spills: int = 0
 
 
-class TritonForward(Kernel):
+class TritonForward(BindingKernel):
     name = "triton_forward"
     priority = 10
-
-    def __init__(self) -> None:
-        self._bound: dict[tuple, Bound | None] = {}
 
     def supports(self, problem: Problem) -> str | None:
         if importlib.util.find_spec("triton") is None:
@@ -92,34 +84,32 @@ class TritonForward(Kernel):
         """Renders and imports the kernel; the device code is built for the strides of a call."""
         load(_render_key(problem, tune.table_config(problem)))
 
-    def run(
-        self,
-        problem: Problem,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        aux: Sequence[Tensor],
-        sizes: Sequence[int],
-    ) -> tuple[Tensor, Tensor]:
-        tensors = (q, k, v, *aux)
-        key = (
-            problem.spec,
-            _precision(q.dtype),
-            tuple(sizes),
-            *((x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15) for x in tensors),
-        )
-        if key not in self._bound:
-            if max(s for x in (q, k, v) for s in x.stride()[2:]) >= LARGEST_STRIDE:
+    def bind(self, problem: Problem, q, k, v, aux, sizes) -> Call | None:
+        if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
+            return None
+        if any(x.device != q.device for x in (k, v, *aux)):  # scalars on the CPU, for one
+            return None
+        if max(s for x in (q, k, v) for s in x.stride()[2:]) >= LARGEST_STRIDE:
+
+            def copied(q, k, v, aux):
                 return self.run(problem, q.contiguous(), k.contiguous(), v.contiguous(), aux, sizes)
-            if len(self._bound) >= LARGEST_BOUND:
-                self._bound.clear()
-            self._bound[key] = self._bind(problem, q, k, v, aux, sizes)
-        bound = self._bound[key]
-        if bound is None:
-            return reference().run(problem, q, k, v, aux, sizes)
-        out, lse = outputs(problem, q, v)
-        bound.launch([q, k, v, out, lse, *(aux[i] for i in bound.aux)])
-        return out, lse
+
+            return copied
+        try:
+            bound = _bind(problem, q, k, v, aux, sizes)
+        except KernelBuildError as error:
+            log.warning(
+                "triton_forward could not be built for %s, head dims %d and %d, another kernel "
+                "runs instead: %s", problem.spec, problem.dim, problem.v_dim, error
+            )  # fmt: skip
+            return None
+
+        def call(q, k, v, aux):
+            out, lse = outputs(problem, q, v)
+            bound.launch([q, k, v, out, lse, *(aux[i] for i in bound.aux)])
+            return out, lse
+
+        return call
 
     def supports_backward(self, problem: Problem) -> str | None:
         # There: the two modules share how kernels are bound.
@@ -131,21 +121,6 @@ class TritonForward(Kernel):
         from fa3_compile.lower.kernels import triton_backward
 
         return triton_backward.run_backward(*arguments)
-
-    def _bind(self, problem: Problem, q, k, v, aux, sizes) -> Bound | None:
-        """The kernel for these arguments; None where the reference has to run."""
-        if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
-            return None
-        if any(x.device != q.device for x in (k, v, *aux)):  # scalars on the CPU, for one
-            return None
-        try:
-            return _bind(problem, q, k, v, aux, sizes)
-        except KernelBuildError as error:
-            log.warning(
-                "triton_forward could not be built for %s, head dims %d and %d, the reference "
-                "runs instead: %s", problem.spec, problem.dim, problem.v_dim, error
-            )  # fmt: skip
-            return None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -167,13 +142,6 @@ def _render_key(problem: Problem, config: TritonConfig) -> RenderKey:
         warp_specialize=config.warp_specialize,
         upcast=problem.dtype == torch.bfloat16 and interpreted(),
     )
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """How float32 products are taken: as torch's own matmul is told to."""
-    if dtype != torch.float32:
-        return "tf32"  # of no effect on 16-bit operands
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _bind(problem: Problem, q, k, v, aux, sizes) -> Bound:
@@ -259,7 +227,7 @@ def bind_config(problem: Problem, config: TritonConfig, q, k, v, aux, sizes) -> 
         may_have_dead_rows(spec, q.shape[2], k.shape[2]),
         config.block_q,
         config.block_kv,
-        _precision(q.dtype),
+        precision(q.dtype),
     )
     tiles = -(-q.shape[2] // config.block_q)
     grid = (tiles * q.shape[0] * q.shape[1], 1, 1)

@@ -1,0 +1,83 @@
+"""Inductor's node for an attention that a kernel computes: in Python, a call of `runtime.launch`.
+
+A module of its own because importing it imports Inductor.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import sympy
+import torch
+from torch._inductor import ir
+from torch._inductor.virtualized import V
+
+ATTENTION = torch.ops.fa3.attention.default
+IMPORT = "from fa3_compile.runtime import launch as fa3_launch"
+# Of each wrapper that is being written: what makes an object -> its name in the module.
+_names: weakref.WeakKeyDictionary[Any, dict[tuple, str]] = weakref.WeakKeyDictionary()
+
+
+class DirectCall(ir.FallbackKernel):
+    """The operator's call, except that Python code calls an object made from its spec text.
+
+    The C++ wrapper, which cannot, calls the operator.
+    """
+
+    def codegen(self, wrapper) -> None:
+        if not V.graph.cpp_wrapper:
+            self.python_kernel_name = self._object(_root(wrapper))
+        super().codegen(wrapper)
+
+    def codegen_args(self) -> list[str]:
+        arguments = super().codegen_args()
+        return arguments if V.graph.cpp_wrapper else arguments[: -len(self._plain())]
+
+    def _plain(self) -> tuple[Any, ...]:
+        """The operator's last arguments, which are data: the text; the gradients needed."""
+        arguments, _ = self.unflatten_args(self.inputs, self.constant_args)
+        return tuple(arguments[5:] if self.op_overload is ATTENTION else arguments[9:])
+
+    def _object(self, wrapper) -> str:
+        """The name of the object in the generated module; one for all calls of a layout."""
+        forward = self.op_overload is ATTENTION
+        layout = tuple(_layout(x) for x in self.inputs)
+        fixed = all(_is_number(n) for n in _leaves((layout, self._sizes())))
+        plain = self._plain()
+        made = f"{'Attention' if forward else 'AttentionBackward'}({', '.join(map(repr, plain))}"
+        made += f", fixed={fixed})"
+        known = _names.setdefault(wrapper, {})
+        # What is not fixed finds its layout anew in each call.
+        key = (made, layout, self._sizes()) if fixed else (made,)
+        if key not in known:
+            known[key] = f"fa3_attention_{wrapper.next_kernel_suffix()}"
+            wrapper.add_import_once(IMPORT)
+            wrapper.header.writeline(f"{known[key]} = fa3_launch.{made}")
+        return known[key]
+
+    def _sizes(self) -> tuple:
+        arguments, _ = self.unflatten_args(self.inputs, self.constant_args)
+        return tuple(arguments[4] if self.op_overload is ATTENTION else arguments[8])
+
+
+def _root(wrapper):
+    """The wrapper whose imports and header the module gets."""
+    return wrapper.get_root_graph() if hasattr(wrapper, "get_root_graph") else wrapper
+
+
+def _layout(x: ir.IRNode) -> tuple:
+    return tuple(x.get_size()), tuple(x.get_stride()), x.get_dtype(), x.get_device()
+
+
+def _is_number(n: Any) -> bool:
+    return not isinstance(n, sympy.Expr) or n.is_Integer
+
+
+def _leaves(nested: Any) -> Iterable[Any]:
+    for x in nested:
+        if isinstance(x, tuple):
+            yield from _leaves(x)
+        else:
+            yield x
