@@ -3,6 +3,7 @@
     python benchmarks/sm90_dev.py compile [NAME ...]   anywhere: tiles, registers, spills
     python benchmarks/sm90_dev.py check [NAME ...]     on a Hopper GPU: every form against float64
     python benchmarks/sm90_dev.py bench [NAME ...]     on a Hopper GPU: against cuDNN SDPA
+    python benchmarks/sm90_dev.py decode [NAME ...]    on a Hopper GPU: one query row, long caches
     python benchmarks/sm90_dev.py host                 on a Hopper GPU: host time, CUDA graphs
 
 NAME is part of a form's name. Full numbers go to $OUT (default: the current directory).
@@ -28,15 +29,16 @@ import torch
 
 from fa3_compile.lower.build_nvrtc import load_first
 from fa3_compile.lower.choose import KernelBuildError, Problem
-from fa3_compile.lower.kernels.cuda_sm90 import CudaSm90, _keys, _layout
+from fa3_compile.lower.kernels.cuda_sm90 import Bound, CudaSm90, _keys, _layout
 from fa3_compile.spec.attention import AttentionSpec
-from tests.numerics.forms import BY_NAME, compare, inputs, shape_for
+from tests.numerics.forms import BY_NAME, Shape, compare, inputs, shape_for
 
 OUT = Path(os.environ.get("OUT", "."))
 WORKERS = int(os.environ.get("WORKERS", str(min(16, os.cpu_count() or 1))))
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DIMS = ((40, 40), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256), (8, 24))
 LENGTHS = ((333, 421), (421, 333), (128, 512), (1, 700), (700, 50), (1027, 1027))
+DECODE = ((1, 2011), (5, 1500), (40, 900))  # few enough tiles that keys are dealt out
 EVERYWHERE = ("full", "causal", "window", "left padding", "softcap", "dense bias", "documents")
 
 
@@ -54,6 +56,8 @@ class Check:
     def made(self, device: str):
         form = BY_NAME[self.form]
         shape = shape_for(form, *self.dims, *self.lengths, self.group)
+        if self.lengths in DECODE:
+            shape = Shape(2, 4, 4 // self.group, *self.lengths, *self.dims)
         tensors = inputs(form, shape, DTYPES[self.dtype], device, self.layout)
         return form, problem_of(form.spec(), *tensors), tensors
 
@@ -74,6 +78,9 @@ def checks(wanted: list[str]) -> list[Check]:
                 lengths = LENGTHS[(n + m) % len(LENGTHS)]
                 layout = "bhds" if (n + m) % 7 == 3 else "bshd"
                 found.append(Check(name, dtype, dims, lengths, (1, 2, 4)[(n + m) % 3], layout))
+        for m, lengths in enumerate(DECODE):
+            dims, dtype = DIMS[(n + m) % len(DIMS)], tuple(DTYPES)[(n + m) % 2]
+            found.append(Check(name, dtype, dims, lengths, (4, 2, 1)[(n // 2 + m) % 3], "bshd"))
     return [x for x in found if not wanted or any(part in x.form for part in wanted)]
 
 
@@ -118,7 +125,7 @@ def check_all(wanted: list[str]) -> None:
             torch.cuda.synchronize()
             wrong = compare(form, out, lse, q, k, v, aux)
             bound = next(reversed(kernel._bound.values()))
-            if bound is None or bound.adapts and check.layout != "bhds":
+            if not isinstance(bound, Bound) and check.layout != "bhds":
                 wrong = f"{wrong or ''} another kernel ran"
             again = [kernel.run(problem, q, k, v, aux, form.sizes) for _ in range(3)]
             if not all(
@@ -259,6 +266,95 @@ def bench(wanted: list[str]) -> None:
         csv.writer(file).writerows([head, *rows])
 
 
+# ---- few queries ----
+
+CACHES = tuple((b, n) for b in (1, 2, 4, 8, 16, 32) for n in (8192, 16384, 32768, 65536))
+GROUP, KV_HEADS, HEAD_DIM = 8, 8, 128
+
+
+def replayed(function: Callable[[int], object], sets: int, calls: int = 0) -> float:
+    """Milliseconds of a call, of `sets` sets of tensors in turn, in a CUDA graph."""
+    calls = max(calls, sets)
+    for i in range(sets):
+        function(i)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            function(i % sets)
+    times = []
+    for _ in range(7):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / calls)
+    return sorted(times)[len(times) // 2]
+
+
+def copy_bandwidth() -> float:
+    """GB/s of a device-to-device copy, bytes read and written."""
+    a = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    b = torch.empty_like(a)
+    return 2 * a.numel() / replayed(lambda _: b.copy_(a), 1, 5) / 1e6
+
+
+DECODED = {
+    "full": "score=0.088*s",
+    "static cache": "score=0.088*s, mask=(kv - load(0, 0) <= 0), aux=[int]",
+    "left padding": "score=0.088*s, mask=(load(0, b, kv) != 0), dead=zero, aux=[int]",
+    "softcap": "score=50.0*tanh(0.00176*s)",
+    "window": "score=0.088*s, mask=(kv - q - Skv + Sq <= 0) & (Skv + q - Sq - kv <= 4095)",
+}
+
+
+def decoded(name: str, batch: int, length: int) -> tuple[float, float, float]:
+    """(bytes of keys and values, milliseconds, milliseconds of SDPA) of one query row."""
+    seen = {"static cache": length // 2, "left padding": length // 2, "window": 4096}
+    bytes_ = 4 * batch * KV_HEADS * seen.get(name, length) * HEAD_DIM
+    sets = max(1, -(-4 * 10**8 // bytes_))  # so that nothing is found in L2
+    aux = []
+    if name == "static cache":
+        aux = [torch.tensor([length // 2 - 1], device="cuda")]
+    if name == "left padding":
+        real = torch.arange(length, device="cuda") >= length // 2
+        aux = [real.long().expand(batch, -1).contiguous()]
+    tensors = []
+    for _ in range(sets):
+        q, k, v = (
+            torch.randn(batch, heads, rows, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+            for heads, rows in ((KV_HEADS * GROUP, 1), (KV_HEADS, length), (KV_HEADS, length))
+        )
+        tensors.append((q, k, v))
+    spec = AttentionSpec.parse(f"attention({DECODED[name]})")
+    problem, kernel = problem_of(spec, *tensors[0], aux), CudaSm90()
+    took = replayed(lambda i: kernel.run(problem, *tensors[i], aux, ()), sets, 8)
+    if name != "full":
+        return bytes_, took, 0.0
+    sdpa = partial(torch.nn.functional.scaled_dot_product_attention, enable_gqa=True)
+    return bytes_, took, replayed(lambda i: sdpa(*tensors[i]), sets)
+
+
+def decode(wanted: list[str]) -> None:
+    """GB/s of keys and values, read once, and the share of the copy's bandwidth."""
+    rows = []
+    copied = copy_bandwidth()
+    print(f"copy {copied:.0f} GB/s", flush=True)
+    for name, (batch, length) in itertools.product(DECODED, CACHES):
+        few = batch in (1, 8) and length == 32768
+        if (wanted and name not in wanted) or (name != "full" and not few):
+            continue
+        bytes_, took, sdpa = decoded(name, batch, length)
+        rate = bytes_ / took / 1e6
+        rows.append((name, batch, length, f"{1e3 * took:.1f}", f"{rate:.0f}",
+                     f"{rate / copied:.3f}", f"{1e3 * sdpa:.1f}"))  # fmt: skip
+        print(*rows[-1], flush=True)
+        torch.cuda.empty_cache()
+    with open(OUT / "sm90_decode.csv", "w", newline="") as file:
+        head = ("form", "batch", "keys", "us", "GB/s", "share of copy", "sdpa us")
+        csv.writer(file).writerows([head, *rows])
+
+
 def host() -> None:
     """Microseconds of host time a call, warm; and a call captured in a CUDA graph."""
     import fa3_compile.runtime.op  # noqa: F401
@@ -338,6 +434,8 @@ def main() -> None:
         check_all(wanted)
     elif mode == "bench":
         bench(wanted)
+    elif mode == "decode":
+        decode(wanted)
     elif mode == "host":
         host()
     else:

@@ -6,7 +6,7 @@ taken, because what a printed score needs in registers only the compiler knows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 SHARED_MEMORY = 232448
 # Scores, weights and output that a thread may hold, as D/2 + 3N/4, by the number of consumer
@@ -23,6 +23,9 @@ class Sm90Config:
     longest_first  tiles are taken from a counter, the longest first, rather than in order
     ping_pong      warpgroups take turns to issue their products
     lazy           the row maximum is raised only where a score exceeds it by 8 in the exponent
+    stages         key and value tiles in shared memory
+    packed         a tile holds queries of several heads that share a KV head (PackGQA)
+    split          the key blocks of a tile may be dealt to several thread blocks (split-KV)
     """
 
     block_m: int
@@ -30,6 +33,9 @@ class Sm90Config:
     longest_first: bool = True
     ping_pong: bool = True
     lazy: bool = True
+    stages: int = 2
+    packed: bool = False
+    split: bool = False
 
     @property
     def threads(self) -> int:
@@ -37,10 +43,10 @@ class Sm90Config:
         return 128 * (self.block_m // 64 + 1)
 
     def shared_memory(self, dim_qk: int, dim_v: int, dense_tile: bool) -> int:
-        """Bytes with one query stage, as attention_fwd.cuh lays them out."""
+        """Bytes with one query stage, as forward_block.cuh lays them out."""
         kv = 2 * self.block_n * (_padded(dim_qk) + _padded(dim_v))
         dense = self.block_n // 64 * self.block_m * 128 if dense_tile else 0
-        return 2 * self.block_m * _padded(dim_qk) + 2 * (kv + dense) + 2048
+        return 2 * self.block_m * _padded(dim_qk) + self.stages * (kv + dense) + 2048
 
     def fits(self, dim_qk: int, dim_v: int, dense_tile: bool = False) -> bool:
         """Whether the tile can be expected to build without spills."""
@@ -67,25 +73,109 @@ TILES: dict[int, tuple[str, str]] = {
     192: ("128x96 128x80 128x64 128x48", "128x80 128x64 128x48 128x32"),
     256: ("128x80 128x64 128x48 128x32", "128x64 128x48 128x32 128x16"),
 }
+# For up to 64 queries, where loads bound: as many stages as fit, up to this many.
 FEW_QUERIES = "64x128 64x96 64x80 64x64 64x48 64x32 64x16"
+LARGEST_STAGES = 4
 
 
 def candidates(
-    dim_qk: int, dim_v: int, q_len: int, masked: bool, plain: bool, dense_tile: bool
+    dim_qk: int,
+    dim_v: int,
+    q_len: int,
+    masked: bool,
+    plain: bool,
+    dense_tile: bool,
+    group: int = 1,
+    split: bool = False,
 ) -> list[Sm90Config]:
     """What to build, the best first.
 
     plain  the score is linear in s, and no element has to be asked for its mask
+    group  query heads that may share a tile
+    split  key blocks are dealt out; always possible with few queries, whatever their keys are,
+           so that a growing cache needs one kernel
     """
-    names = TILES[next(x for x in TILES if dim_v <= x)][0 if plain else 1]
     if q_len <= 64:
-        names = FEW_QUERIES
+        return _few_queries(dim_qk, dim_v, dense_tile, packs(group, q_len))
+    names = TILES[next(x for x in TILES if dim_v <= x)][0 if plain else 1]
     configs = []
     for name in names.split():
         block_m, block_n = map(int, name.split("x"))
         if block_m == 192 and q_len <= 128:
             continue
         configs.append(
-            Sm90Config(block_m, block_n, longest_first=masked, ping_pong=max(dim_qk, dim_v) <= 192)
+            Sm90Config(
+                block_m,
+                block_n,
+                longest_first=masked and not split,
+                ping_pong=max(dim_qk, dim_v) <= 192,
+                split=split,
+            )
         )
     return [x for x in configs if x.fits(dim_qk, dim_v, dense_tile)]
+
+
+def _few_queries(dim_qk: int, dim_v: int, dense_tile: bool, packed: bool) -> list[Sm90Config]:
+    if packed and dense_tile:  # which is of one head
+        return []
+    configs = []
+    for name in FEW_QUERIES.split():
+        block_m, block_n = map(int, name.split("x"))
+        config = Sm90Config(
+            block_m, block_n, longest_first=False, ping_pong=False, packed=packed, split=True
+        )
+        staged = [replace(config, stages=n) for n in range(LARGEST_STAGES, 1, -1)]
+        configs += [x for x in staged if x.fits(dim_qk, dim_v, dense_tile)][:1]
+    return configs
+
+
+# ---- few queries, many keys ----
+
+# In key blocks: what a tile costs beside its own, and what putting the parts together costs.
+TILE_COST, COMBINE_COST = 1, 4
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the query heads of a KV head share tiles of 64 rows.
+
+    heads   of a tile
+    rows    queries of each
+    chunks  runs of `heads` heads that make the group, the last of which may be shorter
+    """
+
+    heads: int
+    rows: int
+    chunks: int
+
+
+def packing(group: int, q_len: int) -> Packing:
+    """The packing with the fewest tiles, whose last is not much emptier than the rest."""
+    chunks = -(-group // 64)
+    heads = -(-group // chunks)
+    blocks = -(-q_len // (64 // heads))
+    return Packing(heads, -(-q_len // blocks), chunks)
+
+
+def packs(group: int, q_len: int) -> bool:
+    """Whether packed tiles are fewer, so that keys and values are read less often."""
+    if group == 1 or not 0 < q_len <= 64:
+        return False
+    found = packing(group, q_len)
+    return found.chunks * -(-q_len // found.rows) < group
+
+
+def split_count(tiles: int, blocks: int, processors: int) -> int:
+    """How many parts of its key blocks each tile is dealt in.
+
+    Thread blocks work through the parts in waves; as few parts as fill one wave or a few are
+    tried, and the cheapest is taken.
+    """
+
+    def cost(parts: int) -> int:
+        waves = -(-tiles * parts // processors)
+        combine = COMBINE_COST if parts > 1 else 0
+        return waves * (-(-blocks // parts) + TILE_COST) + combine
+
+    filling = (min(waves * processors // tiles, blocks) for waves in range(1, 9))
+    return min((cost(n), n) for n in {1, *filling} if n > 0)[1]

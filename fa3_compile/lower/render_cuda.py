@@ -136,6 +136,23 @@ def arrange(score: E.Expr) -> Terms:
 
 
 @functools.lru_cache(maxsize=1024)
+def head_scalars(spec: AttentionSpec) -> dict[E.load, sympy.Symbol]:
+    """A name for each integer of the mask that is the same for a whole head: the position in a
+    static cache, the length of a sequence."""
+    return {
+        x: sympy.Symbol(f"scalar{i}", integer=True)
+        for i, x in enumerate(E.loads_in(spec.mask))
+        if spec.aux[x.tensor] == "int" and hoist.level(x) == hoist.HEAD
+    }
+
+
+@functools.lru_cache(maxsize=1024)
+def named_mask(spec: AttentionSpec) -> E.Boolean:
+    """The mask with `head_scalars` by their names, so that they may bound the keys."""
+    return spec.mask.xreplace(head_scalars(spec))
+
+
+@functools.lru_cache(maxsize=1024)
 def row_interval(mask: E.Boolean) -> tuple[E.Expr, E.Expr] | None:
     """(begin, end) where the mask holds for exactly the keys in between, for every row."""
     bounds = kv_bounds(mask, E.Q, E.Q)
@@ -175,7 +192,8 @@ def mask_parts(mask: E.Boolean) -> MaskParts:
 @functools.lru_cache(maxsize=1024)
 def map_kind(spec: AttentionSpec) -> str:
     """ "", "Interval" or "Dense": how the lists of key blocks are made, if there are any."""
-    if not spec.has_mask or row_interval(spec.mask) or not block_map.needs_map(spec.mask):
+    mask = named_mask(spec)
+    if not spec.has_mask or row_interval(mask) or not block_map.needs_map(mask):
         return ""
     return "Dense" if block_map.reads_dense(spec.mask) else "Interval"
 
@@ -293,6 +311,12 @@ class _Writer:
         self.known: dict[sympy.Basic, sympy.Symbol] = {}
         self.names = dict(NAMES)
         self.names |= {f"n{i}": f"at.aux.n{i}" for i in range(key.spec.size_count)}
+        scalars = head_scalars(key.spec)
+        self.names |= {
+            name.name: f"int64_t({self.load(x, x.index, hoist.HEAD).body})"
+            for x, name in scalars.items()
+        }
+        self.loads = {name: x for x, name in scalars.items()}
 
     def aux_members(self) -> list[str]:
         types = {"stride": "int64_t", "size": "int", "number": "int"}
@@ -336,32 +360,30 @@ class _Writer:
         return lines
 
     def mask(self) -> list[str]:
-        mask = self.spec.mask
         dead = {"zero": "kZero", "nan": "kNan"}.get(self.spec.dead, "kFilled")
         if dead == "kFilled" and fills_dead_rows(self.spec) == "never":
             dead = "kNan"
         lines = [f"static constexpr Dead kDead = Dead::{dead};"]
         if not self.spec.has_mask:
             return lines
-        parts = mask_parts(mask)
+        parts = mask_parts(named_mask(self.spec))
+        column, element = (x.xreplace(self.loads) for x in (parts.column, parts.element))
         if parts.interval is not None:
             for name, flag, bound, open_end in (
                 ("row_begin", "kRowBegin", parts.interval[0], sympy.S.Zero),
                 ("row_end", "kRowEnd", parts.interval[1], E.SKV),
             ):
                 if bound != open_end:
-                    text = self.expression(bound, name, None)
+                    text = self.bound(bound)
                     lines += [f"static constexpr bool {flag} = true;"]
                     lines += [_method("int", name, _SITE["row"], text)]
-        if parts.column != sympy.true:
+        if column != sympy.true:
             lines += ["static constexpr bool kColumnMask = true;"]
             site = "const At& at, const auto& head, const auto& col, int kv"
-            lines += self.element_method("bool", "column_mask", site, parts.column, tile=False)
-        if parts.element != sympy.true:
+            lines += self.element_method("bool", "column_mask", site, column, tile=False)
+        if element != sympy.true:
             lines += ["static constexpr bool kMask = true;"]
-            lines += self.element_method(
-                "bool", "mask", _SITE["element"], parts.element, tile=False
-            )
+            lines += self.element_method("bool", "mask", _SITE["element"], element, tile=False)
         kind = map_kind(self.spec)
         if not kind:
             return lines + self.bounds()
@@ -369,14 +391,21 @@ class _Writer:
         return lines + (self.intervals() if kind == "Interval" else [])
 
     def bounds(self) -> list[str]:
-        outer = kv_bounds(self.spec.mask, Q_BEGIN, Q_LAST)
-        full = kv_full_bounds(self.spec.mask, Q_BEGIN, Q_LAST)
-        texts = ", ".join(f"int({self.expression(x, 'bound', None)})" for x in (*outer, *full))
+        mask = named_mask(self.spec)
+        outer = kv_bounds(mask, Q_BEGIN, Q_LAST)
+        full = kv_full_bounds(mask, Q_BEGIN, Q_LAST)
+        texts = ", ".join(f"int({self.bound(x)})" for x in (*outer, *full))
         lines = []
         if full[0] != 0:
             lines += ["static constexpr bool kLeftBlocks = true;"]
         site = "const At& at, int q_begin, int q_end"
         return [*lines, _method("KeyBounds", "bounds", site, f"{{{texts}}}")]
+
+    def bound(self, bound: E.Expr) -> str:
+        """A number of keys; what a captured integer gives has 64 bits until it is one."""
+        if bound.free_symbols & self.loads.keys():
+            bound = sympy.Min(sympy.Max(bound, 0), E.SKV)
+        return self.expression(bound, "bound", None)
 
     def intervals(self) -> list[str]:
         """What IntervalBlockMap asks of the variant."""

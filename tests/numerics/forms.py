@@ -40,7 +40,7 @@ class Form:
 
 
 KINDS = {"documents": "int", "ids": "int", "padding": "bool", "left": "int", "nothing": "bool"}
-KINDS |= {"dense": "bool", "starts": "int"}
+KINDS |= {"dense": "bool", "starts": "int", "position": "int", "positions": "int", "ends": "int"}
 FORMS = [
     Form("full", "score=0.1*s"),
     Form("negative scale", "score=-0.1*s"),
@@ -118,6 +118,14 @@ FORMS = [
          ("ids",), lengths="square"),
     Form("document starts", f"score=0.1*s, mask=(kv >= load(0, b, q)) & {CAUSAL}",
          ("starts",), lengths="square"),
+    Form("static cache", "score=0.1*s, mask=(kv - load(0, 0) <= 0)", ("position",)),
+    Form("static cache, window",
+         "score=0.1*s, mask=(kv - load(0, 0) <= 0) & (load(0, 0) - kv <= 99)", ("position",)),
+    Form("static cache, rows", "score=0.1*s, mask=(kv - load(0, q) <= 0)", ("positions",)),
+    Form("static cache, left padding",
+         f"score=0.1*s, mask=(kv - load(0, 0) <= 0) & {KEY.replace('0,', '1,', 1)}, dead=score,"
+         f" fill=0.1*s + {BF16_MIN}", ("position", "left")),
+    Form("sequence ends", "score=0.1*s, mask=(kv < load(0, b)), dead=zero", ("ends",)),
     Form("dense mask", "score=0.1*s, mask=load(0, 0, 0, q, kv) != 0, dead=zero", ("dense",)),
     Form("dense mask of the future", f"score=0.1*s, mask=(load(0, 0, 0, q, kv) != 0) & {CAUSAL}",
          ("dense",)),
@@ -225,6 +233,12 @@ def captured(kind: str, shape: Shape, dtype: torch.dtype, generator) -> Tensor:
             return (torch.arange(kv) // 130).expand(b, -1).int().contiguous()
         case "starts":
             return (torch.arange(kv) // 130 * 130).expand(b, -1)
+        case "position":
+            return torch.tensor([kv * 2 // 3])
+        case "positions":
+            return torch.arange(q) + kv // 2
+        case "ends":
+            return torch.tensor([2**31 - 1, kv // 3], dtype=torch.int32)
         case "dense":
             x = torch.rand(1, 1, q, kv, generator=generator) > 0.6
             x[:, :, : q // 2, : kv // 2] = True

@@ -113,7 +113,7 @@ void blocks(const typename V::At& at, int* kinds) {
         for (int n = 0; n < wide; ++n) line[n] = kPartial;
       }
     } else {
-      auto seq = block_sequence<V, kM, kN>(at, BlockMap{}, m);
+      auto seq = block_sequence<V, kN>(at, BlockMap{}, m, m * kM, min(m * kM + kM, at.queries));
       for (int n = 0; n < wide; ++n) line[n] = kEmpty;
       for (int i = 0; i < seq.count; ++i) {
         bool left = i >= seq.masked + seq.full;

@@ -26,13 +26,27 @@ struct BlockSequence {
     if (list == nullptr) return first - i;
     return __ldg(list + (i < masked ? i : list_end - (i - masked)));
   }
+
+  // The i-th of n parts of nearly equal length.
+  FA3_DEVICE BlockSequence part(int i, int n) const {
+    int least = count / n, longer = count % n, begin = i * least + min(i, longer);
+    BlockSequence x;
+    x.count = least + (i < longer ? 1 : 0);
+    x.masked = min(max(masked - begin, 0), x.count);
+    x.full = min(max(masked + full - begin, 0), x.count) - x.masked;
+    x.first = first - begin;
+    x.list = list == nullptr ? list : list + begin;
+    x.list_end = list_end - 2 * begin - x.masked + masked;
+    return x;
+  }
 };
 
+// The blocks of queries [q_begin, q_end), which are `query_block` of the lists.
 // Closed-form bounds are kept within key blocks [least, limit), so that the blocks of some rows of
 // a tile are some of the tile's, whatever the bounds of fewer rows may be.
-template <class Variant, int BlockM, int BlockN>
+template <class Variant, int BlockN>
 FA3_DEVICE BlockSequence block_sequence(const typename Variant::At& at, const BlockMap& map,
-                                        int query_block, int least = 0,
+                                        int query_block, int q_begin, int q_end, int least = 0,
                                         int limit = 0x7fffffff) {
   BlockSequence seq;
   if constexpr (Variant::kBlockMap) {
@@ -45,8 +59,7 @@ FA3_DEVICE BlockSequence block_sequence(const typename Variant::At& at, const Bl
     seq.list_end = map.blocks - 1;
     seq.first = 0;
   } else {
-    int q_begin = query_block * BlockM;
-    KeyBounds keys = Variant::bounds(at, q_begin, min(q_begin + BlockM, at.queries));
+    KeyBounds keys = Variant::bounds(at, q_begin, q_end);
     int first_key = max(keys.begin, 0), last_key = min(keys.end, at.keys);
     int begin = max(first_key / BlockN, least);
     int end = first_key < last_key ? min(ceil_div(last_key, BlockN), limit) : begin;

@@ -30,6 +30,7 @@ struct BlockMapParams {
   int2* counts;
   int batches, heads;  // 1 where the mask broadcasts
   int query_blocks, blocks;
+  int rows;  // queries of a query block
   int queries, keys;
   AuxT aux;
 };
@@ -83,25 +84,50 @@ struct BlockList {
   }
 };
 
-template <class Variant, int BlockM, int BlockN>
+template <class Variant, int BlockN>
 struct IntervalBlockMap {
   using At = typename Variant::At;
   using Params = BlockMapParams<typename Variant::Aux>;
   using Values = Interval<typename Variant::MapValue>;
-  static constexpr int kWarps = 8;
+  static constexpr int kWarps = 16;
   static constexpr int kRows = kWarps;  // query blocks of a thread block, one a warp
+  static constexpr int kAhead = 4;      // key blocks whose values a warp reads at once
   static constexpr int kValues = Variant::kMapValues;
   static constexpr int kChunk = 512;  // key blocks whose intervals are in shared memory at a time
 
-  template <bool Query>
-  FA3_DEVICE static void extent(const At& at, int first, int last, Values (&out)[kValues]) {
+  FA3_DEVICE static void query_extent(const At& at, const Interval<int>& q,
+                                      Values (&out)[kValues]) {
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
       Values x;
       reset(x);
-      for (int at_x = first + threadIdx.x % 32; at_x < last; at_x += 32)
-        include(x, Query ? Variant::map_query(at, i, at_x) : Variant::map_key(at, i, at_x));
+      for (int row = q.low + threadIdx.x % 32; row <= q.high; row += 32)
+        include(x, Variant::map_query(at, i, row));
       out[i] = united(x);
+    }
+  }
+
+  // Of key blocks first .. first + kAhead - 1; past `last`, that one again. Nothing waits for the
+  // values of one block before those of the next are asked for.
+  FA3_DEVICE static void key_extents(const At& at, int first, int last,
+                                     Values (&out)[kAhead][kValues]) {
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) {
+      int begin = min(first + a, last) * BlockN, end = min(begin + BlockN, at.keys);
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) {
+        reset(out[a][i]);
+#pragma unroll
+        for (int kv = 0; kv < BlockN; kv += 32)
+          include(out[a][i],
+                  Variant::map_key(at, i, min(begin + kv + static_cast<int>(threadIdx.x % 32),
+                                              end - 1)));
+      }
+    }
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) {
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) out[a][i] = united(out[a][i]);
     }
   }
 
@@ -111,22 +137,23 @@ struct IntervalBlockMap {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int query_block = blockIdx.x * kRows + warp;
     At at{p.aux, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y), p.queries, p.keys};
-    Interval<int> q{query_block * BlockM, min(query_block * BlockM + BlockM, p.queries) - 1};
+    Interval<int> q{query_block * p.rows, min(query_block * p.rows + p.rows, p.queries) - 1};
     Values rows[kValues];
-    extent<true>(at, q.low, q.high + 1, rows);
+    query_extent(at, q, rows);
     int64_t row = (static_cast<int64_t>(blockIdx.z) * p.heads + blockIdx.y) * p.query_blocks +
                   query_block;
     BlockList out{p.indices + row * p.blocks, p.blocks};
     for (int chunk = 0; chunk < p.blocks; chunk += kChunk) {
       int count = min(kChunk, p.blocks - chunk);
       __syncthreads();
-      for (int i = warp; i < count; i += kWarps) {
-        int first = (chunk + i) * BlockN;
-        Values values[kValues];
-        extent<false>(at, first, min(first + BlockN, p.keys), values);
-        if (lane == 0) {
+      for (int i = warp * kAhead; i < count; i += kWarps * kAhead) {
+        Values values[kAhead][kValues];
+        key_extents(at, chunk + i, chunk + count - 1, values);
 #pragma unroll
-          for (int v = 0; v < kValues; ++v) keys[i][v] = values[v];
+        for (int a = 0; a < kAhead; ++a) {
+#pragma unroll
+          for (int v = 0; v < kValues; ++v)
+            if (lane == 0 && i + a < count) keys[i + a][v] = values[a][v];
         }
       }
       __syncthreads();
@@ -149,7 +176,7 @@ struct IntervalBlockMap {
   }
 };
 
-template <class Variant, int BlockM, int BlockN>
+template <class Variant, int BlockN>
 struct DenseBlockMap {
   using At = typename Variant::At;
   using Params = BlockMapParams<typename Variant::Aux>;
@@ -180,7 +207,7 @@ struct DenseBlockMap {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int query_block = blockIdx.x;
     At at{p.aux, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y), p.queries, p.keys};
-    int q_first = query_block * BlockM, q_last = min(q_first + BlockM, p.queries);
+    int q_first = query_block * p.rows, q_last = min(q_first + p.rows, p.queries);
     int64_t row = (static_cast<int64_t>(blockIdx.z) * p.heads + blockIdx.y) * p.query_blocks +
                   query_block;
     BlockList out{p.indices + row * p.blocks, p.blocks};

@@ -75,6 +75,9 @@ FA3_DEVICE float2 unpack<Fp16>(uint32_t x) {
   return y;
 }
 
+// Shared memory written by ordinary stores is seen by TMA and wgmma, after a barrier.
+FA3_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 FA3_DEVICE uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }

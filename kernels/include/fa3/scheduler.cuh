@@ -5,22 +5,26 @@
 namespace fa3 {
 
 struct TileCoord {
-  int query_block;  // -1: no more tiles
-  int head, batch;
+  int query_block;  // -1: no tile
+  int head, batch, split;
 };
+
+constexpr __device__ TileCoord kNoTile{-1, 0, 0, 0};
 
 // Tiles of equal work go round the grid in order, query blocks of a head side by side so that its
 // keys stay in L2. Unequal ones are taken from a counter, longest first (the last query block of a
-// causal head), in sections of `section` heads whose keys and values fit L2 together.
+// causal head), in sections of `section` heads whose keys and values fit L2 together. A split of the
+// keys makes `splits` tiles of each.
 struct TileOrder {
-  int tiles, query_blocks, heads, section;
+  int tiles, query_blocks, heads, section, splits;
   int stride;  // blocks of the grid
   int* next;   // one counter, zero between launches; only the unequal case uses it
 
-  template <bool LongestFirst>
+  template <bool LongestFirst, bool Split = false>
   FA3_DEVICE TileCoord coord(uint32_t tile) const {
+    static_assert(!(LongestFirst && Split), "parts of tiles are of one length");
     uint32_t per_head = query_blocks;
-    uint32_t head, query_block;
+    uint32_t head, query_block, split = 0;
     if constexpr (LongestFirst) {
       uint32_t per_section = section * per_head;
       uint32_t first = tile / per_section * section;
@@ -32,10 +36,15 @@ struct TileOrder {
     } else {
       head = tile / per_head;
       query_block = tile - head * per_head;
+      if constexpr (Split) {
+        uint32_t part = head;
+        head = part / splits;
+        split = part - head * splits;
+      }
     }
     uint32_t batch = head / heads;
     return {static_cast<int>(query_block), static_cast<int>(head - batch * heads),
-            static_cast<int>(batch)};
+            static_cast<int>(batch), static_cast<int>(split)};
   }
 };
 

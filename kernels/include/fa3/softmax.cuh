@@ -28,7 +28,7 @@ struct Softmax {
   // `Wide`: scores may be near float32's limits, where a score times `scale` is not a number to
   // work with; the maximum is then subtracted first, which costs an instruction an element.
   template <bool Guard, bool Wide>
-  FA3_DEVICE bool update(float (&s)[N / 2], const float (&base)[2], float scale,
+  FA3_DEVICE bool update(float (&s)[N / 2], const float (&base)[2], const float (&scale)[2],
                          float (&alpha)[2]) {
     float top[2];
 #pragma unroll
@@ -43,28 +43,29 @@ struct Softmax {
     }
     bool rescale = true;
     if constexpr (Lazy) {
-      bool above = (top[0] - max[0]) * scale > kSlack || (top[1] - max[1]) * scale > kSlack;
+      bool above =
+          (top[0] - max[0]) * scale[0] > kSlack || (top[1] - max[1]) * scale[1] > kSlack;
       rescale = __any_sync(~0u, above);
     }
     if (rescale) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float raised = fmaxf(max[r], quad_max(top[r]));
-        alpha[r] = exp2_approx((max[r] - finite<Guard>(raised)) * scale);
+        alpha[r] = exp2_approx((max[r] - finite<Guard>(raised)) * scale[r]);
         max[r] = raised;
         sum[r] *= alpha[r];
       }
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float offset = (base[r] - finite<Guard>(max[r])) * scale;
+      float offset = (base[r] - finite<Guard>(max[r])) * scale[r];
 #pragma unroll
       for (int j = 0; j < N / 8; ++j) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& x = s[4 * j + 2 * r + e];
-          if constexpr (Wide) x = exp2_approx((x - finite<Guard>(max[r])) * scale);
-          else x = exp2_approx(fmaf(x, scale, offset));
+          if constexpr (Wide) x = exp2_approx((x - finite<Guard>(max[r])) * scale[r]);
+          else x = exp2_approx(fmaf(x, scale[r], offset));
           sum[r] += x;
         }
       }

@@ -1,0 +1,416 @@
+// A consumer warpgroup of the forward kernel: 64 rows of a tile. It issues the scores of block
+// i + 1 before the softmax of block i is needed, so that the tensor cores work under the
+// exponentials; warpgroups take turns to issue (PingPong).
+#pragma once
+#include "fa3/barriers.cuh"
+#include "fa3/softmax.cuh"
+#include "sm90/forward_epilogue.cuh"
+
+namespace fa3 {
+
+template <class Config, class Variant>
+struct ForwardConsumer : ForwardBlock<Config, Variant> {
+  using Base = ForwardBlock<Config, Variant>;
+  using typename Base::Dtype, typename Base::KTile, typename Base::Pipe, typename Base::QTile,
+      typename Base::Terms, typename Base::VTile;
+  using Base::kM, Base::kN, Base::kQStages, Base::kStages, Base::p, Base::shared;
+  using Turns = PingPong<Config::kWarpgroups, Config::kPingPong>;
+  using Weights = Softmax<kN, Config::kLazy>;
+  using Scores = float[kN / 2];
+
+  // Whether warpgroups of a tile may see different key blocks.
+  static constexpr bool kOwnBlocks =
+      Config::kWarpgroups > 1 && (Variant::kRowEnd || Variant::kRowBegin) && !Variant::kBlockMap;
+
+  int warpgroup, lane;
+  PipelineState<kQStages> q;
+  Pipe k, v, dense;
+  float out[Config::kDimV / 2];
+  uint32_t weights[kN / 4];  // P as the A operand of the values product
+  Weights softmax;
+
+  FA3_DEVICE ForwardConsumer(const Base& block)
+      : Base(block),
+        warpgroup(__shfl_sync(~0u, threadIdx.x / 128 - 1, 0)),
+        lane(threadIdx.x % 32) {}
+
+  // ---- barriers ----
+
+  FA3_DEVICE void release(int which) const {
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(this->barrier(which));
+  }
+
+  FA3_DEVICE void wait_k() const {
+    mbarrier_wait(this->barrier(Base::kKFull + k.stage()), k.parity());
+  }
+
+  FA3_DEVICE void wait_v() const {
+    mbarrier_wait(this->barrier(Base::kVFull + v.stage()), v.parity());
+  }
+
+  FA3_DEVICE void wait_dense() const {
+    mbarrier_wait(this->barrier(Base::kDenseFull + dense.stage()), dense.parity());
+  }
+
+  // The scores have left shared memory; with the last block of a tile its queries have too.
+  FA3_DEVICE void release_k(bool last) {
+    release(Base::kKEmpty + k.stage());
+    k.advance();
+    if (last) {
+      release(Base::kQEmpty + q.stage());
+      q.advance();
+    }
+  }
+
+  FA3_DEVICE void release_v() {
+    release(Base::kVEmpty + v.stage());
+    v.advance();
+  }
+
+  FA3_DEVICE void release_dense() {
+    release(Base::kDenseEmpty + dense.stage());
+    dense.advance();
+  }
+
+  // ---- products ----
+
+  // S = Q K^T of one key block; left running.
+  FA3_DEVICE void issue_scores(Scores& s) const {
+    constexpr int steps = ceil_div(Config::kDimQK, 16);
+    constexpr int panel_steps = QTile::kPanelColumns / 16;
+    uint32_t a = QTile::Desc::low(shared + Base::kAtQ + q.stage() * QTile::kBytes +
+                                      warpgroup * 64 * QTile::kSwizzle, 16);
+    uint32_t b = KTile::Desc::low(shared + Base::kAtK + k.stage() * KTile::kBytes, 16);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < steps; ++i) {
+      int panel = i / panel_steps, inside = i % panel_steps * 32;
+      Wgmma<Dtype, kN>::ss(s, QTile::Desc::make(a + (panel * QTile::kPanelBytes + inside) / 16),
+                           KTile::Desc::make(b + (panel * KTile::kPanelBytes + inside) / 16),
+                           i > 0);
+    }
+    wgmma_commit();
+  }
+
+  // O += P V of one key block; left running.
+  FA3_DEVICE void issue_values() {
+    uint32_t b = VTile::Desc::low(shared + Base::kAtV + v.stage() * VTile::kBytes,
+                                  VTile::kPanelBytes);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kN / 16; ++i) {
+      const uint32_t* a = weights + 4 * i;
+      Wgmma<Dtype, Config::kDimV>::rs(out, a[0], a[1], a[2], a[3],
+                                      VTile::Desc::make(b + i * 16 * VTile::kSwizzle / 16));
+    }
+    wgmma_commit();
+  }
+
+  FA3_DEVICE void pack_weights(const Scores& s) {
+#pragma unroll
+    for (int i = 0; i < kN / 4; ++i) weights[i] = pack<Dtype>(s[2 * i], s[2 * i + 1]);
+  }
+
+  // ---- score modifier, mask, softmax ----
+
+  // The bounds of each row's keys, from this thread's first column; and a bit for each of the
+  // block's keys, from the same.
+  struct MaskTerms {
+    int end[2], begin[2];
+    uint32_t columns[ceil_div(kN, 32)];
+  };
+
+  FA3_DEVICE MaskTerms mask_terms(const Terms& t, int block) const {
+    MaskTerms m;
+    int kv0 = block * kN + 2 * (lane % 4);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      int h = Terms::head_of(r);
+      m.end[r] = p.keys - kv0;
+      if constexpr (Variant::kRowEnd)
+        m.end[r] = min(m.end[r], Variant::row_end(t.at[h], t.head[h], t.row[r], t.q[r]) - kv0);
+      if constexpr (Variant::kRowBegin)
+        m.begin[r] = Variant::row_begin(t.at[h], t.head[h], t.row[r], t.q[r]) - kv0;
+    }
+    if constexpr (Variant::kColumnMask) {
+#pragma unroll
+      for (int i = 0; i < ceil_div(kN, 32); ++i) {
+        int kv = min(block * kN + 32 * i + lane, p.keys - 1);
+        auto col = Variant::col(t.at[0], t.head[0], kv);
+        bool seen = Variant::column_mask(t.at[0], t.head[0], col, kv);
+        m.columns[i] = __ballot_sync(~0u, seen) >> 2 * (lane % 4);
+      }
+    }
+    return m;
+  }
+
+  // This thread's two elements of each row in columns 8 j of the dense input.
+  FA3_DEVICE float2 dense_pair(int r, int j) const {
+    int row = warpgroup * 64 + threadIdx.x / 32 % 4 * 16 + lane / 4, swizzle = lane / 4;
+    uint32_t at = shared + Base::kAtDense + dense.stage() * Base::kDenseBytes + row * 128 +
+                  lane % 4 * 4 + j / 8 * Base::kDensePanelBytes + r * 1024 +
+                  ((j % 8 ^ swizzle) << 4);
+    uint32_t bits;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(bits) : "r"(at));
+    return unpack<typename Variant::TileDtype>(bits);
+  }
+
+  // Score modifier and mask of one key block, then the softmax. Returns whether O must be scaled.
+  template <bool Masked>
+  FA3_DEVICE bool weigh(const Terms& t, Scores& s, int block, float (&alpha)[2]) {
+    int kv0 = block * kN + 2 * (lane % 4);  // this thread's first column
+    float base[2] = {0.0f, 0.0f};
+    if constexpr (Variant::kDenseTile) wait_dense();
+    if constexpr (Variant::kAffine) {
+      float block_start = static_cast<float>(block * kN);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) base[r] = t.slope[r] * (block_start + t.distance[r]);
+    }
+    MaskTerms m;
+    if constexpr (Masked) m = mask_terms(t, block);
+#pragma unroll
+    for (int j = 0; j < kN / 8; ++j) {
+      float2 tile[2];
+      if constexpr (Variant::kDenseTile) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) tile[r] = dense_pair(r, j);
+      }
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        int column = 8 * j + e, kv = kv0 + column;
+        if constexpr (Masked) kv = min(kv, p.keys - 1);
+        typename Variant::Col col[Terms::kHeads];
+#pragma unroll
+        for (int h = 0; h < Terms::kHeads; ++h) col[h] = Variant::col(t.at[h], t.head[h], kv);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          int h = Terms::head_of(r);
+          float& x = s[4 * j + 2 * r + e];
+          float extra = Variant::kDenseTile ? (e == 0 ? tile[r].x : tile[r].y) : 0.0f;
+          if constexpr (Variant::kAffine) x = fmaf(t.slope[r], static_cast<float>(column), x);
+          if constexpr (Variant::kScore)
+            x = Variant::score(x, t.at[h], t.head[h], t.row[r], col[h], t.q[r], kv, extra);
+          if constexpr (Masked) {
+            bool seen = column < m.end[r];
+            if constexpr (Variant::kRowBegin) seen = seen && column >= m.begin[r];
+            if constexpr (Variant::kColumnMask)
+              seen = seen && (m.columns[j / 4] & 1u << (8 * (j % 4) + e));
+            if constexpr (Variant::kMask)
+              seen = seen &&
+                     Variant::mask(t.at[h], t.head[h], t.row[r], col[h], t.q[r], kv, extra);
+            if (!seen) x = -inf();
+          }
+        }
+      }
+    }
+    if constexpr (Variant::kDenseTile) release_dense();
+    constexpr bool guard = Masked || !Variant::kFiniteScores;
+    return softmax.template update<guard, Variant::kWideScores>(s, base, t.scale, alpha);
+  }
+
+  // ---- blocks of a tile ----
+
+  // Scores of this block and values of the one before run while the weights are computed.
+  template <bool Masked>
+  FA3_DEVICE void step(const Terms& t, int block, bool last) {
+    Scores s;
+    float alpha[2];
+    wait_k();
+    Turns::wait(warpgroup);
+    issue_scores(s);
+    wait_v();
+    issue_values();
+    Turns::pass(warpgroup);
+    wgmma_wait<1>();
+    wgmma_pin(s);
+    release_k(last);
+    bool rescale = weigh<Masked>(t, s, block, alpha);
+    wgmma_wait<0>();
+    wgmma_pin(out);
+    release_v();
+    pack_weights(s);
+    if (rescale) {
+#pragma unroll
+      for (int i = 0; i < Config::kDimV / 2; ++i) out[i] *= alpha[i / 2 % 2];
+    }
+  }
+
+  // First block of a tile. The last values of the tile `previous`, if any, are still to be added:
+  // they go first, and that tile is stored while the scores of this one run.
+  FA3_DEVICE void begin(const Terms& t, const TileCoord& previous, int block, bool last) {
+    Scores s;
+    float alpha[2];
+    wait_k();
+    if (previous.query_block >= 0) {
+      wait_v();
+      Turns::wait(warpgroup);
+      issue_values();
+      issue_scores(s);
+      Turns::pass(warpgroup);
+      wgmma_wait<1>();
+      wgmma_pin(out);
+      release_v();
+      store(previous);
+    } else {
+      Turns::wait(warpgroup);
+      issue_scores(s);
+      Turns::pass(warpgroup);
+    }
+    wgmma_wait<0>();
+    wgmma_pin(s);
+    release_k(last);
+    clear();
+    weigh<true>(t, s, block, alpha);
+    pack_weights(s);
+  }
+
+  // Blocks first .. last - 1 of the tile, which no row of this warpgroup sees: it only keeps pace,
+  // values, where wanted, one block behind keys; those of the last are left to the caller.
+  FA3_DEVICE void skip(int first, int last, int count, bool values) {
+    for (int i = first; i < last; ++i) {
+      wait_k();
+      Turns::wait(warpgroup);
+      Turns::pass(warpgroup);
+      release_k(i + 1 == count);
+      if constexpr (Variant::kDenseTile) {
+        wait_dense();
+        release_dense();
+      }
+      if (values && i > first) skip_values(1);
+    }
+  }
+
+  FA3_DEVICE void skip_values(int count) {
+    for (int i = 0; i < count; ++i) {
+      wait_v();
+      release_v();
+    }
+  }
+
+  // ---- tiles ----
+
+  // The first of this thread's two rows in the tile, eight apart.
+  FA3_DEVICE int first_row() const {
+    return warpgroup * 64 + threadIdx.x / 32 % 4 * 16 + lane / 4;
+  }
+
+  FA3_DEVICE void store(const TileCoord& tile) const {
+    ForwardEpilogue<Config, Variant>::store(p, tile, this->terms(tile, first_row(), lane), softmax,
+                                            out);
+  }
+
+  FA3_DEVICE void clear() {
+    softmax = Weights();
+#pragma unroll
+    for (int i = 0; i < Config::kDimV / 2; ++i) out[i] = 0.0f;
+  }
+
+  FA3_DEVICE void finish(const TileCoord& tile) {
+    wait_v();
+    issue_values();
+    wgmma_wait<0>();
+    wgmma_pin(out);
+    release_v();
+    store(tile);
+  }
+
+  // The tile's blocks as this warpgroup's 64 rows see them: those that none of them sees are
+  // skipped at either end. Blocks listed at run time are the tile's.
+  FA3_DEVICE BlockSequence own_sequence(const TileCoord& tile, const BlockSequence& seq) const {
+    if constexpr (!kOwnBlocks) {
+      return seq;
+    } else {
+      int rows = tile.query_block * kM + warpgroup * 64;
+      if (rows >= p.queries) return {};
+      int limit = seq.first + 1;
+      return block_sequence<Variant, kN>(this->site(tile.batch, tile.head), p.map, 0, rows,
+                                         min(rows + 64, p.queries), limit - seq.count, limit);
+    }
+  }
+
+  // All of a tile but its last values, which wait for the next tile or for finish(). `previous` is
+  // the tile whose last values wait, and becomes this one.
+  FA3_DEVICE void attend(const TileCoord& tile, const BlockSequence& seq, TileCoord& previous) {
+    BlockSequence own = own_sequence(tile, seq);
+    Terms t = this->terms(tile, first_row(), lane);
+    mbarrier_wait(this->barrier(Base::kQFull + q.stage()), q.parity());
+    int before = 0;
+    if constexpr (kOwnBlocks) {
+      before = own.count > 0 ? seq.first - own.first : seq.count;
+      // Values of the previous tile may hold a stage only while the producer can go on without.
+      if (previous.query_block >= 0 && before > kStages) {
+        finish(previous);
+        previous = kNoTile;
+      }
+      bool held = previous.query_block >= 0;
+      skip(0, before, seq.count, !held);
+      if (!held && before > 0 && own.count > 0) before = 1;
+      if (own.count == 0) {
+        if (held) finish(previous);
+        skip_values(held ? before : 1);
+        previous = kNoTile;
+        clear();
+        return store(tile);
+      }
+    }
+    int i = seq.first - own.first;  // 0 where blocks are listed
+    begin(t, previous, own.block(0), i + 1 == seq.count);
+    skip_values(before);
+    int own_end = i + own.count;
+    int block = 0;
+    int next = own.count > 1 ? own.block(1) : 0;  // listed blocks are read one step ahead
+    int masked_end = i + own.masked, full_end = masked_end + own.full, first = i++;
+    auto advance = [&] {
+      block = next;
+      if (++i < own_end) next = own.block(i - first);
+      return i == seq.count;
+    };
+    while (i < masked_end) {
+      bool last = advance();
+      step<true>(t, block, last);
+    }
+    if (!Variant::kLeftBlocks) full_end = own_end;
+    while (i < full_end) {
+      bool last = advance();
+      step<false>(t, block, last);
+    }
+    if constexpr (Variant::kLeftBlocks) {
+      while (i < own_end) {
+        bool last = advance();
+        step<true>(t, block, last);
+      }
+    }
+    previous = tile;
+    if constexpr (kOwnBlocks) {
+      if (own_end < seq.count) {
+        finish(tile);
+        skip(own_end, seq.count, seq.count, true);
+        skip_values(1);
+        previous = kNoTile;
+      }
+    }
+  }
+
+  FA3_DEVICE void run() {
+    TileRing ring = this->ring();
+    TileCoord previous = kNoTile;
+    Turns::start(warpgroup);
+    for (;;) {
+      TileCoord tile = ring.receive();
+      if (tile.query_block < 0) break;
+      BlockSequence seq = this->sequence(tile);
+      if (seq.count > 0) {
+        attend(tile, seq, previous);
+      } else {
+        if (previous.query_block >= 0) finish(previous);
+        previous = kNoTile;
+        clear();
+        store(tile);
+      }
+    }
+    if (previous.query_block >= 0) finish(previous);
+  }
+};
+
+}  // namespace fa3

@@ -1,0 +1,96 @@
+// The producer of the forward kernel: one thread takes tiles, tells the consumers which, and loads
+// queries, keys, values and dense inputs by TMA.
+#pragma once
+#include "sm90/forward_block.cuh"
+
+namespace fa3 {
+
+template <class Config, class Variant>
+struct ForwardProducer : ForwardBlock<Config, Variant> {
+  using Base = ForwardBlock<Config, Variant>;
+  using typename Base::KTile, typename Base::Pipe, typename Base::QTile, typename Base::VTile;
+  using Base::kM, Base::kN, Base::kQStages, Base::p, Base::shared;
+
+  FA3_DEVICE void load_q(PipelineState<kQStages> at, const TileCoord& tile) const {
+    mbarrier_wait(this->barrier(Base::kQEmpty + at.stage()), at.parity() ^ 1);
+    uint32_t full = this->barrier(Base::kQFull + at.stage());
+    int bytes = QTile::kBytes;
+    if (Config::kPacked) bytes = p.packing.heads * p.packing.rows * QTile::kWidth * 2;
+    mbarrier_expect(full, bytes);
+    QTile::load(shared + Base::kAtQ + at.stage() * QTile::kBytes, p.q, full, kEvictFirst,
+                tile.query_block * this->tile_rows(), tile.head, tile.batch);
+  }
+
+  FA3_DEVICE void load_k(Pipe at, const TileCoord& tile, int kv_head, int block) const {
+    mbarrier_wait(this->barrier(Base::kKEmpty + at.stage()), at.parity() ^ 1);
+    uint32_t full = this->barrier(Base::kKFull + at.stage());
+    mbarrier_expect(full, KTile::kBytes);
+    KTile::load(shared + Base::kAtK + at.stage() * KTile::kBytes, p.k, full, kEvictLast,
+                block * kN, kv_head, tile.batch);
+    if constexpr (Variant::kDenseTile) {
+      mbarrier_wait(this->barrier(Base::kDenseEmpty + at.stage()), at.parity() ^ 1);
+      full = this->barrier(Base::kDenseFull + at.stage());
+      mbarrier_expect(full, Base::kDenseBytes);
+      uint32_t dst = shared + Base::kAtDense + at.stage() * Base::kDenseBytes;
+#pragma unroll
+      for (int i = 0; i < kN / 64; ++i)
+        tma_load(dst + i * Base::kDensePanelBytes, p.tile, full, kEvictFirst, block * kN + i * 64,
+                 tile.query_block * kM, tile.head * p.tile_head, tile.batch * p.tile_batch);
+    }
+  }
+
+  FA3_DEVICE void load_v(Pipe at, const TileCoord& tile, int kv_head, int block) const {
+    mbarrier_wait(this->barrier(Base::kVEmpty + at.stage()), at.parity() ^ 1);
+    uint32_t full = this->barrier(Base::kVFull + at.stage());
+    mbarrier_expect(full, VTile::kBytes);
+    VTile::load(shared + Base::kAtV + at.stage() * VTile::kBytes, p.v, full, kEvictLast,
+                block * kN, kv_head, tile.batch);
+  }
+
+  // The order counts runs of packed heads; here they become the first head of each.
+  FA3_DEVICE TileCoord tile(uint32_t index) const {
+    TileCoord tile = p.order.template coord<Config::kLongestFirst, Config::kSplitKV>(index);
+    if constexpr (Config::kPacked) {
+      int kv_head = tile.head / p.packing.chunks;
+      int chunk = tile.head - kv_head * p.packing.chunks;
+      tile.head = kv_head * p.group + chunk * p.packing.heads;
+    }
+    return tile;
+  }
+
+  FA3_DEVICE void run() const {
+    Pipe k;  // values are one block behind
+    PipelineState<kQStages> q;
+    TileRing ring = this->ring();
+    tma_prefetch(p.q);
+    tma_prefetch(p.k);
+    tma_prefetch(p.v);
+    for (TileQueue<Config::kLongestFirst> queue;; queue.next(p.order)) {
+      bool more = queue.index < p.order.tiles;
+      TileCoord tile = kNoTile;
+      if (more) tile = this->tile(queue.index);
+      ring.publish(tile);
+      if (!more) break;
+      queue.take(p.order);
+      BlockSequence seq = this->sequence(tile);
+      if (seq.count == 0) continue;
+      load_q(q, tile);
+      q.advance();
+      int kv_head = tile.head / p.group;
+      int block = seq.block(0);
+      load_k(k, tile, kv_head, block);
+      k.advance();
+#pragma unroll 1
+      for (int i = 1; i < seq.count; ++i) {
+        int next = seq.block(i);
+        load_k(k, tile, kv_head, next);
+        load_v({k.passed - 1}, tile, kv_head, block);
+        k.advance();
+        block = next;
+      }
+      load_v({k.passed - 1}, tile, kv_head, block);
+    }
+  }
+};
+
+}  // namespace fa3
