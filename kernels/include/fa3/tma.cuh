@@ -28,4 +28,13 @@ FA3_DEVICE void tma_load(uint32_t dst, const TensorMap& map, uint32_t barrier, u
       : "memory");
 }
 
+// `bytes` contiguous ones, a multiple of 16.
+FA3_DEVICE void bulk_load(uint32_t dst, const void* from, int bytes, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(dst),
+      "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
 }  // namespace fa3

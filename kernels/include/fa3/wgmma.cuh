@@ -44,4 +44,11 @@ FA3_DEVICE void wgmma_pin(float (&x)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(x[i])::"memory");
 }
 
+// Keeps an A operand in its registers until here, behind the wait for the product that reads it.
+template <int N>
+FA3_DEVICE void wgmma_hold(const uint32_t (&x)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" ::"r"(x[i]) : "memory");
+}
+
 }  // namespace fa3
