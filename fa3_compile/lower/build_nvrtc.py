@@ -11,12 +11,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from fa3_compile import resources
 from fa3_compile.lower import cache
 from fa3_compile.lower.choose import KernelBuildError
-from fa3_compile.lower.render_cuda import CudaKey, render
+from fa3_compile.spec.attention import AttentionSpec
 
 KIND = "cuda"
 
@@ -37,6 +37,24 @@ class BuildError(RuntimeError):
         super().__init__(f"NVRTC could not compile a generated kernel:\n{log}")
         self.log = log
         self.source = source
+
+
+class Key(Protocol):
+    """What says all of a kernel: CudaKey, or that of the backward."""
+
+    @property
+    def spec(self) -> AttentionSpec: ...
+
+    @property
+    def config(self) -> Any: ...
+
+    @property
+    def digest(self) -> str: ...
+
+    def source(self) -> str: ...
+
+
+KeyT = TypeVar("KeyT", bound=Key)
 
 
 @dataclass(frozen=True)
@@ -128,7 +146,7 @@ def _compiler() -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def load(key: CudaKey) -> Built:
+def load(key: Key) -> Built:
     """The kernel, from the cache on disk or built now; source, log and resources lie beside it.
 
     Raises BuildError.
@@ -138,7 +156,7 @@ def load(key: CudaKey) -> Built:
     if cache.valid(KIND, name):
         facts = json.loads((folder / "config.json").read_text())["built"]
         return Built((folder / "kernel.cubin").read_bytes(), (folder / "log").read_text(), **facts)
-    source = render(key)
+    source = key.source()
     built = build(source, headers())
     facts = {x: getattr(built, x) for x in ("registers", "spill_bytes", "serialised")}
     config = {"spec": str(key.spec), "config": asdict(key.config), "built": facts}
@@ -155,7 +173,7 @@ def load(key: CudaKey) -> Built:
     return built
 
 
-def load_first(keys: Sequence[CudaKey]) -> tuple[CudaKey, Built]:
+def load_first(keys: Sequence[KeyT]) -> tuple[KeyT, Built]:
     """The first that builds without a spill; failing that, the one that spills least.
 
     Raises KernelBuildError where none builds.

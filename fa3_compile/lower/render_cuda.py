@@ -53,6 +53,10 @@ class CudaKey:
     unit: tuple[tuple[int, ...], ...] = ()
     tile: int | None = None
 
+    def source(self) -> str:
+        """The kernel's text. UnprintableError where C++ has none for an expression."""
+        return render(self)
+
     @property
     def digest(self) -> str:
         """Names the kernel on disk; other sources of ours give another name."""
@@ -384,11 +388,15 @@ class _Writer:
         if element != sympy.true:
             lines += ["static constexpr bool kMask = true;"]
             lines += self.element_method("bool", "mask", _SITE["element"], element, tile=False)
+        return lines + self.blocks()
+
+    def blocks(self) -> list[str]:
+        """Which key blocks a query block meets."""
         kind = map_kind(self.spec)
         if not kind:
-            return lines + self.bounds()
-        lines += ["static constexpr bool kBlockMap = true;"]
-        return lines + (self.intervals() if kind == "Interval" else [])
+            return self.bounds()
+        intervals = self.intervals() if kind == "Interval" else []
+        return ["static constexpr bool kBlockMap = true;", *intervals]
 
     def bounds(self) -> list[str]:
         mask = named_mask(self.spec)
