@@ -17,7 +17,7 @@ from torch import fx
 
 from fa3_compile import report, selection
 from fa3_compile.errors import Decline, InternalError
-from fa3_compile.frontend import detect, expand, layout, rewrite, trace
+from fa3_compile.frontend import detect, expand, flex, layout, rewrite, trace
 from fa3_compile.frontend.region import Region
 from fa3_compile.options import Options
 from fa3_compile.source import where
@@ -31,7 +31,8 @@ def rewrite_attention(gm: fx.GraphModule, options: Options, graph_name: str = ""
     The graph computes what it computed before. What is left alone is recorded with its reason.
     """
     fused = 0
-    for module in [m for m in gm.modules() if isinstance(m, fx.GraphModule)]:
+    mods = flex.mods(gm)
+    for module in [m for m in gm.modules() if isinstance(m, fx.GraphModule) and m not in mods]:
         try:
             fused += _rewrite_graph(module, options, graph_name, fused)
         except Exception as error:

@@ -22,8 +22,7 @@ from torch import Tensor, fx
 
 from fa3_compile import report
 from fa3_compile.frontend import flex_blocks
-from fa3_compile.frontend.dynamo_graph import target_name
-from fa3_compile.frontend.gradients import stops
+from fa3_compile.frontend.dynamo_graph import example_value, target_name
 
 # The names of flex_attention's arguments in the graph, in order; not all need be given.
 ARGUMENTS = (
@@ -65,12 +64,26 @@ class Call:
     score_captures: Sequence[Any]
     mask_captures: Sequence[Any]
     kernel_options: dict[str, Any]
+    # The nodes of the score_mod that are constants for the gradient.
+    stopping: set[fx.Node]
 
 
 def is_call(node: fx.Node) -> bool:
     """Whether the node is a call of flex_attention."""
     higher_order = isinstance(node.target, torch._ops.HigherOrderOperator)
     return higher_order and target_name(node) == "flex_attention"
+
+
+def mods(gm: fx.GraphModule) -> set[fx.GraphModule]:
+    """The score_mods and mask_mods of every call in `gm`: graphs of scalars."""
+    found = set()
+    for module in gm.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            if is_call(node):
+                given = arguments(node)
+                for mod in (given["score_mod"], given["block_mask"][-1]):
+                    found.add(getattr(module, str(mod.target)))
+    return found
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
@@ -106,7 +119,29 @@ def call_of(node: fx.Node, gm: fx.GraphModule, env: dict[fx.Node, Any]) -> Call:
         [value(x) for x in given.get("score_mod_other_buffers", ())],
         [value(x) for x in given.get("mask_mod_other_buffers", ())],
         given["kernel_options"],
+        _stopping(score_mod, given),
     )
+
+
+def _stopping(score_mod: fx.GraphModule, given: dict[str, Any]) -> set[fx.Node]:
+    """Where the score_mod holds constant what has a gradient outside it."""
+    scores = [example_value(given[x]).requires_grad for x in ("query", "key")]
+    captures = [
+        isinstance(x, fx.Node) and getattr(example_value(x), "requires_grad", False)
+        for x in given.get("score_mod_other_buffers", ())
+    ]
+    known = iter([any(scores), False, False, False, False, *captures])
+    graded: set[fx.Node] = set()
+    stopped: set[fx.Node] = set()
+    enabled = True
+    for node in score_mod.graph.nodes:
+        if target_name(node) == "_set_grad_enabled":
+            enabled = bool(node.args[0])
+        has = next(known, False) if node.op == "placeholder" else None
+        if has or has is None and any(x in graded for x in node.all_input_nodes):
+            stops = not enabled or target_name(node) == "detach"
+            (stopped if stops else graded).add(node)
+    return stopped
 
 
 def check(node: fx.Node, gm: fx.GraphModule) -> None:
@@ -141,8 +176,11 @@ def spelled_out(call: Call, stop: Callable[[Tensor], Tensor]):
         key, value = (x.expand(query.size(0), *x.shape[1:]) for x in (key, value))
         scores = query.to(wide) @ key.to(wide).transpose(-2, -1) * call.scale
         at = [torch.arange(n, device=query.device) for n in scores.shape]
-        seen = _mapped(call.mask_mod, call.mask_captures, stop)(*at)
-        scores = _mapped(call.score_mod, call.score_captures, stop, scored=True)(scores, *at)
+        mask_mod, score_mod = Mod(call.mask_mod), Mod(call.score_mod, call.stopping, stop)
+        seen = over_coordinates(lambda *x: mask_mod.run(*x, *call.mask_captures))(*at)
+        scores = over_coordinates(
+            lambda s, *x: score_mod.run(s, *x, *call.score_captures), scored=True
+        )(scores, *at)
         scores = scores.to(wide).masked_fill(seen.logical_not(), -math.inf)
         weights = torch.ops.aten._safe_softmax(scores, -1)
         out = weights.to(query.dtype) @ value
@@ -163,16 +201,6 @@ def _cast_by_autocast(call: Call):
     call.query, call.key, call.value = (x.to(dtype) for x in (call.query, call.key, call.value))
     with torch.autocast(device, enabled=False):
         yield
-
-
-def _mapped(mod: fx.GraphModule, captures: Sequence[Any], stop, *, scored: bool = False):
-    """The mod of tensors [B], [H], [Sq], [Skv], and of a score [B,H,Sq,Skv] before them."""
-    stopping = stops(mod.graph)
-
-    def function(*scalars):
-        return Mod(mod, stopping, stop).run(*scalars, *captures)
-
-    return over_coordinates(function, scored)
 
 
 def over_coordinates(function: Callable, scored: bool = False) -> Callable:
