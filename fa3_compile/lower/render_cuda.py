@@ -225,7 +225,7 @@ def uniform_fill(fill: E.Expr) -> bool:
 def render(key: CudaKey) -> str:
     """The kernel's source. UnprintableError where C++ has no text for an expression."""
     writer = _Writer(key)
-    text = _template().render(
+    text = template("attention_fwd").render(
         c=key.config,
         dtype=key.dtype,
         dim_qk=key.dim_qk,
@@ -596,7 +596,8 @@ def _function(ctype: str, name: str, site: str, body: list[str]) -> list[str]:
 
 
 @functools.cache
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """One of templates/cuda."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(resources.templates()),
         trim_blocks=True,
@@ -604,4 +605,4 @@ def _template() -> jinja2.Template:
         undefined=jinja2.StrictUndefined,
         autoescape=False,
     )
-    return environment.get_template("cuda/attention_fwd.cu.jinja")
+    return environment.get_template(f"cuda/{name}.cu.jinja")
