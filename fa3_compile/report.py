@@ -1,4 +1,4 @@
-"""What became of each attention region: the record, its three renderings, and its collection.
+"""What became of each attention region: the record, its renderings, and its collection.
 
 The pipeline calls `record` for every region it meets, fused or declined. Each call writes one log
 line (`TORCH_LOGS="+fa3_compile"`), and adds to the reports that are being collected:
@@ -13,15 +13,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch._guards import CompileContext
 
 from fa3_compile.errors import Decline
+
+if TYPE_CHECKING:
+    from fa3_compile.report_tiles import TilePictures
 
 log = logging.getLogger(__name__)
 
@@ -31,13 +36,18 @@ class Tiles:
     """How many tiles of a score matrix are skipped, run with the mask, and run without it.
 
     The counts are those of one batch element and head, or None where they cannot be known before
-    the kernel runs; then `reason` says why.
+    the kernel runs; then `reason` says why. `picture` has a character of KINDS (skipped, masked,
+    full) for each tile of `block` queries by `block` keys, a string for each row of tiles.
     """
+
+    KINDS: ClassVar[str] = ".+#"
 
     empty: int | None = None
     partial: int | None = None
     full: int | None = None
     reason: str = ""
+    block: int = 0
+    picture: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if self.empty is None or self.partial is None or self.full is None:
@@ -144,6 +154,8 @@ class Report:
     graph_breaks     why there is more than one
     notes            what else is worth knowing
     compile_seconds  wall-clock seconds of the first call, compilation included; None if unknown
+    milliseconds     median time of a call, by how it was run; filled by `python -m fa3_compile
+                     bench`
     """
 
     regions: list[RegionReport] = field(default_factory=list)
@@ -151,6 +163,7 @@ class Report:
     graph_breaks: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     compile_seconds: float | None = None
+    milliseconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def fused(self) -> list[RegionReport]:
@@ -223,6 +236,22 @@ class Report:
         lines.extend(f"\nGraph break: {line}" for line in self.graph_breaks)
         lines.extend(f"\nNote: {line}" for line in self.notes)
         return "\n".join(lines)
+
+    def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
+        """One page, without scripts and without anything from elsewhere; also written to `path`."""
+        from fa3_compile.report_html import page
+
+        text = page(self)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    def plot_tiles(self) -> TilePictures:
+        """What each mask lets the kernel skip: `print` it, `.save("tiles.svg")`, or show it in a
+        notebook."""
+        from fa3_compile.report_tiles import TilePictures
+
+        return TilePictures.of(self.regions)
 
 
 @contextmanager

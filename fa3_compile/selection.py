@@ -13,12 +13,14 @@ from fa3_compile.options import Options
 from fa3_compile.report import Tiles
 from fa3_compile.resources import source_hash
 from fa3_compile.runtime.op import join_text
-from fa3_compile.spec.blocks import tile_counts
 from fa3_compile.spec.expr import Expr
 from fa3_compile.spec.forms import name_of
 from fa3_compile.spec.text import text
+from fa3_compile.spec.tiles import tile_counts, tile_map
 
 TILE = 128
+# Most tiles on a side of the report's picture of a mask, and fewest, where there are keys enough.
+MOST_DRAWN, FEWEST_DRAWN = 64, 8
 
 
 def problem_of(region: Region) -> Problem:
@@ -99,7 +101,20 @@ def _tiles(region: Region) -> Tiles | None:
     counts = tile_counts(region.spec, q_len, kv_len, TILE, TILE, ())
     if counts is None:
         return Tiles(reason="known when it runs")
-    return Tiles(counts.empty, counts.partial, counts.full)
+    block = _drawn_block(max(q_len, kv_len))
+    drawn = tile_map(region.spec, q_len, kv_len, block, block, ())
+    picture = () if drawn is None else tuple("".join(Tiles.KINDS[x] for x in row) for row in drawn)
+    return Tiles(counts.empty, counts.partial, counts.full, block=block, picture=picture)
+
+
+def _drawn_block(length: int) -> int:
+    """Keys and queries a tile of the picture: a kernel's tile where that many can be seen."""
+    if length > TILE * MOST_DRAWN:
+        return TILE * -(-length // (TILE * MOST_DRAWN))
+    block = TILE
+    while block > 1 and length < FEWEST_DRAWN * block:
+        block //= 2
+    return block
 
 
 def _hint(size: Expr, region: Region) -> int:

@@ -7,15 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fa3_compile.spec.attention import AttentionSpec
-from fa3_compile.spec.blocks import (
-    TileCounts,
-    kv_bounds,
-    kv_full_bounds,
-    q_bounds,
-    q_full_bounds,
-    tile_counts,
-)
+from fa3_compile.spec.blocks import kv_bounds, kv_full_bounds, q_bounds, q_full_bounds
 from fa3_compile.spec.text import parse
+from fa3_compile.spec.tiles import TileCounts, tile_counts
 from tests.spec.by_hand import evaluate, masks
 
 Q_LO, Q_HI = sympy.symbols("q_lo q_hi", integer=True, nonnegative=True)

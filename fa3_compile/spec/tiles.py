@@ -1,0 +1,199 @@
+"""Which tiles of one concrete score matrix a mask leaves empty, fills, or cuts; for the report.
+
+By interval arithmetic over all tiles at once. What cannot be told (a captured tensor, a function
+without a rule) counts as "may hold, may not": sound by construction.
+"""
+
+# sympy annotates every argument as Basic and every Function as a type.
+# pyright: reportArgumentType=false, reportReturnType=false, reportOperatorIssue=false
+# pyright: reportAssignmentType=false
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import sympy
+
+from fa3_compile.spec import expr as E
+from fa3_compile.spec.attention import AttentionSpec
+from fa3_compile.spec.expr import KV, SKV, SQ, Expr, Q, floordiv, load, mod, where
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class TileCounts:
+    """Tiles of one head: nothing passes the mask, something may, everything does."""
+
+    empty: int
+    partial: int
+    full: int
+
+
+def tile_map(
+    spec: AttentionSpec,
+    q_len: int,
+    kv_len: int,
+    block_q: int,
+    block_kv: int,
+    sizes: tuple[int, ...] = (),
+) -> np.ndarray | None:
+    """EMPTY, PARTIAL or FULL for each tile of block_q queries (rows) by block_kv keys (columns).
+
+    None where no tile can be told, because the mask depends on captured tensors.
+    """
+    q_low, q_high = _tiles(q_len, block_q)
+    kv_low, kv_high = _tiles(kv_len, block_kv)
+    symbols: dict[Expr, tuple] = {
+        Q: (q_low[:, None], q_high[:, None]),
+        KV: (kv_low[None, :], kv_high[None, :]),
+        E.B: (0.0, np.inf),
+        E.H: (0.0, np.inf),
+        SQ: (float(q_len), float(q_len)),
+        SKV: (float(kv_len), float(kv_len)),
+    }
+    symbols |= {E.size_symbol(i): (float(n), float(n)) for i, n in enumerate(sizes)}
+    with np.errstate(all="ignore"):
+        may, must = _Tiles(symbols).truth(spec.mask)
+    tiles = np.broadcast_to(may, (len(q_low), len(kv_low))).astype(np.int8) + must
+    if spec.mask.has(load) and bool((tiles == PARTIAL).all()):
+        return None
+    return tiles
+
+
+def tile_counts(
+    spec: AttentionSpec,
+    q_len: int,
+    kv_len: int,
+    block_q: int,
+    block_kv: int,
+    sizes: tuple[int, ...] = (),
+) -> TileCounts | None:
+    """How many tiles `tile_map` finds of each kind."""
+    tiles = tile_map(spec, q_len, kv_len, block_q, block_kv, sizes)
+    if tiles is None:
+        return None
+    return TileCounts(*(int((tiles == kind).sum()) for kind in (EMPTY, PARTIAL, FULL)))
+
+
+def _tiles(length: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+    low = np.arange(0, length, block, dtype=np.float64)
+    return low, np.minimum(low + block, length) - 1
+
+
+class _Tiles:
+    """Interval arithmetic over all tiles at once: a number is (least, largest), a condition is
+    (may hold somewhere, holds everywhere)."""
+
+    def __init__(self, symbols: dict[Expr, tuple]) -> None:
+        self.symbols = symbols
+
+    def truth(self, mask) -> tuple[np.ndarray, np.ndarray]:
+        if mask == sympy.true or mask == sympy.false:
+            value = np.array(mask == sympy.true)
+            return value, value
+        if isinstance(mask, sympy.Not):
+            may, must = self.truth(mask.args[0])
+            return ~must, ~may
+        if isinstance(mask, (sympy.And, sympy.Or)):
+            combine = np.logical_and if isinstance(mask, sympy.And) else np.logical_or
+            may, must = self.truth(mask.args[0])
+            for x in mask.args[1:]:
+                other_may, other_must = self.truth(x)
+                may, must = combine(may, other_may), combine(must, other_must)
+            return may, must
+        if isinstance(mask, sympy.core.relational.Relational):
+            return self.relation(mask)
+        return np.array(True), np.array(False)
+
+    def relation(self, relation) -> tuple[np.ndarray, np.ndarray]:
+        difference = relation.lhs - relation.rhs
+        if isinstance(relation, (sympy.Gt, sympy.Ge)):
+            difference = -difference
+        low, high = self.range(difference)
+        if not E.is_integer_valued(difference):  # kernels compare in float32
+            low = np.where(np.isfinite(low), low - 1e-6 * np.abs(low), low)
+            high = np.where(np.isfinite(high), high + 1e-6 * np.abs(high), high)
+        if isinstance(relation, (sympy.Lt, sympy.Gt)):
+            return low < 0, high < 0
+        if isinstance(relation, (sympy.Le, sympy.Ge)):
+            return low <= 0, high <= 0
+        may, must = (low <= 0) & (high >= 0), (low == 0) & (high == 0)
+        return (~must, ~may) if isinstance(relation, sympy.Ne) else (may, must)
+
+    def range(self, value) -> tuple:
+        low, high = self._range(value)
+        low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
+        return np.where(np.isnan(low), -np.inf, low), np.where(np.isnan(high), np.inf, high)
+
+    def _range(self, value) -> tuple:
+        if value.is_number:
+            return float(value), float(value)
+        if value in self.symbols:
+            return self.symbols[value]
+        if value.is_Add:
+            parts = [self.range(x) for x in value.args]
+            return sum(x[0] for x in parts), sum(x[1] for x in parts)
+        if value.is_Mul:
+            low, high = self.range(value.args[0])
+            for x in value.args[1:]:
+                low, high = _corners(np.multiply, (low, high), self.range(x))
+            return low, high
+        if isinstance(value, (sympy.Max, sympy.Min)):
+            combine = np.maximum if isinstance(value, sympy.Max) else np.minimum
+            low, high = self.range(value.args[0])
+            for x in value.args[1:]:
+                other = self.range(x)
+                low, high = combine(low, other[0]), combine(high, other[1])
+            return low, high
+        if isinstance(value, sympy.Abs):
+            low, high = self.range(value.args[0])
+            least = np.maximum(np.maximum(low, -high), 0)
+            return least, np.maximum(np.abs(low), np.abs(high))
+        if isinstance(value, where):
+            return self.where(*value.args)
+        if isinstance(value, (floordiv, mod)):
+            return self.division(value)
+        if type(value) in _MONOTONE:
+            return tuple(_MONOTONE[type(value)](x) for x in self.range(value.args[0]))
+        return -np.inf, np.inf
+
+    def where(self, condition, a, b) -> tuple:
+        may, must = self.truth(condition)
+        a, b = self.range(a), self.range(b)
+        low, high = np.minimum(a[0], b[0]), np.maximum(a[1], b[1])
+        low = np.where(must, a[0], np.where(~may, b[0], low))
+        return low, np.where(must, a[1], np.where(~may, b[1], high))
+
+    def division(self, value) -> tuple:
+        low, high = self.range(value.args[0])
+        least, largest = self.range(value.args[1])
+        if not np.all(least > 0):
+            return -np.inf, np.inf
+        if isinstance(value, floordiv):
+            return _corners(lambda a, b: np.floor(a / b), (low, high), (least, largest))
+        same = (least == largest) & (np.floor(low / least) == np.floor(high / least))
+        remainders = low - np.floor(low / least) * least, high - np.floor(high / least) * least
+        return np.where(same, remainders[0], 0.0), np.where(same, remainders[1], largest - 1)
+
+
+def _corners(function, a, b) -> tuple[np.ndarray, np.ndarray]:
+    """The range of a function that is monotone in each argument."""
+    corners = [function(x, y) for x in a for y in b]
+    bad = np.any([np.isnan(x) for x in np.broadcast_arrays(*corners)], axis=0)
+    low, high = np.minimum.reduce(corners), np.maximum.reduce(corners)
+    return np.where(bad, -np.inf, low), np.where(bad, np.inf, high)
+
+
+_MONOTONE = {
+    E.trunc: np.trunc,
+    E.round_half_even: np.round,
+    sympy.floor: np.floor,
+    sympy.ceiling: np.ceil,
+    sympy.sign: np.sign,
+    sympy.exp: np.exp,
+    sympy.tanh: np.tanh,
+    sympy.atan: np.arctan,
+    sympy.sinh: np.sinh,
+}
