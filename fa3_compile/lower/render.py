@@ -1,4 +1,4 @@
-"""An `AttentionSpec` as the source text of a Triton kernel.
+"""What the source text of every Triton kernel of ours is made of.
 
 Only printed expressions, integers and fixed words reach the source; no string of the user's does.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from dataclasses import dataclass, fields
+from typing import Any
 
 import jinja2
 import sympy
@@ -18,55 +19,31 @@ from fa3_compile.lower.printer import Env, Session, Text
 from fa3_compile.lower.printer_triton import TritonPrinter
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
-from fa3_compile.spec.blocks import kv_bounds, kv_full_bounds
-
-Q_LO, Q_HI = sympy.symbols("q_lo q_hi", integer=True, nonnegative=True)
 
 
-@dataclass(frozen=True)
-class RenderKey:
-    """Everything that the source text depends on, beside our own sources.
+def digest(key: Any) -> str:
+    """Names the kernel of a key, a dataclass with a spec, on disk; other sources of ours give
+    another name."""
+    named = {f.name: getattr(key, f.name) for f in fields(key)}
+    named["spec"] = str(key.spec)
+    text = repr((type(key).__name__, named, resources.source_hash()))
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
 
-    dim, v_dim       head dims of Q and K, and of V
-    fast_tanh        the hardware's approximate tanh (16-bit inputs on a GPU)
-    tma              K and V by tensor descriptors: last stride 1, others multiples of 16 bytes
-    warp_specialize  loads, products and softmax in warps of their own, where the target can
-    upcast           products of float32 operands: Triton's interpreter has none of bfloat16
-    """
 
-    spec: AttentionSpec
-    dim: int
-    v_dim: int
-    fast_tanh: bool = False
-    tma: bool = False
-    warp_specialize: bool = False
-    upcast: bool = False
-
-    @property
-    def digest(self) -> str:
-        """Names the kernel on disk; other sources of ours give another name."""
-        named = {f.name: getattr(self, f.name) for f in fields(self)}
-        named["spec"] = str(self.spec)
-        return hashlib.sha256(repr((named, _sources())).encode()).hexdigest()[:24]
-
-    def source(self) -> str:
-        """The kernel's source, as `render` has it."""
-        return render(self)
+def render_template(name: str, fields: Any) -> str:
+    """A template of templates/triton with the fields as `r`."""
+    text = _environment().get_template(name).render(r=fields)
+    return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
 
 
 @functools.cache
-def _sources() -> str:
-    """Hash of the template and of the modules that print into it."""
-    from fa3_compile.lower import formulas, printer, printer_triton
-    from fa3_compile.spec import blocks
-
-    modules = [hoist, formulas, printer, printer_triton, blocks, E]
-    files = [__file__, *(x.__file__ for x in modules)]
-    digest = hashlib.sha256(_template_path().read_bytes())
-    for file in files:
-        with open(file, "rb") as stream:
-            digest.update(stream.read())
-    return digest.hexdigest()
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(resources.templates() / "triton"),
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,
+        keep_trailing_newline=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -118,27 +95,21 @@ def aux_parameters(spec: AttentionSpec) -> list[Aux]:
     for x in E.loads_in(*spec.expressions):
         strides, sizes = found.setdefault(x.tensor, (set(), set()))
         strides |= {d for d, index in enumerate(x.index) if index != 0}
-        sizes |= {d for d, index in enumerate(x.index) if not _in_range(index)}
+        sizes |= {d for d, index in enumerate(x.index) if not in_range(index)}
     return [Aux(i, tuple(sorted(s)), tuple(sorted(n))) for i, (s, n) in sorted(found.items())]
 
 
-def _in_range(index: E.Expr) -> bool:
+def in_range(index: E.Expr) -> bool:
     """Whether an index cannot leave the tensor: a literal, or a coordinate itself."""
     return bool(index.is_Integer) or index in E.COORDINATES
 
 
 @dataclass(frozen=True)
-class Piece:
-    """An expression as text, and the statements of the loop's body that it needs."""
+class Common:
+    """The fields that both templates print.
 
-    text: str
-    loop: list[str]
-    needs_s: bool
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """The fields that the template prints."""
+    scores are exp2(x * times_scale + shift) where log2 is set, else exp(x): see hoist.Logits
+    """
 
     spec_text: str
     dim: int
@@ -146,79 +117,35 @@ class Rendered:
     k_chunks: list[Chunk]
     v_chunks: list[Chunk]
     fast_tanh: bool
-    tma: bool
-    warp_specialize: bool
     upcast: bool
+    random: bool
     aux_pointers: list[str]
     integers: list[str]
-    preamble: list[str]
-    carried: list[str]
-    score: Piece
-    mask: Piece
-    fill: Piece | None
-    sinks: list[str]
-    shift: str
     times_scale: str
     log2: bool
-    dead: str
-    track: bool
     has_mask: bool
-    has_full: bool
-    kv_lo: str
-    kv_hi: str
-    full_lo: str
-    full_hi: str
+    has_weight: bool
 
 
-def render(key: RenderKey) -> str:
-    """The kernel's source. UnprintableError where Triton has no text for an expression."""
+def common(key: Any, logits: hoist.Logits, writer: Writer) -> dict[str, Any]:
+    """The values of `Common` for a key with the fields of ForwardKey or BackwardKey."""
     spec = key.spec
-    writer = _Writer(spec, key.fast_tanh)
-    logits = hoist.arrange(spec.score)
-    score = writer.piece(logits.x, "score")
-    shift = writer.piece(logits.shift, "shift")
-    mask = writer.piece(spec.mask, "mask")
-    fill = None if spec.fill is None else writer.piece(spec.fill, "fill")
-    sinks = [writer.piece(x, f"sink{i}_").text for i, x in enumerate(spec.sinks)]
-    lo, hi = kv_bounds(spec.mask, Q_LO, Q_HI)
-    full_lo, full_hi = kv_full_bounds(spec.mask, Q_LO, Q_HI)
-    rendered = Rendered(
-        spec_text=str(spec),
-        dim=key.dim,
-        v_dim=key.v_dim,
-        k_chunks=chunks("k", key.dim),
-        v_chunks=chunks("v", key.v_dim),
-        fast_tanh=key.fast_tanh and any(x.has(sympy.tanh) for x in spec.expressions),
-        tma=key.tma,
-        warp_specialize=key.warp_specialize,
-        upcast=key.upcast,
-        aux_pointers=writer.aux_pointers,
-        integers=writer.integers,
-        preamble=writer.preamble,
-        carried=writer.aux_pointers + writer.integers + writer.carried,
-        score=Piece(score.text, score.loop + shift.loop, score.needs_s),
-        mask=Piece(f"in_kv & ({mask.text})" if spec.has_mask else "in_kv", mask.loop, False),
-        fill=fill,
-        sinks=sinks,
-        shift=shift.text,
-        times_scale="" if logits.scale == 1.0 else f" * {logits.scale!r}",
-        log2=logits.log2,
-        dead=spec.dead,
-        track=tracks_live_rows(spec),
-        has_mask=spec.has_mask,
-        has_full=full_lo != full_hi,
-        kv_lo=writer.bound_text(sympy.Max(lo, 0)),
-        kv_hi=writer.bound_text(sympy.Min(hi, E.SKV)),
-        full_lo=writer.bound_text(sympy.Max(full_lo, 0)),
-        full_hi=writer.bound_text(sympy.Max(sympy.Min(full_hi, E.SKV), 0)),
-    )
-    text = _template().render(r=rendered)
-    return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
-
-
-def tracks_live_rows(spec: AttentionSpec) -> bool:
-    """Whether a zero row sum does not yet say that the mask held nowhere in the row."""
-    return spec.has_mask and spec.dead == "score" and hoist.may_be_minus_inf(spec.score)
+    return {
+        "spec_text": str(spec),
+        "dim": key.dim,
+        "v_dim": key.v_dim,
+        "k_chunks": chunks("k", key.dim),
+        "v_chunks": chunks("v", key.v_dim),
+        "fast_tanh": key.fast_tanh and any(x.has(sympy.tanh) for x in spec.expressions),
+        "upcast": key.upcast,
+        "random": any(x.has(E.uniform) for x in spec.expressions),
+        "aux_pointers": writer.aux_pointers,
+        "integers": writer.integers,
+        "times_scale": "" if logits.scale == 1.0 else f" * {logits.scale!r}",
+        "log2": logits.log2,
+        "has_mask": spec.has_mask,
+        "has_weight": spec.weight is not None,
+    }
 
 
 class _Printer(TritonPrinter):
@@ -237,11 +164,18 @@ class _Printer(TritonPrinter):
         return expr.replace(opaque, sympy.tanh)
 
 
-class _Writer:
-    """Turns expressions into statements, and collects what the kernel has to be given."""
+class Writer:
+    """Turns expressions into statements, and collects what the kernel has to be given.
 
-    def __init__(self, spec: AttentionSpec, fast_tanh: bool) -> None:
+    streamed     the axis that the kernel's loop walks over, "kv" or "q"
+    guards_keys  `kv` may be beyond Skv, so loads by it need a guard
+    """
+
+    def __init__(
+        self, spec: AttentionSpec, fast_tanh: bool, streamed: str = "kv", guards_keys: bool = True
+    ) -> None:
         self.spec = spec
+        self.streamed, self.guards_keys = streamed, guards_keys
         self.printer = _Printer(fast_tanh)
         self.aux = {x.tensor: x for x in aux_parameters(spec)}
         self.aux_pointers = [f"aux{i}" for i in self.aux]
@@ -252,11 +186,8 @@ class _Writer:
         self.bound: dict[sympy.Basic, Text] = {}
         self.known: dict[sympy.Basic, sympy.Symbol] = {}
 
-    def piece(self, expr, prefix: str) -> Piece:
-        """The expression hoisted; its scalars and row parts go to the preamble."""
-        hoister = hoist.Hoister(prefix, self.known)
-        expr = self.printer.rewrite(expr)
-        placed = hoister.place(expr)
+    def statements(self, hoister: hoist.Hoister) -> list[str]:
+        """Those of the loop's body, now known to `print`; the others go to the preamble."""
         loop = []
         for outside, symbol, value in hoister.statements:
             text = self.load(value, outside) if isinstance(value, E.load) else self.print(value)
@@ -266,10 +197,12 @@ class _Writer:
                 self.carried.append(symbol.name)
             else:
                 loop.append(f"{symbol.name} = {text.body}")
-        is_condition = isinstance(expr, sympy.logic.boolalg.Boolean)
+        return loop
+
+    def body(self, placed) -> str:
+        """The text of a condition, or of a number as float32."""
         text = self.print(placed)
-        body = text.body if is_condition else self.printer.to_float(text).body
-        return Piece(body, loop, E.S in expr.free_symbols)
+        return text.body if text.kind == "bool" else self.printer.to_float(text).body
 
     def bound_text(self, expr) -> str:
         """An integer expression of the tile's first and last query."""
@@ -281,7 +214,7 @@ class _Writer:
     def load(self, value: E.load, outside: bool) -> Text:
         """`tl.load` by pointer and strides; keys beyond Skv and computed indices are guarded."""
         name, guards = f"aux{value.tensor}", []
-        if not outside:
+        if self.guards_keys and not outside:
             guards.append("in_kv")
         address = name
         for d, index in enumerate(value.index):
@@ -289,7 +222,7 @@ class _Writer:
             body = self.printer.to_int(body).body
             if index != 0:
                 address += f" + tl.cast({body}, tl.int64) * {name}_stride{d}"
-            if d in self.aux[value.tensor].sizes and not _in_range(index):
+            if d in self.aux[value.tensor].sizes and not in_range(index):
                 guards.append(f"({body} >= 0) & ({body} < {name}_size{d})")
         kind = self.spec.aux[value.tensor]
         guard = f", mask={' & '.join(guards)}, other=0" if guards else ""
@@ -299,15 +232,3 @@ class _Writer:
         elif kind == "bool":
             body = f"tl.cast({body}, tl.int32)"
         return Text(body, "int" if kind == "bool" else kind)
-
-
-def _template_path():
-    return resources.templates() / "triton" / "attention_forward.py.jinja"
-
-
-@functools.cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=True
-    )
-    return environment.from_string(_template_path().read_text())

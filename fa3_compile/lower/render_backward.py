@@ -7,19 +7,15 @@ loop over query blocks.
 
 from __future__ import annotations
 
-import functools
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import MappingProxyType
 
-import jinja2
 import sympy
 
-from fa3_compile import resources
 from fa3_compile.lower import hoist, render
 from fa3_compile.lower.printer import Text, shared_parts
-from fa3_compile.lower.render import Chunk, chunks
+from fa3_compile.lower.render import Common, Writer, common
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.blocks import kv_bounds, kv_full_bounds, q_bounds, q_full_bounds
@@ -30,7 +26,7 @@ FIRST, LAST = sympy.symbols("first_of_tile last_of_tile", integer=True, nonnegat
 
 @dataclass(frozen=True)
 class BackwardKey:
-    """As RenderKey; `wanted` are the captured tensors whose gradient the kernels compute."""
+    """As ForwardKey; `wanted` are the captured tensors whose gradient the kernels compute."""
 
     spec: AttentionSpec
     dim: int
@@ -41,25 +37,12 @@ class BackwardKey:
 
     @property
     def digest(self) -> str:
-        """Names the kernels on disk; other sources of ours give another name."""
-        named = {f.name: getattr(self, f.name) for f in fields(self)}
-        named["spec"] = str(self.spec)
-        return hashlib.sha256(repr((named, _sources())).encode()).hexdigest()[:24]
+        """Names the kernels on disk."""
+        return render.digest(self)
 
     def source(self) -> str:
         """The kernels' source. UnprintableError or TypeError where there is no text for it."""
         return render_backward(self)
-
-
-@functools.cache
-def _sources() -> str:
-    from fa3_compile.spec import derivative as derivatives
-
-    digest = hashlib.sha256(render._sources().encode() + _template_path().read_bytes())
-    for file in (__file__, derivatives.__file__):
-        with open(file, "rb") as stream:
-            digest.update(stream.read())
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -118,26 +101,14 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Rendered:
+class Rendered(Common):
     """The fields that the template prints."""
 
-    spec_text: str
-    dim: int
-    v_dim: int
-    k_chunks: list[Chunk]
-    v_chunks: list[Chunk]
-    fast_tanh: bool
-    upcast: bool
-    aux_pointers: list[str]
-    integers: list[str]
     rows: Side
     columns: Side
     dense: list[Dense]
     needs_s: bool
-    times_scale: str
-    log2: bool
     factor: float
-    has_mask: bool
     zero_rows: bool
     fill: bool
 
@@ -150,45 +121,31 @@ def render_backward(key: BackwardKey) -> str:
     wanted = [x for x in E.loads_in(spec.score) if x.tensor in key.wanted]
     slopes = {x: derivative(spec.score, x) for x in wanted}
     slopes = {x: d for x, d in slopes.items() if d != 0}
-    fast_tanh = key.fast_tanh and spec.score.has(sympy.tanh)
     by_row = {x: d for x, d in slopes.items() if hoist.level(x) in (hoist.HEAD, hoist.ROW)}
     by_key = {x: d for x, d in slopes.items() if hoist.level(x) == hoist.COLUMN}
     by_both = {x: d for x, d in slopes.items() if hoist.level(x) == hoist.ELEMENT}
-    rows = _Writer(spec, fast_tanh, "kv")
-    columns = _Writer(spec, fast_tanh, "q")
+    rows = _Writer(spec, key.fast_tanh, "kv")
+    columns = _Writer(spec, key.fast_tanh, "q")
     row_side, dense = rows.side(logits, slope, by_row, "row_sum", by_both)
     column_side, _ = columns.side(logits, slope, by_key, "key_sum")
     rendered = Rendered(
-        spec_text=str(spec),
-        dim=key.dim,
-        v_dim=key.v_dim,
-        k_chunks=chunks("k", key.dim),
-        v_chunks=chunks("v", key.v_dim),
-        fast_tanh=fast_tanh,
-        upcast=key.upcast,
-        aux_pointers=rows.aux_pointers,
-        integers=rows.integers,
+        **common(key, logits, rows),
         rows=row_side,
         columns=column_side,
         dense=dense,
         needs_s=E.S in logits.x.free_symbols,
-        times_scale="" if logits.scale == 1.0 else f" * {logits.scale!r}",
-        log2=logits.log2,
         factor=float(factor) if slope != 0 else 0.0,
-        has_mask=spec.has_mask,
         zero_rows=spec.dead == "zero",
         fill=spec.has_mask and spec.dead == "score",
     )
-    text = _template().render(r=rendered)
-    return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
+    return render.render_template("attention_backward.py.jinja", rendered)
 
 
-class _Writer(render._Writer):
-    """As the forward's. Coordinates never leave the lengths, so loads need no guard for them."""
+class _Writer(Writer):
+    """Coordinates never leave the lengths here, so loads need no guard for them."""
 
     def __init__(self, spec: AttentionSpec, fast_tanh: bool, streamed: str) -> None:
-        super().__init__(spec, fast_tanh)
-        self.streamed = streamed
+        super().__init__(spec, fast_tanh, streamed, guards_keys=False)
 
     def side(
         self,
@@ -231,25 +188,13 @@ class _Writer(render._Writer):
         change goes to the preamble."""
         hoister = hoist.Hoister(prefix, self.known, self.streamed)
         placed = [hoister.place(self.printer.rewrite(x)) for x in exprs]
-        loop = []
-        for outside, symbol, value in hoister.statements:
-            text = self.load(value, True) if isinstance(value, E.load) else self.print(value)
-            self.bound[symbol] = Text(symbol.name, text.kind)
-            if outside:
-                self.preamble.append(f"{symbol.name} = {text.body}")
-                self.carried.append(symbol.name)
-            else:
-                loop.append(f"{symbol.name} = {text.body}")
+        loop = self.statements(hoister)
         bound = dict(self.bound)
         for i, shared in enumerate(shared_parts(placed)):
             text = self.print(shared)
             loop.append(f"{prefix}_shared{i} = {text.body}")
             self.bound[shared] = Text(f"{prefix}_shared{i}", text.kind)
-        texts = []
-        for expr in placed:
-            text = self.print(expr)
-            condition = isinstance(expr, sympy.logic.boolalg.Boolean)
-            texts.append(text.body if condition else self.printer.to_float(text).body)
+        texts = [self.body(x) for x in placed]
         self.bound = bound
         return loop, texts
 
@@ -286,15 +231,3 @@ def dense_loads(spec: AttentionSpec, wanted: Sequence[int]) -> list[E.load]:
 def _found(spec: AttentionSpec, wanted: Sequence[int], levels: tuple[int, ...]) -> list[E.load]:
     loads = [x for x in E.loads_in(spec.score) if x.tensor in wanted and hoist.level(x) in levels]
     return [x for x in loads if derivative(spec.score, x) != 0]
-
-
-def _template_path():
-    return resources.templates() / "triton" / "attention_backward.py.jinja"
-
-
-@functools.cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=True
-    )
-    return environment.from_string(_template_path().read_text())

@@ -149,9 +149,9 @@ def _key(problem: Problem, effort: str) -> str:
 
 
 def _sources() -> str:
-    from fa3_compile.lower.render import RenderKey
+    from fa3_compile.lower.render_forward import ForwardKey
 
-    return RenderKey(AttentionSpec(), 64, 64).digest
+    return ForwardKey(AttentionSpec(), 64, 64).digest
 
 
 def _stored(key: str) -> TritonConfig | None:

@@ -22,7 +22,8 @@ from fa3_compile.lower import build, tune  # noqa: E402
 from fa3_compile.lower.choose import Problem  # noqa: E402
 from fa3_compile.lower.config import SHARED_MEMORY, TritonConfig  # noqa: E402
 from fa3_compile.lower.kernels.triton_forward import TritonForward, _render_key  # noqa: E402
-from fa3_compile.lower.render import RenderKey, chunks, render  # noqa: E402
+from fa3_compile.lower.render import chunks  # noqa: E402
+from fa3_compile.lower.render_forward import ForwardKey, render_forward  # noqa: E402
 from fa3_compile.spec.attention import AttentionSpec  # noqa: E402
 
 FULL = "attention(score=0.125*s)"
@@ -167,7 +168,7 @@ def test_chunks_cover_a_head_with_powers_of_two() -> None:
 def test_no_string_of_the_user_reaches_the_source() -> None:
     """Two specs of the same text give the same source; the source names only its own words."""
     spec = AttentionSpec.parse(FORMS["alibi"])
-    assert render(RenderKey(spec, 64, 64)) == render(RenderKey(spec, 64, 64))
+    assert render_forward(ForwardKey(spec, 64, 64)) == render_forward(ForwardKey(spec, 64, 64))
     with pytest.raises(ValueError, match="vocabulary"):
         AttentionSpec.parse("attention(score=__import__('os').system('true'))")
 
@@ -198,7 +199,7 @@ def test_a_damaged_entry_is_rebuilt(tmp_path, monkeypatch) -> None:
     from fa3_compile.lower import cache
 
     monkeypatch.setenv("FA3_CACHE_DIR", str(tmp_path / "private"))
-    key = RenderKey(AttentionSpec(), 64, 64)
+    key = ForwardKey(AttentionSpec(), 64, 64)
     build.load.cache_clear()
     build.load(key)
     assert (tmp_path / "private").stat().st_mode & 0o077 == 0

@@ -39,6 +39,7 @@ class Case:
 LONG = (1, 2, 1, 60, 33, 16, 16)  # more queries than keys: rows that a window leaves empty
 WINDOW = f"{CAUSAL} & (q - kv <= 9)"
 SLOPES = "load(0, 0, h, 0, 0)"
+DROP = "where(uniform(load(0, 0), b, h, q, kv) < 0.25, 0, 1.3333333333333333)"
 CASES = [
     Case("full", "score=0.25*s"),
     Case("negative scale", "score=-0.25*s"),
@@ -100,6 +101,15 @@ CASES = [
     Case("shipped tiles", f"score=0.25*s, mask={WINDOW}", (1, 2, 1, 150, 150, 16, 16), block=None),
     Case("large scores", "score=40.0*s"),
     Case("inf in q", "score=0.25*s", layout="infinite"),
+    Case("dropout", f"score=0.25*s, weight={DROP}", (2, 2, 1, 37, 45, 16, 16), aux=("seed",)),
+    Case("dropout, causal, bf16", f"score=0.25*s, mask={CAUSAL}, weight={DROP}", (2, 2, 1, 64, 64, 16, 16), BF16, aux=("seed",)),
+    Case("dropout, window, zero", f"score=0.25*s, mask={WINDOW}, dead=zero, weight={DROP}", LONG, aux=("seed",)),
+    Case("dropout, window, least fill", f"score=0.25*s, mask={WINDOW}, dead=score, fill={MIN}, weight={DROP}", LONG, aux=("seed",)),
+    Case("dropout and a sink", f"score=0.25*s, mask={CAUSAL}, sinks=[load(1, 0, h, 0, 0)], weight={DROP}", aux=("seed", "slopes")),
+    Case("dropped scores", f"score=0.25*s + {DROP}, mask={CAUSAL}", aux=("seed",)),
+    Case("mask after the softmax", "score=0.25*s, weight=where(load(0, 0, 0, q, kv) != 0, 1, 0)", aux=("dense",)),
+    Case("gate after the softmax", "score=0.25*s, weight=load(0, b, h, q, kv)*load(1, b, kv)", aux=("bias", "keys")),
+    Case("weight of a head", f"score=0.25*s, mask={CAUSAL}, weight={SLOPES} + 1", aux=("slopes",)),
 ]  # fmt: skip
 
 
@@ -140,7 +150,13 @@ def run(case: Case) -> dict:
     from fa3_compile.spec.attention import AttentionSpec
 
     torch.manual_seed(0)
-    kinds = {"documents": "int", "padding": "bool", "nothing": "bool", "dense": "bool"}
+    kinds = {
+        "documents": "int",
+        "seed": "int",
+        "padding": "bool",
+        "nothing": "bool",
+        "dense": "bool",
+    }
     fields = case.spec
     if case.aux:
         fields += f", aux=[{', '.join(kinds.get(x, 'float') for x in case.aux)}]"
@@ -232,6 +248,8 @@ def captured(kind: str, shape: tuple[int, ...]) -> torch.Tensor:
             return torch.zeros(batch, 1, 1, kv_len, dtype=torch.bool)
         case "documents":
             return (torch.arange(max(q_len, kv_len)) // 13).expand(batch, -1)
+        case "seed":
+            return torch.tensor([-(2**40) - 12345])
         case "dense":
             return torch.rand(1, 1, q_len, kv_len) > 0.6
     raise ValueError(kind)

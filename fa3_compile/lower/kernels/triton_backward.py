@@ -56,6 +56,8 @@ def supports_backward(problem: Problem) -> str | None:
     if problem.dtype == torch.float32 and problem.device.type == "cuda":
         # Weights rebuilt from the LSE: 3.5 times eager's own error in BART (H200), 2 allowed.
         return "float32 gradients rebuilt from the LSE are further from float64 than twice eager's"
+    if spec.weight is not None:
+        return "it has no factor on the weights after the softmax (dropout)"
     wanted = tuple(i for i, n in enumerate(problem.aux_needs_grad) if n)
     if reason := _unsupported(spec, wanted):
         return reason

@@ -23,7 +23,8 @@ from fa3_compile.lower.build import load
 from fa3_compile.lower.choose import Gradients, KernelBuildError, Problem, register
 from fa3_compile.lower.config import TritonConfig
 from fa3_compile.lower.printer import UnprintableError
-from fa3_compile.lower.render import Aux, RenderKey, aux_parameters, render
+from fa3_compile.lower.render import Aux, aux_parameters
+from fa3_compile.lower.render_forward import ForwardKey, render_forward
 from fa3_compile.runtime.launch import Call
 from fa3_compile.runtime.op import empty_out
 from fa3_compile.spec.attention import AttentionSpec
@@ -76,8 +77,6 @@ class TritonForward(BindingKernel):
         for i, dtype in enumerate(problem.aux_dtypes):
             if dtype.is_complex or dtype.itemsize < 1:
                 return f"captured tensor {i} is {dtype}"
-        if problem.spec.weight is not None:
-            return "it has no factor on the weights after the softmax (dropout)"
         return _unprintable(problem.spec)
 
     def prepare(self, problem: Problem) -> None:
@@ -126,14 +125,14 @@ class TritonForward(BindingKernel):
 @functools.lru_cache(maxsize=1024)
 def _unprintable(spec: AttentionSpec) -> str | None:
     try:
-        render(RenderKey(spec, 64, 64))
+        render_forward(ForwardKey(spec, 64, 64))
     except UnprintableError as error:
         return f"an expression has no Triton text: {error}"
     return None
 
 
-def _render_key(problem: Problem, config: TritonConfig) -> RenderKey:
-    return RenderKey(
+def _render_key(problem: Problem, config: TritonConfig) -> ForwardKey:
+    return ForwardKey(
         problem.spec,
         problem.dim,
         problem.v_dim,

@@ -1,0 +1,124 @@
+"""The forward of an `AttentionSpec` as the source text of a Triton kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+
+from fa3_compile.lower import hoist, render
+from fa3_compile.lower.render import Common, Writer, common
+from fa3_compile.spec import expr as E
+from fa3_compile.spec.attention import AttentionSpec
+from fa3_compile.spec.blocks import kv_bounds, kv_full_bounds
+
+Q_LO, Q_HI = sympy.symbols("q_lo q_hi", integer=True, nonnegative=True)
+
+
+@dataclass(frozen=True)
+class ForwardKey:
+    """Everything that the source text depends on, beside our own sources.
+
+    dim, v_dim       head dims of Q and K, and of V
+    fast_tanh        the hardware's approximate tanh (16-bit inputs on a GPU)
+    tma              K and V by tensor descriptors: last stride 1, others multiples of 16 bytes
+    warp_specialize  loads, products and softmax in warps of their own, where the target can
+    upcast           products of float32 operands: Triton's interpreter has none of bfloat16
+    """
+
+    spec: AttentionSpec
+    dim: int
+    v_dim: int
+    fast_tanh: bool = False
+    tma: bool = False
+    warp_specialize: bool = False
+    upcast: bool = False
+
+    @property
+    def digest(self) -> str:
+        """Names the kernel on disk."""
+        return render.digest(self)
+
+    def source(self) -> str:
+        """The kernel's source, as `render_forward` has it."""
+        return render_forward(self)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """An expression as text, and the statements of the loop's body that it needs."""
+
+    text: str
+    loop: list[str]
+    needs_s: bool
+
+
+@dataclass(frozen=True)
+class Rendered(Common):
+    """The fields that the template prints."""
+
+    tma: bool
+    warp_specialize: bool
+    preamble: list[str]
+    carried: list[str]
+    score: Piece
+    mask: Piece
+    fill: Piece | None
+    weight: Piece | None
+    sinks: list[str]
+    shift: str
+    dead: str
+    track: bool
+    has_full: bool
+    kv_lo: str
+    kv_hi: str
+    full_lo: str
+    full_hi: str
+
+
+def render_forward(key: ForwardKey) -> str:
+    """The kernel's source. UnprintableError where Triton has no text for an expression."""
+    spec = key.spec
+    writer = Writer(spec, key.fast_tanh)
+    logits = hoist.arrange(spec.score)
+    score = _piece(writer, logits.x, "score")
+    shift = _piece(writer, logits.shift, "shift")
+    mask = _piece(writer, spec.mask, "mask")
+    fill = None if spec.fill is None else _piece(writer, spec.fill, "fill")
+    weight = None if spec.weight is None else _piece(writer, spec.weight, "weight")
+    sinks = [_piece(writer, x, f"sink{i}_").text for i, x in enumerate(spec.sinks)]
+    lo, hi = kv_bounds(spec.mask, Q_LO, Q_HI)
+    full_lo, full_hi = kv_full_bounds(spec.mask, Q_LO, Q_HI)
+    rendered = Rendered(
+        **common(key, logits, writer),
+        tma=key.tma,
+        warp_specialize=key.warp_specialize,
+        preamble=writer.preamble,
+        carried=writer.aux_pointers + writer.integers + writer.carried,
+        score=Piece(score.text, score.loop + shift.loop, score.needs_s),
+        mask=Piece(f"in_kv & ({mask.text})" if spec.has_mask else "in_kv", mask.loop, False),
+        fill=fill,
+        weight=weight,
+        sinks=sinks,
+        shift=shift.text,
+        dead=spec.dead,
+        track=tracks_live_rows(spec),
+        has_full=full_lo != full_hi,
+        kv_lo=writer.bound_text(sympy.Max(lo, 0)),
+        kv_hi=writer.bound_text(sympy.Min(hi, E.SKV)),
+        full_lo=writer.bound_text(sympy.Max(full_lo, 0)),
+        full_hi=writer.bound_text(sympy.Max(sympy.Min(full_hi, E.SKV), 0)),
+    )
+    return render.render_template("attention_forward.py.jinja", rendered)
+
+
+def _piece(writer: Writer, expr, prefix: str) -> Piece:
+    hoister = hoist.Hoister(prefix, writer.known)
+    placed = hoister.place(writer.printer.rewrite(expr))
+    loop = writer.statements(hoister)
+    return Piece(writer.body(placed), loop, E.S in expr.free_symbols)
+
+
+def tracks_live_rows(spec: AttentionSpec) -> bool:
+    """Whether a zero row sum does not yet say that the mask held nowhere in the row."""
+    return spec.has_mask and spec.dead == "score" and hoist.may_be_minus_inf(spec.score)
