@@ -14,7 +14,7 @@ struct CombineParams {
   float* lse;
   int64_t out_batch, out_head, out_row;  // strides in elements
   int64_t rows;                          // batch * heads * queries
-  int splits, heads, queries, keys;
+  int splits, queries, keys;
   AuxT aux;
 };
 
@@ -25,19 +25,19 @@ struct Combine {
   static constexpr int kWarps = 4, kThreads = 32 * kWarps;
   static constexpr int kPieces = ceil_div(Config::kDimV, 128);  // a lane has 4 columns of each
 
-  // One thread block a row; its warps share the splits.
+  // One thread block a row, grid (queries, heads, batches); its warps share the splits.
   FA3_DEVICE static void run(const Params& p) {
     __shared__ float4 sums[kWarps][kPieces][32];
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int64_t row = blockIdx.x;
-    int q = row % p.queries, head_of_batch = row / p.queries;
-    At at{p.aux, head_of_batch / p.heads, head_of_batch % p.heads, p.queries, p.keys};
+    int q = blockIdx.x;
+    At at{p.aux, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y), p.queries, p.keys};
+    int64_t row = (static_cast<int64_t>(at.batch) * gridDim.y + at.head) * p.queries + q;
     auto head = Variant::head(at);
-    auto terms = Variant::row(at, head, q);
     float scale = Variant::scale(head);
 
     float top = -inf(), total = 0.0f;
-    for (int i = lane; i < p.splits; i += 32) top = fmaxf(top, __ldg(p.partial_state + i * p.rows + row).x);
+    for (int i = lane; i < p.splits; i += 32)
+      top = fmaxf(top, __ldg(p.partial_state + i * p.rows + row).x);
     top = over_warp(top, [](float a, float b) { return fmaxf(a, b); });
     for (int i = lane; i < p.splits; i += 32) {
       float2 part = __ldg(p.partial_state + i * p.rows + row);
@@ -60,7 +60,8 @@ struct Combine {
     __syncthreads();
     if (warp > 0) return;
 
-    FinishedRow done = finish_row<Variant>(at, head, terms, q, scale, top, total);
+    FinishedRow done =
+        finish_row<Variant>(at, head, Variant::row(at, head, q), q, scale, top, total);
     if (lane == 0) p.lse[row] = done.lse;
     uint2* out = reinterpret_cast<uint2*>(static_cast<char*>(p.out) +
                                           2 * (at.batch * p.out_batch + at.head * p.out_head +
