@@ -59,8 +59,8 @@ class Module:
         return checked(driver().cuModuleGetFunction(self.handle, name.encode()))
 
 
-def load_module(cubin: bytes) -> Module:
-    """Loads a cubin of templates/cuda/attention_fwd.cu.jinja into the current context."""
+def load_module(cubin: bytes, attention: str = "attention_fwd") -> Module:
+    """Loads a cubin of templates/cuda/<attention>.cu.jinja into the current context."""
     handle = checked(driver().cuModuleLoadData(cubin))
     address, _ = checked(driver().cuModuleGetGlobal(handle, b"shared_bytes"))
     host = bytearray(4)
@@ -68,21 +68,19 @@ def load_module(cubin: bytes) -> Module:
     counters, _ = checked(driver().cuModuleGetGlobal(handle, b"counters"))
     module = Module(handle, struct.unpack("i", host)[0], int(counters), {})
     attribute = driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    checked(
-        driver().cuFuncSetAttribute(module.kernel("attention_fwd"), attribute, module.shared_bytes)
-    )
+    checked(driver().cuFuncSetAttribute(module.kernel(attention), attribute, module.shared_bytes))
     return module
 
 
 # What a kernel's parameters may point to, beside the captured tensors.
-NAMES = ("q", "k", "v", "out", "lse", "counter", "lists")
+NAMES = ("q", "k", "v", "out", "lse", "counter", "scratch")
 
 
 class Launch:
     """One kernel, its grid and its parameters: a struct in memory that the driver reads.
 
     content  the struct, its size a multiple of 8
-    places   (offset, one of NAMES or the number of a captured tensor, bytes to add): where the
+    places   (offset, one of `names` or the number of a captured tensor, bytes to add): where the
              addresses of a call belong
     """
 
@@ -94,6 +92,7 @@ class Launch:
         shared: int,
         content: bytes,
         places: Sequence[tuple[int, str | int, int]],
+        names: Sequence[str] = NAMES,
     ) -> None:
         self._storage = ctypes.create_string_buffer(len(content) + 64)
         start = -ctypes.addressof(self._storage) % 64
@@ -102,7 +101,7 @@ class Launch:
         self._words = view.cast("Q")
         self._array = (ctypes.c_void_p * 1)(ctypes.addressof(self._storage) + start)
         self._pointer = ctypes.addressof(self._array)
-        at = [(n // 8, NAMES.index(x) if isinstance(x, str) else x + len(NAMES), more)
+        at = [(n // 8, names.index(x) if isinstance(x, str) else x + len(names), more)
               for n, x, more in places]  # fmt: skip
         self._copied = [(word, index) for word, index, more in at if not more]
         self._moved = [x for x in at if x[2]]
@@ -113,7 +112,7 @@ class Launch:
         self._lock = threading.Lock()
 
     def __call__(self, stream: int, addresses: Sequence[int]) -> None:
-        """`addresses` in the order of NAMES, then the captured tensors."""
+        """`addresses` in the order of the names, then the captured tensors."""
         words = self._words
         with self._lock:
             for word, index in self._copied:
@@ -144,48 +143,63 @@ def describable(x: Tensor) -> bool:
 
 
 def tensor_map(
-    x: Tensor, sizes: Sequence[int], strides: Sequence[int], rows: int, columns: int
+    x: Tensor, sizes: Sequence[int], strides: Sequence[int], box: tuple[int, int, int]
 ) -> bytes:
-    """A 4-D map of a 16-bit tensor; boxes of `rows` by `columns` (64: 128-byte swizzle, or 32).
+    """A 4-D map of a 16-bit tensor.
 
     sizes, strides  from the outermost axis in, in elements; the innermost stride is 1
+    box             (heads, rows, columns) of a load; 64 columns (128-byte swizzle) or 32
 
     The address is its first word: callers put another there for another tensor of these strides.
     """
-    first, second = (_encode(x.dtype, x.data_ptr() + n, sizes, strides, rows, columns)
-                     for n in (0, 4096))  # fmt: skip
-    moved = struct.pack("Q", x.data_ptr() + 4096) + first[8:]
-    if first[:8] != struct.pack("Q", x.data_ptr()) or second != moved:
-        raise KernelBuildError("this driver encodes tensor maps in a way that is not known here")
-    return first
+    content = _encode(x.dtype, x.data_ptr(), sizes, strides, box)
+    if not _encoding_is_known.is_set():
+        moved = _encode(x.dtype, x.data_ptr() + 4096, sizes, strides, box)
+        first, second = struct.pack("Q", x.data_ptr()), struct.pack("Q", x.data_ptr() + 4096)
+        if content[:8] != first or moved != second + content[8:]:
+            raise KernelBuildError("this driver encodes tensor maps in a way not known here")
+        _encoding_is_known.set()
+    return content
 
 
-def _encode(dtype, address: int, sizes, strides, rows: int, columns: int) -> bytes:
+_encoding_is_known = threading.Event()
+
+
+def _encode(dtype, address: int, sizes, strides, box: tuple[int, int, int]) -> bytes:
     cu = driver()
-
-    dtypes = cu.CUtensorMapDataType
-    swizzle = cu.CUtensorMapSwizzle
     width = max(8, -(-sizes[-1] // 8) * 8)
     # The stride of an axis of length 1 is arbitrary, and has to be a multiple of 16 bytes.
     steps = [s if n > 1 else width for s, n in zip(strides[:-1], sizes)]
+    kind, *options = _map_options(dtype, box[2])
     encoded = checked(
         cu.cuTensorMapEncodeTiled(
-            {
-                torch.bfloat16: dtypes.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                torch.float16: dtypes.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-            }[dtype],
+            kind,
             4,
             address,
             [cu.cuuint64_t(n) for n in reversed(sizes)],
             [cu.cuuint64_t(2 * n) for n in reversed(steps)],
-            [cu.cuuint32_t(n) for n in (columns, rows, 1, 1)],
+            [cu.cuuint32_t(n) for n in (*reversed(box), 1)],
             [cu.cuuint32_t(1)] * 4,
-            cu.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            swizzle.CU_TENSOR_MAP_SWIZZLE_128B
-            if columns == 64
-            else swizzle.CU_TENSOR_MAP_SWIZZLE_64B,
-            cu.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            cu.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            *options,
         )
     )
-    return b"".join(struct.pack("Q", int(word)) for word in encoded.opaque)
+    return ctypes.string_at(encoded.getPtr(), MAP_BYTES)
+
+
+@functools.cache
+def _map_options(dtype: torch.dtype, columns: int) -> tuple[Any, ...]:
+    """The element type, and what follows the strides."""
+    cu = driver()
+    kinds, swizzles = cu.CUtensorMapDataType, cu.CUtensorMapSwizzle
+    return (
+        {
+            torch.bfloat16: kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            torch.float16: kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        }[dtype],
+        cu.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        swizzles.CU_TENSOR_MAP_SWIZZLE_128B
+        if columns == 64
+        else swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
+        cu.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        cu.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )

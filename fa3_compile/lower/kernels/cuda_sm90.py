@@ -20,8 +20,14 @@ from torch import Tensor
 
 from fa3_compile.lower.bound import BindingKernel
 from fa3_compile.lower.build_nvrtc import load_first, missing
-from fa3_compile.lower.choose import KernelBuildError, Problem, register
-from fa3_compile.lower.config_sm90 import Sm90Config, candidates
+from fa3_compile.lower.choose import Gradients, KernelBuildError, Problem, register
+from fa3_compile.lower.config_sm90 import (
+    Packing,
+    Sm90Config,
+    candidates,
+    packing,
+    split_count,
+)
 from fa3_compile.lower.launch_cuda import (
     MAP_BYTES,
     Launch,
@@ -41,6 +47,7 @@ from fa3_compile.lower.render_cuda import (
     fills_dead_rows,
     map_kind,
     mask_parts,
+    named_mask,
     render,
     uniform_fill,
 )
@@ -67,7 +74,7 @@ ELEMENTS = {
 LARGEST_GRID = 65535
 # Keys and values that a section of the longest-first order may hold in L2, in bytes.
 SECTION_BYTES = 32 * 2**20
-INTERVAL_ROWS, UNIFORM_ROWS, DEAD_ROWS = 8, 1024, 64
+INTERVAL_ROWS, UNIFORM_ROWS, DEAD_ROWS, COMBINE_THREADS = 16, 1024, 64, 128
 
 
 class CudaSm90(BindingKernel):
@@ -96,6 +103,17 @@ class CudaSm90(BindingKernel):
     def prepare(self, problem: Problem) -> None:
         """Builds the kernel as contiguous captured tensors want it."""
         load_first(_keys(problem, _likely_layout(problem)))
+
+    def supports_backward(self, problem: Problem) -> str | None:
+        # There: the two modules share how kernels are bound.
+        from fa3_compile.lower.kernels import cuda_sm90_backward
+
+        return cuda_sm90_backward.supports_backward(problem)
+
+    def run_backward(self, *arguments) -> Gradients:
+        from fa3_compile.lower.kernels import cuda_sm90_backward
+
+        return cuda_sm90_backward.run_backward(*arguments)
 
     def bind(self, problem: Problem, q, k, v, aux, sizes) -> Call | None:
         if not (q.numel() and k.numel() and v.numel()):
@@ -185,12 +203,18 @@ def _tile_candidate(spec: AttentionSpec) -> E.load | None:
 def _keys(problem: Problem, layout: Layout) -> list[CudaKey]:
     spec = problem.spec
     plain = arrange(spec.score).x == E.S and not map_kind(spec)
-    plain = plain and mask_parts(spec.mask).element == sympy.true
+    plain = plain and mask_parts(named_mask(spec)).element == sympy.true
+    # A packed tile walks the key blocks of all of its heads.
+    group = problem.group if E.H not in spec.mask.free_symbols else 1
     keys = []
     for tile in dict.fromkeys((layout.tile, None)):
-        configs = candidates(
-            problem.dim, problem.v_dim, problem.q_len, spec.has_mask, plain, tile is not None
-        )
+        choose = functools.partial(
+            candidates, problem.dim, problem.v_dim, problem.q_len, spec.has_mask, plain,
+            tile is not None, group,
+        )  # fmt: skip
+        configs = choose()
+        if configs and not configs[0].split and _splits(problem, configs[0]) > 1:
+            configs = choose(split=True)
         keys += [
             CudaKey(
                 spec, DTYPES[problem.dtype], problem.dim, problem.v_dim, config, layout.elements,
@@ -201,6 +225,14 @@ def _keys(problem: Problem, layout: Layout) -> list[CudaKey]:
     return keys
 
 
+def _splits(problem: Problem, config: Sm90Config) -> int:
+    """The parts that unpacked tiles of a config would be dealt in."""
+    tiles = problem.batch * problem.heads * -(-problem.q_len // config.block_m)
+    if not tiles or not problem.kv_len:
+        return 1
+    return split_count(tiles, -(-problem.kv_len // config.block_n), _processors(problem.device))
+
+
 # ---- what is launched ----
 
 
@@ -208,7 +240,7 @@ def _keys(problem: Problem, layout: Layout) -> list[CudaKey]:
 class Bound:
     """The kernels of a call for one set of shapes and strides; calling it launches them.
 
-    map_words  int32 that the lists of key blocks take
+    scratch_words  int32 that the lists of key blocks, and the parts of a split, take
     """
 
     device: int
@@ -217,7 +249,7 @@ class Bound:
     module: Module
     out_shape: tuple[int, ...]
     out_stride: tuple[int, ...]
-    map_words: int
+    scratch_words: int
     launches: tuple[Launch, ...]
 
     def __post_init__(self) -> None:
@@ -235,13 +267,13 @@ class Bound:
         out = empty_cuda(self.out_shape, self.out_stride, self.dtype)
         lse = empty_cuda(self._lse_shape, self._lse_stride, torch.float32)
         counter = self._counter(stream) if self.config.longest_first else 0
-        lists = 0
-        if self.map_words:
-            words = empty_cuda((self.map_words,), (1,), torch.int32)
-            lists = words.data_ptr()
+        scratch = 0
+        if self.scratch_words:
+            words = empty_cuda((self.scratch_words,), (1,), torch.int32)
+            scratch = words.data_ptr()
         addresses = [
             q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), counter,
-            lists,
+            scratch,
         ]  # fmt: skip
         for x in aux:
             addresses.append(x.data_ptr())
@@ -265,7 +297,9 @@ def _module(key: CudaKey, cubin: bytes, device: int) -> Module:
 
 
 @functools.cache
-def _processors(device: int) -> int:
+def _processors(device: torch.device) -> int:
+    if not torch.cuda.is_available():
+        return 132  # where kernels are only built
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -293,22 +327,48 @@ class _Binder:
         self.batch, self.heads, self.queries, _ = q.shape
         self.kv_heads, self.keys = k.shape[1:3]
         self.group = self.heads // self.kv_heads
-        self.query_blocks = -(-self.queries // key.config.block_m)
+        self.packing = Packing(1, key.config.block_m, self.group)
+        if key.config.packed:
+            self.packing = packing(self.group, self.queries)
+        self.query_blocks = -(-self.queries // self.packing.rows)
         self.key_blocks = -(-self.keys // key.config.block_n)
+        self.grid_heads = self.kv_heads * self.packing.chunks
+        self.tiles = self.query_blocks * self.grid_heads * self.batch
+        self.processors = _processors(q.device)
+        self.splits = 1
+        if key.config.split:
+            self.splits = split_count(self.tiles, self.key_blocks, self.processors)
+        self.scratch_bytes = 0
+
+    def scratch(self, bytes_: int) -> int:
+        """Where that many bytes of scratch memory begin."""
+        start = self.scratch_bytes
+        self.scratch_bytes += -(-bytes_ // 16) * 16
+        return start
 
     def launches(self, out_stride) -> tuple[tuple[Launch, ...], int]:
-        """(the kernels of a call in their order, int32 words of the block lists)."""
+        """(the kernels of a call in their order, int32 words of scratch memory)."""
         found = []
         kind = map_kind(self.spec)
-        words = 0
         if kind:
+            self.map_counts = self.scratch(8 * self.map_rows)
+            self.map_indices = self.scratch(4 * self.map_rows * self.key_blocks)
             found.append(self.block_map(kind))
-            words = self.map_rows * (2 + self.key_blocks)
+        if self.splits > 1:
+            self.part_states = self.scratch(8 * self.splits * self.rows)
+            self.parts = self.scratch(4 * self.splits * self.rows * self.v.shape[3])
         found.append(self.attention(out_stride))
+        if self.splits > 1:
+            found.append(self.combine(out_stride))
         dead = fills_dead_rows(self.spec)
         if dead == "maybe" or (dead == "long" and self.queries > self.keys):
             found.append(self.dead_rows(out_stride))
-        return tuple(found), words
+        return tuple(found), self.scratch_bytes // 4
+
+    @property
+    def rows(self) -> int:
+        """Those of the output, of all heads and batches."""
+        return self.batch * self.heads * self.queries
 
     def captured(self) -> tuple[bytes, list[tuple[int, Any, int]]]:
         """The struct Aux, and where its pointers are."""
@@ -352,21 +412,22 @@ class _Binder:
     def block_map(self, kind: str) -> Launch:
         batches, heads = self.map_shape
         content = struct.pack(
-            "QQiiiiii", 0, 0, batches, heads, self.query_blocks, self.key_blocks, self.queries,
-            self.keys,
+            "QQiiiiiii4x", 0, 0, batches, heads, self.query_blocks, self.key_blocks,
+            self.packing.rows, self.queries, self.keys,
         )  # fmt: skip
-        places = [(0, "lists", 8 * self.map_rows), (8, "lists", 0)]
+        places = [(0, "scratch", self.map_indices), (8, "scratch", self.map_counts)]
         rows = INTERVAL_ROWS if kind == "Interval" else 1
+        threads = 32 * INTERVAL_ROWS if kind == "Interval" else 256
         grid = (-(-self.query_blocks // rows), heads, batches)
         return Launch(
-            self.module.kernel("block_map"), grid, 256, 0, *self.with_captured(content, places)
+            self.module.kernel("block_map"), grid, threads, 0, *self.with_captured(content, places)
         )
 
     # The attention.
 
     def attention(self, out_stride) -> Launch:
         config = self.key.config
-        content = self._map(self.q, config.block_m)
+        content = self._map(self.q, self.packing.rows, self.packing.heads)
         content += self._map(self.k, config.block_n) + self._map(self.v, config.block_n)
         places: list = [(0, "q", 0), (MAP_BYTES, "k", 0), (2 * MAP_BYTES, "v", 0)]
         tile, broadcast = self._tile()
@@ -375,21 +436,30 @@ class _Binder:
         content += tile
         places += [(len(content), "out", 0), (len(content) + 8, "lse", 0)]
         content += struct.pack("QQqqq", 0, 0, *out_stride[:3])
-        tiles = self.query_blocks * self.heads * self.batch
-        grid = min(tiles, _processors(self.q.device.index))
-        section = self._section()
-        content += struct.pack("iiiii4x", tiles, self.query_blocks, self.heads, section, grid)
+        tiles = self.tiles * self.splits
+        grid = min(tiles, self.processors)
+        content += struct.pack(
+            "iiiiii", tiles, self.query_blocks, self.grid_heads, self._section(), self.splits, grid
+        )
         if config.longest_first:
             places.append((len(content), "counter", 0))
         content += bytes(8)
         batches, heads = self.map_shape
         if map_kind(self.spec):
-            places += [(len(content), "lists", 8 * self.map_rows), (len(content) + 8, "lists", 0)]
+            places += [(len(content), "scratch", self.map_indices)]
+            places += [(len(content) + 8, "scratch", self.map_counts)]
         content += struct.pack(
             "QQiii4x", 0, 0, heads * self.query_blocks if batches > 1 else 0,
             self.query_blocks if heads > 1 else 0, self.key_blocks,
         )  # fmt: skip
-        content += struct.pack("iiiii4x", self.group, self.queries, self.keys, *broadcast)
+        if self.splits > 1:
+            places += [(len(content), "scratch", self.parts)]
+            places += [(len(content) + 8, "scratch", self.part_states)]
+        content += struct.pack("QQq", 0, 0, self.rows)
+        content += struct.pack(
+            "iiiiiiiii4x", self.heads, self.group, self.queries, self.keys, self.packing.heads,
+            self.packing.rows, self.packing.chunks, *broadcast,
+        )  # fmt: skip
         content, places = self.with_captured(content, places)
         content += bytes(-len(content) % 64)
         return Launch(
@@ -403,9 +473,9 @@ class _Binder:
         section = max(1, SECTION_BYTES // max(bytes_, 1)) * self.group
         return min(section, self.batch * self.heads)
 
-    def _map(self, x: Tensor, rows: int) -> bytes:
+    def _map(self, x: Tensor, rows: int, heads: int = 1) -> bytes:
         columns = 64 if -(-x.shape[3] // 32) % 2 == 0 else 32
-        return tensor_map(x, x.shape, x.stride(), rows, columns)
+        return tensor_map(x, x.shape, x.stride(), (heads, rows, columns))
 
     def _tile(self) -> tuple[bytes, tuple[int, int]]:
         """The map of the dense tensor, and whether it has batches and heads of its own."""
@@ -417,8 +487,23 @@ class _Binder:
         place = {axis: d for d, axis in enumerate(load.index) if axis != 0}
         sizes = [x.shape[place[a]] if a in place else 1 for a in E.COORDINATES]
         strides = [x.stride(place[a]) if a in place else 1 for a in E.COORDINATES]
-        content = tensor_map(x, sizes, strides, self.key.config.block_m, 64)
+        content = tensor_map(x, sizes, strides, (1, self.key.config.block_m, 64))
         return content, (int(E.B in place), int(E.H in place))
+
+    # The parts of a split.
+
+    def combine(self, out_stride) -> Launch:
+        content = struct.pack("QQQQqqq", 0, 0, 0, 0, *out_stride[:3])
+        content += struct.pack("qiii4x", self.rows, self.splits, self.queries, self.keys)
+        places: list = [
+            (0, "scratch", self.parts), (8, "scratch", self.part_states), (16, "out", 0),
+            (24, "lse", 0),
+        ]  # fmt: skip
+        return Launch(
+            self.module.kernel("combine"), (self.queries, self.heads, self.batch),
+            COMBINE_THREADS, 0,
+            *self.with_captured(content, places),
+        )  # fmt: skip
 
     # Rows without a key.
 
