@@ -38,7 +38,7 @@ struct BackwardConfig {
   FA3_DEVICE static int sum_row(int part) { return kSplitColumns ? 0 : 64 * part; }
   FA3_DEVICE static int sum_column(int part) { return kSplitColumns ? 64 * part : 0; }
   static_assert(DimQK % 8 == 0 && DimV % 8 == 0 && DimQK <= 128 && DimV <= 128, "head dims");
-  static_assert(kSplitColumns ? DimQK > 64 : BlockM_ == 64 * kWarpgroups, "tile");
+  static_assert(kSplitColumns || BlockM_ == 64 * kWarpgroups, "tile");
 };
 
 template <class AuxT>
@@ -68,7 +68,7 @@ struct AttentionBackward {
   // dS^T in shared memory: panels of 64 queries, rows of a key each.
   static constexpr int kScorePanelBytes = kN * 128;
   static constexpr int kScoreBytes = kM / 64 * kScorePanelBytes;
-  static constexpr int kRowBytes = 8 * kM;
+  static constexpr int kRowBytes = 4 * kRowTerms<Variant> * kM;
 
   // A stage holds a query block's Q, dO and row terms.
   static constexpr int kStages = 2;
@@ -132,8 +132,8 @@ struct AttentionBackward {
     OTile::load(shared + kAtO + at.stage() * OTile::kBytes, p.dout, full, kEvictLast, block * kM,
                 head, batch);
     bulk_load(shared + kAtRows + at.stage() * kRowBytes,
-              p.rows + static_cast<int64_t>(block_index(block, head, batch)) * 2 * kM, kRowBytes,
-              full);
+              p.rows + static_cast<int64_t>(block_index(block, head, batch)) * (kRowBytes / 4),
+              kRowBytes, full);
   }
 
   FA3_DEVICE void produce() const {
@@ -268,7 +268,8 @@ struct AttentionBackward {
     }
 #pragma unroll
     for (int j = 0; j < kM / 8; ++j) {
-      float2 lse = load_shared(rows + 32 * j), delta;
+      float2 lse = load_shared(rows + 32 * j), delta, norm;
+      if constexpr (Variant::kWideScores) norm = load_shared(rows + 8 * kM + 32 * j);
       if constexpr (Variant::kDerivative) delta = load_shared(rows + 4 * kM + 32 * j);
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
@@ -288,8 +289,10 @@ struct AttentionBackward {
           if constexpr (Variant::kScore)
             x = Variant::score(x, t.at, t.head, row, t.col[r], q, t.kv[r], 0.0f);
           if constexpr (Variant::kAffine) x += base[r];
-          float weight = Variant::kWideScores ? exp2_approx((x - offset) * t.scale)
-                                              : exp2_approx(fmaf(x, t.scale, -offset));
+          float exponent = fmaf(x, t.scale, -offset);
+          if constexpr (Variant::kWideScores)
+            exponent = fmaf(x - offset, t.scale, e == 0 ? -norm.x : -norm.y);
+          float weight = exp2_approx(exponent);
           if constexpr (Masked) {
             bool seen = t.inside[r];
             if constexpr (Variant::kRowEnd)
@@ -344,7 +347,7 @@ struct AttentionBackward {
       store_matrices(to + i / 4 * kScorePanelBytes + ((piece % 8 ^ line) << 4), ds[4 * i],
                      ds[4 * i + 1], ds[4 * i + 2], ds[4 * i + 3]);
     }
-    async_proxy_fence();
+    fence_proxy_async();
     release(kScoresFull, c.lane);
   }
 

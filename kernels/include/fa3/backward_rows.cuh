@@ -2,7 +2,7 @@
 // its fp32 sums. Both read and write each of their tensors once.
 #pragma once
 #include "fa3/fragment.cuh"
-#include "fa3/variant.cuh"
+#include "fa3/query_blocks.cuh"
 
 namespace fa3 {
 
@@ -16,16 +16,22 @@ template <class AuxT>
 struct RowTermsParams {
   const char *out, *dout;
   const float *lse, *dlse;  // (batch, heads, queries); dlse may be null
-  float* rows;              // (batch, heads, query blocks, {LSE, delta}, BlockM)
+  float* rows;              // (batch, heads, query blocks, kRowTerms, BlockM)
   float* dq_sums;           // cleared here
+  float* delta;             // (batch, heads, queries), or null
+  unsigned char* dead;      // the same: 1 where a row sees no key; only if Variant::kFindDead
   RowStrides out_at, dout_at;
   int heads, queries, keys;
   int unused;
   AuxT aux;
 };
 
-// rows: the LSE in the exponent's unit, infinity where a row has no weight; and
-// delta = rowsum(dO * O) - dLSE.
+// LSE in the exponent's unit, infinity where a row has no weight; delta = rowsum(dO * O) - dLSE; and
+// with wide scores log2 of what exp(score - LSE) sums to, not 0 where the LSE is too large to hold
+// it.
+template <class Variant>
+constexpr int kRowTerms = Variant::kWideScores ? 3 : 2;
+
 template <class Config, class Variant>
 struct RowTerms {
   using Dtype = typename Config::Dtype;
@@ -46,7 +52,7 @@ struct RowTerms {
       sums[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     typename Variant::At at{p.aux, batch, head, p.queries, p.keys};
     int piece = threadIdx.x % kLanes;
-    float* rows = p.rows + block * 2 * kM;
+    float* rows = p.rows + block * kRowTerms<Variant> * kM;
 #pragma unroll
     for (int i = 0; i < ceil_div(kM, kRowsAtOnce); ++i) {
       int inside = i * kRowsAtOnce + threadIdx.x / kLanes;
@@ -70,6 +76,7 @@ struct RowTerms {
         lse = __ldg(p.lse + row);
         if (p.dlse != nullptr) sum -= __ldg(p.dlse + row);
         if (lse == -inf()) lse = inf(), sum = 0.0f;
+        if (p.delta != nullptr) p.delta[row] = sum;
         auto own = Variant::head(at);
         if constexpr (Variant::kShift)
           lse -= Variant::shift(at, own, Variant::row(at, own, q), q);
@@ -78,6 +85,50 @@ struct RowTerms {
       rows[inside] = lse;
       rows[kM + inside] = sum;
     }
+    if constexpr (Variant::kWideScores || Variant::kFindDead) {
+      for (int inside = threadIdx.x / 32; inside < kM; inside += kThreads / 32) {
+        int q = blockIdx.x * kM + inside;
+        int64_t row = (static_cast<int64_t>(batch) * p.heads + head) * p.queries + q;
+        float norm = 0.0f;
+        if (q < p.queries) {
+          if constexpr (Variant::kWideScores) norm = weight_of(at, q, p.lse[row]);
+          if constexpr (Variant::kFindDead) p.dead[row] = !sees_any(at, q);
+        }
+        if (Variant::kWideScores && threadIdx.x % 32 == 0) rows[2 * kM + inside] = norm;
+      }
+    }
+  }
+
+  // One warp: log2 of the row's weights where the LSE is so large that scores absorb s.
+  FA3_DEVICE static float weight_of(const typename Variant::At& at, int q, float lse) {
+    if (!(fabsf(lse) > 1e30f) || fabsf(lse) == inf()) return 0.0f;
+    auto head = Variant::head(at);
+    auto row = Variant::row(at, head, q);
+    if constexpr (Variant::kShift) lse -= Variant::shift(at, head, row, q);
+    float total = 0.0f;
+    for (int kv = threadIdx.x % 32; kv < at.keys; kv += 32) {
+      auto col = Variant::col(at, head, kv);
+      float x = Variant::score(0.0f, at, head, row, col, q, kv, 0.0f);
+      if (sees<Variant>(at, head, row, col, q, kv)) total += exp2_approx((x - lse) * kLog2e);
+    }
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) total += __shfl_xor_sync(~0u, total, lanes);
+    return total > 0.0f ? log2_approx(total) : 0.0f;
+  }
+
+  // One warp: whether a row sees a key.
+  FA3_DEVICE static bool sees_any(const typename Variant::At& at, int q) {
+    auto head = Variant::head(at);
+    auto row = Variant::row(at, head, q);
+    int begin = 0, end = at.keys;
+    if constexpr (Variant::kRowBegin) begin = max(Variant::row_begin(at, head, row, q), 0);
+    if constexpr (Variant::kRowEnd) end = min(Variant::row_end(at, head, row, q), end);
+    for (; begin < end; begin += 32) {
+      int kv = min(begin + static_cast<int>(threadIdx.x % 32), end - 1);
+      bool here = sees<Variant>(at, head, row, Variant::col(at, head, kv), q, kv);
+      if (__any_sync(~0u, here)) return true;
+    }
+    return false;
   }
 
   FA3_DEVICE static float product(uint32_t a, uint32_t b) {

@@ -63,11 +63,6 @@ FA3_DEVICE void store_matrices(uint32_t row, uint32_t a, uint32_t b, uint32_t c,
                : "memory");
 }
 
-// Before a barrier behind which the tensor cores or TMA read what this thread wrote.
-FA3_DEVICE void async_proxy_fence() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
 FA3_DEVICE void add_global(float* to, float a, float b, float c, float d) {
   asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a), "f"(b), "f"(c),
                "f"(d)

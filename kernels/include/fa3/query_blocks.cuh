@@ -15,6 +15,7 @@ template <class AuxT>
 struct PlainBackward : PlainVariant<AuxT> {
   using At = Site<AuxT>;
   static constexpr bool kDerivative = false;  // derivative() is not 1
+  static constexpr bool kFindDead = false;    // rows without a key have to be told
   static constexpr float kFactor = 1.0f;      // of d score / d s, the constant one
 
   // d score / d s divided by kFactor; `s` is the product as the tensor cores give it.

@@ -1,0 +1,242 @@
+"""The Hopper backward kernels on their own: what ptxas says, the numbers, the times.
+
+    python benchmarks/sm90_backward_dev.py compile [NAME ...]   anywhere: registers, spills
+    python benchmarks/sm90_backward_dev.py check [NAME ...]     on a Hopper GPU: against float64
+    python benchmarks/sm90_backward_dev.py bench [NAME ...]     on a Hopper GPU: against cuDNN SDPA
+
+NAME is part of a form's name. Full numbers go to $OUT (default: the current directory).
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from benchmarks.sm90_dev import (
+    LENGTHS,
+    OUT,
+    TOKENS,
+    WIDTH,
+    WORKERS,
+    Check,
+    interleaved,
+    made,
+    timed,
+)
+from fa3_compile.lower.build_nvrtc import load_first
+from fa3_compile.lower.choose import KernelBuildError
+from fa3_compile.lower.kernels import cuda_sm90_backward as backward
+from fa3_compile.lower.kernels.cuda_sm90 import CudaSm90, _keys, _layout
+from fa3_compile.lower.kernels.reference import attention_backward
+from tests.numerics.forms import BY_NAME
+
+DIMS = ((64, 64), (128, 128), (40, 40), (96, 96), (128, 64), (64, 128), (8, 24), (80, 80))
+EVERYWHERE = ("full", "causal", "window", "softcap", "documents")
+
+
+def needs_of(form, aux) -> list[bool]:
+    """Gradients of q, k, v and of the captured tensors that only sinks read."""
+    spec = form.spec()
+    scored = {x.tensor for x in backward.E.loads_in(spec.score)}
+    return [True] * 3 + [x.is_floating_point() and i not in scored for i, x in enumerate(aux)]
+
+
+def asked(check: Check, device: str):
+    form, problem, tensors = check.made(device)
+    needs = needs_of(form, tensors[3])
+    problem = replace(problem, needs_grad=True, aux_needs_grad=tuple(needs[3:]))
+    return form, problem, tensors, needs
+
+
+def checks(wanted: list[str]) -> list[Check]:
+    found = []
+    for n, name in enumerate(BY_NAME):
+        for m, (dims, dtype) in enumerate(itertools.product(DIMS, ("bf16", "fp16"))):
+            if name in EVERYWHERE and m % 2 == n % 2 or (n + m) % 16 == 0 or (n + m) % 16 == 5:
+                lengths = LENGTHS[(n + m) % len(LENGTHS)]
+                layout = "bhds" if (n + m) % 7 == 3 else "bshd"
+                found.append(Check(name, dtype, dims, lengths, (1, 2, 4)[(n + m) % 3], layout))
+    return [x for x in found if not wanted or any(part in x.form for part in wanted)]
+
+
+def build(check: Check) -> tuple[Check, str, float]:
+    """In a worker, so that the kernels lie in the cache on disk."""
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    _, problem, (q, k, v, aux), _ = asked(check, "cpu")
+    if reason := backward.supports_backward(problem):
+        return check, f"declined: {reason}", 0.0
+    layout = _layout(problem.spec, aux)
+    try:
+        if torch.cuda.is_available():
+            load_first(_keys(problem, layout))
+        key, built = load_first(backward.keys_of(problem, layout.elements, layout.unit))
+    except KernelBuildError as error:
+        return check, f"does not build: {error}"[:600], 0.0
+    c = key.config
+    said = f"{c.block_m}x{c.block_n}{' early' if c.early_values else ''}"
+    if not built.healthy:
+        said += f", spills {built.spill_bytes} B, serialised {built.serialised}"
+    return check, said, time.perf_counter() - start
+
+
+def build_all(todo: list[Check]) -> dict[Check, str]:
+    start = time.perf_counter()
+    with ProcessPoolExecutor(WORKERS) as pool:
+        results = list(pool.map(build, todo, chunksize=1))
+    print(f"built {len(results)} in {time.perf_counter() - start:.0f} s", flush=True)
+    return {check: said for check, said, _ in results}
+
+
+def compare(found, exact, eager) -> tuple[str | None, float]:
+    """What is wrong, and the largest error as a share of what is allowed."""
+    wrong, worst = [], 0.0
+    names = ["dq", "dk", "dv", *(f"aux{i}" for i in range(len(found[3])))]
+    for name, x, y, z in zip(names, *((*g[:3], *g[3]) for g in (found, exact, eager))):
+        if x is None:
+            continue
+        ours, theirs = ((g.double() - y).nan_to_num(0.0).abs().max().item() for g in (x, z))
+        limit = 2 * theirs + 4e-3 * (1 + y.nan_to_num(0.0).abs().max().item())
+        worst = max(worst, ours / limit)
+        if not ours <= limit:
+            wrong.append(f"{name} off by {ours:.2e}, allowed {limit:.2e}")
+        if not torch.equal(x.isnan(), y.isnan()):
+            wrong.append(f"{name} has {int(x.isnan().sum())} NaN, not {int(y.isnan().sum())}")
+    return "; ".join(wrong) or None, worst
+
+
+def check_all(wanted: list[str]) -> None:
+    """Against float64, beside the reference's own error in the same dtype."""
+    kernel = CudaSm90()
+    todo = checks(wanted)
+    built = build_all(todo)
+    rows, failed, declined = [], 0, 0
+    for check in todo:
+        wrong, worst = None, 0.0
+        if built[check].startswith("declined"):
+            declined += 1
+            rows.append([*vars(check).values(), built[check], "", 0])
+            continue
+        try:
+            form, problem, (q, k, v, aux), needs = asked(check, "cuda")
+            sizes = form.sizes
+            out, lse = kernel.run(problem, q, k, v, aux, sizes)
+            dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+            dlse = None if len(check.form) % 2 else dlse
+            arguments = (q, k, v, out, lse, aux, sizes, needs)
+            found = backward.run_backward(problem, dout, dlse, *arguments)
+            torch.cuda.synchronize()
+            if next(reversed(backward._bound.values())) is None:
+                wrong = "another family ran"
+            wide = [x.double() if x.is_floating_point() else x for x in aux]
+            exact = attention_backward(
+                problem.spec, dout.double(), None if dlse is None else dlse.double(), q.double(),
+                k.double(), v.double(), wide, sizes, needs,
+            )  # fmt: skip
+            eager = attention_backward(problem.spec, dout, dlse, q, k, v, aux, sizes, needs)
+            said, worst = compare(found, exact, eager)
+            wrong = wrong or said
+        except Exception as error:
+            wrong = f"{type(error).__name__}: {error}"[:500]
+            if "CUDA" in wrong or "Accelerator" in wrong:
+                print(f"FAIL {check} {wrong}", flush=True)
+                raise
+        failed += wrong is not None
+        rows.append([*vars(check).values(), built[check], wrong or "ok", f"{worst:.2f}"])
+        if wrong or "spills" in built[check]:
+            print(f"{'FAIL' if wrong else 'note'} {check} [{built[check]}] {wrong}", flush=True)
+    right = len(todo) - failed - declined
+    print(f"{right} of {len(todo)} right, {declined} declined", flush=True)
+    with open(OUT / "sm90_backward_check.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+def bench(wanted: list[str]) -> None:
+    """TFLOP/s of what the mask leaves, and the share of cuDNN's in the same process."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    kernel, rows = CudaSm90(), []
+    for case in timed():
+        if wanted and f"{case.name} {case.dim} {case.length}" not in wanted:
+            if not any(part == case.name for part in wanted):
+                continue
+        spec, q, k, v, aux = made(case)
+        problem = backward_problem(spec, q, k, v, aux)
+        if reason := backward.supports_backward(problem):
+            print(case.name, case.dim, "declined:", reason, flush=True)
+            continue
+        out, lse = kernel.run(problem, q, k, v, aux, ())
+        dout = torch.randn_like(out)
+        needs = [True] * 3 + [False] * len(aux)
+
+        def ours():
+            return backward.run_backward(problem, dout, None, q, k, v, out, lse, aux, (), needs)
+
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            y = torch.nn.functional.scaled_dot_product_attention(
+                *leaves, is_causal=case.name != "full"
+            )
+
+        def cudnn():
+            return torch.autograd.grad(y, leaves, dout, retain_graph=True)
+
+        ours()
+        bound = next(reversed(backward._bound.values()))
+        parts = []
+        if bound is not None and os.environ.get("PARTS"):
+            scratch = torch.empty(bound.scratch_floats, device="cuda")
+            grads = [torch.empty_like(x) for x in (q, k, v)]
+            stream = torch.cuda.current_stream().cuda_stream
+            counter = bound._counter(stream)
+            addresses = [x.data_ptr() for x in (q, k, v, out, lse, dout)] + [0]
+            addresses += [x.data_ptr() for x in grads] + [counter, scratch.data_ptr(), 0, 0]
+            addresses += [x.data_ptr() for x in aux]
+            parts = [lambda f=f: f(stream, addresses) for f in bound.launches]
+        theirs, mine, *of_parts = interleaved([cudnn, ours, *parts])
+        work = 10 * TOKENS * case.length * WIDTH
+        rate = work * case.share / mine / 1e9
+        base = work * (1.0 if case.name == "full" else 0.5) / theirs / 1e9
+        tile = f"{bound.config.block_m}x{bound.config.block_n}" if bound else "none"
+        rows.append((case.name, case.dim, case.length, tile, f"{mine:.3f}", f"{rate:.0f}",
+                     f"{base:.0f}", f"{rate / base:.3f}"))  # fmt: skip
+        print(*rows[-1], *(f"{x:.3f}" for x in of_parts), flush=True)
+        del q, k, v, aux, out, dout, y, leaves
+        torch.cuda.empty_cache()
+    with open(OUT / "sm90_backward_bench.csv", "w", newline="") as file:
+        head = ("form", "dim", "length", "tile", "ms", "tflops", "cudnn", "share")
+        csv.writer(file).writerows([head, *rows])
+
+
+def backward_problem(spec, q, k, v, aux):
+    from benchmarks.sm90_dev import problem_of
+
+    problem = problem_of(spec, q, k, v, aux)
+    return replace(problem, needs_grad=True, aux_needs_grad=(False,) * len(aux))
+
+
+def main() -> None:
+    mode, wanted = (sys.argv[1:] + [""])[0], sys.argv[2:]
+    if mode == "compile":
+        for check, said in build_all(checks(wanted)).items():
+            print(check.form, check.dtype, *check.dims, said)
+    elif mode == "check":
+        check_all(wanted)
+    elif mode == "bench":
+        bench(wanted)
+    else:
+        raise SystemExit(__doc__)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""The gradients of an `AttentionSpec` as the source text of Hopper CUDA kernels.
+
+The kernels are kernels/sm90/attention_bwd.cuh and kernels/include/fa3/backward_rows.cuh; what is
+printed is the forward's variant with d(score)/ds, and the queries that a KV block meets.
+"""
+
+# sympy gives the parts of an expression as Basic.
+# pyright: reportArgumentType=false
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from dataclasses import dataclass
+
+import sympy
+
+from fa3_compile import resources
+from fa3_compile.lower import hoist
+from fa3_compile.lower.config_sm90_backward import Sm90BackwardConfig
+from fa3_compile.lower.render_cuda import _SITE, _method, _Writer, arrange, named_mask, template
+from fa3_compile.spec import expr as E
+from fa3_compile.spec.attention import AttentionSpec
+from fa3_compile.spec.blocks import q_bounds, q_full_bounds
+from fa3_compile.spec.derivative import derivative
+
+KV_BEGIN, KV_LAST = sympy.symbols("kv_begin kv_last", integer=True, nonnegative=True)
+
+
+@dataclass(frozen=True)
+class CudaBackwardKey:
+    """As CudaKey. `dead_rows`: whether rows without a key have to be found."""
+
+    spec: AttentionSpec
+    dtype: str
+    dim_qk: int
+    dim_v: int
+    config: Sm90BackwardConfig
+    elements: tuple[str, ...] = ()
+    unit: tuple[tuple[int, ...], ...] = ()
+    dead_rows: bool = False
+    tile: int | None = None
+
+    def source(self) -> str:
+        """The kernels' text. UnprintableError or TypeError where there is none."""
+        return render_backward(self)
+
+    @property
+    def digest(self) -> str:
+        """Names the kernels on disk; other sources of ours give another name."""
+        rest = (self.dtype, self.dim_qk, self.dim_v, self.config, self.elements, self.unit)
+        fields = ("backward", str(self.spec), rest, self.dead_rows, self.tile)
+        return hashlib.sha256(repr((fields, resources.source_hash())).encode()).hexdigest()[:24]
+
+
+@functools.lru_cache(maxsize=1024)
+def slope(score: E.Expr) -> tuple[float, E.Expr]:
+    """d score / d s as a constant and the rest, which is 1 where that is all of it."""
+    factor, rest = sympy.factor_terms(derivative(score, E.S)).as_coeff_Mul()
+    return (float(factor), rest) if rest != 0 else (0.0, sympy.S.One)
+
+
+def render_backward(key: CudaBackwardKey) -> str:
+    """The kernels' source."""
+    writer = _BackwardWriter(key)
+    text = template("attention_bwd").render(
+        c=key.config,
+        dtype=key.dtype,
+        dim_qk=key.dim_qk,
+        dim_v=key.dim_v,
+        aux_fields="\n".join(writer.aux_members()),
+        variant="\n".join(writer.variant()),
+    )
+    lines = (line.rstrip() for line in text.splitlines())
+    return f"// backward of {key.spec}\n" + "\n".join(lines) + "\n"
+
+
+class _BackwardWriter(_Writer):
+    """Prints the forward's hooks, and what PlainBackward adds to them."""
+
+    def __init__(self, key: CudaBackwardKey) -> None:
+        super().__init__(key)
+        self.names |= {"kv_last": "(kv_end - 1)"}
+
+    def variant(self) -> list[str]:
+        body = [*self.score(arrange(self.spec.score)), *self.mask(), *self.derivative()]
+        return [*self.structs(), *body]
+
+    def derivative(self) -> list[str]:
+        factor, rest = slope(self.spec.score)
+        lines = [f"static constexpr float kFactor = {self.printer.number(factor)};"]
+        if self.key.dead_rows:
+            lines += ["static constexpr bool kFindDead = true;"]
+        if rest != 1:
+            lines += ["static constexpr bool kDerivative = true;"]
+            site = "float s, " + _SITE["element"]
+            lines += self.element_method("float", "derivative", site, rest, tile=False)
+        return lines
+
+    def blocks(self) -> list[str]:
+        """The query blocks of a KV block, where they are known in closed form."""
+        mask = named_mask(self.spec)
+        bounds = (*q_bounds(mask, KV_BEGIN, KV_LAST), *q_full_bounds(mask, KV_BEGIN, KV_LAST))
+        texts = ", ".join(f"int({self.query_bound(x)})" for x in bounds)
+        site = "const At& at, int kv_begin, int kv_end"
+        return [_method("QueryBounds", "query_bounds", site, f"{{{texts}}}")]
+
+    def query_bound(self, bound: E.Expr) -> str:
+        """A number of queries; what a captured integer gives has 64 bits until it is one."""
+        if bound.free_symbols & self.loads.keys():
+            bound = sympy.Min(sympy.Max(bound, 0), E.SQ)
+        return self.expression(bound, "bound", None)
