@@ -1,12 +1,17 @@
 """Tile configurations of the Hopper kernel: what fits, and which to try first.
 
-Measured in docs/kernel-notes.md. The first of `candidates` that ptxas builds without a spill is
-taken, because what a printed score needs in registers only the compiler knows.
+The order is that of kernels/sm90/tiles.json, measured in docs/kernel-notes.md. The first of
+`candidates` that ptxas builds without a spill is taken, because what a printed score needs in
+registers only the compiler knows.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 from dataclasses import dataclass, replace
+
+from fa3_compile import resources
 
 SHARED_MEMORY = 232448
 # Scores, weights and output that a thread may hold, as D/2 + 3N/4, by the number of consumer
@@ -63,21 +68,27 @@ def _padded(dim: int) -> int:
     return -(-dim // 32) * 32
 
 
-# Largest V head dim -> tiles for a linear score and masks that are row intervals; for any other.
-# 192 x 128 at 64 is of the second for its dense tiles, which are 64 or 128 keys wide.
-TILES: dict[int, tuple[str, str]] = {
-    64: ("192x128 192x96 128x128 128x96 128x64", "192x96 192x128 192x64 128x128 128x64"),
-    96: ("192x96 192x80 128x128 128x96 128x64", "128x128 128x112 128x96 128x64"),
-    128: ("192x80 192x64 128x128 128x96 128x64", "128x128 128x112 128x96 128x64"),
-    160: ("128x112 128x96 128x80 128x64", "128x96 128x80 128x64 128x48"),
-    192: ("128x96 128x80 128x64 128x48", "128x80 128x64 128x48 128x32"),
-    256: ("128x80 128x64 128x48 128x32", "128x64 128x48 128x32 128x16"),
-}
+@functools.cache
+def table() -> dict[int, dict[str, tuple[tuple[int, int], ...]]]:
+    """kernels/sm90/tiles.json: largest V head dim -> column -> (queries, keys) of tiles."""
+    rows = json.loads((resources.kernels() / "sm90" / "tiles.json").read_text())
+    return {
+        int(dim): {column: tuple(map(_tile, names.split())) for column, names in row.items()}
+        for dim, row in rows["tiles by largest value head dim"].items()
+    }
+
+
+def _tile(name: str) -> tuple[int, int]:
+    block_m, block_n = map(int, name.split("x"))
+    return block_m, block_n
+
+
 # For up to 64 queries, where loads bound: as many stages as fit, up to this many.
 FEW_QUERIES = "64x128 64x96 64x80 64x64 64x48 64x32 64x16"
 LARGEST_STAGES = 4
 
 
+@functools.lru_cache(maxsize=1024)
 def candidates(
     dim_qk: int,
     dim_v: int,
@@ -87,7 +98,7 @@ def candidates(
     dense_tile: bool,
     group: int = 1,
     split: bool = False,
-) -> list[Sm90Config]:
+) -> tuple[Sm90Config, ...]:
     """What to build, the best first.
 
     plain  the score is linear in s, and no element has to be asked for its mask
@@ -96,11 +107,11 @@ def candidates(
            so that a growing cache needs one kernel
     """
     if q_len <= 64:
-        return _few_queries(dim_qk, dim_v, dense_tile, packs(group, q_len))
-    names = TILES[next(x for x in TILES if dim_v <= x)][0 if plain else 1]
+        return tuple(_few_queries(dim_qk, dim_v, dense_tile, packs(group, q_len)))
+    row = table()[next(x for x in table() if dim_v <= x)]
+    column = "dense" if dense_tile else "elements" if not plain else "rows" if masked else "full"
     configs = []
-    for name in names.split():
-        block_m, block_n = map(int, name.split("x"))
+    for block_m, block_n in row[column]:
         if block_m == 192 and q_len <= 128:
             continue
         configs.append(
@@ -112,15 +123,14 @@ def candidates(
                 split=split,
             )
         )
-    return [x for x in configs if x.fits(dim_qk, dim_v, dense_tile)]
+    return tuple(x for x in configs if x.fits(dim_qk, dim_v, dense_tile))
 
 
 def _few_queries(dim_qk: int, dim_v: int, dense_tile: bool, packed: bool) -> list[Sm90Config]:
     if packed and dense_tile:  # which is of one head
         return []
     configs = []
-    for name in FEW_QUERIES.split():
-        block_m, block_n = map(int, name.split("x"))
+    for block_m, block_n in map(_tile, FEW_QUERIES.split()):
         config = Sm90Config(
             block_m, block_n, longest_first=False, ping_pong=False, packed=packed, split=True
         )

@@ -89,14 +89,15 @@ class Aux:
         return [*strides, *(f"{name}_size{d}" for d in self.sizes)]
 
 
-def aux_parameters(spec: AttentionSpec) -> list[Aux]:
+@functools.lru_cache(maxsize=1024)
+def aux_parameters(spec: AttentionSpec) -> tuple[Aux, ...]:
     """The captured tensors that the expressions read, in order of their numbers."""
     found = {}
     for x in E.loads_in(*spec.expressions):
         strides, sizes = found.setdefault(x.tensor, (set(), set()))
         strides |= {d for d, index in enumerate(x.index) if index != 0}
         sizes |= {d for d, index in enumerate(x.index) if not in_range(index)}
-    return [Aux(i, tuple(sorted(s)), tuple(sorted(n))) for i, (s, n) in sorted(found.items())]
+    return tuple(Aux(i, tuple(sorted(s)), tuple(sorted(n))) for i, (s, n) in sorted(found.items()))
 
 
 def in_range(index: E.Expr) -> bool:

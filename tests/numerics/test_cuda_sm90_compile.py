@@ -9,7 +9,7 @@ import torch
 
 from fa3_compile.lower import build_nvrtc, cache, choose
 from fa3_compile.lower.choose import KernelBuildError, Problem
-from fa3_compile.lower.config_sm90 import TILES, Sm90Config, candidates
+from fa3_compile.lower.config_sm90 import Sm90Config, candidates, table
 from fa3_compile.lower.kernels import cuda_sm90
 from fa3_compile.lower.kernels.cuda_sm90 import CudaSm90, _keys, _likely_layout
 from fa3_compile.lower.render_cuda import CudaKey, mask_parts, render
@@ -84,10 +84,11 @@ def test_every_head_dim_has_tiles_that_fit(dim: int) -> None:
 
 
 def test_tiles_of_the_table_fit() -> None:
-    for dim, names in TILES.items():
-        for name in " ".join(names).split():
-            block_m, block_n = map(int, name.split("x"))
-            assert Sm90Config(block_m, block_n).fits(dim, dim), (dim, name)
+    for dim, row in table().items():
+        assert list(row) == ["full", "rows", "elements", "dense"]
+        for column, tiles in row.items():
+            for tile in tiles:
+                assert Sm90Config(*tile).fits(dim, dim), (dim, column, tile)
 
 
 @pytest.mark.parametrize(
