@@ -1,57 +1,20 @@
-"""How `benchmarks/run.py` measures: correctness first, then interleaved medians, then memory."""
+"""What `benchmarks/run.py` measures beside medians and memory: errors, CUDA graphs, bandwidth."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fa3_compile.timing import interleaved
+
 # Roundings of the largest element that are forgiven on top of twice eager's own error, as in
 # fa3_compile.testing.
 FLOOR_ROUNDINGS = 8
-SECONDS, LEAST_ROUNDS, MOST_ROUNDS = 0.6, 7, 40
 GRAPH_CALLS = 10
-
-
-def interleaved(calls: Mapping[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
-    """Median milliseconds of each: every round calls each of them once, in turn.
-
-    On a GPU the times are of events on its stream, and the host never waits in between. Rounds
-    fill SECONDS.
-    """
-    started = time.perf_counter()
-    for call in [*calls.values()] * 2:
-        call()
-    _synchronize(device)
-    estimate = (time.perf_counter() - started) / 2
-    rounds = int(min(max(SECONDS / max(estimate, 1e-6), LEAST_ROUNDS), MOST_ROUNDS))
-    stopwatch = _on_gpu if device.type == "cuda" else _on_cpu
-    times: dict[str, list[Any]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(stopwatch(call))
-    _synchronize(device)
-    return {name: statistics.median(read() for read in reads) for name, reads in times.items()}
-
-
-def _on_gpu(call: Callable[[], Any]) -> Callable[[], float]:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    return lambda: start.elapsed_time(end)
-
-
-def _on_cpu(call: Callable[[], Any]) -> Callable[[], float]:
-    start = time.perf_counter()
-    call()
-    milliseconds = (time.perf_counter() - start) * 1e3
-    return lambda: milliseconds
 
 
 def graphed(call: Callable[[], Any]) -> Callable[[], None]:
@@ -69,29 +32,12 @@ def graphed(call: Callable[[], Any]) -> Callable[[], None]:
     return graph.replay
 
 
-def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
-    """Most memory held during the call beyond what was held before it; 0 on a CPU."""
-    if device.type != "cuda":
-        return 0
-    _synchronize(device)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    _synchronize(device)
-    return torch.cuda.max_memory_allocated() - before
-
-
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes a second of a device-to-device copy of 1 GiB, reads and writes counted."""
     source = torch.empty(2**30 if device.type == "cuda" else 2**24, dtype=torch.uint8).to(device)
     target = torch.empty_like(source)
     times = interleaved({"copy": lambda: target.copy_(source)}, device)
     return 2 * source.numel() / times["copy"] * 1e3
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,16 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import Error, error_of, interleaved, peak_bytes
+from benchmarks.measure import error_of
 from benchmarks.rows import Row
+from fa3_compile.report import collect
+from fa3_compile.timing import interleaved, peak_bytes
 
 NAMES = ("fa3", "inductor", "inductor sdpa")
 # Gradients of two right programs in bf16 differ by about 1% of their norm.
@@ -75,19 +78,12 @@ def _compiled(model: nn.Module, label: str, row: Row) -> Callable[..., Any]:
     return torch.compile(model, backend=fa3, dynamic=False)
 
 
-def _recording(row: Row, label: str):
-    from contextlib import contextmanager
-
-    from fa3_compile.report import collect
-
-    @contextmanager
-    def recording():
-        with collect() as report:
-            yield
-        if label == "fa3":
-            row.kernel = report.kernels()
-
-    return recording()
+@contextmanager
+def _recording(row: Row, label: str) -> Iterator[None]:
+    with collect() as report:
+        yield
+    if label == "fa3":
+        row.kernel = report.kernels()
 
 
 def _step(compiled: Callable[..., Any], model: nn.Module, inputs, training: bool):
@@ -154,6 +150,3 @@ def _free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-__all__ = ["NAMES", "Error", "model_rows"]

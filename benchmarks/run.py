@@ -32,15 +32,9 @@ from torch._functorch import config as functorch_config
 
 from benchmarks import contenders, model_speed
 from benchmarks.cases import Case, all_cases, tiny
-from benchmarks.measure import (
-    GRAPH_CALLS,
-    copy_bandwidth,
-    error_of,
-    graphed,
-    interleaved,
-    peak_bytes,
-)
+from benchmarks.measure import GRAPH_CALLS, copy_bandwidth, error_of, graphed
 from benchmarks.rows import Row, Table, environment
+from fa3_compile.timing import interleaved, peak_bytes
 
 BACKWARD_FLOPS = 2.5  # five products where the forward has two
 DIRECTIONS = ("forward", "backward", "training")

@@ -1,4 +1,4 @@
-"""`python -m fa3_compile env | explain module:factory | cache`."""
+"""`python -m fa3_compile env | explain | bench | repro | cache`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import platform
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import fa3_compile
@@ -33,26 +34,51 @@ def _parser() -> argparse.ArgumentParser:
     env.set_defaults(run=_env)
 
     explain = commands.add_parser("explain", help="compile a model once and print the report")
-    explain.add_argument(
-        "factory",
-        metavar="MODULE:FUNCTION",
-        help="a function without arguments that returns (model, arguments), or "
-        "(model, arguments, keyword arguments)",
-    )
+    _add_model(explain)
     shape = explain.add_mutually_exclusive_group()
     shape.add_argument("--json", action="store_const", dest="form", const="json")
     shape.add_argument("--markdown", action="store_const", dest="form", const="markdown")
-    mode = explain.add_mutually_exclusive_group()
-    mode.add_argument("--training", action="store_true", default=None, help="run a backward too")
-    mode.add_argument(
-        "--inference", action="store_false", dest="training", help="without gradients"
-    )
+    explain.add_argument("--html", metavar="FILE", help="also write the report as a page")
     explain.set_defaults(run=_explain, form="text")
+
+    bench = commands.add_parser(
+        "bench", help="time a model in eager mode, through Inductor, and through fa3"
+    )
+    _add_model(bench)
+    bench.add_argument("--html", metavar="FILE", help="also write the report as a page")
+    bench.set_defaults(run=_bench)
+
+    repro = commands.add_parser(
+        "repro", help="write one attention of a model as a script, for a bug report"
+    )
+    _add_model(repro)
+    repro.add_argument(
+        "--region",
+        type=int,
+        metavar="NUMBER",
+        help="as explain numbers them; default: the first that is not fused",
+    )
+    repro.add_argument("--out", default="repro.py", metavar="FILE", help="default: repro.py")
+    repro.set_defaults(run=_repro)
 
     cache = commands.add_parser("cache", help="print where kernels are cached and how many")
     cache.add_argument("--clear", action="store_true", help="remove them")
     cache.set_defaults(run=_cache)
     return parser
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "factory",
+        metavar="MODULE:FUNCTION",
+        help="a function without arguments that returns (model, arguments), or "
+        "(model, arguments, keyword arguments); MODULE may be a file, model.py",
+    )
+    mode = command.add_mutually_exclusive_group()
+    mode.add_argument("--training", action="store_true", default=None, help="run a backward too")
+    mode.add_argument(
+        "--inference", action="store_false", dest="training", help="without gradients"
+    )
 
 
 def _env(_: argparse.Namespace) -> int:
@@ -89,12 +115,36 @@ def _env(_: argparse.Namespace) -> int:
 
 
 def _explain(parsed: argparse.Namespace) -> int:
-    factory = _load(parsed.factory)
-    model, arguments, *keywords = factory()
-    report = fa3_compile.explain(
-        model, *arguments, training=parsed.training, **(keywords[0] if keywords else {})
-    )
+    model, arguments, keywords = _made(parsed.factory)
+    report = fa3_compile.explain(model, *arguments, training=parsed.training, **keywords)
     print(getattr(report, parsed.form)())
+    if parsed.html:
+        report.to_html(parsed.html)
+    return 0
+
+
+def _bench(parsed: argparse.Namespace) -> int:
+    from fa3_compile.bench import bench, table
+
+    model, arguments, keywords = _made(parsed.factory)
+    report, results = bench(model, arguments, keywords, training=parsed.training)
+    print(f"{report}\n\n{table(results)}")
+    if parsed.html:
+        report.to_html(parsed.html)
+    return 0
+
+
+def _repro(parsed: argparse.Namespace) -> int:
+    from fa3_compile.repro import repro
+
+    model, arguments, keywords = _made(parsed.factory)
+    made = repro(model, arguments, keywords, region=parsed.region, training=parsed.training)
+    with open(parsed.out, "w", encoding="utf-8") as file:
+        file.write(made.script)
+    print(made.region.line())
+    print(f"written to {parsed.out}; run it with: python {parsed.out}")
+    if not made.faithful:
+        print("On its own the region is taken otherwise than in the model: say so in the report.")
     return 0
 
 
@@ -115,16 +165,23 @@ def _cache(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _made(place: str) -> tuple[Any, Sequence[Any], Mapping[str, Any]]:
+    model, arguments, *keywords = _load(place)()
+    return model, arguments, keywords[0] if keywords else {}
+
+
 def _load(place: str) -> Callable[[], Any]:
     module, _, name = place.partition(":")
-    sys.path.insert(0, os.getcwd())
+    file = Path(module)
+    sys.path.insert(0, str(file.parent.resolve()) if file.suffix == ".py" else os.getcwd())
     try:
-        return getattr(importlib.import_module(module), name)
+        return getattr(importlib.import_module(file.stem if file.suffix == ".py" else module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise Fa3Error(
             f"cannot load {place!r}: {error}",
-            where="python -m fa3_compile explain",
-            todo="name a function as package.module:function, importable from the current folder",
+            where="python -m fa3_compile",
+            todo="name a function as package.module:function, importable from the current folder, "
+            "or as path/to/file.py:function",
         ) from error
 
 

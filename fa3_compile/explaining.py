@@ -55,7 +55,7 @@ def explain_with(
     plain = plain or getattr(model_or_fn, "_torchdynamo_orig_callable", model_or_fn)
     torch._dynamo.reset()
     try:
-        with _no_graph_caches(), _mode(plain, training), collect() as report:
+        with _no_graph_caches(), mode(plain, training), collect() as report:
             breaks = _GraphBreaks(backend)
             compiled = torch.compile(plain, backend=breaks.backend, options=dict(options or {}))
             start = time.perf_counter()
@@ -117,7 +117,7 @@ def _no_graph_caches() -> Iterator[None]:
 
 
 @contextmanager
-def _mode(model: Any, training: bool | None) -> Iterator[None]:
+def mode(model: Any, training: bool | None) -> Iterator[None]:
     """Training or eval mode and gradients, each module's own flag restored afterwards."""
     if training is None:
         yield

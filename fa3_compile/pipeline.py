@@ -31,8 +31,7 @@ def rewrite_attention(gm: fx.GraphModule, options: Options, graph_name: str = ""
     The graph computes what it computed before. What is left alone is recorded with its reason.
     """
     fused = 0
-    mods = flex.mods(gm)
-    for module in [m for m in gm.modules() if isinstance(m, fx.GraphModule) and m not in mods]:
+    for module in graphs(gm):
         try:
             fused += _rewrite_graph(module, options, graph_name, fused)
         except Exception as error:
@@ -40,6 +39,12 @@ def rewrite_attention(gm: fx.GraphModule, options: Options, graph_name: str = ""
                 raise InternalError(f"{type(error).__name__}: {error}", where=graph_name) from error
             log.warning("graph %s left as it was: %s", graph_name, error, exc_info=True)
     return fused
+
+
+def graphs(gm: fx.GraphModule) -> list[fx.GraphModule]:
+    """`gm` and the bodies in it that attention is looked for in, in that order."""
+    mods = flex.mods(gm)
+    return [m for m in gm.modules() if isinstance(m, fx.GraphModule) and m not in mods]
 
 
 def _rewrite_graph(gm: fx.GraphModule, options: Options, graph_name: str, fused: int) -> int:

@@ -1,0 +1,66 @@
+"""Medians of calls that take turns, and the memory that a call takes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+SECONDS, LEAST_ROUNDS, MOST_ROUNDS = 0.6, 7, 40
+
+
+def interleaved(calls: Mapping[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
+    """Median milliseconds of each: every round calls each of them once, in turn.
+
+    On a GPU the times are of events on its stream, and the host never waits in between. Rounds
+    fill SECONDS.
+    """
+    started = time.perf_counter()
+    for call in [*calls.values()] * 2:
+        call()
+    synchronize(device)
+    estimate = (time.perf_counter() - started) / 2
+    rounds = int(min(max(SECONDS / max(estimate, 1e-6), LEAST_ROUNDS), MOST_ROUNDS))
+    stopwatch = _on_gpu if device.type == "cuda" else _on_cpu
+    times: dict[str, list[Callable[[], float]]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(stopwatch(call))
+    synchronize(device)
+    return {name: statistics.median(read() for read in reads) for name, reads in times.items()}
+
+
+def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
+    """Most memory held during the call beyond what was held before it; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the device; nothing to do on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _on_gpu(call: Callable[[], Any]) -> Callable[[], float]:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    return lambda: start.elapsed_time(end)
+
+
+def _on_cpu(call: Callable[[], Any]) -> Callable[[], float]:
+    start = time.perf_counter()
+    call()
+    milliseconds = (time.perf_counter() - start) * 1e3
+    return lambda: milliseconds

@@ -1,0 +1,116 @@
+"""`python -m fa3_compile repro`: a region cut out of a model says of itself what it said there."""
+
+import pytest
+import torch
+from torch import nn
+
+from fa3_compile.__main__ import main
+from fa3_compile.backend import rewritten
+from fa3_compile.errors import Fa3Error
+from fa3_compile.repro import repro, tensor
+from fa3_compile.testing import assert_matches_eager
+
+
+class Model(nn.Module):
+    """Two attentions between projections; the second's weights may be returned too."""
+
+    def __init__(self, shown=True):
+        super().__init__()
+        self.shown = shown
+        self.projections = nn.ModuleList(nn.Linear(16, 48) for _ in range(2))
+
+    def attend(self, x, projection):
+        q, k, v = (t.view(2, -1, 2, 8).transpose(1, 2) for t in projection(x).split(16, dim=2))
+        at = torch.arange(x.shape[1])
+        scores = (q @ k.transpose(-2, -1)).masked_fill(at[:, None] < at, float("-inf"))
+        weights = scores.softmax(-1)
+        return (weights @ v).transpose(1, 2).reshape(x.shape), weights
+
+    def forward(self, x):
+        x, _ = self.attend(x, self.projections[0])
+        x, weights = self.attend(x, self.projections[1])
+        return (x, weights) if self.shown else x
+
+
+def x():
+    return torch.randn(2, 6, 16)
+
+
+def run(script):
+    module = {"__name__": "repro"}
+    exec(script, module)
+    return module
+
+
+def test_the_first_region_that_was_left_is_cut_out_and_declines_alike():
+    made = repro(Model(), (x(),))
+    assert (made.region.index, made.region.code, made.faithful) == (1, "weights-used", True)
+    module = run(made.script)
+    (given,) = module["inputs"]()
+    assert (given.shape, given.stride()) == ((2, 6, 48), (288, 48, 1))
+    # What comes before the projection is not in it.
+    assert "nn.functional.linear" not in made.script
+    report = assert_matches_eager(module["attention"], given, backend=rewritten, training=True)
+    assert [region.code for region in report.regions] == ["weights-used"]
+
+
+def test_a_fused_region_can_be_named():
+    made = repro(Model(), (x(),), region=0, training=False)
+    assert made.region.fused and made.faithful
+    assert "training=False" in made.script
+
+
+@pytest.mark.parametrize(
+    "shown, region, said",
+    [(False, None, "nothing was left as it was"), (True, 2, "there is no region 2")],
+)
+def test_what_is_not_there_is_said(shown, region, said):
+    with pytest.raises(Fa3Error, match=said):
+        repro(Model(shown), (x(),), region=region)
+
+
+def written_in_between(q, k, v):
+    weights = (q @ k.transpose(-2, -1)).softmax(-1)
+    v.mul_(2.0)
+    return weights @ v
+
+
+def test_writes_to_the_operands_come_along():
+    made = repro(written_in_between, [torch.randn(1, 2, 6, 8) for _ in range(3)], region=0)
+    assert "mul_(2.0)" in made.script
+    assert made.faithful
+
+
+def test_sizes_are_those_that_the_model_was_called_with():
+    def attend(q, k, v, heads):
+        scores = q @ k.transpose(-2, -1) / heads
+        return scores.softmax(-1) @ v, scores
+
+    q = torch.randn(1, 2, 6, 8)
+    torch._dynamo.mark_dynamic(q, 2)
+    made = repro(attend, (q, q, q, 3))
+    assert made.faithful
+    assert "tensor((1, 2, 6, 8), (96, 48, 8, 1), torch.float32" in made.script
+
+
+def test_the_command_writes_a_script_that_runs(tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_model.py").write_text(
+        "import torch\n"
+        "def attend(q):\n"
+        "    w = (q @ q.mT).softmax(-1)  # ''' \"\"\" \\n {0} #\n"
+        "    return w @ q, w\n"
+        "def make():\n"
+        "    return attend, (torch.randn(1, 2, 6, 8),)\n"
+    )
+    monkeypatch.setattr("sys.path", ["", *__import__("sys").path])
+    out = tmp_path / "out.py"
+    assert main(["repro", f"{tmp_path}/my_model.py:make", "--out", str(out)]) == 0
+    assert f"written to {out}" in capsys.readouterr().out
+    assert callable(run(out.read_text())["attention"])
+
+
+def test_stand_ins_have_the_strides_and_kinds_that_are_asked_for():
+    floats = tensor((2, 3, 4), (4, 0, 1), torch.bfloat16, "cpu", requires_grad=True)
+    assert (floats.stride(), floats.requires_grad) == ((4, 0, 1), True)
+    assert torch.equal(tensor((3,), (1,), torch.int64, "cpu"), torch.zeros(3, dtype=torch.int64))
+    assert tensor((3,), (1,), torch.bool, "cpu").all()
