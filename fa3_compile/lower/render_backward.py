@@ -46,32 +46,62 @@ class BackwardKey:
 
 
 @dataclass(frozen=True)
+class Slopes:
+    """What the gradient of a load is made of: dS * score + P * dP * weight, dP without w."""
+
+    score: E.Expr
+    weight: E.Expr
+
+    def texts(self, texts: Sequence[str]) -> Factors:
+        """As `Factors`, from the printed fields."""
+        score, weight = ("" if x == 0 else y for x, y in zip((self.score, self.weight), texts))
+        return Factors(score, weight)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The text of `Slopes`; "" for a slope of zero."""
+
+    score: str
+    weight: str
+
+    @property
+    def text(self) -> str:
+        """The gradient of an element in terms of `ds` and `dw`."""
+        terms = [("ds", self.score), ("dw", self.weight)]
+        return " + ".join(n if f in ("1", "1.0") else f"{n} * ({f})" for n, f in terms if f)
+
+
+@dataclass(frozen=True)
 class Sum:
     """A gradient that a kernel sums over the axis it walks: of a load without that axis.
 
-    name    of the sum in the kernel; its float32 tensor is `<name>_ptr`, [B, H, Sq] or [B, H, Skv]
-    factor  text of d score / d load
+    name  of the sum in the kernel; its float32 tensor is `<name>_ptr`, [B, H, Sq] or [B, H, Skv]
     """
 
     name: str
     element: E.load
-    factor: str
+    gradient: str
 
 
 @dataclass(frozen=True)
 class Dense:
-    """The gradient of a load with an element per query and key.
+    """The gradient of a load that has both q and kv in its index.
 
-    missing  coordinates that the load does not have, over which a program loops ("b", "h")
-    address  offset of the element in the gradient, whose strides are `grad<i>_stride<d>`
+    name      of its kernel; the kernel writes to `<name>_ptr`
+    missing   coordinates that the load does not have, over which a program loops ("b", "h")
+    address   offset of the element in a tensor like the captured one, whose strides are
+              `<name>_stride<d>`; "" where elements share a place in it
+    diagonal  the index has q and kv only as kv - q
     """
 
-    tensor: int
+    name: str
     element: E.load
     missing: tuple[str, ...]
-    factor: str
+    gradient: str
     address: str
     strides: tuple[str, ...]
+    diagonal: bool
 
 
 @dataclass(frozen=True)
@@ -82,6 +112,7 @@ class Side:
     loop               statements of the body; `mask_loop` those of the mask alone
     x, shift           as in hoist.Logits
     slope              d score / ds without its constant factor; "" where that is all of it
+    weight             the factor after the softmax, with `weight_loop`; "" where it is 1
     """
 
     preamble: list[str]
@@ -90,6 +121,8 @@ class Side:
     x: str
     shift: str
     slope: str
+    weight_loop: list[str]
+    weight: str
     sums: list[Sum]
     mask_loop: list[str]
     mask: str
@@ -109,6 +142,7 @@ class Rendered(Common):
     dense: list[Dense]
     needs_s: bool
     factor: float
+    weight_slopes: bool
     zero_rows: bool
     fill: bool
 
@@ -118,14 +152,12 @@ def render_backward(key: BackwardKey) -> str:
     spec = key.spec
     logits = hoist.arrange(spec.score)
     factor, slope = derivative(spec.score, E.S).as_coeff_Mul()
-    wanted = [x for x in E.loads_in(spec.score) if x.tensor in key.wanted]
-    slopes = {x: derivative(spec.score, x) for x in wanted}
-    slopes = {x: d for x, d in slopes.items() if d != 0}
-    by_row = {x: d for x, d in slopes.items() if hoist.level(x) in (hoist.HEAD, hoist.ROW)}
-    by_key = {x: d for x, d in slopes.items() if hoist.level(x) == hoist.COLUMN}
-    by_both = {x: d for x, d in slopes.items() if hoist.level(x) == hoist.ELEMENT}
+    found = slopes(spec, key.wanted)
     rows = _Writer(spec, key.fast_tanh, "kv")
     columns = _Writer(spec, key.fast_tanh, "q")
+    by_row = {x: found[x] for x in row_sums(spec, key.wanted)}
+    by_key = {x: found[x] for x in key_sums(spec, key.wanted)}
+    by_both = {x: found[x] for x in dense_loads(spec, key.wanted)}
     row_side, dense = rows.side(logits, slope, by_row, "row_sum", by_both)
     column_side, _ = columns.side(logits, slope, by_key, "key_sum")
     rendered = Rendered(
@@ -135,6 +167,7 @@ def render_backward(key: BackwardKey) -> str:
         dense=dense,
         needs_s=E.S in logits.x.free_symbols,
         factor=float(factor) if slope != 0 else 0.0,
+        weight_slopes=any(x.weight != 0 for x in found.values()),
         zero_rows=spec.dead == "zero",
         fill=spec.has_mask and spec.dead == "score",
     )
@@ -151,16 +184,21 @@ class _Writer(Writer):
         self,
         logits: hoist.Logits,
         slope: E.Expr,
-        summed: dict[E.load, E.Expr],
+        summed: Mapping[E.load, Slopes],
         name: str,
-        dense: Mapping[E.load, E.Expr] = MappingProxyType({}),
+        dense: Mapping[E.load, Slopes] = MappingProxyType({}),
     ) -> tuple[Side, list[Dense]]:
         """The Side, and the dense gradients, whose factors are printed with it."""
-        exprs = [logits.x, logits.shift, slope, *summed.values(), *dense.values()]
-        loop, (x, shift, slope_text, *factors) = self.block(exprs, "t")
+        every = [*summed.values(), *dense.values()]
+        exprs = [logits.x, logits.shift, slope, *(y.score for y in every)]
+        loop, (x, shift, slope_text, *by_score) = self.block(exprs, "t")
         mask_loop, [mask] = self.block([self.spec.mask], "m")
-        sums = [Sum(f"{name}{i}", e, factors[i]) for i, e in enumerate(summed)]
-        found = [self.dense(e, f) for e, f in zip(dense, factors[len(summed) :])]
+        exprs = [] if self.spec.weight is None else [self.spec.weight, *(y.weight for y in every)]
+        weight_loop, [weight, *by_weight] = self.block(exprs, "w") if exprs else ([], [""])
+        by_weight = by_weight or [""] * len(every)
+        texts = [y.texts(z).text for y, z in zip(every, zip(by_score, by_weight))]
+        sums = [Sum(f"{name}{i}", e, texts[i]) for i, e in enumerate(summed)]
+        found = [self.dense(i, e, texts[len(summed) + i]) for i, e in enumerate(dense)]
         bounds, length = (kv_bounds, kv_full_bounds), E.SKV
         if self.streamed == "q":
             bounds, length = (q_bounds, q_full_bounds), E.SQ
@@ -173,6 +211,8 @@ class _Writer(Writer):
             x=x,
             shift=shift,
             slope="" if slope in (0, 1) else slope_text,
+            weight_loop=weight_loop,
+            weight=weight,
             sums=sums,
             mask_loop=mask_loop,
             mask=mask,
@@ -198,19 +238,34 @@ class _Writer(Writer):
         self.bound = bound
         return loop, texts
 
-    def dense(self, element: E.load, factor: str) -> Dense:
-        name = f"grad{element.tensor}"
+    def dense(self, number: int, element: E.load, gradient: str) -> Dense:
+        name = f"dense{number}"
+        present = {str(x) for x in element.free_symbols}
+        missing = tuple(x for x in ("b", "h") if x not in present)
+        diagonal = is_diagonal(element)
+        if not is_plain(self.spec, element):
+            return Dense(name, element, missing, gradient, "", (), diagonal)
         used = [(d, x) for d, x in enumerate(element.index) if x != 0]
         terms = [f"tl.cast({self.print(x).body}, tl.int64) * {name}_stride{d}" for d, x in used]
-        present = {str(x) for x in element.free_symbols}
-        return Dense(
-            element.tensor,
-            element,
-            tuple(x for x in ("b", "h") if x not in present),
-            factor,
-            " + ".join(terms),
-            tuple(f"{name}_stride{d}" for d, _ in used),
-        )
+        strides = tuple(f"{name}_stride{d}" for d, _ in used)
+        return Dense(name, element, missing, gradient, " + ".join(terms), strides, diagonal)
+
+
+def is_plain(spec: AttentionSpec, x: E.load) -> bool:
+    """Whether each element of the captured tensor is one element (b, h, q, kv) of this load,
+    and nothing else."""
+    axes = [i for i in x.index if not i.is_Integer]
+    distinct = all(i in E.COORDINATES for i in axes) and len(set(axes)) == len(axes)
+    return distinct and sum(y.tensor == x.tensor for y in E.loads_in(*spec.expressions)) == 1
+
+
+def is_diagonal(x: E.load) -> bool:
+    """Whether q and kv occur only as their distance, so that a diagonal shares an element."""
+    distance = sympy.Symbol("distance", integer=True)
+    if any(E.Q in y.free_symbols or E.KV in y.free_symbols for i in x.index for y in E.loads_in(i)):
+        return False
+    moved = x.func(x.args[0], *(sympy.expand(i.subs(E.KV, E.Q + distance)) for i in x.index))
+    return E.Q not in moved.free_symbols
 
 
 def row_sums(spec: AttentionSpec, wanted: Sequence[int]) -> list[E.load]:
@@ -224,10 +279,21 @@ def key_sums(spec: AttentionSpec, wanted: Sequence[int]) -> list[E.load]:
 
 
 def dense_loads(spec: AttentionSpec, wanted: Sequence[int]) -> list[E.load]:
-    """The loads with an element per query and key."""
+    """The loads with both q and kv in their index, in the order of `Rendered.dense`."""
     return _found(spec, wanted, (hoist.ELEMENT,))
 
 
+def slopes(spec: AttentionSpec, wanted: Sequence[int]) -> dict[E.load, Slopes]:
+    """The loads of the wanted tensors that have a gradient."""
+    exprs = [spec.score, *([] if spec.weight is None else [spec.weight])]
+    found = {}
+    for x in E.loads_in(*exprs):
+        by_weight = sympy.S.Zero if spec.weight is None else derivative(spec.weight, x)
+        slope = Slopes(derivative(spec.score, x), by_weight)
+        if x.tensor in wanted and (slope.score != 0 or slope.weight != 0):
+            found[x] = slope
+    return found
+
+
 def _found(spec: AttentionSpec, wanted: Sequence[int], levels: tuple[int, ...]) -> list[E.load]:
-    loads = [x for x in E.loads_in(spec.score) if x.tensor in wanted and hoist.level(x) in levels]
-    return [x for x in loads if derivative(spec.score, x) != 0]
+    return [x for x in slopes(spec, wanted) if hoist.level(x) in levels]

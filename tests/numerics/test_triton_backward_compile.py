@@ -19,6 +19,7 @@ from fa3_compile.lower.choose import Problem  # noqa: E402
 from fa3_compile.lower.config import SHARED_MEMORY, TritonConfig  # noqa: E402
 from fa3_compile.lower.kernels.triton_backward import render_key, supports_backward  # noqa: E402
 from fa3_compile.lower.tune_backward import table_configs  # noqa: E402
+from fa3_compile.spec.attention import AttentionSpec  # noqa: E402
 from tests.numerics.test_triton_compile import (  # noqa: E402
     CAUSAL,
     FORMS,
@@ -27,6 +28,7 @@ from tests.numerics.test_triton_compile import (  # noqa: E402
     spilled_bytes,
 )
 
+RELATIVE = "attention(score=0.125*s + load(0, h, kv - q + 99), aux=[float])"
 # Bytes of spills that the fastest measured tile of Hopper has, by head dim.
 SPILLS = {(90, 128): 128, (90, 192): 300, (90, 256): 1200}
 
@@ -44,6 +46,7 @@ def compiled(asked: Problem, name: str, config: TritonConfig, wanted: tuple[int,
         "HAS_DLSE": False,
         "BLOCK_Q": config.block_q,
         "BLOCK_KV": config.block_kv,
+        "PLACE": "own" if asked.spec != AttentionSpec.parse(RELATIVE) else "diagonals",
         "PRECISION": "tf32" if asked.dtype.itemsize == 2 else "ieee",
     }
     constants, signature, attributes = {}, {}, {}
@@ -61,7 +64,7 @@ def compiled(asked: Problem, name: str, config: TritonConfig, wanted: tuple[int,
             signature[parameter] = element if re.fullmatch(inputs, parameter) else "*fp32"
         else:
             signature[parameter] = "i32"
-        if parameter not in ("B", "H"):
+        if parameter not in ("B", "H", "first_tile", "first_outer", "skew"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     major, minor = asked.capability or (8, 0)
     return triton.compile(
@@ -85,6 +88,12 @@ def test_default_configs(arch: int, dim: int, tmp_path: Path) -> None:
         assert "atom" not in kernel.asm["ptx"]
 
 
+def test_a_table_s_gradient_compiles() -> None:
+    asked = problem(RELATIVE, 64, 80)
+    kernel = compiled(asked, "dense0", table_configs(asked).queries, (0,))
+    assert "mma.sync" in kernel.asm["ptx"] and "atom" not in kernel.asm["ptx"]
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_compile_for_hopper(form: str) -> None:
     """With the gradient of everything that has one."""
@@ -98,16 +107,13 @@ def test_forms_compile_for_hopper(form: str) -> None:
         assert ("wgmma.mma_async" in ptx) or name == "row_terms"
 
 
-RELATIVE = "attention(score=0.125*s + load(0, h, kv - q + 99), aux=[float])"
-
-
 @pytest.mark.parametrize(
     ("text", "needs", "reason"),
     [
         (CAUSAL, (), None),
         (FORMS["window with a fill"], (), None),
         (RELATIVE, (False,), None),
-        (RELATIVE, (True,), "summed over the queries and keys"),
+        (RELATIVE, (True,), None),
         (
             "attention(score=s, mask=(kv - q >= 1), dead=score, fill=s - 99.0)",
             (),

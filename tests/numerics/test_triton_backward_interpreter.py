@@ -23,6 +23,9 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 LONG = (1, 2, 1, 40, 23, 16, 16)  # more queries than keys: rows that a window leaves empty
 WINDOW = f"{CAUSAL} & (q - kv <= 9)"
 SLOPES = "load(0, 0, h, 0, 0)"
+DROP = "where(uniform(load(0, 0), b, h, q, kv) < 0.25, 0, 1.3333333333333333)"
+BUCKET = "max(min(kv - q, 7), -7) + 7"
+TWO = (2, 2, 1, 37, 45, 16, 16)
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,9 @@ class Case:
     dlse: bool = False
     block: tuple[int, int] = (16, 16)
     needs: tuple[bool, ...] = (True, True, True)
+    # Of triton_captured: scratch memory, and programs below which sums are split.
+    scratch: int = 2**28
+    enough: int = 1
 
 
 CASES = [
@@ -96,6 +102,27 @@ CASES = [
     Case("head dim 96", "score=0.25*s", (1, 1, 1, 9, 20, 96, 192), BF16),
     Case("only k", f"score=0.25*s, mask={CAUSAL}", needs=(False, True, False)),
     Case("only q", f"score=0.25*s, mask={CAUSAL}", needs=(True, False, False)),
+    Case("dropout", f"score=0.25*s, weight={DROP}", TWO, aux=("seed",), dlse=True),
+    Case("dropout, causal, bf16", f"score=0.25*s, mask={CAUSAL}, weight={DROP}", (2, 2, 1, 64, 64, 16, 16), BF16, aux=("seed",)),
+    Case("dropout, window, zero", f"score=0.25*s, mask={WINDOW}, dead=zero, weight={DROP}", LONG, aux=("seed",)),
+    Case("dropout, window, nan", f"score=0.25*s, mask={WINDOW}, weight={DROP}", LONG, aux=("seed",)),
+    Case("dropout, softcap, a sink", f"score=5.0*tanh(0.05*s), mask={CAUSAL}, sinks=[load(1, 0, h, 0, 0)], weight={DROP}", aux=("seed", "slopes")),
+    Case("dropout, dense bias", f"score=0.25*s + load(1, b, h, q, kv), weight={DROP}", aux=("seed", "bias")),
+    Case("mask after the softmax", "score=0.25*s, weight=where(load(0, 0, 0, q, kv) != 0, 1, 0)", aux=("dense",)),
+    Case("gates after the softmax", f"score=0.25*s + load(1, b, q), mask={CAUSAL}, weight=load(0, b, h, q, kv)*load(1, b, q) + load(2, h)", TWO, aux=("bias", "rows", "heads")),
+    Case("gate by key", f"score=0.25*s, mask={CAUSAL}, weight=load(0, b, kv)*{DROP.replace('load(0', 'load(1')}", TWO, aux=("keys", "seed")),
+    Case("table", f"score=0.25*s + load(0, h, {BUCKET}), mask={CAUSAL}", TWO, aux=("relative",)),
+    Case("table, split, bf16", f"score=0.25*s + load(0, h, {BUCKET})", (3, 2, 1, 37, 45, 16, 16), BF16, aux=("relative",), enough=99),
+    Case("table, in chunks", f"score=0.25*s + load(0, h, {BUCKET})", TWO, aux=("relative",), scratch=16 * 4 * 61),
+    Case("table of T5", f"score=0.25*s + load(0, {BUCKET}, h)*load(1, h)", TWO, aux=("turned_relative", "heads")),
+    Case("table of Swin", "score=0.25*s + load(0, load(1, q, kv), h)", (3, 2, 2, 16, 16, 16, 16), aux=("turned_relative", "index"), enough=99),
+    Case("table of Swin, in chunks", "score=0.25*s + load(0, load(1, q, kv), h)", (2, 2, 2, 33, 30, 16, 16), aux=("turned_relative", "index"), scratch=16 * 4 * 30),
+    Case("decomposed", "score=0.25*s + load(0, b, h, q, floordiv(kv, 8)) + load(1, b, h, q, mod(kv, 8))", TWO, aux=("decomposed", "decomposed")),
+    Case("decomposed, in chunks", "score=0.25*s + load(0, b, h, q, floordiv(kv, 8))", TWO, aux=("decomposed",), scratch=16 * 4 * 45),
+    Case("decomposed over heads", "score=0.25*s + load(0, b, 0, q, floordiv(kv, 8))", TWO, aux=("decomposed",)),
+    Case("a dense bias read twice", "score=0.25*s + load(0, 0, h, q, kv) + 0.5*load(0, 0, h, kv, q)", (2, 2, 1, 21, 21, 16, 16), aux=("head_bias",)),
+    Case("read by row, key and both", "score=0.25*s + load(0, q) + 2*load(0, kv) + load(0, mod(kv - q, 9))", TWO, aux=("positions",)),
+    Case("dense bias over both, split", "score=(0.25*s + load(0, q, kv))*0.5", (3, 2, 1, 21, 37, 16, 16), aux=("plain_bias",), enough=99),
     Case("score without s", "score=load(0, b, kv)", aux=("keys",)),
 ]  # fmt: skip
 
@@ -127,12 +154,21 @@ def run(case: Case) -> dict:
     from fa3_compile.lower.choose import Problem
     from fa3_compile.lower.config import TritonConfig
     from fa3_compile.lower.kernels import triton_backward as ours
+    from fa3_compile.lower.kernels import triton_captured
     from fa3_compile.lower.kernels.reference import attention, attention_backward
     from fa3_compile.lower.tune_backward import Configs
     from fa3_compile.spec.attention import AttentionSpec
 
+    triton_captured.SCRATCH, triton_captured.ENOUGH_PROGRAMS = case.scratch, case.enough
     torch.manual_seed(0)
-    kinds = {"documents": "int", "padding": "bool", "nothing": "bool", "dense": "bool"}
+    kinds = {
+        "documents": "int",
+        "seed": "int",
+        "index": "int",
+        "padding": "bool",
+        "nothing": "bool",
+        "dense": "bool",
+    }
     fields = case.spec
     if case.aux:
         fields += f", aux=[{', '.join(kinds.get(x, 'float') for x in case.aux)}]"
@@ -221,6 +257,16 @@ def captured(kind: str, shape: tuple[int, ...]) -> torch.Tensor:
             return torch.zeros(batch, 1, 1, kv_len, dtype=torch.bool)
         case "documents":
             return (torch.arange(max(q_len, kv_len)) // 13).expand(batch, -1)
+        case "turned_relative":
+            return torch.randn(15, heads)
+        case "index":
+            return torch.randint(15, (q_len, kv_len))
+        case "decomposed":
+            return torch.randn(batch, heads, q_len, max(8, kv_len // 8 + 1))
+        case "positions":
+            return torch.randn(max(q_len, kv_len))
+        case "seed":
+            return torch.tensor([-(2**40) - 12345])
         case "dense":
             return torch.rand(1, 1, q_len, kv_len) > 0.6
     raise ValueError(kind)

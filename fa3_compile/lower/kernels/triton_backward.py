@@ -23,9 +23,11 @@ from fa3_compile.lower.choose import Gradients, KernelBuildError, Problem, refer
 from fa3_compile.lower.config import TritonConfig
 from fa3_compile.lower.elements import Shape, elements
 from fa3_compile.lower.kernels import triton_forward as forward
+from fa3_compile.lower.kernels.triton_captured import Gathered, Layout, chained
+from fa3_compile.lower.kernels.triton_launch import Launch, bind_kernel, first_that_builds
 from fa3_compile.lower.printer import UnprintableError
 from fa3_compile.lower.render import aux_parameters
-from fa3_compile.lower.render_backward import BackwardKey, dense_loads, key_sums, row_sums
+from fa3_compile.lower.render_backward import BackwardKey, dense_loads, is_plain, key_sums, row_sums
 from fa3_compile.lower.tune_backward import Configs, table_configs
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
@@ -56,14 +58,14 @@ def supports_backward(problem: Problem) -> str | None:
     if problem.dtype == torch.float32 and problem.device.type == "cuda":
         # Weights rebuilt from the LSE: 3.5 times eager's own error in BART (H200), 2 allowed.
         return "float32 gradients rebuilt from the LSE are further from float64 than twice eager's"
-    if spec.weight is not None:
-        return "it has no factor on the weights after the softmax (dropout)"
     wanted = tuple(i for i, n in enumerate(problem.aux_needs_grad) if n)
     if reason := _unsupported(spec, wanted):
         return reason
     if spec.dead == "score" and forward.may_have_dead_rows(spec, problem.q_len, problem.kv_len):
         if fill_slope(spec) is None:
             return "a row without a key has scores of its own, the gradients of which are dense"
+        if spec.weight is not None:
+            return "rows without a key have a factor for each key"
         if spec.sinks:
             return "rows without a key share their weight with a sink"
     return None
@@ -75,16 +77,6 @@ def _unsupported(spec: AttentionSpec, wanted: tuple[int, ...]) -> str | None:
         BackwardKey(spec, 64, 64, wanted).source()
     except (UnprintableError, TypeError) as error:
         return f"an expression has no Triton text: {error}"
-    dense = dense_loads(spec, wanted)
-    for x in dense:
-        axes = [i for i in x.index if not i.is_Integer]
-        if any(i not in E.COORDINATES for i in axes) or len(set(axes)) < len(axes):
-            return (
-                f"the gradient of captured tensor {x.tensor} is summed over the queries and keys "
-                "that share an element of it"
-            )
-        if sum(y.tensor == x.tensor for y in E.loads_in(*spec.expressions)) > 1:
-            return f"captured tensor {x.tensor} is read at several places of a query and key"
     return None
 
 
@@ -101,23 +93,7 @@ def fill_slope(spec: AttentionSpec) -> float | None:
     return float(slope) if absorbs and slope.is_number else None
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One kernel for one set of shapes and strides.
-
-    pointers  names of the tensors it takes
-    run       launches it on tensors in that order
-    """
-
-    pointers: tuple[str, ...]
-    run: Callable[[Sequence[Tensor]], None]
-    spills: int = 0
-
-    def __call__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.run([tensors[x] for x in self.pointers])
-
-
-_launches: dict[tuple, dict[str, Launch] | None] = {}
+_launches: dict[tuple, dict[str, Launch | Gathered] | None] = {}
 
 
 def run_backward(
@@ -180,7 +156,7 @@ def _launches_or_none(problem, dlse, q, k, v, dout, out, aux, sizes, needs):
 
 def compute(
     problem: Problem,
-    launches: Mapping[str, Launch],
+    launches: Mapping[str, Launch | Gathered],
     dout: Tensor,
     dlse: Tensor | None,
     q: Tensor,
@@ -268,15 +244,14 @@ def _outputs(problem, q, k, v, aux, wanted: Wanted) -> dict[str, Tensor]:
         found[f"row_sum{i}_ptr"] = rows((batch, heads, q_len))
     for i, _ in enumerate(key_sums(spec, wanted.aux)):
         found[f"key_sum{i}_ptr"] = rows((batch, heads, k.shape[2]))
-    shape = Shape(batch, heads, q_len, k.shape[2])
-    lengths: dict[str, int] = dict(zip("b h q kv".split(), shape.lengths))
-    for x in dense_loads(spec, wanted.aux):
+    lengths = {"b": batch, "h": heads, "q": q_len, "kv": k.shape[2]}
+    for i, x in enumerate(dense_loads(spec, wanted.aux)):
+        if not is_plain(spec, x):
+            continue
         tensor = aux[x.tensor]
-        covered = all(
-            n == lengths.get(str(i), 1) for n, i in zip(tensor.shape, x.index, strict=True)
-        )
+        covered = all(n == lengths.get(str(at), 1) for n, at in zip(tensor.shape, x.index))
         make = torch.empty_like if covered else torch.zeros_like
-        found[f"grad{x.tensor}_ptr"] = make(tensor)
+        found[f"dense{i}_ptr"] = make(tensor)
     return found
 
 
@@ -285,7 +260,6 @@ def _captured(problem, tensors, q, k, lse, aux, sizes, needs) -> list[Tensor | N
     spec, wanted = problem.spec, Wanted.of(needs)
     if not wanted.aux:
         return [None] * len(aux)
-    dense = {x.tensor for x in dense_loads(spec, wanted.aux)}
     shape = Shape(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     parts: list[tuple[E.Expr, Tensor]] = []
     for i, x in enumerate(row_sums(spec, wanted.aux)):
@@ -298,31 +272,19 @@ def _captured(problem, tensors, q, k, lse, aux, sizes, needs) -> list[Tensor | N
             for x, value in zip(spec.sinks, values):
                 weight = torch.exp(value.to(torch.float32) - lse.unsqueeze(3))
                 parts.append((x, -weight * tensors["delta_ptr"].unsqueeze(3)))
-    grads: list[Tensor | None] = []
-    for i, x in enumerate(aux):
-        if i not in wanted.aux:
-            grads.append(None)
-        elif i in dense:
-            grads.append(tensors[f"grad{i}_ptr"])
+    own, gathered = {}, {}
+    for i, x in enumerate(dense_loads(spec, wanted.aux)):
+        if (grad := tensors.get(f"dense{i}_grad")) is None:
+            own[x.tensor] = tensors[f"dense{i}_ptr"]
         else:
-            grads.append(_chained(parts, spec, shape, i, aux, sizes).to(x.dtype))
+            gathered[x.tensor] = gathered.get(x.tensor, 0) + grad
+    grads: list[Tensor | None] = [None] * len(aux)
+    for i in wanted.aux:
+        grads[i] = own.get(i)
+        if i not in own:
+            total = chained(parts, spec, shape, i, aux, sizes) + gathered.get(i, 0)
+            grads[i] = total.to(aux[i].dtype)
     return grads
-
-
-def _chained(parts, spec, shape: Shape, which: int, aux, sizes) -> Tensor:
-    """float32: sum over the parts of (d expression / d aux[which])^T applied to the cotangent."""
-    leaf = aux[which].detach().to(torch.float32).requires_grad_()
-    inputs = [leaf if i == which else x.detach() for i, x in enumerate(aux)]
-    total = torch.zeros_like(leaf, requires_grad=False)
-    for expr, cotangent in parts:
-        if not any(x.tensor == which for x in E.loads_in(expr)):
-            continue
-        with torch.enable_grad():
-            [value] = elements([expr], spec, shape, None, inputs, sizes, torch.float32, leaf.device)
-            value = value.to(torch.float32).expand(cotangent.shape)
-            [grad] = torch.autograd.grad(value, leaf, cotangent)
-        total += grad
-    return total
 
 
 def bind(
@@ -337,7 +299,7 @@ def bind(
     aux: Sequence[Tensor],
     sizes: Sequence[int],
     needs: Sequence[bool],
-) -> dict[str, Launch]:
+) -> dict[str, Launch | Gathered]:
     """The kernels for the shapes and strides of these tensors, by name, in order of launching.
 
     A configuration that does not build gives way to smaller ones; KernelBuildError where none
@@ -365,15 +327,39 @@ def bind(
         plan.append(("key_blocks", configs.keys, keys))
     if wanted.q or row_sums(spec, wanted.aux):
         plan.append(("query_blocks", configs.queries, queries))
-    for x in dense_loads(spec, wanted.aux):
-        outer = q.shape[0] if E.B in x.free_symbols else 1
-        outer *= q.shape[1] if E.H in x.free_symbols else 1
-        plan.append((f"dense{x.tensor}", configs.queries, _tiles_of_both(q, k, outer)))
-    found = {}
+    given = functools.partial(bind_kernel, tensors=tensors, integers=integers, constants=constants)
+    found: dict[str, Launch | Gathered] = {}
     for name, config, grid in plan:
         kernel = getattr(module, name)
-        found[name] = _first_that_builds(kernel, config, grid, tensors, integers, constants)
+        found[name] = first_that_builds(lambda c, k=kernel, n=grid: given(k, c, n(c)), config)
+    shape = Shape(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    for i, x in enumerate(dense_loads(spec, wanted.aux)):
+        name = f"dense{i}"
+        bind_it = functools.partial(
+            _bind_dense, getattr(module, name), name, x, spec, shape, tuple(sizes), tensors,
+            integers, constants,
+        )  # fmt: skip
+        found[name] = first_that_builds(bind_it, configs.queries)
     return found
+
+
+def _bind_dense(
+    kernel, name: str, x: E.load, spec, shape: Shape, sizes, tensors, integers, constants, config
+) -> Launch | Gathered:
+    layout = Layout(x, shape, config.block_q, config.block_kv)
+    extents = layout.extents(spec)
+    if extents[0].place != "own":  # any float32 tensor: the scratch memory is made for each run
+        tensors = {**tensors, f"{name}_ptr": tensors["lse_ptr"]}
+    launches = [
+        bind_kernel(
+            kernel, config, layout.programs(each), tensors,
+            integers | layout.integers(each), constants | {"PLACE": each.place},
+        )
+        for each in extents
+    ]  # fmt: skip
+    if extents[0].place == "own":
+        return launches[0]
+    return Gathered(name, layout, spec, sizes, tuple(zip(extents, launches)))
 
 
 def render_key(problem: Problem, wanted: tuple[int, ...]) -> BackwardKey:
@@ -398,13 +384,6 @@ def problem_grid(x: Tensor, axis: str) -> Callable[[TritonConfig], int]:
     return programs
 
 
-def _tiles_of_both(q: Tensor, k: Tensor, outer: int) -> Callable[[TritonConfig], int]:
-    def programs(config: TritonConfig) -> int:
-        return -(-q.shape[2] // config.block_q) * -(-k.shape[2] // config.block_kv) * outer
-
-    return programs
-
-
 def _integers(problem, tensors, q, k, aux, sizes) -> dict[str, int]:
     """Every integer parameter of the kernels by its name."""
     found = {"B": q.shape[0], "H": q.shape[1], "Sq": q.shape[2], "Skv": k.shape[2]}
@@ -417,48 +396,8 @@ def _integers(problem, tensors, q, k, aux, sizes) -> dict[str, int]:
         x = aux[used.tensor]
         values = [x.stride(d) for d in used.strides] + [x.shape[d] for d in used.sizes]
         found |= dict(zip(used.integers, values))
-        if (grad := tensors.get(f"grad{used.tensor}_ptr")) is not None:
-            found |= {f"grad{used.tensor}_stride{d}": n for d, n in enumerate(grad.stride())}
+    for name, x in tensors.items():
+        if name.startswith("dense"):
+            name = name.removesuffix("_ptr")
+            found |= {f"{name}_stride{d}": n for d, n in enumerate(x.stride())}
     return found | {f"n{i}": n for i, n in enumerate(sizes[: problem.spec.size_count])}
-
-
-def _first_that_builds(kernel, config: TritonConfig, grid, tensors, integers, constants) -> Launch:
-    errors = []
-    while True:
-        try:
-            return bind_kernel(kernel, config, grid(config), tensors, integers, constants)
-        except KernelBuildError as error:
-            errors.append(str(error))
-            smaller = forward.smaller_config(config)
-            if smaller is None:
-                raise KernelBuildError("; ".join(errors)) from error
-            config = smaller
-
-
-def bind_kernel(kernel, config: TritonConfig, programs: int, tensors, integers, constants):
-    """One kernel built with one configuration. Raises KernelBuildError."""
-    values = {
-        **integers,
-        **constants,
-        "BLOCK_Q": config.block_q,
-        "BLOCK_KV": config.block_kv,
-        "EVEN_Q": integers["Sq"] % config.block_q == 0,
-        "EVEN_KV": integers["Skv"] % config.block_kv == 0,
-    }
-    names = kernel.arg_names
-    pointers = tuple(x for x in names if x in tensors)
-    arguments = tuple(values[x] for x in names if x not in tensors)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    grid = (programs, 1, 1)
-    if forward.interpreted():
-        return Launch(pointers, lambda xs: kernel[grid](*xs, *arguments, **options))
-    device = tensors["q_ptr"].device
-    with torch.cuda.device(device):
-        try:
-            like = [tensors[x] for x in pointers]
-            compiled = kernel.warmup(*like, *arguments, grid=grid, **options)
-            runner = compiled[grid]
-        except Exception as error:
-            raise KernelBuildError(f"{kernel.__name__} {config}: {error}") from error
-    launch = forward._launcher(runner, device, arguments, tma=False)
-    return Launch(pointers, launch, compiled.n_spills)

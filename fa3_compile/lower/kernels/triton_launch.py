@@ -1,0 +1,75 @@
+"""Triton kernels built for the shapes and strides of a call, and launched by parameter name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from fa3_compile.lower.choose import KernelBuildError
+from fa3_compile.lower.config import TritonConfig
+from fa3_compile.lower.kernels import triton_forward as forward
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel for one set of shapes and strides.
+
+    pointers  names of the tensors it takes
+    run       launches it on tensors in that order
+    """
+
+    pointers: tuple[str, ...]
+    run: Callable[[Sequence[Tensor]], None]
+    spills: int = 0
+
+    def __call__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.run([tensors[x] for x in self.pointers])
+
+
+def first_that_builds(bind_it: Callable[[TritonConfig], T], config: TritonConfig) -> T:
+    """What a configuration gives, or the first smaller one that builds. Raises KernelBuildError."""
+    errors = []
+    while True:
+        try:
+            return bind_it(config)
+        except KernelBuildError as error:
+            errors.append(str(error))
+            smaller = forward.smaller_config(config)
+            if smaller is None:
+                raise KernelBuildError("; ".join(errors)) from error
+            config = smaller
+
+
+def bind_kernel(kernel, config: TritonConfig, programs: int, tensors, integers, constants):
+    """One kernel built with one configuration. Raises KernelBuildError."""
+    values = {
+        **integers,
+        **constants,
+        "BLOCK_Q": config.block_q,
+        "BLOCK_KV": config.block_kv,
+        "EVEN_Q": integers["Sq"] % config.block_q == 0,
+        "EVEN_KV": integers["Skv"] % config.block_kv == 0,
+    }
+    names = kernel.arg_names
+    pointers = tuple(x for x in names if x in tensors)
+    arguments = tuple(values[x] for x in names if x not in tensors)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    grid = (programs, 1, 1)
+    if forward.interpreted():
+        return Launch(pointers, lambda xs: kernel[grid](*xs, *arguments, **options))
+    device = tensors["q_ptr"].device
+    with torch.cuda.device(device):
+        try:
+            like = [tensors[x] for x in pointers]
+            compiled = kernel.warmup(*like, *arguments, grid=grid, **options)
+            runner = compiled[grid]
+        except Exception as error:
+            raise KernelBuildError(f"{kernel.__name__} {config}: {error}") from error
+    launch = forward._launcher(runner, device, arguments, tma=False)
+    return Launch(pointers, launch, compiled.n_spills)
