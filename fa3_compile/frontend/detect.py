@@ -16,7 +16,7 @@ from torch import fx
 
 import fa3_compile.frontend.elements  # noqa: F401  (registers the element rules)
 from fa3_compile.errors import Decline
-from fa3_compile.frontend.dynamo_graph import example_value, is_mutation
+from fa3_compile.frontend.dynamo_graph import example_value, is_mutation, overwrite
 from fa3_compile.frontend.lift import (
     Index,
     Lifter,
@@ -374,6 +374,7 @@ class _Reader:
             self.ranges,
             {**special, product.node: product},
             wide=_is_wide(product.node),
+            read_at=self.skeleton.output,
         )
         product.lifter = lifter
         lifter.element(x, index)
@@ -384,8 +385,9 @@ class _Reader:
         for statistic in sorted(score.atoms(row_max), key=str):
             # Expanding would multiply out what the program keeps in factors.
             rest = score + statistic
-            rest = sympy.expand(rest) if rest.has(statistic) else rest
-            if depends_on(statistic, [KV]) or rest.has(statistic):
+            if rest.has(statistic):
+                rest = _less_a_multiple(score, statistic)
+            if rest is None or depends_on(statistic, [KV]):
                 raise Decline("row-statistic", self._node(x), "")
             score = rest
         return score
@@ -415,6 +417,7 @@ class _Reader:
 
     def _operand(self, lifter, node, index, inner, varying, casts) -> Operand:
         best = deeper = None
+        best_lost = False
         scaled = inner is not None
         for place in origins(
             node,
@@ -429,16 +432,17 @@ class _Reader:
             holders = self.shadow.dynamo_of.get(place.node)
             if not holders:
                 continue
+            source, since = holders[0], self.shadow.since[place.node, holders[0]]
+            lost = overwrite(source, since, until=self.skeleton.output) is not None
+            if best and lost and not best_lost:
+                continue
             if any(i.has(floordiv, mod) for i in place.index):
                 # K and V of grouped heads: read unexpanded once the heads' axis is split.
-                deeper = Operand(holders[0], self.shadow.since[place.node, holders[0]], place, None)
+                deeper = Operand(source, since, place, None)
                 continue
             view = view_of(place, self.ranges)
             if view is not None:
-                best, deeper = (
-                    Operand(holders[0], self.shadow.since[place.node, holders[0]], place, view),
-                    None,
-                )
+                best, deeper, best_lost = Operand(source, since, place, view), None, lost
         if deeper is not None and find_split(deeper.place.index, self.reading.sizes):
             return deeper
         if best is None:
@@ -449,6 +453,17 @@ class _Reader:
                 message="an operand cannot be seen as [batch, heads, length, head dim] by views",
             )
         return best
+
+
+def _less_a_multiple(score: Expr, statistic: Expr) -> Expr | None:
+    """The score without the -c * statistic in it, for a number c > 0; None where that is not all.
+
+    (x / c - max(x / c)) * c, as CogView scales its scores to keep them in half precision.
+    """
+    expanded = sympy.expand(score)
+    multiple = expanded.coeff(statistic)
+    rest = sympy.expand(expanded - multiple * statistic)
+    return rest if multiple.is_number and multiple.is_negative and not rest.has(statistic) else None
 
 
 def _row_axes(index: Index) -> set[sympy.Symbol]:

@@ -140,6 +140,22 @@ def storage_of(node: fx.Node) -> int | None:
         return None
 
 
+def overwrite(source: fx.Node, since: fx.Node, until: fx.Node) -> fx.Node | None:
+    """The first write to the memory of `source` after `since` and before `until`, if there is one.
+
+    All three are nodes of one graph.
+    """
+    storage = storage_of(source)
+    node = since.next
+    while node is not until and node.op != "root":
+        if is_mutation(node):
+            for written in mutated_nodes(node):
+                if written is source or (storage is not None and storage_of(written) == storage):
+                    return node
+        node = node.next
+    return None
+
+
 def _flat(value) -> list:
     if isinstance(value, (list, tuple)):
         return [y for x in value for y in _flat(x)]

@@ -18,9 +18,10 @@ from torch import fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fa3_compile.frontend.dynamo_graph import example_value
+from fa3_compile.frontend.dynamo_graph import example_value, is_mutation
 
-RARE = ("bias_k", "bias_v", "static_k", "static_v", "add_zero_attn", "use_separate_proj_weight")
+# Keys and values given in place of their projections: nothing in torch.nn does that.
+RARE = ("static_k", "static_v")
 
 
 def expand_calls(graph: fx.Graph) -> int:
@@ -42,15 +43,19 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
 def _expandable(node: fx.Node) -> bool:
     given = _arguments(node)
     outputs = [u for u in node.users if u.target is operator.getitem and u.args[1] == 0]
-    others = [u for u in node.users if u not in outputs and u.users]
+    others = [u for u in node.users if u not in outputs and _is_read(u)]
     values = [example_value(x) for x in tree_leaves(list(given.values())) if _is_node(x)]
     return (
         bool(outputs)
         and not others
         and not any(given[name] not in (None, False) for name in RARE)
-        and given["in_proj_weight"] is not None
         and all(isinstance(v, torch.Tensor) for v in values)
     )
+
+
+def _is_read(node: fx.Node) -> bool:
+    """Whether anything but further dead code uses the value."""
+    return any(u.op == "output" or is_mutation(u) or _is_read(u) for u in node.users)
 
 
 def _is_node(x) -> bool:
@@ -72,7 +77,14 @@ def _expand(graph: fx.Graph, node: fx.Node) -> None:
     for user in list(node.users):
         if user.target is operator.getitem and user.args[1] == 0:
             user.replace_all_uses_with(output)
-        graph.erase_node(user)
+        _erase(graph, user)
+    graph.erase_node(node)
+
+
+def _erase(graph: fx.Graph, node: fx.Node) -> None:
+    """Erases a node and the dead code that reads it."""
+    for user in list(node.users):
+        _erase(graph, user)
     graph.erase_node(node)
 
 
@@ -126,8 +138,10 @@ def multi_head_attention(given: dict[str, Any]) -> torch.Tensor:
     if not batched:
         query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         padding = padding if padding is None else padding.unsqueeze(0)
-    q, k, v = _projected(query, key, value, given["in_proj_weight"], given["in_proj_bias"])
+    q, k, v = _projected(query, key, value, given)
     length, batch, width = query.shape
+    k, v, more = _with_more_keys(k, v, given)
+    mask, padding = (x if x is None else F.pad(x, (0, more)) for x in (mask, padding))
     q, k, v = (
         x.view(x.shape[0], batch, heads, width // heads).permute(1, 2, 0, 3) for x in (q, k, v)
     )
@@ -157,7 +171,26 @@ def _additive(mask, like):
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -math.inf)
 
 
-def _projected(query, key, value, weight, bias):
-    parts = weight.chunk(3)
+def _projected(query, key, value, given: dict[str, Any]):
+    if given["use_separate_proj_weight"]:
+        weights = [given[f"{name}_proj_weight"] for name in "qkv"]
+    else:
+        weights = given["in_proj_weight"].chunk(3)
+    bias = given["in_proj_bias"]
     biases = (None, None, None) if bias is None else bias.chunk(3)
-    return tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), parts, biases))
+    return tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases))
+
+
+def _with_more_keys(k, v, given: dict[str, Any]):
+    """K and V [S, N, E] with a learned key and a key of zeros appended, and how many were."""
+    more = 0
+    if given["bias_k"] is not None:
+        k, v = (
+            torch.cat([x, bias.expand(1, x.shape[1], -1)])
+            for x, bias in ((k, given["bias_k"]), (v, given["bias_v"]))
+        )
+        more += 1
+    if given["add_zero_attn"]:
+        k, v = (torch.cat([x, x.new_zeros(1, *x.shape[1:])]) for x in (k, v))
+        more += 1
+    return k, v, more

@@ -56,6 +56,10 @@ def region(shadow: Shadow, skeleton: Skeleton, reading: Reading) -> Region:
     if is_nonnegative(reading.key_length - ranges[Q]):
         witnesses += [Q, Q + reading.key_length - ranges[Q]]
     separated = simplify.without_dead_rows(separated, witnesses)
+    interior = _interior(shadow, skeleton, reading)
+    if separated.dead == "score" and _read_outside(reading, interior):
+        # Kernels have no LSE for a row that is all fill, unless the fill is part of the score.
+        separated = simplify.unmasked(score)
     if S not in separated.score.free_symbols:
         raise Decline("no-product", skeleton.output, "")
     fields = [separated.score, separated.mask, separated.fill, *sinks]
@@ -74,7 +78,7 @@ def region(shadow: Shadow, skeleton: Skeleton, reading: Reading) -> Region:
     return Region(
         output=skeleton.output,
         output_axes=reading.axes,
-        interior=_interior(shadow, skeleton, reading),
+        interior=interior,
         query=query,
         key=key,
         value=value,
@@ -83,9 +87,13 @@ def region(shadow: Shadow, skeleton: Skeleton, reading: Reading) -> Region:
         spec=AttentionSpec.parse(str(spec)),
         loads=loads,
         sizes=sizes,
-        # The LSE of a row that is all fill has no meaning of its own in the kernels.
         statistics=[] if separated.dead == "score" else reading.statistics,
     )
+
+
+def _read_outside(reading: Reading, interior: list[fx.Node]) -> bool:
+    """Whether the program uses the LSE for more than the softmax itself."""
+    return any(user not in interior for x in reading.statistics for user in x.node.users)
 
 
 def _scores_dtype(skeleton: Skeleton) -> torch.dtype:

@@ -15,6 +15,7 @@ from sympy.logic.boolalg import Boolean
 from torch import fx
 
 from fa3_compile.errors import Decline
+from fa3_compile.frontend.dynamo_graph import overwrite
 from fa3_compile.frontend.sizes import UnknownScalar, scalar, sym
 from fa3_compile.frontend.trace import Shadow
 from fa3_compile.spec.expr import Expr, load, where
@@ -45,6 +46,14 @@ class Opaque(Exception):
     def __init__(self, node: fx.Node, why: str):
         super().__init__(why)
         self.node, self.why = node, why
+
+
+class Overwritten(Opaque):
+    """The value is in memory no more where the fused operator would read it."""
+
+    def __init__(self, node: fx.Node, by: fx.Node):
+        super().__init__(node, "it is written in place before the product with V")
+        self.by = by
 
 
 def shape_of(node: fx.Node) -> list[Expr]:
@@ -85,8 +94,11 @@ class Lifter:
         special: dict[fx.Node, Callable[[Index], Element]],
         *,
         wide: bool = False,
+        read_at: fx.Node | None = None,
     ):
         self.shadow, self.ranges, self.special = shadow, ranges, special
+        # The Dynamo node in whose place loads are read: what is written before is no load.
+        self.read_at = read_at
         # Scores in float32: what the program rounds to half precision stays rounded.
         self.wide = wide
         # Whether a rule replaced NaN rows of the softmax by zeros.
@@ -127,6 +139,9 @@ class Lifter:
         if not holders:
             raise Opaque(node, "its value is not a tensor of the program")
         source = (holders[0], self.shadow.since[node, holders[0]])
+        written = self.read_at and overwrite(*source, until=self.read_at)
+        if written:
+            raise Overwritten(node, written)
         if source not in self.loads:
             self.loads.append(source)
         value = load(self.loads.index(source), *index)
@@ -148,6 +163,8 @@ class Lifter:
         if rule is None:
             try:
                 return self._without_rule(node, index)
+            except Overwritten:
+                raise
             except Opaque as refused:
                 name = str(node.target)
                 raise Opaque(node, f"no element rule for {name}, and {refused.why}") from None
@@ -196,10 +213,23 @@ def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 def declined(opaque: Opaque, shadow: Shadow) -> Decline:
     """The decline that an element without an answer leads to."""
     holders = shadow.dynamo_of.get(opaque.node)
+    if isinstance(opaque, Overwritten) and holders:
+        return written_between(holders[0], opaque.by)
     return Decline(
         "not-pointwise",
         holders[0] if holders else opaque.node,
         "Keep what lies between the two products to element-wise operations.",
         message=f"{opaque.node.target}: {opaque.why}",
         stage="lift",
+    )
+
+
+def written_between(source: fx.Node, by: fx.Node) -> Decline:
+    """The decline where `source` is written after eager reads it and before we could."""
+    return Decline(
+        "mutation-between",
+        by,
+        "Write to a copy, or after the attention.",
+        message=f"{source} is written before the product with V is taken",
+        stage="check",
     )

@@ -16,10 +16,11 @@ from fa3_compile.frontend.dynamo_graph import (
     example_value,
     is_mutation,
     mutated_nodes,
+    overwrite,
     storage_of,
     target_name,
 )
-from fa3_compile.frontend.lift import sym
+from fa3_compile.frontend.lift import sym, written_between
 from fa3_compile.frontend.logsumexp import Lse
 from fa3_compile.frontend.region import Layout, Operand, Region
 from fa3_compile.spec.expr import KV, Expr, floordiv
@@ -27,7 +28,7 @@ from fa3_compile.spec.expr import KV, Expr, floordiv
 
 def check(graph: fx.Graph, region: Region) -> None:
     """`Decline` where the rewrite would change what the program computes or keeps."""
-    _check_mutations(graph, region)
+    _check_mutations(region)
     _check_interior_dead(graph, region)
     _place(graph, region)
 
@@ -103,25 +104,13 @@ def remove_dead(graph: fx.Graph) -> None:
     transforms.remove_empty(graph)
 
 
-def _check_mutations(graph: fx.Graph, region: Region) -> None:
+def _check_mutations(region: Region) -> None:
     """No operand may be written between where it is read in eager and where the op reads it."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    at = order[region.output]
     operands = (region.query, region.key, region.value)
-    sources = [*((x.source, x.since) for x in operands), *region.loads]
-    for source, since in sources:
-        storage = storage_of(source)
-        for node in graph.nodes:
-            if not (order[since] < order[node] < at and is_mutation(node)):
-                continue
-            for written in mutated_nodes(node):
-                if written is source or (storage is not None and storage_of(written) == storage):
-                    raise Decline(
-                        "mutation-between",
-                        node,
-                        "Write to a copy, or after the attention.",
-                        message=f"{source} is written before the product with V is taken",
-                    )
+    for source, since in [*((x.source, x.since) for x in operands), *region.loads]:
+        written = overwrite(source, since, until=region.output)
+        if written is not None:
+            raise written_between(source, written)
 
 
 def _check_interior_dead(graph: fx.Graph, region: Region) -> None:

@@ -46,8 +46,7 @@ def separate(expr: Expr, *, half_fill: bool = False, dead_rows_zero: bool = Fals
     reach = max(reach, bounded) if bounded is not None else reach
     dead = killed(expr, reach)
     if dead == sympy.false:
-        zero = "zero" if dead_rows_zero else "nan"
-        return Separated(tidy(exact_at_one(expr)), sympy.true, zero, None)
+        return unmasked(expr, dead_rows_zero=dead_rows_zero)
     mask = tidy_mask(sympy.Not(dead))
     conjuncts = sympy.And.make_args(mask)
     score = tidy(exact_at_one(assuming(tidy(live(expr, reach)), frozenset(conjuncts))))
@@ -56,6 +55,12 @@ def separate(expr: Expr, *, half_fill: bool = False, dead_rows_zero: bool = Fals
         return Separated(score, mask, "zero" if dead_rows_zero else "nan", None)
     fill = tidy(exact_at_one(masked(expr, reach)))
     return Separated(score, mask, "score", _widest(fill) if half_fill else fill)
+
+
+def unmasked(expr: Expr, *, dead_rows_zero: bool = False) -> Separated:
+    """The element's expression as a score alone, fills included."""
+    score = tidy(exact_at_one(merge_conditions(expr)))
+    return Separated(score, sympy.true, "zero" if dead_rows_zero else "nan", None)
 
 
 def without_dead_rows(separated: Separated, witnesses: list[Expr]) -> Separated:
