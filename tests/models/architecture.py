@@ -1,14 +1,15 @@
-"""What an entry of the model zoo is: how it is built, its inputs, its outputs and its loss."""
+"""What an entry of the model zoo is: how it is built, and its inputs."""
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from tests.models.inputs import Inputs, Padding
@@ -24,6 +25,9 @@ class Architecture:
     padding: the side on which people pad a batch for this model.
     make_inputs: `(batch, length, padding) -> inputs` on the CPU, in float32 and int64.
     gain: see `sharpen`.
+    model_class: "module.Class" under transformers.models, for parts of models that AutoModel does
+        not know by name.
+    declined: why no region of it is fused, as "stage: code"; "" where all are.
     """
 
     name: str
@@ -32,14 +36,23 @@ class Architecture:
     padding: Padding
     make_inputs: Callable[[int, int, Padding], Inputs] = field(repr=False)
     gain: float = 1.5
+    model_class: str = ""
+    declined: str = ""
 
     def make(self, seed: int = 0) -> nn.Module:
         """The base model in eval mode, float32, on the CPU; equal for equal seeds."""
-        config = AutoConfig.for_model(self.name, **{"use_cache": False, **self.config})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = AutoModel.from_config(config, attn_implementation="eager")
-            return sharpen(model, self.gain).eval()
+            return sharpen(self._build(), self.gain).eval()
+
+    def _build(self) -> nn.Module:
+        if not self.model_class:
+            config = AutoConfig.for_model(self.name, **{"use_cache": False, **self.config})
+            return AutoModel.from_config(config, attn_implementation="eager")
+        module, name = self.model_class.split(".")
+        module = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+        made = getattr(module, name)
+        return made._from_config(made.config_class(**self.config), attn_implementation="eager")
 
     def inputs(
         self,
@@ -80,22 +93,3 @@ def sharpen(model: nn.Module, gain: float) -> nn.Module:
             else:
                 parameter.add_(0.1 * noise)
     return model
-
-
-def outputs(result: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    """The tensors a model's forward pass is run for: hidden states, logits or embeddings."""
-    wanted = ("last_hidden_state", "logits", "logits_per_image", "text_embeds", "image_embeds")
-    return tuple(result[name] for name in wanted if result.get(name) is not None)
-
-
-def loss(result: Mapping[str, Any]) -> Tensor:
-    """A float32 scalar for training: the mean square of the output's distance from a fixed wave.
-
-    The mean square of the output alone would do nothing: most models end in a normalisation,
-    which fixes it, and every gradient would be zero.
-    """
-    total = torch.zeros((), device=outputs(result)[0].device)
-    for tensor in outputs(result):
-        target = torch.arange(tensor.numel(), device=tensor.device).sin().view(tensor.shape)
-        total = total + (tensor.float() - target).square().mean()
-    return total

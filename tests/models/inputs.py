@@ -17,6 +17,7 @@ VOCABULARY = 96
 FIRST_ORDINARY_TOKEN = 4  # 0..3 are padding, begin, end and mask tokens
 MEL_BINS, AUDIO_LENGTH = 8, 24  # Whisper's encoder takes one fixed length
 IMAGE_SIZE, PATCH_SIZE = 24, 8
+AUDIO_FRAMES = 20
 
 
 def tokens(batch: int, length: int) -> Tensor:
@@ -62,3 +63,59 @@ def image(batch: int, length: int, padding: Padding) -> Inputs:
 
 def text_and_image(batch: int, length: int, padding: Padding) -> Inputs:
     return {**text(batch, length, padding), **image(batch, length, padding)}
+
+
+def squared_patches(batch: int, length: int, padding: Padding) -> Inputs:
+    """An image of 4 x 4 patches."""
+    del length, padding
+    return {"pixel_values": torch.randn(batch, 3, 4 * PATCH_SIZE, 4 * PATCH_SIZE)}
+
+
+def video(batch: int, length: int, padding: Padding) -> Inputs:
+    del length, padding
+    return {"pixel_values_videos": torch.randn(batch, 2, 3, IMAGE_SIZE, IMAGE_SIZE)}
+
+
+def latents(batch: int, length: int, padding: Padding) -> Inputs:
+    return {
+        "context": torch.randn(batch, length, 64),
+        "attention_mask": padding_mask(batch, length, padding),
+    }
+
+
+def time_series(batch: int, length: int, padding: Padding) -> Inputs:
+    """Eight numbers a token, the first two tokens of row 1 padding."""
+    del padding
+    padded = torch.zeros(batch, 8 * length)
+    padded[1:, :16] = 1
+    return {
+        "past_values": torch.randn(batch, 8 * length),
+        "past_values_padding": padded,
+        "freq": torch.zeros(batch, 1, dtype=torch.long),
+    }
+
+
+def sound(batch: int, length: int, padding: Padding) -> Inputs:
+    del padding
+    frames = 4 * length
+    kept = torch.tensor([frames - 12 * row for row in range(batch)])
+    return {
+        "hidden_states": torch.randn(batch, frames, MEL_BINS),
+        "mask": torch.arange(frames) < kept[:, None],
+    }
+
+
+def waveform(batch: int, length: int, padding: Padding) -> Inputs:
+    del padding
+    return {"input_values": torch.randn(batch, 16 * length + 8)}
+
+
+def steps(batch: int, length: int, padding: Padding) -> Inputs:
+    del length, padding
+    return {"input_values": torch.randn(batch, AUDIO_FRAMES, MEL_BINS)}
+
+
+def tokens_of_an_image(batch: int, length: int, padding: Padding) -> Inputs:
+    """Words with their boxes on a page."""
+    corner = torch.randint(0, 60, (batch, length, 2))
+    return {**text(batch, length, padding), "bbox": torch.cat([corner, corner + 20], -1)}

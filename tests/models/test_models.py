@@ -1,4 +1,4 @@
-"""Thirty Hugging Face architectures through the backend: every attention fused, eager's numbers.
+"""Hugging Face architectures through the backend: every attention fused, eager's numbers.
 
 `kernels="reference"` rewrites on any device and runs the rewritten attention in torch, so this
 tests everything except the kernels.
@@ -14,7 +14,13 @@ import torch
 from fa3_compile.testing import assert_matches_eager
 from tests.graph.harness import rewrite_only
 from tests.models.architecture import Architecture
+from tests.models.eager_bodies import eager_bodies, module_of
 from tests.models.zoo import ARCHITECTURES, BY_NAME
+from tests.models.zoo_text import TEXT
+from tests.models.zoo_vision import VISION_AND_SOUND
+
+EVERYTHING = os.environ.get("FA3_ALL_MODELS") == "1"
+WIDER = (*TEXT, *VISION_AND_SOUND)
 
 # Inductor's C++ for everything else is compiled scalar and unoptimised: 5 s a model, not 15.
 REFERENCE = {"kernels": "reference", "cpp.simdlen": 1, "aot_inductor.debug_compile": True}
@@ -32,13 +38,11 @@ THROUGH_INDUCTOR = {"llama", "gemma2", "bloom", "bert", "gpt2", "gpt_oss"}
 
 
 def backend_for(name: str):
-    everything = os.environ.get("FA3_ALL_MODELS") == "1"
-    return "fa3" if everything or name in THROUGH_INDUCTOR else rewrite_only
+    return "fa3" if EVERYTHING or name in THROUGH_INDUCTOR else rewrite_only
 
 
-every_architecture = pytest.mark.parametrize(
-    "architecture", ARCHITECTURES, ids=lambda architecture: architecture.name
-)
+def each(architectures: tuple[Architecture, ...]):
+    return pytest.mark.parametrize("architecture", architectures, ids=lambda x: x.name)
 
 
 @pytest.fixture(autouse=True)
@@ -47,12 +51,12 @@ def fresh_dynamo():
 
 
 def assert_all_fused(report, architecture: Architecture) -> None:
-    left_alone = [region.reason for region in report.regions if not region.fused]
-    assert not left_alone, f"{architecture.name}: regions left alone: {left_alone}"
+    became = {"" if x.fused else f"{x.stage}: {x.code}" for x in report.regions}
+    assert became == {architecture.declined}, f"{architecture.name}: {report}"
     assert len(report.regions) == architecture.regions
 
 
-@every_architecture
+@each(ARCHITECTURES)
 def test_inference(architecture: Architecture) -> None:
     report = assert_matches_eager(
         architecture.make(),
@@ -75,7 +79,7 @@ def test_inference_without_a_padding_mask(name: str) -> None:
     assert_all_fused(report, architecture)
 
 
-@every_architecture
+@each(ARCHITECTURES)
 def test_training(architecture: Architecture) -> None:
     model = architecture.make()
     if architecture.name not in LAYER_DROP:
@@ -88,3 +92,35 @@ def test_training(architecture: Architecture) -> None:
         **architecture.inputs(batch=2, length=24),
     )
     assert_all_fused(report, architecture)
+
+
+@each(WIDER)
+def test_wider(architecture: Architecture) -> None:
+    """Outputs and gradients at once, without train(): layer drop would break the graphs."""
+    report = assert_matches_eager(
+        architecture.make(),
+        backend=backend_for(architecture.name),
+        options=REFERENCE,
+        training=True,
+        **architecture.inputs(batch=2, length=24),
+    )
+    assert_all_fused(report, architecture)
+
+
+@pytest.mark.skipif(not EVERYTHING, reason="FA3_ALL_MODELS=1 asks for it; test_wider has the rest")
+@each(WIDER)
+def test_wider_inference(architecture: Architecture) -> None:
+    report = assert_matches_eager(
+        architecture.make(),
+        backend="fa3",
+        options=REFERENCE,
+        **architecture.inputs(batch=2, length=24),
+    )
+    assert_all_fused(report, architecture)
+
+
+def test_every_body_of_eager_attention_is_in_the_zoo() -> None:
+    """The texts of `eager_attention_forward` in transformers, against those that the zoo runs."""
+    zoo = {module_of(x) for x in (*ARCHITECTURES, *WIDER)}
+    missing = [sorted(modules) for modules in eager_bodies().values() if not modules & zoo]
+    assert not missing, f"no model in the zoo runs the attention of {missing}"

@@ -11,73 +11,45 @@ from __future__ import annotations
 from tests.models.architecture import Architecture
 from tests.models.inputs import (
     AUDIO_LENGTH,
-    IMAGE_SIZE,
     MEL_BINS,
-    PATCH_SIZE,
-    VOCABULARY,
     encoder_decoder,
     image,
     speech,
     text,
     text_and_image,
 )
-
-WINDOW = 8  # tokens
-
-_TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_DECODER = {
-    **_TOKENS,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-}
-_GQA = {**_DECODER, "num_key_value_heads": 2, "head_dim": 16}
-_BERT = {**_DECODER, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-_ENCODER_DECODER = {
-    **_TOKENS,
-    "d_model": 64,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 96,
-    "decoder_ffn_dim": 96,
-    "dropout": 0.0,
-    "decoder_start_token_id": 1,
-}
-_MIXED_LAYERS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
-_VISION = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": IMAGE_SIZE,
-    "patch_size": PATCH_SIZE,
-}
+from tests.models.tiny import (
+    BERT,
+    DECODER,
+    ENCODER_DECODER,
+    GQA,
+    MIXED_LAYERS,
+    TOKENS,
+    VISION,
+    WINDOW,
+)
 
 ARCHITECTURES: tuple[Architecture, ...] = (
     # Decoders: batched generation pads on the left, training on the right.
-    Architecture("llama", 2, _GQA, "left", text),
-    Architecture("mistral", 2, {**_GQA, "sliding_window": WINDOW}, "left", text),
-    Architecture("qwen3", 2, _GQA, "left", text),
+    Architecture("llama", 2, GQA, "left", text),
+    Architecture("mistral", 2, {**GQA, "sliding_window": WINDOW}, "left", text),
+    Architecture("qwen3", 2, GQA, "left", text),
     Architecture(
         "gemma2",
         2,  # layer 0 has a sliding window, layer 1 has none; both cap their scores
-        {**_GQA, **_MIXED_LAYERS, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 12},
+        {**GQA, **MIXED_LAYERS, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 12},
         "left",
         text,
     ),
     Architecture(
-        "gemma3_text", 2, {**_GQA, **_MIXED_LAYERS, "query_pre_attn_scalar": 4}, "left", text
+        "gemma3_text", 2, {**GQA, **MIXED_LAYERS, "query_pre_attn_scalar": 4}, "left", text
     ),
-    Architecture("phi3", 2, {**_GQA, "sliding_window": WINDOW}, "left", text),
+    Architecture("phi3", 2, {**GQA, "sliding_window": WINDOW}, "left", text),
     Architecture(
         "gpt2",
         2,
         {
-            **_TOKENS,
+            **TOKENS,
             "n_embd": 64,
             "n_layer": 2,
             "n_head": 4,
@@ -93,7 +65,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "gpt_neo",
         2,  # layer 0 is global, layer 1 is local
         {
-            **_TOKENS,
+            **TOKENS,
             "hidden_size": 64,
             "intermediate_size": 96,
             "num_layers": 2,
@@ -106,12 +78,12 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         text,
         gain=0.75,  # its scores are not scaled
     ),
-    Architecture("gpt_neox", 2, _DECODER, "left", text),
+    Architecture("gpt_neox", 2, DECODER, "left", text),
     Architecture(
         "gptj",
         2,
         {
-            **_TOKENS,
+            **TOKENS,
             "n_embd": 64,
             "n_layer": 2,
             "n_head": 4,
@@ -124,24 +96,24 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(
         "opt",
         2,
-        {**_DECODER, "ffn_dim": 96, "word_embed_proj_dim": 64, "dropout": 0.0},
+        {**DECODER, "ffn_dim": 96, "word_embed_proj_dim": 64, "dropout": 0.0},
         "left",
         text,
     ),
     Architecture(
-        "bloom", 2, {**_TOKENS, "hidden_size": 64, "n_layer": 2, "n_head": 4}, "left", text
+        "bloom", 2, {**TOKENS, "hidden_size": 64, "n_layer": 2, "n_head": 4}, "left", text
     ),
     Architecture(
         "falcon",
         2,  # falcon-rw: ALiBi, one K and V head for each query head
-        {**_DECODER, "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
+        {**DECODER, "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
         "left",
         text,
     ),
     Architecture(
         "mpt",
         2,
-        {**_TOKENS, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 128},
+        {**TOKENS, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 128},
         "left",
         text,
     ),
@@ -149,8 +121,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "gpt_oss",
         2,  # a learned sink beside the scores; layer 0 has a sliding window
         {
-            **_GQA,
-            **_MIXED_LAYERS,
+            **GQA,
+            **MIXED_LAYERS,
             "rope_parameters": {
                 "rope_type": "yarn",
                 "rope_theta": 10000.0,
@@ -168,7 +140,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "deepseek_v3",
         2,  # multi-head latent attention: heads of 24 for Q and K, of 16 for V
         {
-            **_DECODER,
+            **DECODER,
             "num_key_value_heads": 4,
             "q_lora_rank": 32,
             "kv_lora_rank": 16,
@@ -187,13 +159,13 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         text,
     ),
     # Encoders: padded on the right.
-    Architecture("bert", 2, _BERT, "right", text),
-    Architecture("roberta", 2, _BERT, "right", text),
+    Architecture("bert", 2, BERT, "right", text),
+    Architecture("roberta", 2, BERT, "right", text),
     Architecture(
         "distilbert",
         2,
         {
-            **_TOKENS,
+            **TOKENS,
             "dim": 64,
             "hidden_dim": 96,
             "n_layers": 2,
@@ -204,30 +176,30 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "right",
         text,
     ),
-    Architecture("electra", 2, {**_BERT, "embedding_size": 32}, "right", text),
+    Architecture("electra", 2, {**BERT, "embedding_size": 32}, "right", text),
     Architecture(
-        "esm", 2, {**_BERT, "position_embedding_type": "rotary", "mask_token_id": 3}, "right", text
+        "esm", 2, {**BERT, "position_embedding_type": "rotary", "mask_token_id": 3}, "right", text
     ),
     Architecture(
         "modernbert",
         2,  # layer 0 sees `local_attention` / 2 tokens to either side
         {
-            **_DECODER,
+            **DECODER,
             "cls_token_id": 1,
             "sep_token_id": 2,
-            "layer_types": _MIXED_LAYERS["layer_types"],
+            "layer_types": MIXED_LAYERS["layer_types"],
             "local_attention": 2 * WINDOW,
         },
         "right",
         text,
     ),
-    Architecture("mpnet", 2, _BERT, "right", text),
-    Architecture("roformer", 2, {**_BERT, "embedding_size": 64}, "right", text),
+    Architecture("mpnet", 2, BERT, "right", text),
+    Architecture("roformer", 2, {**BERT, "embedding_size": 64}, "right", text),
     Architecture(
         "deberta-v2",
         2,  # the settings of the published v3 checkpoints, with fewer buckets
         {
-            **_BERT,
+            **BERT,
             "type_vocab_size": 0,
             "relative_attention": True,
             "pos_att_type": ["p2c", "c2p"],
@@ -244,7 +216,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "t5",
         6,
         {
-            **_TOKENS,
+            **TOKENS,
             "d_model": 64,
             "d_kv": 16,
             "d_ff": 96,
@@ -259,13 +231,13 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         gain=0.75,  # its scores are not scaled
     ),
     Architecture(
-        "bart", 6, {**_ENCODER_DECODER, "max_position_embeddings": 128}, "right", encoder_decoder
+        "bart", 6, {**ENCODER_DECODER, "max_position_embeddings": 128}, "right", encoder_decoder
     ),
     Architecture(
         "whisper",
         6,
         {
-            **_ENCODER_DECODER,
+            **ENCODER_DECODER,
             "num_mel_bins": MEL_BINS,
             "max_source_positions": AUDIO_LENGTH,
             "max_target_positions": 128,
@@ -274,13 +246,13 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         speech,
     ),
     # Images.
-    Architecture("vit", 2, _VISION, "none", image),
+    Architecture("vit", 2, VISION, "none", image),
     Architecture(
         "clip",
         4,  # two layers of the causal text encoder, two of the image encoder
         {
-            "text_config": {**_DECODER, "projection_dim": 32},
-            "vision_config": {**_VISION, "projection_dim": 32},
+            "text_config": {**DECODER, "projection_dim": 32},
+            "vision_config": {**VISION, "projection_dim": 32},
             "projection_dim": 32,
         },
         "right",
