@@ -22,7 +22,7 @@ from fa3_compile.lower import block_map, hoist
 from fa3_compile.lower.config_sm90 import Sm90Config
 from fa3_compile.lower.printer import Env, Session, Text
 from fa3_compile.lower.printer_cuda import CudaPrinter
-from fa3_compile.lower.render import Aux, aux_parameters
+from fa3_compile.lower.render import aux_parameters
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.blocks import kv_bounds, kv_full_bounds
@@ -89,7 +89,7 @@ class Field:
 @functools.lru_cache(maxsize=1024)
 def aux_fields(spec: AttentionSpec) -> tuple[Field, ...]:
     """The members of Aux in their order: pointers, 64-bit strides, 32-bit integers."""
-    used: list[Aux] = aux_parameters(spec)
+    used = aux_parameters(spec)
     pointers = [Field("pointer", x.tensor) for x in used]
     strides = [Field("stride", x.tensor, d) for x in used for d in x.strides]
     sizes = [Field("size", x.tensor, d) for x in used for d in x.sizes]
@@ -210,6 +210,7 @@ def fills_dead_rows(spec: AttentionSpec) -> str:
     return "maybe" if spec.sinks else hoist.dead_rows(spec.mask)
 
 
+@functools.lru_cache(maxsize=1024)
 def uniform_fill(fill: E.Expr) -> bool:
     """Whether all masked elements of a row have the same score in float32."""
     if any(hoist.level(x) != hoist.HEAD for x in E.loads_in(fill)):
@@ -258,6 +259,20 @@ class _Printer(CudaPrinter):
 
 
 TILE = sympy.Symbol("tile", real=True)
+NUMBER = sympy.Symbol("number", real=True)
+
+
+@functools.lru_cache(maxsize=1024)
+def drawn(weight: E.Expr) -> E.uniform | None:
+    """The one random number of a weight, which the kernel can draw for several elements at once:
+    of this very element, under a seed of its head."""
+    found = weight.atoms(E.uniform)
+    if len(found) != 1:
+        return None
+    (number,) = found
+    seed, *place = number.args
+    ordinary = tuple(place) == E.COORDINATES and hoist.level(seed) == hoist.HEAD
+    return number if ordinary else None
 
 
 class _Placer(hoist.Hoister):
@@ -266,14 +281,18 @@ class _Placer(hoist.Hoister):
     `named` lists (symbol, its origin, the origin in terms of earlier symbols), in order.
     """
 
-    def __init__(self, prefix: str, known: dict, tile: int | None) -> None:
+    def __init__(
+        self, prefix: str, known: dict, tile: int | None, number: E.uniform | None = None
+    ) -> None:
         super().__init__(prefix, known)
-        self.tile = tile
+        self.tile, self.number = tile, number
         self.named: list[tuple[sympy.Symbol, sympy.Basic, sympy.Basic]] = []
 
     def place(self, expr):
         if self.tile is not None and isinstance(expr, E.load) and expr.tensor == self.tile:
             return TILE
+        if self.number is not None and expr == self.number:
+            return NUMBER
         return super().place(expr)
 
     def _named(self, expr, placed):
@@ -335,7 +354,7 @@ class _Writer:
 
     def variant(self) -> list[str]:
         terms = arrange(self.spec.score)
-        body = [*self.score(terms), *self.mask(), *self.sinks(), *self.fill()]
+        body = [*self.score(terms), *self.mask(), *self.sinks(), *self.weight(), *self.fill()]
         return [*self.structs(), *body]
 
     # The parts of the variant.
@@ -447,6 +466,20 @@ class _Writer:
         text = functools.reduce(lambda a, b: f"log_add({a}, {b})", texts)
         return ["static constexpr bool kSink = true;", _method("float", "sink", _SITE["row"], text)]
 
+    def weight(self) -> list[str]:
+        weight = self.spec.weight
+        if weight is None:
+            return []
+        lines = ["static constexpr bool kWeight = true;"]
+        number = drawn(weight)
+        if number is not None:
+            seed, _ = self.place(number.args[0], "seed", whole=True)
+            text = self.text(seed, hoist.ELEMENT).body
+            lines += ["static constexpr bool kUniform = true;"]
+            lines += [_method("int64_t", "seed", "const At& at, const auto& head", text)]
+        site = _SITE["element"].replace("float tile", "float number")
+        return lines + self.element_method("float", "weight", site, weight, False, number)
+
     def fill(self) -> list[str]:
         fill = self.spec.fill
         if fill is None or fills_dead_rows(self.spec) == "never":
@@ -488,19 +521,22 @@ class _Writer:
         assert not locals_, expr
         return self.printer.to_float(self.text(placed, hoist.ELEMENT)).body
 
-    def element_method(self, ctype: str, name: str, site: str, expr, tile=True) -> list[str]:
-        placed, locals_ = self.place(expr, name, tile)
+    def element_method(
+        self, ctype: str, name: str, site: str, expr, tile=True, number: E.uniform | None = None
+    ) -> list[str]:
+        placed, locals_ = self.place(expr, name, tile, number=number)
         text = self.text(placed, hoist.ELEMENT)
         body = text.body if ctype == "bool" else self.printer.to_float(text).body
         lines = [f"const auto {x.name} = {x.value};" for x in locals_]
         return _function(ctype, name, site, [*lines, f"return {body};"])
 
-    def place(self, expr, prefix: str, tile=True, whole=False) -> tuple:
+    def place(self, expr, prefix: str, tile=True, whole=False, number=None) -> tuple:
         """(the expression in terms of hoisted names, what is computed for each element).
 
-        whole  the expression itself gets a name, unless it is a constant
+        whole   the expression itself gets a name, unless it is a constant
+        number  the random number that comes as `number`
         """
-        placer = _Placer(prefix, self.known, self.key.tile if tile else None)
+        placer = _Placer(prefix, self.known, self.key.tile if tile else None, number)
         placed = placer.place(expr)
         if whole and placed.free_symbols and not placed.is_Symbol:
             placed = placer._named(expr, placed)
@@ -522,7 +558,7 @@ class _Writer:
 
     def text(self, expr, level: int) -> Text:
         """As it reads in the function that computes members of a level."""
-        bound = {TILE: Text("tile", "float")}
+        bound = {TILE: Text("tile", "float"), NUMBER: Text("number", "float")}
         for symbol, (own, kind) in self.kinds.items():
             inside = own == level or own == hoist.ELEMENT
             body = symbol.name if inside else f"{LEVELS[own]}.{symbol.name}"

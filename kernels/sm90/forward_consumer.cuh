@@ -206,7 +206,50 @@ struct ForwardConsumer : ForwardBlock<Config, Variant> {
     }
     if constexpr (Variant::kDenseTile) release_dense();
     constexpr bool guard = Masked || !Variant::kFiniteScores;
-    return softmax.template update<guard, Variant::kWideScores>(s, base, t.scale, alpha);
+    bool rescale = softmax.template update<guard, Variant::kWideScores>(s, base, t.scale, alpha);
+    if constexpr (Variant::kWeight) reweigh<Masked>(t, s, block);
+    return rescale;
+  }
+
+  // The factor after the softmax, which the row sum knows nothing of.
+  template <bool Masked>
+  FA3_DEVICE void reweigh(const Terms& t, Scores& s, int block) const {
+#pragma unroll
+    for (int j = 0; j < kN / 8; ++j) {
+      int kv0 = block * kN + 8 * j;
+      float random[2][2] = {};
+      if constexpr (Variant::kUniform) uniforms(t, kv0, random);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        int kv = kv0 + 2 * (lane % 4) + e;
+        if constexpr (Masked) kv = min(kv, p.keys - 1);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          int h = Terms::head_of(r);
+          auto col = Variant::col(t.at[h], t.head[h], kv);
+          s[4 * j + 2 * r + e] *= Variant::weight(t.at[h], t.head[h], t.row[r], col, t.q[r], kv,
+                                                  random[r][e]);
+        }
+      }
+    }
+  }
+
+  // Of this thread's two columns from kv0 on, in both rows. Two lanes hold four columns side by
+  // side, which are the words of one counter: each lane draws one row's and passes half of it on.
+  FA3_DEVICE void uniforms(const Terms& t, int kv0, float (&random)[2][2]) const {
+    int own = lane % 2;
+    const auto& at = t.at[own == 0 ? 0 : Terms::head_of(1)];
+    int64_t seed = Variant::seed(t.at[0], t.head[0]);
+    RandomWords words =
+        philox(seed, at.batch, at.head, own == 0 ? t.q[0] : t.q[1], kv0 / 4 + lane % 4 / 2);
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      uint32_t low = words.word[e], high = words.word[2 + e];
+      uint32_t kept = own == 0 ? low : high;
+      uint32_t passed = __shfl_xor_sync(~0u, own == 0 ? high : low, 1);
+      random[0][e] = unit_interval(own == 0 ? kept : passed);
+      random[1][e] = unit_interval(own == 0 ? passed : kept);
+    }
   }
 
   // ---- blocks of a tile ----

@@ -21,6 +21,9 @@ SLOPES = "load(0, 0, h, 0, 0)"
 KEY = "(load(0, b, kv) != 0)"
 
 
+DROPOUT = "weight=where(uniform(load(0, 0), b, h, q, kv) < 0.25, 0, 1.3333333333333333)"
+
+
 @dataclass(frozen=True)
 class Form:
     """A spec's fields, the names of what it captures, and how lengths relate.
@@ -40,7 +43,14 @@ class Form:
 
 
 KINDS = {"documents": "int", "ids": "int", "padding": "bool", "left": "int", "nothing": "bool"}
-KINDS |= {"dense": "bool", "starts": "int", "position": "int", "positions": "int", "ends": "int"}
+KINDS |= {
+    "dense": "bool",
+    "starts": "int",
+    "seed": "int",
+    "position": "int",
+    "positions": "int",
+    "ends": "int",
+}
 FORMS = [
     Form("full", "score=0.1*s"),
     Form("negative scale", "score=-0.1*s"),
@@ -137,6 +147,19 @@ FORMS = [
     Form("sink, filled", f"score=0.1*s, mask={NARROW}, dead=score, fill=-2.0, sinks=[{SLOPES}]",
          ("slopes",), lengths="long"),
     Form("two sinks, one per row", "score=0.1*s, sinks=[0.0, load(0, b, q)]", ("rows",)),
+    Form("dropout", f"score=0.1*s, {DROPOUT}", ("seed",)),
+    Form("dropout, causal", f"score=0.1*s, mask={CAUSAL}, {DROPOUT}", ("seed",)),
+    Form("dropout, dead rows",
+         f"score=0.1*s, mask={NARROW}, dead=score, fill={MIN}, {DROPOUT}", ("seed",),
+         lengths="long"),
+    Form("dropout of other places",
+         "score=0.1*s, weight=where(uniform(load(0, 0), b, 0, q, kv + 3) < 0.25, 0, 2.0)",
+         ("seed",)),
+    Form("weight by key", "score=0.1*s, weight=load(0, b, kv)", ("keys",)),
+    Form("weight by row and head", f"score=0.1*s, mask={CAUSAL}, weight=load(0, b, q)*load(1, h)",
+         ("rows", "heads")),
+    Form("weight by element", f"score=0.1*s, mask={WINDOW}, dead=zero, weight=load(0, b, h, q, kv)",
+         ("bias",)),
     Form("large scores", "score=30.0*s"),
     Form("[B, S, H, D]", f"score=0.1*s, mask={CAUSAL}, out_order=bqhd"),
 ]  # fmt: skip
@@ -233,6 +256,8 @@ def captured(kind: str, shape: Shape, dtype: torch.dtype, generator) -> Tensor:
             return (torch.arange(kv) // 130).expand(b, -1).int().contiguous()
         case "starts":
             return (torch.arange(kv) // 130 * 130).expand(b, -1)
+        case "seed":
+            return torch.tensor([2**40 + 12345])
         case "position":
             return torch.tensor([kv * 2 // 3])
         case "positions":

@@ -16,6 +16,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import sympy
 import torch
 from torch import Tensor
 
@@ -64,7 +65,7 @@ EVALUATE = """
 template <class V>
 void evaluate(const typename V::Aux* aux, int B, int H, int Sq, int Skv, const float* s,
               const float* tiles, float* score, unsigned char* seen, float* fill, float* sink,
-              int* kinds) {
+              float* weight, int* kinds) {
   for (int b = 0; b < B; ++b) for (int h = 0; h < H; ++h) {
     typename V::At at{*aux, b, h, Sq, Skv};
     auto head = V::head(at);
@@ -82,6 +83,7 @@ void evaluate(const typename V::Aux* aux, int B, int H, int Sq, int Skv, const f
         score[i] = x * (V::scale(head) / kLog2e) + shift;
         seen[i] = sees<V>(at, head, row, col, q, kv);
         fill[i] = V::fill(s[i], at, head, row, col, q, kv);
+        weight[i] = weight_of<V>(at, head, row, col, q, kv);
       }
     }
     blocks<V>(at, kinds + (b * H + h) * ceil_div(Sq, kM) * ceil_div(Skv, kN));
@@ -164,7 +166,7 @@ def variant(form: Form, dtype=torch.bfloat16):
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     folder: Path = tmp_path_factory.mktemp("variants")
-    headers = ["captured.cuh", "variant.cuh", "block_map.cuh", "block_map_build.cuh"]
+    headers = ["captured.cuh", "philox.cuh", "variant.cuh", "block_map.cuh", "block_map_build.cuh"]
     parts = [SHIM, *map(header, headers), f"namespace fa3 {{ constexpr int kM = {M}, kN = {N};"]
     parts += ["template <class V> void blocks(const typename V::At&, int*);", EVALUATE]
     for i, form in enumerate(FORMS):
@@ -172,8 +174,9 @@ def library(tmp_path_factory):
         parts.append(
             f'extern "C" void form_{i}(const form{i}::Aux* aux, int B, int H, int Sq, int Skv, '
             "const float* s, const float* tiles, float* score, unsigned char* seen, float* fill, "
-            f"float* sink, int* kinds) {{ evaluate<form{i}::Variant>(aux, B, H, Sq, Skv, s, tiles, "
-            "score, seen, fill, sink, kinds); }"
+            "float* sink, float* weight, int* kinds) "
+            f"{{ evaluate<form{i}::Variant>(aux, B, H, Sq, Skv, s, tiles, score, seen, fill, sink, "
+            "weight, kinds); }"
         )
     (folder / "variants.cc").write_text("\n".join([*parts, "}"]))
     assert COMPILER is not None
@@ -203,14 +206,16 @@ def test_hooks_are_the_reference(form: Form, library) -> None:
     s = torch.matmul(q.float(), k.float().repeat_interleave(shape.heads // shape.kv_heads, 1).mT)
     lengths = tuple(s.shape)
     tiles = None
-    exprs = list(spec.expressions)
+    exprs = [*spec.expressions[: 2 + (spec.fill is not None) + len(spec.sinks)]]
+    weight = sympy.Integer(1) if spec.weight is None else spec.weight
+    exprs.append(weight)
     if (load := _tile_candidate(spec)) is not None and key.tile is not None:
         exprs.append(load)
     values = elements(exprs, spec, Shape(*lengths), s, aux, form.sizes, torch.float32, s.device)
     if key.tile is not None:
         tiles = values.pop().float().expand(lengths).contiguous()
-    score, mask, *rest = values
-    got_score, got_fill = torch.empty(lengths), torch.empty(lengths)
+    score, mask, *rest, factor = values
+    got_score, got_fill, got_weight = (torch.empty(lengths) for _ in range(3))
     got_seen, got_sink = torch.empty(lengths, dtype=torch.bool), torch.empty(lengths[:3])
     blocks = (-(-lengths[2] // M), -(-lengths[3] // N))
     kinds = torch.empty(*lengths[:2], *blocks, dtype=torch.int32)
@@ -220,13 +225,15 @@ def test_hooks_are_the_reference(form: Form, library) -> None:
         *lengths,
         *(
             ctypes.c_void_p(None if x is None else x.data_ptr())
-            for x in (s, tiles, got_score, got_seen, got_fill, got_sink, kinds)
+            for x in (s, tiles, got_score, got_seen, got_fill, got_sink, got_weight, kinds)
         ),
     )
     seen = mask.expand(lengths)
     assert torch.equal(got_seen, seen)
     score = score.float().expand(lengths)
     torch.testing.assert_close(got_score[seen], score[seen], rtol=1e-5, atol=2e-4)
+    factor = torch.as_tensor(factor).float().expand(lengths)
+    torch.testing.assert_close(got_weight, factor, rtol=1e-6, atol=1e-6)
     if spec.fill is not None and "fill" in render(key):
         fill = rest.pop(0).float().expand(lengths)
         if uniform_fill(spec.fill):

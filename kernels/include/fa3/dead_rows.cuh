@@ -75,9 +75,11 @@ struct DeadRows {
     bool alive = false;
     for (int base = 0; base < p.keys; base += kThreads) {
       int kv = base + threadIdx.x;
-      float x = -inf();
+      float x = -inf(), factor = 1.0f;
       if (kv < p.keys) {
         auto col = Variant::col(at, head, kv);
+        if constexpr (Variant::kWeight)
+          factor = weight_of<Variant>(at, head, row, col, q, kv);
         x = Variant::fill(Variant::kUniformFill ? 0.0f : product(kv), at, head, row, col, q, kv);
         if constexpr (!Variant::kFiniteScores) 
           alive = alive || sees<Variant>(at, head, row, col, q, kv);
@@ -86,7 +88,7 @@ struct DeadRows {
       float base_score = raised == -inf() ? 0.0f : raised;
       float alpha = exp2_approx((top - base_score) * kLog2e);
       float weight = exp2_approx((x - base_score) * kLog2e);
-      shared.weights[threadIdx.x] = weight;
+      shared.weights[threadIdx.x] = weight * factor;
       __syncthreads();
       total = total * alpha + weight;
       out *= alpha;
@@ -144,7 +146,7 @@ struct DeadRows {
     for (int i = 0; i < kRows; ++i) {
       if (!(dead[i / 32] >> i % 32 & 1)) continue;
       // A row whose mask holds has its own answer, NaN.
-      if (!known || !Variant::kFiniteScores) value = self.attend(first + i, of_row);
+      if (!known || !Variant::kFiniteScores || Variant::kWeight) value = self.attend(first + i, of_row);
       known = Variant::kUniformFill;
       self.store(first + i, value, of_row);
     }

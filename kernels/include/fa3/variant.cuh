@@ -8,6 +8,7 @@
 // for a softcap of 50, score is tanh(s * 0.125 / 50) and scale 50 * log2(e).
 #pragma once
 #include "fa3/captured.cuh"
+#include "fa3/philox.cuh"
 
 namespace fa3 {
 
@@ -50,6 +51,8 @@ struct PlainVariant {
   static constexpr Dead kDead = Dead::kZero;   // what a row gets that sees no key
   static constexpr bool kBlockMap = false;     // key blocks come from lists built at run time
   static constexpr bool kDenseTile = false;    // a dense (q, kv) input arrives by TMA beside K
+  static constexpr bool kWeight = false;       // weight() is a factor after the softmax
+  static constexpr bool kUniform = false;      // weight() takes uniform(seed(), b, h, q, kv)
 
   FA3_DEVICE static Head head(const At&) { return {}; }
   FA3_DEVICE static Row row(const At&, const auto&, int q) { return {}; }
@@ -70,6 +73,11 @@ struct PlainVariant {
   // A part of the score that is the same for a whole row: weights do not depend on it, LSE does.
   FA3_DEVICE static float shift(const At&, const auto&, const auto&, int q) { return 0.0f; }
   FA3_DEVICE static float sink(const At&, const auto&, const auto&, int q) { return 0.0f; }
+  FA3_DEVICE static int64_t seed(const At&, const auto&) { return 0; }
+  FA3_DEVICE static float weight(const At&, const auto&, const auto&, const auto&, int q, int kv,
+                                 float number) {
+    return 1.0f;
+  }
   // Uniform: fill() is the same for all keys of a row, at least in float32.
   static constexpr bool kUniformFill = false;
   FA3_DEVICE static float fill(float s, const At&, const auto&, const auto&, const auto&, int q,
@@ -92,6 +100,16 @@ FA3_DEVICE bool sees(const typename Variant::At& at, const auto& head, const aut
   if constexpr (Variant::kMask)
     seen = seen && Variant::mask(at, head, row, col, q, kv, 0.0f);
   return seen;
+}
+
+// The factor after the softmax of one element on its own.
+template <class Variant>
+FA3_DEVICE float weight_of(const typename Variant::At& at, const auto& head, const auto& row,
+                           const auto& col, int q, int kv) {
+  float random = 0.0f;
+  if constexpr (Variant::kUniform)
+    random = uniform(Variant::seed(at, head), at.batch, at.head, q, kv);
+  return Variant::weight(at, head, row, col, q, kv, random);
 }
 
 }  // namespace fa3
