@@ -32,7 +32,10 @@ def load(key: Key) -> ModuleType:
     """
     digest = key.digest
     if not cache.valid(KIND, digest):
-        cache.write(KIND, digest, {SOURCE: key.source()})
+        try:
+            cache.write(KIND, digest, {SOURCE: key.source()})
+        except OSError as error:
+            raise KernelBuildError(f"the generated kernel cannot be stored: {error}") from error
     name = f"fa3_triton_{digest}"
     path = cache.folder(KIND, digest) / SOURCE
     spec = importlib.util.spec_from_file_location(name, path)

@@ -7,8 +7,11 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import logging
+import os
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -18,7 +21,10 @@ from fa3_compile.lower import cache
 from fa3_compile.lower.choose import KernelBuildError
 from fa3_compile.spec.attention import AttentionSpec
 
+log = logging.getLogger(__name__)
+
 KIND = "cuda"
+THREADS = 16
 
 OPTIONS = (
     "--std=c++20",
@@ -141,7 +147,8 @@ def headers() -> dict[str, str]:
 
 
 @functools.cache
-def _compiler() -> str:
+def compiler() -> str:
+    """The version of NVRTC."""
     return repr(_nvrtc().nvrtcVersion()[1:])
 
 
@@ -151,26 +158,41 @@ def load(key: Key) -> Built:
 
     Raises BuildError.
     """
-    name = hashlib.sha256(f"{key.digest} {_compiler()}".encode()).hexdigest()[:24]
-    folder = cache.folder(KIND, name)
-    if cache.valid(KIND, name):
-        facts = json.loads((folder / "config.json").read_text())["built"]
-        return Built((folder / "kernel.cubin").read_bytes(), (folder / "log").read_text(), **facts)
+    name = hashlib.sha256(f"{key.digest} {compiler()}".encode()).hexdigest()[:24]
+    if (files := cache.read(KIND, name)) is not None:
+        facts = json.loads(files["config.json"])["built"]
+        return Built(files["kernel.cubin"], files["log"].decode(), **facts)
     source = key.source()
     built = build(source, headers())
     facts = {x: getattr(built, x) for x in ("registers", "spill_bytes", "serialised")}
     config = {"spec": str(key.spec), "config": asdict(key.config), "built": facts}
-    cache.write(
-        KIND,
-        name,
-        {
-            "kernel.cu": source,
-            "kernel.cubin": built.cubin,
-            "log": built.log,
-            "config.json": json.dumps(config, indent=1),
-        },
-    )
+    try:
+        cache.write(
+            KIND,
+            name,
+            {
+                "kernel.cu": source,
+                "kernel.cubin": built.cubin,
+                "log": built.log,
+                "config.json": json.dumps(config, indent=1),
+            },
+        )
+    except OSError as error:
+        log.warning("a kernel could not be cached and is built again next time: %s", error)
     return built
+
+
+def load_all(keys: Sequence[KeyT]) -> dict[KeyT, Built]:
+    """Those that build, compiled side by side: NVRTC does not hold the interpreter's lock."""
+
+    def attempt(key: KeyT) -> Built | None:
+        try:
+            return load(key)
+        except (BuildError, RuntimeError):
+            return None
+
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        return {key: x for key, x in zip(keys, pool.map(attempt, keys)) if x is not None}
 
 
 def load_first(keys: Sequence[KeyT]) -> tuple[KeyT, Built]:

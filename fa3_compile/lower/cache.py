@@ -6,6 +6,7 @@ its manifest holds each file's SHA-256, and an entry that does not match is as g
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -15,6 +16,7 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -26,10 +28,17 @@ except ImportError:  # Windows: a lost race then costs a second build, no more
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+# A writer's folder that is this old was left by one that died.
+LEFTOVER_SECONDS = 3600
 
 
 def root() -> Path:
-    """FA3_CACHE_DIR, or `fa3` under torch's cache directory; made on first use, mode 0700."""
+    """FA3_CACHE_DIR, or `fa3` under torch's cache directory; made on first use, mode 0700.
+
+    A directory of this process alone where that is not ours, or could not be written.
+    """
+    if _elsewhere is not None:
+        return _elsewhere
     if configured := os.environ.get("FA3_CACHE_DIR"):
         return _private(Path(configured).expanduser())
     from torch._inductor.runtime.cache_dir_utils import cache_dir
@@ -41,9 +50,12 @@ def root() -> Path:
 def _private(path: Path) -> Path:
     """The directory, or one of this process alone where it is not ours to write.
 
-    What lies there is executed, so a directory that another user owns or can write is refused.
+    What lies there is executed, so a directory that another user owns, can write, or has put a
+    link in the place of is refused.
     """
     try:
+        if path.is_symlink():
+            raise PermissionError(f"{path} is a symbolic link; name what it points to")
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = path.stat()
         if hasattr(os, "getuid") and status.st_uid != os.getuid():
@@ -54,9 +66,20 @@ def _private(path: Path) -> Path:
             raise PermissionError(f"{path} cannot be written")
         return path
     except OSError as error:
-        own = Path(tempfile.mkdtemp(prefix="fa3-"))
-        log.warning("no kernel cache (%s); using %s. FA3_CACHE_DIR names another", error, own)
-        return own
+        return _own(str(error))
+
+
+@functools.cache
+def _own(why: str) -> Path:
+    """A directory of this process alone, mode 0700."""
+    own = Path(tempfile.mkdtemp(prefix="fa3-"))
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    log.warning("no kernel cache (%s); using %s. FA3_CACHE_DIR names another", why, own)
+    return own
+
+
+# Where entries go once the cache could not be written.
+_elsewhere: Path | None = None
 
 
 def folder(kind: str, key: str) -> Path:
@@ -64,20 +87,44 @@ def folder(kind: str, key: str) -> Path:
     return root() / kind / key
 
 
-def valid(kind: str, key: str) -> bool:
-    """Whether the entry exists and every file is as it was written."""
+def read(kind: str, key: str) -> dict[str, bytes] | None:
+    """The entry's files by name, each as it was written; None where it is missing or damaged."""
     path = folder(kind, key)
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        return bool(manifest) and all(
-            _digest((path / name).read_bytes()) == digest for name, digest in manifest.items()
-        )
-    except (OSError, ValueError, AttributeError, TypeError):
-        return False
+        if path.is_symlink():
+            return None
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        if any(os.path.basename(name) != name for name in manifest):
+            return None
+        files = {name: (path / name).read_bytes() for name in manifest}
+        whole = all(_digest(files[name]) == digest for name, digest in manifest.items())
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        return None
+    return files if files and whole else None
+
+
+def valid(kind: str, key: str) -> bool:
+    """Whether the entry exists and every file is as it was written."""
+    return read(kind, key) is not None
 
 
 def write(kind: str, key: str, files: Mapping[str, str | bytes]) -> Path:
-    """Stores an entry, in place of a damaged one if need be; the folder of the valid entry."""
+    """Stores an entry, in place of a damaged one if need be; the folder of the valid entry.
+
+    Where the disk is full or turned read-only it goes, as all later ones, to a directory of this
+    process alone. OSError where that cannot be written either.
+    """
+    global _elsewhere
+    try:
+        return _write(kind, key, files)
+    except OSError as error:
+        if _elsewhere is not None:
+            raise
+        _elsewhere = _own(str(error))
+        return _write(kind, key, files)
+
+
+def _write(kind: str, key: str, files: Mapping[str, str | bytes]) -> Path:
     path = folder(kind, key)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=path.parent))
@@ -90,17 +137,34 @@ def write(kind: str, key: str, files: Mapping[str, str | bytes]) -> Path:
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
         with lock(kind, key):
             if not valid(kind, key):
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
                 temporary.rename(path)
+                _sweep(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return path
 
 
+def _remove(path: Path) -> None:
+    """Whatever lies in an entry's place; what a link points to stays."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _sweep(path: Path) -> None:
+    """Removes what writers of this entry that died have left beside it."""
+    for leftover in path.parent.glob(f".{path.name}-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
 def update(kind: str, key: str, name: str, content: str) -> None:
     """As `write` for an entry of one file that may change."""
     with lock(kind, f"{key}.update"):
-        shutil.rmtree(folder(kind, key), ignore_errors=True)
+        _remove(folder(kind, key))
         write(kind, key, {name: content})
 
 
