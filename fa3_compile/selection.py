@@ -35,7 +35,7 @@ def problem_of(region: Region) -> Problem:
     device = query.device
     return Problem(
         spec=region.spec,
-        dtype=query.dtype,
+        dtype=region.query.dtype,
         device=device,
         capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
         batch=_hint(layout.total(layout.batch), region),

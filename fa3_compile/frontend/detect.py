@@ -16,7 +16,7 @@ from torch import fx
 
 import fa3_compile.frontend.elements  # noqa: F401  (registers the element rules)
 from fa3_compile.errors import Decline
-from fa3_compile.frontend.dynamo_graph import example_value, is_mutation, overwrite
+from fa3_compile.frontend.dynamo_graph import is_mutation, overwrite
 from fa3_compile.frontend.lift import (
     Index,
     Lifter,
@@ -409,7 +409,7 @@ class _Reader:
                 operand = self._operand(lifter, node, index, inner, varying, casts)
                 found.append(operand)
                 factor *= operand.place.factor
-            value_dtype = example_value(found[2].source).dtype
+            value_dtype = found[2].dtype
             if value_dtype == dtype or not casts:
                 break
         reading.query, reading.key, reading.value = found
@@ -428,6 +428,8 @@ class _Reader:
             varying=varying or set(),
         ):
             if not scaled and place.factor != 1:
+                break
+            if place.cast is not None and (best or deeper):
                 break
             holders = self.shadow.dynamo_of.get(place.node)
             if not holders:

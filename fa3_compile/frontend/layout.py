@@ -127,7 +127,7 @@ def _checked_operands(reading: Reading, skeleton: Skeleton) -> tuple[Operand, Op
     query, key, value = operands
     assert query and key and value
     values = [example_value(x.source) for x in (query, key, value)]
-    dtypes = [v.dtype for v in values]
+    dtypes = [x.dtype for x in operands]
     if len(set(dtypes)) > 1:
         raise Decline(
             "mixed-dtypes",

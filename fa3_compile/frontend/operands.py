@@ -48,11 +48,12 @@ WIDER = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 2, torch.float64: 3
 
 @dataclass
 class Place:
-    """An operand read as `factor * node[index]`."""
+    """An operand read as `factor * node[index]`, the node cast first where `cast` is a dtype."""
 
     node: fx.Node
     index: Index
     factor: Expr = sympy.S.One
+    cast: torch.dtype | None = None
 
 
 @dataclass
@@ -98,14 +99,19 @@ def origins(
     varying: set[sympy.Symbol],
 ) -> Iterator[Place]:
     """The operand's places, nearest first. A scale that varies along `inner` (the contracted
-    axis) or with `varying` (q, kv) ends the walk, as do casts that lose precision."""
+    axis) or with `varying` (q, kv) ends the walk. Behind a cast that loses precision, which
+    autocast makes and no node of the program holds, only movements are followed."""
     place = Place(node, tuple(index))
     while True:
         yield place
         node, index = place.node, place.index
         try:
             if is_movement(node):
-                place = Place(*step_back(node, index, lifter.ranges), place.factor)
+                place = Place(*step_back(node, index, lifter.ranges), place.factor, place.cast)
+            elif place.cast is not None:
+                return
+            elif node.target is aten._to_copy.default and _narrows(node):
+                place = Place(node.args[0], index, place.factor, node.meta["val"].dtype)
             elif node.target is aten._to_copy.default and casts and _widens(node):
                 place = Place(node.args[0], index, place.factor)
             elif scaled := _scale(node, index, lifter, {inner, *varying}):
@@ -122,6 +128,11 @@ def _widens(node: fx.Node) -> bool:
     return (
         source in WIDER and target in WIDER and (source == target or WIDER[source] < WIDER[target])
     )
+
+
+def _narrows(node: fx.Node) -> bool:
+    source, target = node.args[0].meta["val"].dtype, node.meta["val"].dtype
+    return source in WIDER and target in WIDER and WIDER[target] < WIDER[source]
 
 
 def _scale(node: fx.Node, index: Index, lifter: Lifter, varying: set[sympy.Symbol]):

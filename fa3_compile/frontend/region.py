@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import sympy
+import torch
 from torch import fx
 
+from fa3_compile.frontend.dynamo_graph import example_value
 from fa3_compile.frontend.logsumexp import Lse
 from fa3_compile.frontend.operands import Place, View
 from fa3_compile.spec.attention import AttentionSpec
@@ -22,6 +24,11 @@ class Operand:
     since: fx.Node
     place: Place
     view: View | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the attention reads it."""
+        return self.place.cast or example_value(self.source).dtype
 
 
 @dataclass

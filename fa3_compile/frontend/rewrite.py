@@ -244,6 +244,8 @@ class _Emitter:
         """The operand as a tensor whose dimensions are the target's groups of axes."""
         x = operand.source
         view = operand.view
+        if operand.place.cast is not None:
+            x = self.call("to", x, operand.place.cast)
         for dim, shape in reversed(view.splits):
             # Splits are recorded by their place in `parts`; later ones first keeps places valid.
             x = self.call("unflatten", x, _dim_before(view, dim), [self.size(n) for n in shape])
