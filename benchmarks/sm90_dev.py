@@ -3,10 +3,11 @@
     python benchmarks/sm90_dev.py compile [NAME ...]   anywhere: tiles, registers, spills
     python benchmarks/sm90_dev.py check [NAME ...]     on a Hopper GPU: every form against float64
     python benchmarks/sm90_dev.py bench [NAME ...]     on a Hopper GPU: against cuDNN SDPA
-    python benchmarks/sm90_dev.py decode [NAME ...]    on a Hopper GPU: one query row, long caches
     python benchmarks/sm90_dev.py host                 on a Hopper GPU: host time, CUDA graphs
 
 NAME is part of a form's name. Full numbers go to $OUT (default: the current directory).
+benchmarks/sm90_decode.py times few queries against long caches; benchmarks/sm90_checks.py has the
+sanitizer, repetitions and odd sizes.
 """
 
 from __future__ import annotations
@@ -266,95 +267,6 @@ def bench(wanted: list[str]) -> None:
         csv.writer(file).writerows([head, *rows])
 
 
-# ---- few queries ----
-
-CACHES = tuple((b, n) for b in (1, 2, 4, 8, 16, 32) for n in (8192, 16384, 32768, 65536))
-GROUP, KV_HEADS, HEAD_DIM = 8, 8, 128
-
-
-def replayed(function: Callable[[int], object], sets: int, calls: int = 0) -> float:
-    """Milliseconds of a call, of `sets` sets of tensors in turn, in a CUDA graph."""
-    calls = max(calls, sets)
-    for i in range(sets):
-        function(i)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(calls):
-            function(i % sets)
-    times = []
-    for _ in range(7):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / calls)
-    return sorted(times)[len(times) // 2]
-
-
-def copy_bandwidth() -> float:
-    """GB/s of a device-to-device copy, bytes read and written."""
-    a = torch.empty(2**31, dtype=torch.uint8, device="cuda")
-    b = torch.empty_like(a)
-    return 2 * a.numel() / replayed(lambda _: b.copy_(a), 1, 5) / 1e6
-
-
-DECODED = {
-    "full": "score=0.088*s",
-    "static cache": "score=0.088*s, mask=(kv - load(0, 0) <= 0), aux=[int]",
-    "left padding": "score=0.088*s, mask=(load(0, b, kv) != 0), dead=zero, aux=[int]",
-    "softcap": "score=50.0*tanh(0.00176*s)",
-    "window": "score=0.088*s, mask=(kv - q - Skv + Sq <= 0) & (Skv + q - Sq - kv <= 4095)",
-}
-
-
-def decoded(name: str, batch: int, length: int) -> tuple[float, float, float]:
-    """(bytes of keys and values, milliseconds, milliseconds of SDPA) of one query row."""
-    seen = {"static cache": length // 2, "left padding": length // 2, "window": 4096}
-    bytes_ = 4 * batch * KV_HEADS * seen.get(name, length) * HEAD_DIM
-    sets = max(1, -(-4 * 10**8 // bytes_))  # so that nothing is found in L2
-    aux = []
-    if name == "static cache":
-        aux = [torch.tensor([length // 2 - 1], device="cuda")]
-    if name == "left padding":
-        real = torch.arange(length, device="cuda") >= length // 2
-        aux = [real.long().expand(batch, -1).contiguous()]
-    tensors = []
-    for _ in range(sets):
-        q, k, v = (
-            torch.randn(batch, heads, rows, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-            for heads, rows in ((KV_HEADS * GROUP, 1), (KV_HEADS, length), (KV_HEADS, length))
-        )
-        tensors.append((q, k, v))
-    spec = AttentionSpec.parse(f"attention({DECODED[name]})")
-    problem, kernel = problem_of(spec, *tensors[0], aux), CudaSm90()
-    took = replayed(lambda i: kernel.run(problem, *tensors[i], aux, ()), sets, 8)
-    if name != "full":
-        return bytes_, took, 0.0
-    sdpa = partial(torch.nn.functional.scaled_dot_product_attention, enable_gqa=True)
-    return bytes_, took, replayed(lambda i: sdpa(*tensors[i]), sets)
-
-
-def decode(wanted: list[str]) -> None:
-    """GB/s of keys and values, read once, and the share of the copy's bandwidth."""
-    rows = []
-    copied = copy_bandwidth()
-    print(f"copy {copied:.0f} GB/s", flush=True)
-    for name, (batch, length) in itertools.product(DECODED, CACHES):
-        few = batch in (1, 8) and length == 32768
-        if (wanted and name not in wanted) or (name != "full" and not few):
-            continue
-        bytes_, took, sdpa = decoded(name, batch, length)
-        rate = bytes_ / took / 1e6
-        rows.append((name, batch, length, f"{1e3 * took:.1f}", f"{rate:.0f}",
-                     f"{rate / copied:.3f}", f"{1e3 * sdpa:.1f}"))  # fmt: skip
-        print(*rows[-1], flush=True)
-        torch.cuda.empty_cache()
-    with open(OUT / "sm90_decode.csv", "w", newline="") as file:
-        head = ("form", "batch", "keys", "us", "GB/s", "share of copy", "sdpa us")
-        csv.writer(file).writerows([head, *rows])
-
-
 def host() -> None:
     """Microseconds of host time a call, warm; and a call captured in a CUDA graph."""
     import fa3_compile.runtime.op  # noqa: F401
@@ -434,8 +346,6 @@ def main() -> None:
         check_all(wanted)
     elif mode == "bench":
         bench(wanted)
-    elif mode == "decode":
-        decode(wanted)
     elif mode == "host":
         host()
     else:
