@@ -153,6 +153,10 @@ class Printer:
     def absolute(self, x: Text) -> Text:
         raise NotImplementedError
 
+    def relation(self, expr, text: Callable[[E.Expr], Text]) -> Text | None:
+        """A comparison that the language has a text of its own for; `text` prints its parts."""
+        return None
+
     def uniform(self, args: list[Text]) -> Text:
         """A call of the program's own function, of integers (seed, b, h, q, kv)."""
         return Text(f"uniform({', '.join(x.body for x in args)})", "float")
@@ -331,6 +335,8 @@ class Session:
         return sorted(self.texts(exprs), key=lambda x: x.body)
 
     def _Relational(self, expr) -> Text:
+        if (whole := self.to.relation(expr, self.text)) is not None:
+            return whole
         sign = _SIGNS[type(expr)]
         bools = [x for x in self.texts(expr.args) if x.kind == "bool"]
         if bools and sign in ("==", "!=") and sympy.S.Zero in expr.args:

@@ -15,7 +15,7 @@ import sympy
 
 from fa3_compile import resources
 from fa3_compile.lower import hoist
-from fa3_compile.lower.printer import Env, Session, Text
+from fa3_compile.lower.printer import LOW, Env, Session, Text
 from fa3_compile.lower.printer_triton import TritonPrinter
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
@@ -156,6 +156,21 @@ class _Printer(TritonPrinter):
         self.fast_tanh = fast_tanh
         if fast_tanh:
             self.FUNCTIONS = {**TritonPrinter.FUNCTIONS, "tanh": "fast_tanh"}
+
+    def relation(self, expr, text) -> Text | None:
+        """`uniform(seed, b, h, q, kv) < p` of a whole tile, four keys from each Philox call."""
+        drawn, p = expr.args
+        if not isinstance(expr, (sympy.StrictLessThan, sympy.GreaterThan)):
+            return None
+        if not isinstance(drawn, E.uniform) or drawn.args[1:] != E.COORDINATES:
+            return None
+        steps = float(p) * 2**24 if p.is_number else -1.0
+        if not 0 < steps < 2**24 or steps % 1:
+            return None
+        seed = self.to_int(text(drawn.args[0])).body
+        limit = int(steps) << 8
+        drop = f"dropped({seed}, b, h, q, kv_start, {limit}, BLOCK_KV)"
+        return Text(drop if isinstance(expr, sympy.StrictLessThan) else f"{drop} == 0", "bool", LOW)
 
     def rewrite(self, expr):
         if not self.fast_tanh:
