@@ -1,13 +1,15 @@
-"""Functions out of simpler ones, for languages that lack them or have them dearer."""
+"""Functions out of simpler ones, for languages that lack them or have them dearer; literals."""
 
 from __future__ import annotations
 
 import math
+import struct
 
 import sympy
 
 from fa3_compile.spec import expr as E
 
+FLOAT32_MAX = 3.4028234663852886e38
 MINUS_2_LOG2_E = sympy.Float(-2 / math.log(2))
 
 
@@ -39,3 +41,13 @@ def atan_by_polynomial(x):
         out = out * z**2 + coefficient
     folded = E.where(size > 1, math.pi / 2, 0.0) + E.where(size > 1, -1.0, 1.0) * z * out
     return E.where(x < 0, -1.0, 1.0) * folded
+
+
+def float32(value: float) -> float:
+    """The value as a literal: within float32's range as it is, beyond it an infinity."""
+    if abs(value) <= FLOAT32_MAX:
+        return value
+    try:
+        return struct.unpack("f", struct.pack("f", value))[0]
+    except OverflowError:
+        return math.copysign(math.inf, value)

@@ -14,8 +14,6 @@ as in Python everywhere.
 
 from __future__ import annotations
 
-import math
-import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +25,6 @@ from fa3_compile.spec import expr as E
 # Binding strength of a printed piece; an operand weaker than its operator gets parentheses.
 LOW, ADD, MUL, ATOM = range(4)
 
-FLOAT32_MAX = 3.4028234663852886e38
 OPERATORS = {"and": " & ", "or": " | "}  # of torch and Triton
 LARGEST_PRODUCT = 16  # integer powers up to here are written as products
 
@@ -154,11 +151,10 @@ class Printer:
         raise NotImplementedError
 
     def relation(self, expr, text: Callable[[E.Expr], Text]) -> Text | None:
-        """A comparison that the language has a text of its own for; `text` prints its parts."""
-        return None
+        """A comparison's own text, where the language has one; `text` prints its parts."""
 
     def uniform(self, args: list[Text]) -> Text:
-        """A call of the program's own function, of integers (seed, b, h, q, kv)."""
+        """The program's own function of integers (seed, b, h, q, kv)."""
         return Text(f"uniform({', '.join(x.body for x in args)})", "float")
 
 
@@ -389,16 +385,6 @@ def shared_parts(exprs: Sequence[sympy.Basic]) -> list[sympy.Basic]:
     for expr in exprs:
         visit(expr)
     return [x for x in order if count[x] > 1]
-
-
-def float32(value: float) -> float:
-    """The value as a literal: within float32's range as it is, beyond it an infinity."""
-    if abs(value) <= FLOAT32_MAX:
-        return value
-    try:
-        return struct.unpack("f", struct.pack("f", value))[0]
-    except OverflowError:
-        return math.copysign(math.inf, value)
 
 
 def python_mod(a: Text, b: Text) -> str:

@@ -6,7 +6,7 @@ import math
 
 import sympy
 
-from fa3_compile.lower.formulas import tanh_by_exp2
+from fa3_compile.lower.formulas import float32, tanh_by_exp2
 from fa3_compile.lower.printer import (
     ADD,
     ATOM,
@@ -14,7 +14,6 @@ from fa3_compile.lower.printer import (
     MUL,
     Printer,
     Text,
-    float32,
     python_mod,
 )
 

@@ -6,7 +6,7 @@ import math
 
 import sympy
 
-from fa3_compile.lower.formulas import atan_by_polynomial, round_by_floor, tanh_by_exp2
+from fa3_compile.lower.formulas import atan_by_polynomial, float32, round_by_floor, tanh_by_exp2
 from fa3_compile.lower.printer import (
     ADD,
     ATOM,
@@ -15,7 +15,6 @@ from fa3_compile.lower.printer import (
     OPERATORS,
     Printer,
     Text,
-    float32,
     python_mod,
 )
 from fa3_compile.spec import expr as E

@@ -167,7 +167,7 @@ class _Printer(TritonPrinter):
         steps = float(p) * 2**24 if p.is_number else -1.0
         if not 0 < steps < 2**24 or steps % 1:
             return None
-        seed = self.to_int(text(drawn.args[0])).body
+        seed = self.to_int(text(drawn.args[0])).body  # pyright: ignore[reportArgumentType]
         limit = int(steps) << 8
         drop = f"dropped({seed}, b, h, q, kv_start, {limit}, BLOCK_KV)"
         return Text(drop if isinstance(expr, sympy.StrictLessThan) else f"{drop} == 0", "bool", LOW)
