@@ -119,11 +119,23 @@ def candidates(
                 block_m,
                 block_n,
                 longest_first=masked and not split,
-                ping_pong=max(dim_qk, dim_v) <= 192,
                 split=split,
             )
         )
     return tuple(x for x in configs if x.fits(dim_qk, dim_v, dense_tile))
+
+
+def variations(config: Sm90Config, dim_qk: int, dim_v: int, dense: bool) -> list[Sm90Config]:
+    """Every tile that fits and differs from `config` in size, stages or ping-pong."""
+    few = config.block_m == 64
+    found = [
+        replace(config, block_m=block_m, block_n=block_n, stages=stages, ping_pong=ping_pong)
+        for block_m in ((64,) if few else (192, 128))
+        for block_n in range(176, 0, -16)
+        for stages in (range(LARGEST_STAGES, 1, -1) if few else (2,))
+        for ping_pong in ((False,) if few else (True, False))
+    ]
+    return [x for x in found if x != config and x.fits(dim_qk, dim_v, dense)]
 
 
 def _few_queries(dim_qk: int, dim_v: int, dense_tile: bool, packed: bool) -> list[Sm90Config]:

@@ -41,6 +41,10 @@ struct ForwardConsumer : ForwardBlock<Config, Variant> {
     if (lane == 0) mbarrier_arrive(this->barrier(which));
   }
 
+  FA3_DEVICE void wait_q() const {
+    mbarrier_wait(this->barrier(Base::kQFull + q.stage()), q.parity());
+  }
+
   FA3_DEVICE void wait_k() const {
     mbarrier_wait(this->barrier(Base::kKFull + k.stage()), k.parity());
   }
@@ -280,15 +284,17 @@ struct ForwardConsumer : ForwardBlock<Config, Variant> {
   }
 
   // First block of a tile. The last values of the tile `previous`, if any, are still to be added:
-  // they go first, and that tile is stored while the scores of this one run.
+  // they go first, under them this tile's queries may still arrive, and the previous tile is stored
+  // while the scores of this one run.
   FA3_DEVICE void begin(const Terms& t, const TileCoord& previous, int block, bool last) {
     Scores s;
     float alpha[2];
-    wait_k();
     if (previous.query_block >= 0) {
       wait_v();
       Turns::wait(warpgroup);
       issue_values();
+      wait_q();
+      wait_k();
       issue_scores(s);
       Turns::pass(warpgroup);
       wgmma_wait<1>();
@@ -296,6 +302,8 @@ struct ForwardConsumer : ForwardBlock<Config, Variant> {
       release_v();
       store(previous);
     } else {
+      wait_q();
+      wait_k();
       Turns::wait(warpgroup);
       issue_scores(s);
       Turns::pass(warpgroup);
@@ -377,10 +385,10 @@ struct ForwardConsumer : ForwardBlock<Config, Variant> {
   FA3_DEVICE void attend(const TileCoord& tile, const BlockSequence& seq, TileCoord& previous) {
     BlockSequence own = own_sequence(tile, seq);
     Terms t = this->terms(tile, first_row(), lane);
-    mbarrier_wait(this->barrier(Base::kQFull + q.stage()), q.parity());
     int before = 0;
     if constexpr (kOwnBlocks) {
       before = own.count > 0 ? seq.first - own.first : seq.count;
+      if (before > 0) wait_q();  // the last block lets go of the queries, looked at or not
       // Values of the previous tile may hold a stage only while the producer can go on without.
       if (previous.query_block >= 0 && before > kStages) {
         finish(previous);
