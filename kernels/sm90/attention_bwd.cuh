@@ -80,7 +80,9 @@ struct AttentionBackward {
   static constexpr int kAtQ = kAtV + VTile::kBytes;
   static constexpr int kAtO = kAtQ + kStages * QTile::kBytes;
   static constexpr int kAtScores = kAtO + kStages * OTile::kBytes;
-  static constexpr int kAtRows = kAtScores + kScoreBytes;
+  static constexpr bool kBulkAdd = false;
+  static constexpr int kAtSums = kAtScores + kScoreBytes;
+  static constexpr int kAtRows = kAtSums + (kBulkAdd ? Config::kSumFloats * 4 : 0);
   static constexpr int kAtBarriers = kAtRows + kStages * kRowBytes;
   enum Barrier {
     kFull, kEmpty = kFull + kStages,
@@ -93,6 +95,9 @@ struct AttentionBackward {
   static constexpr int kSharedBytes = kAtTiles + 32 + 1024;  // and room to align the base
   static constexpr int kSharedLimit = 232448;
   static_assert(kSharedBytes <= kSharedLimit, "the tile needs more shared memory than there is");
+
+  // Row terms of dS are loaded under dP where there are registers for them.
+  static constexpr bool kEarlyRows = kM == 64;
 
   const Params& p;
   uint32_t shared;
@@ -252,15 +257,26 @@ struct AttentionBackward {
     wgmma_commit();
   }
 
+  // Each lane's share of a row term of the stage's queries, in the order of accumulator columns.
+  using RowValues = float[kM / 4];
+  FA3_DEVICE uint32_t row_address(const Consumer& c, int term) const {
+    return shared + kAtRows + c.at.stage() * kRowBytes + 4 * kM * term + 16 * (c.lane % 4);
+  }
+  FA3_DEVICE void load_rows(const Consumer& c, int term, RowValues& x) const {
+#pragma unroll
+    for (int i = 0; i < kM / 16; ++i) load_shared(x + 4 * i, row_address(c, term) + 64 * i);
+  }
+
   // P^T of one query block in place of S^T; and, where the derivative is not constant, dS^T in
   // place of dP^T.
   template <bool Masked>
   FA3_DEVICE void weigh(const Consumer& c, const TileTerms& t, float (&s)[kM / 2],
-                        float (&dp)[kM / 2], int block) const {
+                        float (&dp)[kM / 2], const RowValues& lse, int block) const {
     constexpr bool clamped = Masked || Variant::kScore;
-    int column = 2 * (c.lane % 4);
-    uint32_t rows = shared + kAtRows + c.at.stage() * kRowBytes + 4 * column;
-    int q0 = block * kM + column;
+    int q0 = block * kM + 2 * (c.lane % 4);
+    RowValues delta, norm;
+    if constexpr (Variant::kDerivative) load_rows(c, 1, delta);
+    if constexpr (Variant::kWideScores) load_rows(c, 2, norm);
     float base[2] = {0.0f, 0.0f};
     if constexpr (Variant::kAffine) {
 #pragma unroll
@@ -268,15 +284,12 @@ struct AttentionBackward {
     }
 #pragma unroll
     for (int j = 0; j < kM / 8; ++j) {
-      float2 lse = load_shared(rows + 32 * j), delta, norm;
-      if constexpr (Variant::kWideScores) norm = load_shared(rows + 8 * kM + 32 * j);
-      if constexpr (Variant::kDerivative) delta = load_shared(rows + 4 * kM + 32 * j);
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         int q = q0 + 8 * j + e;
         if constexpr (clamped) q = min(q, p.queries - 1);
         auto row = Variant::row(t.at, t.head, q);
-        float offset = e == 0 ? lse.x : lse.y;
+        float offset = lse[2 * j + e];
         if constexpr (Variant::kAffine)
           offset = fmaf(t.slope * t.scale, static_cast<float>(8 * j + e), offset);
 #pragma unroll
@@ -291,7 +304,7 @@ struct AttentionBackward {
           if constexpr (Variant::kAffine) x += base[r];
           float exponent = fmaf(x, t.scale, -offset);
           if constexpr (Variant::kWideScores)
-            exponent = fmaf(x - offset, t.scale, e == 0 ? -norm.x : -norm.y);
+            exponent = fmaf(x - offset, t.scale, -norm[2 * j + e]);
           float weight = exp2_approx(exponent);
           if constexpr (Masked) {
             bool seen = t.inside[r];
@@ -305,7 +318,7 @@ struct AttentionBackward {
           }
           s[i] = weight;
           if constexpr (Variant::kDerivative) {
-            float ds = weight * (dp[i] - (e == 0 ? delta.x : delta.y)) * d;
+            float ds = weight * (dp[i] - delta[2 * j + e]) * d;
             if constexpr (Masked) ds = weight == 0.0f ? 0.0f : ds;
             dp[i] = ds;
           }
@@ -316,16 +329,16 @@ struct AttentionBackward {
 
   // dS^T in place of dP^T, from P^T.
   FA3_DEVICE void differentiate(const Consumer& c, const float (&weights)[kM / 2],
-                                float (&dp)[kM / 2]) const {
-    uint32_t rows = shared + kAtRows + c.at.stage() * kRowBytes + 8 * (c.lane % 4) + 4 * kM;
+                                float (&dp)[kM / 2], const RowValues& delta) const {
 #pragma unroll
-    for (int j = 0; j < kM / 8; ++j) {
-      float2 delta = load_shared(rows + 32 * j);
+    for (int i = 0; i < kM / 16; ++i) {
+      float own[4];
+      if constexpr (!kEarlyRows) load_shared(own, row_address(c, 1) + 64 * i);
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        int i = 4 * j + 2 * r;
-        dp[i] = weights[i] * (dp[i] - delta.x);
-        dp[i + 1] = weights[i + 1] * (dp[i + 1] - delta.y);
+      for (int j = 0; j < 8; ++j) {
+        int column = j / 4 * 2 + j % 2;
+        float& x = dp[8 * i + j];
+        x = weights[8 * i + j] * (x - (kEarlyRows ? delta[4 * i + column] : own[column]));
       }
     }
   }
@@ -354,14 +367,27 @@ struct AttentionBackward {
   FA3_DEVICE void add_dq(const Consumer& c, const float (&dq)[Config::kSumColumns / 2],
                          int block) const {
     constexpr int count = Config::kSumColumns / 2;
-    float* to = p.dq_sums + static_cast<int64_t>(block) * Config::kSumFloats + c.warpgroup * count * 128 +
-                threadIdx.x % 128 * 4;
+    int warp = threadIdx.x / 32 - 4;
+    float* to = p.dq_sums + static_cast<int64_t>(block) * Config::kSumFloats + warp * count * 32;
+    if constexpr (kBulkAdd) {
+      uint32_t from = shared + kAtSums + warp * count * 128;
+      if (c.lane == 0) bulk_wait_read();
+      __syncwarp();
 #pragma unroll
-    for (int j = 0; j < count / 4; ++j) {
-      if (Config::kSplitColumns && Config::kDimQK < 128 &&
-          8 * j >= Config::kDimQK - 64 * c.warpgroup)
-        continue;
-      add_global(to + j * 512, dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
+      for (int j = 0; j < count / 4; ++j)
+        store_shared(from + j * 512 + c.lane * 16, dq[4 * j], dq[4 * j + 1], dq[4 * j + 2],
+                     dq[4 * j + 3]);
+      fence_proxy_async();
+      __syncwarp();
+      if (c.lane == 0) {
+        bulk_add(to, from, count * 128);
+        bulk_commit();
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < count / 4; ++j)
+        add_global(to + j * 128 + c.lane * 4, dq[4 * j], dq[4 * j + 1], dq[4 * j + 2],
+                   dq[4 * j + 3]);
     }
   }
 
@@ -380,17 +406,19 @@ struct AttentionBackward {
   // P^T, packed too, in place of the scores, and dP^T. Nothing is left running: ptxas wants that at
   // the end of a loop's body.
   FA3_DEVICE void prepare(Consumer& c, const TileTerms& t, float (&s)[kM / 2], float (&dp)[kM / 2],
-                          uint32_t (&weights)[kM / 4], int block, bool masked) const {
+                          uint32_t (&weights)[kM / 4], const RowValues& lse, RowValues& delta,
+                          int block, bool masked) const {
     wgmma_pin(s);
     issue_dp(c, dp);
     if constexpr (Variant::kDerivative) {
       wgmma_wait<0>();
       wgmma_pin(dp);
     }
-    if (masked) weigh<true>(c, t, s, dp, block);
-    else weigh<false>(c, t, s, dp, block);
+    if (masked) weigh<true>(c, t, s, dp, lse, block);
+    else weigh<false>(c, t, s, dp, lse, block);
     pack_all(weights, s);
     if constexpr (!Variant::kDerivative) {
+      if constexpr (kEarlyRows) load_rows(c, 1, delta);
       wgmma_wait<0>();
       wgmma_pin(dp);
     }
@@ -404,6 +432,7 @@ struct AttentionBackward {
     float s[kM / 2], dp[kM / 2];
     float dk[Config::kDimQK / 2], dv[Config::kDimV / 2];
     uint32_t weights[kM / 4];
+    RowValues lse, delta;
 #pragma unroll
     for (int i = 0; i < Config::kDimQK / 2; ++i) dk[i] = 0.0f;
 #pragma unroll
@@ -411,14 +440,15 @@ struct AttentionBackward {
     mbarrier_wait(barrier(kKVFull), c.kv.parity());
     wait_full(c);
     issue_scores(c, s);
+    load_rows(c, 0, lse);
     wgmma_wait<0>();
     float dq[Config::kSumColumns / 2];
     for (;;) {
       uint32_t ds[kM / 4];
-      prepare(c, t, s, dp, weights, block, seq.masked(block));
+      prepare(c, t, s, dp, weights, lse, delta, block, seq.masked(block));
       if constexpr (Config::kEarlyValues)
         issue_outer<OTile, Config::kDimV>(dv, weights, o_tile(c));
-      if constexpr (!Variant::kDerivative) differentiate(c, s, dp);
+      if constexpr (!Variant::kDerivative) differentiate(c, s, dp, delta);
       pack_all(ds, dp);
       if constexpr (!Config::kEarlyValues)
         issue_outer<OTile, Config::kDimV>(dv, weights, o_tile(c));
@@ -440,6 +470,7 @@ struct AttentionBackward {
       if (--left == 0) break;
       wait_full(c);
       issue_scores(c, s);
+      load_rows(c, 0, lse);
       add_dq(c, dq, sums + block);
       wgmma_wait<0>();
       if (block++ == last) {
@@ -519,6 +550,7 @@ struct AttentionBackward {
       if (seq.count > 0) attend(c, tile, seq);
       else store_zeros(c, tile);
     }
+    if (kBulkAdd && c.lane == 0) bulk_wait();
   }
 
   FA3_DEVICE static void run(const Params& p) {

@@ -32,6 +32,12 @@ struct RowTermsParams {
 template <class Variant>
 constexpr int kRowTerms = Variant::kWideScores ? 3 : 2;
 
+// Where the term of a row stands within its block: the four that a lane of the main kernel needs of
+// 16 rows (an accumulator's columns) side by side.
+FA3_DEVICE int row_slot(int row) {
+  return row / 16 * 16 + row % 8 / 2 * 4 + row / 8 % 2 * 2 + row % 2;
+}
+
 template <class Config, class Variant>
 struct RowTerms {
   using Dtype = typename Config::Dtype;
@@ -82,8 +88,8 @@ struct RowTerms {
           lse -= Variant::shift(at, own, Variant::row(at, own, q), q);
         if constexpr (!Variant::kWideScores) lse *= kLog2e;
       }
-      rows[inside] = lse;
-      rows[kM + inside] = sum;
+      rows[row_slot(inside)] = lse;
+      rows[kM + row_slot(inside)] = sum;
     }
     if constexpr (Variant::kWideScores || Variant::kFindDead) {
       for (int inside = threadIdx.x / 32; inside < kM; inside += kThreads / 32) {
@@ -94,7 +100,7 @@ struct RowTerms {
           if constexpr (Variant::kWideScores) norm = weight_of(at, q, p.lse[row]);
           if constexpr (Variant::kFindDead) p.dead[row] = !sees_any(at, q);
         }
-        if (Variant::kWideScores && threadIdx.x % 32 == 0) rows[2 * kM + inside] = norm;
+        if (Variant::kWideScores && threadIdx.x % 32 == 0) rows[2 * kM + row_slot(inside)] = norm;
       }
     }
   }
@@ -155,18 +161,17 @@ struct QueryGradient {
   FA3_DEVICE static void run(const QueryGradientParams& p) {
     int head = blockIdx.y, batch = blockIdx.z;
     int64_t block = (static_cast<int64_t>(batch) * p.heads + head) * gridDim.x + blockIdx.x;
-    int part = threadIdx.x / 128, thread = threadIdx.x % 128;
+    int part = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     constexpr int count = Config::kSumColumns / 2;
     const float4* sums = reinterpret_cast<const float4*>(p.dq_sums + block * Config::kSumFloats) +
-                         part * count * 32 + thread;
+                         warp * count * 8 + lane;
     float x[count];
 #pragma unroll
     for (int j = 0; j < count / 4; ++j) {
-      float4 y = __ldcs(sums + j * 128);
+      float4 y = __ldcs(sums + j * 32);
       x[4 * j] = y.x, x[4 * j + 1] = y.y, x[4 * j + 2] = y.z, x[4 * j + 3] = y.w;
     }
-    int q0 = blockIdx.x * Config::kBlockM + Config::sum_row(part) + thread / 32 * 16 +
-             thread % 32 / 4;
+    int q0 = blockIdx.x * Config::kBlockM + Config::sum_row(part) + warp % 4 * 16 + lane / 4;
     int column = Config::sum_column(part);
     int columns = Config::kDimQK - column;  // that are left for this part
 #pragma unroll

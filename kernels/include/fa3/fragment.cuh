@@ -50,10 +50,15 @@ FA3_DEVICE void store_row(const float (&x)[N], int r, float factor, bool inside,
   }
 }
 
-FA3_DEVICE float2 load_shared(uint32_t from) {
-  float2 x;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(from));
-  return x;
+FA3_DEVICE void load_shared(float* x, uint32_t from) {
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
+               : "r"(from));
+}
+
+FA3_DEVICE void store_shared(uint32_t to, float a, float b, float c, float d) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(a), "f"(b), "f"(c), "f"(d)
+               : "memory");
 }
 
 // Four 8x8 tiles of packed accumulators; lane l says where row l % 8 of tile l / 8 goes.

@@ -37,4 +37,19 @@ FA3_DEVICE void bulk_load(uint32_t dst, const void* from, int bytes, uint32_t ba
       : "memory");
 }
 
+// Adds contiguous floats of shared memory to global ones; part of this thread's bulk group.
+FA3_DEVICE void bulk_add(float* to, uint32_t from, int bytes) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+      "r"(from), "r"(bytes)
+      : "memory");
+}
+FA3_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Until the shared memory that this thread's groups read may be written again.
+FA3_DEVICE void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+// Until what this thread's groups write is written.
+FA3_DEVICE void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
 }  // namespace fa3
