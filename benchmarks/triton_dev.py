@@ -32,7 +32,7 @@ os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache")
 import torch
 from torch import Tensor
 
-from fa3_compile.lower import tune
+from fa3_compile.lower import tune_forward
 from fa3_compile.lower.choose import KernelBuildError, Problem
 from fa3_compile.lower.config import TritonConfig
 from fa3_compile.lower.kernels import triton_forward
@@ -209,7 +209,7 @@ def check(case: Case) -> dict:
 
 def configs_for(case: Case) -> list[TritonConfig]:
     """Candidates to time, by head dim, and the shipped one."""
-    table = tune.table_config(case.problem())
+    table = tune_forward.table_config(case.problem())
     return [table, *(x for x in _listed(case) if x != table)]
 
 
@@ -322,7 +322,7 @@ def cudnn_runner(case: Case, q, k, v) -> Runner:
 
 def our_runners(case: Case, q, k, v, aux, built, failures: list[str]) -> list[Runner]:
     problem, runners = case.problem(), []
-    table = tune.table_config(problem)
+    table = tune_forward.table_config(problem)
     for config in [x for x in configs_for(case) if x in built]:
         try:
             bound = triton_forward.bind_config(problem, config, q, k, v, aux, [])

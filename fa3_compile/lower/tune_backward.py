@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from fa3_compile.lower.choose import Problem
 from fa3_compile.lower.config import TritonConfig, bits, head_class, nearest_arch
 from fa3_compile.lower.hoist import ELEMENT, level
-from fa3_compile.lower.tune import ROW
+from fa3_compile.lower.tune_forward import ROW
 from fa3_compile.spec.expr import loads_in
 
 C = TritonConfig

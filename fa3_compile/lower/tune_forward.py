@@ -1,31 +1,17 @@
-"""Which TritonConfig an attention runs with: a shipped table, or measured on the device.
-
-"none" takes the table's; "quick" measures it against the most promising others, "full" against
-all that fit. Measured choices are kept on disk, per spec, shape bucket and device.
-"""
+"""The shipped tile configurations of the Triton forward kernel, and others worth measuring."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
-import logging
-import sys
-from collections.abc import Callable
 from dataclasses import asdict
 
-import torch
-
-from fa3_compile.lower import cache
 from fa3_compile.lower.choose import Problem
 from fa3_compile.lower.config import TritonConfig, bits, head_class, nearest_arch
 from fa3_compile.lower.hoist import arrange
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.expr import S
 
-log = logging.getLogger(__name__)
-
-KIND = "tuned"
+# Beside the table's choice.
 QUICK = 4
 
 # (arch, head class) -> the tile of a plain score without a mask, and of any other, for 16 bits.
@@ -94,8 +80,8 @@ def _candidates(capability: tuple[int, int], item: int) -> tuple[TritonConfig, .
     )
 
 
-def candidates(problem: Problem, effort: str) -> list[TritonConfig]:
-    """What "quick" or "full" measures, the table's choice first."""
+def candidates(problem: Problem) -> list[TritonConfig]:
+    """What `autotune` measures, the table's choice first."""
     capability = problem.capability or (8, 0)
     first = table_config(problem)
     fitting = [
@@ -103,70 +89,10 @@ def candidates(problem: Problem, effort: str) -> list[TritonConfig]:
         for x in _candidates(capability, problem.dtype.itemsize)
         if x != first and x.fits(problem, capability) and x.block_q <= max(16, 2 * problem.q_len)
     ]
-    if effort == "quick":
+    if problem.autotune == "quick":
         # Neighbours of the table's choice: one thing changed, or the tensor descriptors added.
         def distance(x: TritonConfig) -> int:
             return sum(a != b for a, b in zip(asdict(x).values(), asdict(first).values()))
 
         fitting = sorted(fitting, key=distance)[:QUICK]
     return [first, *fitting]
-
-
-def tuned_config(
-    problem: Problem, effort: str, measure: Callable[[TritonConfig], float]
-) -> TritonConfig:
-    """The fastest candidate; `measure` gives seconds, or infinity where one does not build."""
-    key = _key(problem, effort)
-    if (stored := _stored(key)) is not None:
-        return stored
-    times: dict[TritonConfig, float] = {}
-    for config in candidates(problem, effort):
-        times[config] = measure(config)
-        _progress(f"fa3: tuning {len(times)} {config}: {times[config] * 1e3:.3f} ms")
-    _progress("")
-    best = min(times, key=lambda x: times[x])
-    cache.update(KIND, key, "config.json", json.dumps(asdict(best), indent=1))
-    log.info("tuned %s: %s", problem.spec, best)
-    return best
-
-
-def bucket(length: int) -> int:
-    """Lengths are tuned by powers of two."""
-    return 1 << max(length - 1, 0).bit_length()
-
-
-def _key(problem: Problem, effort: str) -> str:
-    device = "none"
-    if problem.device.type == "cuda":
-        device = torch.cuda.get_device_name(problem.device)
-    shape = (problem.dim, problem.v_dim, bucket(problem.q_len), bucket(problem.kv_len))
-    heads = (bucket(problem.batch * problem.heads), problem.group)
-    # Neither Triton nor the table of an older release speaks for this one.
-    import triton
-
-    fields = (str(problem.spec), str(problem.dtype), shape, heads, device, triton.__version__)
-    return hashlib.sha256(repr((fields, effort, _sources())).encode()).hexdigest()[:24]
-
-
-def _sources() -> str:
-    from fa3_compile.lower.render_forward import ForwardKey
-
-    return ForwardKey(AttentionSpec(), 64, 64).digest
-
-
-def _stored(key: str) -> TritonConfig | None:
-    if not cache.valid(KIND, key):
-        return None
-    try:
-        return TritonConfig(**json.loads((cache.folder(KIND, key) / "config.json").read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-def _progress(line: str) -> None:
-    """One line that rewrites itself, on a terminal and in one process only."""
-    import torch.distributed as dist
-
-    alone = not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
-    if alone and sys.stderr.isatty():
-        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)

@@ -18,7 +18,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from fa3_compile.lower import build, tune  # noqa: E402
+from fa3_compile.lower import build, tune_forward  # noqa: E402
 from fa3_compile.lower.choose import Problem  # noqa: E402
 from fa3_compile.lower.config import SHARED_MEMORY, TritonConfig  # noqa: E402
 from fa3_compile.lower.kernels.triton_forward import TritonForward, _render_key  # noqa: E402
@@ -110,7 +110,7 @@ def spilled_bytes(kernel, arch: int, folder: Path) -> int:
 
 
 def check(asked: Problem, arch: int, folder: Path):
-    config = tune.table_config(asked)
+    config = tune_forward.table_config(asked)
     assert config.fits(asked, divmod(arch, 10)), config
     kernel = compiled(asked, config)
     assert spilled_bytes(kernel, arch, folder) == 0, config

@@ -11,15 +11,16 @@ import functools
 import logging
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor
 
+from fa3_compile.lower import tune
 from fa3_compile.lower.bound import BindingKernel
-from fa3_compile.lower.build_nvrtc import load_first, missing
+from fa3_compile.lower.build_nvrtc import Built, compiler, load_all, load_first, missing
 from fa3_compile.lower.choose import Gradients, KernelBuildError, Problem, register
 from fa3_compile.lower.config_sm90 import (
     Packing,
@@ -27,6 +28,7 @@ from fa3_compile.lower.config_sm90 import (
     candidates,
     packing,
     split_count,
+    variations,
 )
 from fa3_compile.lower.launch_cuda import (
     MAP_BYTES,
@@ -96,8 +98,6 @@ class CudaSm90(BindingKernel):
                 return f"captured tensor {i} is {dtype}"
         if problem.batch > LARGEST_GRID or problem.heads > LARGEST_GRID:
             return f"it takes up to {LARGEST_GRID} heads and batches"
-        if problem.spec.weight is not None:
-            return "it has no factor on the weights after the softmax (dropout)"
         return missing() or _unprintable(problem.spec)
 
     def prepare(self, problem: Problem) -> None:
@@ -200,29 +200,51 @@ def _tile_candidate(spec: AttentionSpec) -> E.load | None:
     return found[0] if axes == ordered and len(set(axes)) == len(axes) else None
 
 
-def _keys(problem: Problem, layout: Layout) -> list[CudaKey]:
-    spec = problem.spec
+@functools.lru_cache(maxsize=1024)
+def _is_plain(spec: AttentionSpec) -> bool:
+    """Whether the score is linear in s, and no element is asked for its mask or its weight."""
     plain = arrange(spec.score).x == E.S and not map_kind(spec)
     plain = plain and mask_parts(named_mask(spec)).element == sympy.true
+    return plain and spec.weight is None
+
+
+@functools.lru_cache(maxsize=1024)
+def _mask_axes(spec: AttentionSpec) -> tuple[bool, bool]:
+    """Whether the mask differs between batches, and between heads."""
+    symbols = spec.mask.free_symbols
+    return E.B in symbols, E.H in symbols
+
+
+def _keys(problem: Problem, layout: Layout) -> list[CudaKey]:
+    """What to build, the best first."""
+    spec = problem.spec
     # A packed tile walks the key blocks of all of its heads.
-    group = problem.group if E.H not in spec.mask.free_symbols else 1
+    group = 1 if _mask_axes(spec)[1] else problem.group
     keys = []
     for tile in dict.fromkeys((layout.tile, None)):
         choose = functools.partial(
-            candidates, problem.dim, problem.v_dim, problem.q_len, spec.has_mask, plain,
+            candidates, problem.dim, problem.v_dim, problem.q_len, spec.has_mask, _is_plain(spec),
             tile is not None, group,
         )  # fmt: skip
         configs = choose()
         if configs and not configs[0].split and _splits(problem, configs[0]) > 1:
             configs = choose(split=True)
-        keys += [
-            CudaKey(
-                spec, DTYPES[problem.dtype], problem.dim, problem.v_dim, config, layout.elements,
-                layout.unit, tile,
-            )
-            for config in configs
-        ]  # fmt: skip
+        keys += _keys_of(spec, problem.dtype, problem.dim, problem.v_dim, configs, layout, tile)
     return keys
+
+
+@functools.lru_cache(maxsize=1024)
+def _keys_of(
+    spec: AttentionSpec,
+    dtype: torch.dtype,
+    dim: int,
+    v_dim: int,
+    configs: tuple[Sm90Config, ...],
+    layout: Layout,
+    tile: int | None,
+) -> tuple[CudaKey, ...]:
+    rest = (layout.elements, layout.unit, tile)
+    return tuple(CudaKey(spec, DTYPES[dtype], dim, v_dim, x, *rest) for x in configs)
 
 
 def _splits(problem: Problem, config: Sm90Config) -> int:
@@ -309,13 +331,38 @@ def bind(problem: Problem, q, k, v, aux, sizes, key: CudaKey | None = None) -> B
     Raises KernelBuildError.
     """
     spec = problem.spec
-    keys = _keys(problem, _layout(spec, aux)) if key is None else [key]
+    if key is None:
+        keys = _keys(problem, _layout(spec, aux))
+        if tune.effort(problem) != "none":
+            keys = [_tuned(problem, keys, q, k, v, aux, sizes)]
+    else:
+        keys = [key]
     key, built = load_first(keys)
     module = _module(key, built.cubin, q.device.index)
     shape = (*q.shape[:3], v.shape[3])
     stride = out_strides(shape, spec.out_order)
     launches, words = _Binder(spec, key, module, q, k, v, aux, sizes).launches(stride)
     return Bound(q.device.index, q.dtype, key.config, module, shape, stride, words, launches)
+
+
+def _tuned(problem: Problem, keys: Sequence[CudaKey], q, k, v, aux, sizes) -> CudaKey:
+    """The key that is fastest on these tensors; `keys` are the table's. Raises KernelBuildError."""
+    first, _ = load_first(keys)
+    configs = [x.config for x in keys if x.tile == first.tile and x != first]
+    if problem.autotune == "full":
+        configs += variations(first.config, problem.dim, problem.v_dim, first.tile is not None)
+    found = {x: replace(first, config=x) for x in (first.config, *configs)}
+    built: dict[CudaKey, Built] = {}
+
+    def measure(config: Sm90Config) -> float:
+        built.update(load_all(list(found.values())) if not built else {})
+        key = found[config]
+        if key != first and (key not in built or not built[key].healthy):
+            return tune.UNFIT
+        bound = bind(problem, q, k, v, aux, sizes, key)
+        return tune.seconds(lambda: bound(q, k, v, aux))
+
+    return found[tune.tuned(problem, "cuda_sm90", compiler(), list(found), measure)]
 
 
 class _Binder:
@@ -398,11 +445,8 @@ class _Binder:
     @functools.cached_property
     def map_shape(self) -> tuple[int, int]:
         """(batches, heads) that have lists of their own."""
-        symbols = self.spec.mask.free_symbols
-        return (
-            self.batch if E.B in symbols else 1,
-            self.heads if E.H in symbols else 1,
-        )
+        of_batches, of_heads = _mask_axes(self.spec)
+        return self.batch if of_batches else 1, self.heads if of_heads else 1
 
     @property
     def map_rows(self) -> int:

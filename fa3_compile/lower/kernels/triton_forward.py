@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fa3_compile.lower import hoist, tune
+from fa3_compile.lower import hoist, tune, tune_forward
 from fa3_compile.lower.bound import BindingKernel, precision
 from fa3_compile.lower.build import load
 from fa3_compile.lower.choose import Gradients, KernelBuildError, Problem, register
@@ -81,7 +81,7 @@ class TritonForward(BindingKernel):
 
     def prepare(self, problem: Problem) -> None:
         """Renders and imports the kernel; the device code is built for the strides of a call."""
-        load(_render_key(problem, tune.table_config(problem)))
+        load(_render_key(problem, tune_forward.table_config(problem)))
 
     def bind(self, problem: Problem, q, k, v, aux, sizes) -> Call | None:
         if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
@@ -145,27 +145,36 @@ def _render_key(problem: Problem, config: TritonConfig) -> ForwardKey:
 
 def _bind(problem: Problem, q, k, v, aux, sizes) -> Bound:
     """Chooses a configuration, builds the kernel for these arguments and returns its launch."""
-    effort = getattr(problem, "autotune", "none")
-    if effort == "none" or interpreted():
+    if tune.effort(problem) == "none" or interpreted():
         return _bind_first_that_builds(problem, q, k, v, aux, sizes)
+    candidates = tune_forward.candidates(problem)
 
     def measure(config: TritonConfig) -> float:
         try:
             bound = bind_config(problem, config, q, k, v, aux, sizes)
         except KernelBuildError:
-            return float("inf")
-        if bound.spills and config != tune.table_config(problem):
-            return float("inf")
+            return tune.UNFIT
+        if bound.spills and config != candidates[0]:
+            return tune.UNFIT
         tensors = [q, k, v, *outputs(problem, q, v), *(aux[i] for i in bound.aux)]
-        return seconds(lambda: bound.launch(tensors))
+        return tune.seconds(lambda: bound.launch(tensors))
 
-    config = tune.tuned_config(problem, effort, measure)
+    with torch.cuda.device(q.device):
+        config = tune.tuned(problem, "triton_forward", _compiler(), candidates, measure)
+    if config == candidates[0]:
+        return _bind_first_that_builds(problem, q, k, v, aux, sizes)
     return bind_config(problem, config, q, k, v, aux, sizes)
+
+
+def _compiler() -> str:
+    import triton
+
+    return triton.__version__
 
 
 def _bind_first_that_builds(problem: Problem, *arguments) -> Bound:
     """The table's configuration; where that exceeds the device after all, smaller ones."""
-    config, errors = tune.table_config(problem), []
+    config, errors = tune_forward.table_config(problem), []
     while True:
         try:
             return bind_config(problem, config, *arguments)
@@ -291,19 +300,6 @@ def may_have_dead_rows(spec: AttentionSpec, q_len: int, kv_len: int) -> bool:
 def _dead_rows(spec: AttentionSpec) -> str:
     # A bias of -inf hides a row's keys as well as the mask does.
     return "maybe" if hoist.may_be_minus_inf(spec.score) else hoist.dead_rows(spec.mask)
-
-
-def seconds(call: Callable[[], None], repeats: int = 10) -> float:
-    """Median time of a call on the current CUDA stream."""
-    call()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    events[0].record()
-    for event in events[1:]:
-        call()
-        event.record()
-    torch.cuda.synchronize()
-    times = sorted(a.elapsed_time(b) for a, b in zip(events, events[1:]))
-    return times[repeats // 2] / 1e3
 
 
 register(TritonForward())
