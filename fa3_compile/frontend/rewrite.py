@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import sympy
 import torch
@@ -51,10 +51,9 @@ def rewrite(graph: fx.Graph, region: Region, spec_text: str) -> fx.Node:
         device = example_value(region.query.source).device
         aux = [emit.on_device(node, device) for node, _ in region.loads]
         numbers = [emit.size(size) for size in region.sizes]
-        pair = graph.call_function(
-            torch.ops.fa3.attention.default, (q, k, v, aux, numbers, spec_text)
-        )
-        out = graph.call_function(operator.getitem, (pair, 0))
+        op = torch.ops.fa3.attention.default
+        pair = emit.function(op, q, k, v, aux, numbers, spec_text)
+        out = emit.function(operator.getitem, pair, 0)
         result = emit.output(out, region)
         statistics = {x.node: emit.statistic(pair, x, region) for x in region.statistics}
     for replaced, made in {output: result, **statistics}.items():
@@ -197,7 +196,18 @@ class _Emitter:
         self.graph, self.before = graph, before
 
     def call(self, method: str, x, *args) -> fx.Node:
-        return self.graph.call_method(method, (x, *args))
+        node = self.graph.call_method(method, (x, *args))
+        return self._valued(node, lambda x, *args: getattr(x, method)(*args))
+
+    def function(self, target, *args) -> fx.Node:
+        return self._valued(self.graph.call_function(target, args), target)
+
+    def _valued(self, node: fx.Node, run: Callable) -> fx.Node:
+        """The node with a value as Dynamo's have, which AOTAutograd's cache asks for."""
+        values = fx.node.map_arg(node.args, example_value)
+        with torch.no_grad():
+            node.meta["example_value"] = run(*values)
+        return node
 
     def size(self, size: Expr):
         """A size as an int, or as nodes that compute it from tensors of the program."""
@@ -213,10 +223,10 @@ class _Emitter:
                 if isinstance(total, int) and isinstance(other, int):
                     total = combine(total, other)
                 else:
-                    total = self.graph.call_function(combine, (total, other))
+                    total = self.function(combine, total, other)
             return total
         if isinstance(size, floordiv):
-            return self.graph.call_function(operator.floordiv, tuple(map(self.size, size.args)))
+            return self.function(operator.floordiv, *map(self.size, size.args))
         raise Decline("size-unclear", self.before, "", message=f"no tensor has the size {size}")
 
     def _symbol(self, symbol):
@@ -292,14 +302,14 @@ class _Emitter:
         """The LSE [B, H, Sq] in the shape, type and unit of the node that it replaces."""
         layout, value = region.layout, example_value(statistic.node)
         flat = [*layout.batch, *layout.kv_heads, *layout.group, *layout.query]
-        x = self.graph.call_function(operator.getitem, (pair, 1))
+        x = self.function(operator.getitem, pair, 1)
         x = self.call("reshape", x, [self.size(layout.size[a]) for a in flat] or [1])
         wanted = [a for axes in statistic.dims for a in axes]
         x = self.call("permute", x, [flat.index(a) for a in wanted]) if wanted != flat else x
         shape = [self.size(sympy.Mul(*(layout.size[a] for a in axes))) for axes in statistic.dims]
         x = self.call("reshape", x, shape)
         if statistic.factor != 1:
-            x = self.graph.call_function(operator.mul, (x, statistic.factor))
+            x = self.function(operator.mul, x, statistic.factor)
         return self.call("to", x, value.dtype)
 
     def output(self, out: fx.Node, region: Region) -> fx.Node:
