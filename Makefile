@@ -2,7 +2,8 @@
 #   make demo    compile four attention models, print what was found, the error and the times
 #   make test    all tests (PYTEST="-k report" narrows them)
 #   make lint    ruff and pyright
-#   make check   lint and test, as CI does
+#   make docs    the documentation, into site/
+#   make check   lint, docs and test, as CI does
 #   make format  let ruff rewrite the files
 PYTHON ?= python3
 PYTEST ?= -n auto --dist loadgroup
@@ -11,7 +12,7 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-.PHONY: demo test lint check format clean
+.PHONY: demo test lint docs check format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/test.stamp
@@ -25,7 +26,11 @@ lint: $(VENV)/dev.stamp
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright
 
-check: lint test
+docs: $(VENV)/docs.stamp
+	$(VENV)/bin/python docs/generate.py --check
+	$(VENV)/bin/mkdocs build --strict --quiet
+
+check: lint docs test
 
 format: $(VENV)/dev.stamp
 	$(VENV)/bin/ruff format .
@@ -43,5 +48,9 @@ $(VENV)/dev.stamp: $(VENV)/test.stamp
 	$(PIP) install -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(VENV)/docs.stamp: $(VENV)/test.stamp
+	$(PIP) install -c constraints.txt -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .hypothesis

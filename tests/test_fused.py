@@ -66,6 +66,19 @@ def test_what_is_missing_is_said_with_the_report(model, expected, said):
     assert report.startswith("fa3_compile: ")
 
 
+def capped(q, k, v):
+    return (20 * torch.tanh(q @ k.transpose(-2, -1) / 20)).softmax(-1) @ v
+
+
+def test_what_only_a_gpu_kernel_takes_passes_without_a_gpu():
+    inputs = [torch.randn(1, 2, 12, 16) for _ in range(3)]
+    assert_fused(capped, *inputs, forms="softcap(20)")
+    assert snapshot(capped, *inputs).startswith("1 of 1 regions fused")
+    if not torch.cuda.is_available():
+        with pytest.raises(AssertionError, match="no-kernel"):
+            assert_fused(capped, *inputs, options={"kernels": "cpu"})
+
+
 def test_a_snapshot_has_one_line_for_regions_that_are_alike():
     assert_expected_inline(
         snapshot(Layers(4), x()),

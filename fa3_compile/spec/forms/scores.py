@@ -57,11 +57,14 @@ def softcap(term: Expr) -> str | None:
 
 @score_form
 def alibi(term: Expr) -> str | None:
-    """A slope for each head times the key's position or its distance (Press et al., 2022)."""
-    if S in term.free_symbols or not {H, KV} <= term.free_symbols:
+    """A slope for each head times the key's position or its distance (Press et al., 2022).
+
+    Heads are read as b where the batch has one element.
+    """
+    if S in term.free_symbols or KV not in term.free_symbols or not {H, B} & term.free_symbols:
         return None
     factors = sympy.Mul.make_args(term)
-    slopes = [f for f in factors if H in f.free_symbols]
+    slopes = [f for f in factors if {H, B} & f.free_symbols]
     places = [f for f in factors if KV in f.free_symbols]
     if len(slopes) == 1 and places and KV not in slopes[0].free_symbols:
         return "ALiBi"

@@ -1,0 +1,80 @@
+"""Every code block and command of the README and the documentation is run."""
+
+import re
+
+import pytest
+
+from fa3_compile.__main__ import main
+from tests.docs.blocks import FENCE, ROOT, blocks, commands, run
+
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+RECIPES = {"operator.md", "form.md", "kernel.md"}
+# Code that stands for itself: a part of a model, shown for what the stages make of it.
+SHOWN = {"how-it-works.md"}
+# Where the commands that prepare a machine are run.
+ELSEWHERE = {
+    "pip install .": "tests/packaging/test_distributions.py",
+    "make demo": "tests/packaging/test_make.py",
+    "make test": ".ci/run",
+    "make check": ".ci/run",
+    "make format": "tests/packaging/test_make.py",
+    "make docs": ".ci/run",
+    'make test PYTEST="tests/spec -k causal"': "tests/packaging/test_make.py",
+    "pip install -e .[docs]": "Makefile",
+}
+MODEL = """
+import torch
+def make():
+    return (lambda q, k, v: (q @ k.mT).softmax(-1) @ v), [torch.randn(1, 2, 8, 16)] * 3
+"""
+
+
+def id_of(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize(
+    "page",
+    [p for p in PAGES if blocks(p, "python") and p.name not in RECIPES | SHOWN],
+    ids=id_of,
+)
+def test_the_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "page"}
+    for number, code in enumerate(blocks(page, "python")):
+        run(code, namespace, f"{page.name}[{number}]")
+
+
+def test_every_command_is_run_somewhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "my_model.py").write_text(MODEL)
+    typed = dict.fromkeys(command for page in PAGES for command in commands(page))
+    assert typed
+    for command in typed:
+        command = re.sub(r"\s+#.*", "", command)
+        if command in ELSEWHERE:
+            assert (ROOT / ELSEWHERE[command]).exists()
+        elif command.startswith("python benchmarks/"):
+            _parses(command)
+        else:
+            program, words = command.split(" ", 3)[:3], command.split()[3:]
+            assert program == ["python", "-m", "fa3_compile"], command
+            assert main(words) == 0, capsys.readouterr()
+
+
+def _parses(command: str) -> None:
+    """Benchmarks take minutes and a GPU: tests/benchmarks runs them, here the words are read."""
+    from benchmarks import run as runner
+
+    script, *words = command.split()[1:]
+    assert (ROOT / script).is_file()
+    if script.endswith("run.py"):
+        arguments = runner.parser().parse_args([w.strip("'") for w in words])
+        assert arguments.list or runner.jobs(arguments)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=id_of)
+def test_every_block_says_what_it_is(page):
+    languages = {block["language"] for block in FENCE.finditer(page.read_text())}
+    assert languages <= {"python", "console", "text"}, languages

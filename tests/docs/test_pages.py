@@ -1,0 +1,77 @@
+"""The generated pages, the links of all pages, and that the whole builds without a warning."""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+
+from fa3_compile.options import Options
+from tests.docs.blocks import ROOT
+
+sys.path.insert(0, str(ROOT / "docs"))
+import gallery_forms
+import generate
+
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("benchmarks/**/*.md")]
+)
+GENERATED = {"gallery.md", "options.md", "errors.md"}
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+@pytest.fixture(scope="module")
+def pages():
+    return generate.pages()
+
+
+def test_the_gallery_shows_every_form_fused(pages):
+    gallery = pages["gallery.md"]
+    for function, (title, _) in gallery_forms.FORMS.items():
+        assert f"## {title}\n" in gallery
+        assert f"def {function.__name__}(" in gallery
+    # A picture for each mask that positions alone decide, or decide in part.
+    assert gallery.count("<svg") == 10
+    assert "tiles: known when it runs" in gallery
+    assert "`50*tanh(0.005*s)`" in gallery
+    assert "ALiBi + causal" in gallery
+    assert "stays with Inductor" in gallery and "`cuda_sm90`" in gallery
+
+
+def test_the_options_page_has_every_option_and_kernel(pages):
+    for field in fields(Options):
+        assert f"`{field.name}` | `FA3_{field.name.upper()}`" in pages["options.md"]
+    assert "| `cpu` | 10 | ATen's own flash kernel" in pages["options.md"]
+
+
+def test_the_errors_page_has_every_decline_of_the_sources(pages):
+    text = "".join(file.read_text() for file in generate.PACKAGE.rglob("*.py"))
+    named = set(re.findall(r'Decline\(\s*"([a-z-]+)"', text))
+    assert len(named) > 10
+    listed = {refusal.code for refusal in generate.refusals()}
+    assert named <= listed
+    assert "| `weights-used` |" in pages["errors.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_links_between_pages_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for link in LINK.findall(text):
+        if re.match(r"https?://|#", link):
+            continue
+        target = link.partition("#")[0]
+        assert (page.parent / target).exists() or target in GENERATED, f"{page.name}: {link}"
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path],
+        cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "index.html").exists()
+    assert "<svg" in (tmp_path / "gallery.html").read_text()
