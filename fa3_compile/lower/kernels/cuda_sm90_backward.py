@@ -48,7 +48,6 @@ from fa3_compile.spec.attention import AttentionSpec
 log = logging.getLogger(__name__)
 
 NAME = "cuda_sm90"
-LARGEST_DIM = 128
 LARGEST_BOUND = 2048
 NAMES = (
     "q", "k", "v", "out", "lse", "dout", "dlse", "dq", "dk", "dv", "counter", "scratch", "delta",
@@ -61,8 +60,8 @@ def supports_backward(problem: Problem) -> str | None:
     spec = problem.spec
     if problem.deterministic or torch.are_deterministic_algorithms_enabled():
         return "its dQ is summed in no fixed order"
-    if max(problem.dim, problem.v_dim) > LARGEST_DIM:
-        return f"its backward takes head dims up to {LARGEST_DIM}"
+    if problem.dim <= 64 and problem.v_dim > 128:
+        return f"its backward takes no head dim {problem.dim} with {problem.v_dim} for values"
     if spec.weight is not None:
         return "its backward has no factor after the softmax"
     wanted = [i for i, n in enumerate(problem.aux_needs_grad) if n]
@@ -352,6 +351,6 @@ class _BackwardBinder:
         content += struct.pack("qqq", *torch.empty_like(self.q, device="meta").stride()[:3])
         content += struct.pack("ii", self.heads, self.queries)
         places: list = [(0, "scratch", 4 * self.row_floats), (8, "dq", 0)]
-        threads = 2 * self.key.config.block_n
+        threads = 128 * self.key.config.warpgroups
         kernel = self.module.kernel("query_gradient")
         return Launch(kernel, self.grid, threads, 0, content, places, names=NAMES)

@@ -150,8 +150,8 @@ struct QueryGradientParams {
   int heads, queries;
 };
 
-// dQ from the sums, which lie as the main kernel's accumulators do: one float4 of each thread after
-// the other.
+// dQ from the sums, which lie as the main kernel's accumulators do: those of each warpgroup, warp,
+// group of four and lane.
 template <class Config, class Variant>
 struct QueryGradient {
   using Dtype = typename Config::Dtype;
@@ -159,11 +159,18 @@ struct QueryGradient {
 
   // Grid (query blocks, heads, batches).
   FA3_DEVICE static void run(const QueryGradientParams& p) {
+    if (threadIdx.x / 128 + 1 < Config::kWarpgroups) store<Config::kFirstColumns>(p);
+    else store<Config::kLastColumns>(p);
+  }
+
+  template <int Columns>
+  FA3_DEVICE static void store(const QueryGradientParams& p) {
+    constexpr int count = Columns / 2;
     int head = blockIdx.y, batch = blockIdx.z;
     int64_t block = (static_cast<int64_t>(batch) * p.heads + head) * gridDim.x + blockIdx.x;
-    int part = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    constexpr int count = Config::kSumColumns / 2;
-    const float4* sums = reinterpret_cast<const float4*>(p.dq_sums + block * Config::kSumFloats) +
+    int part = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    const float4* sums = reinterpret_cast<const float4*>(p.dq_sums + block * Config::kSumFloats +
+                                                         part * Config::kFirstColumns * 64) +
                          warp * count * 8 + lane;
     float x[count];
 #pragma unroll
@@ -171,14 +178,14 @@ struct QueryGradient {
       float4 y = __ldcs(sums + j * 32);
       x[4 * j] = y.x, x[4 * j + 1] = y.y, x[4 * j + 2] = y.z, x[4 * j + 3] = y.w;
     }
-    int q0 = blockIdx.x * Config::kBlockM + Config::sum_row(part) + warp % 4 * 16 + lane / 4;
+    int q0 = blockIdx.x * Config::kBlockM + Config::sum_row(part) + warp * 16 + lane / 4;
     int column = Config::sum_column(part);
-    int columns = Config::kDimQK - column;  // that are left for this part
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       int q = q0 + 8 * r;
       char* to = p.dq + 2 * (p.dq_at.at(batch, head, q) + column);
-      store_row<Dtype, Config::kSumColumns>(x, r, Variant::kFactor, q < p.queries, to, columns);
+      store_row<Dtype, Columns>(x, r, Variant::kFactor, q < p.queries, to,
+                                Config::kDimQK - column);
     }
   }
 };
