@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fa3_compile.lower.choose import Kernel, Problem, next_after
 from fa3_compile.runtime.launch import Call, layout_key, make_room
+from fa3_compile.runtime.op import outputs_as_declared
 
 # A bound kernel takes a few kilobytes of host memory.
 LARGEST = 2048
@@ -30,7 +31,8 @@ class BindingKernel(Kernel):
         sizes: Sequence[int],
     ) -> Call | None:
         """The function for tensors of exactly these shapes, strides, dtypes, device, and
-        addresses modulo 16; None where this family has no kernel for them after all."""
+        addresses modulo 16, whose outputs are as the operator declares them; None where this
+        family has no kernel for them after all."""
         raise NotImplementedError
 
     def bound(
@@ -67,9 +69,10 @@ class BindingKernel(Kernel):
         sizes: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
         call = self.bound(problem, q, k, v, aux, sizes)
-        if call is None:
-            return next_after(self, problem).run(problem, q, k, v, aux, sizes)
-        return call(q, k, v, aux)
+        if call is not None:
+            return call(q, k, v, aux)
+        out, lse = next_after(self, problem).run(problem, q, k, v, aux, sizes)
+        return outputs_as_declared(q, v, out, lse, problem.spec.out_order)
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -141,6 +141,15 @@ def out_strides(shape: Sequence[int], order: str) -> tuple[int, ...]:
     return tuple(steps[x] for x in "bhqd")
 
 
+def outputs_as_declared(
+    q: Tensor, v: Tensor, out: Tensor, lse: Tensor, order: str
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) as the operator gives them, from those of an implementation."""
+    if out.stride() != out_strides(out.shape, order) or out.dtype != q.dtype:
+        out = empty_out(q, v, order).copy_(out)
+    return out, lse.contiguous()
+
+
 def lse_dtype(q: Tensor) -> torch.dtype:
     """float32; float64 for float64 inputs, so that gradients can be checked numerically."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -151,9 +160,7 @@ def _attention(q, k, v, aux, sizes, spec):
     parsed, _ = split_text(spec)
     check_inputs(q, k, v, aux, sizes, parsed)
     out, lse = _implementation().forward(q, k, v, aux, sizes, spec)
-    if out.stride() != out_strides(out.shape, parsed.out_order) or out.dtype != q.dtype:
-        out = empty_out(q, v, parsed.out_order).copy_(out)
-    return out, lse.contiguous()
+    return outputs_as_declared(q, v, out, lse, parsed.out_order)
 
 
 @torch.library.register_fake("fa3::attention", lib=LIBRARY)

@@ -1,0 +1,219 @@
+"""What Inductor's code calls for a kernel that the host launches, and how it finds the kernel."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._inductor.utils import run_and_get_code
+
+from fa3_compile.lower import choose, dispatch
+from fa3_compile.lower.bound import LARGEST, BindingKernel
+from fa3_compile.lower.inductor import install
+from fa3_compile.runtime import launch, op
+
+SPEC = "attention(score=0.25*s, mask=kv <= q, dead=nan, out_order=bqhd)"
+BIASED = "attention(score=0.25*s + load(0, b, kv), aux=[float])"
+
+
+class Counting(BindingKernel):
+    """A family for the CPU that is bound and launched as those of GPUs are."""
+
+    name = "counting"
+    priority = -1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.binds = self.calls = 0
+
+    def supports(self, problem):
+        return None
+
+    def supports_backward(self, problem):
+        return None
+
+    def bind(self, problem, q, k, v, aux, sizes):
+        self.binds += 1
+        expected = launch.layout_key((q, k, v, *aux), sizes)
+
+        def call(q, k, v, aux):
+            self.calls += 1
+            assert launch.layout_key((q, k, v, *aux), sizes) == expected
+            out, lse = choose.reference().run(problem, q, k, v, aux, sizes)
+            return op.outputs_as_declared(q, v, out, lse, problem.spec.out_order)
+
+        return call
+
+    def run_backward(self, problem, *arguments):
+        self.calls += 1
+        return choose.reference().run_backward(problem, *arguments)
+
+
+@pytest.fixture
+def family():
+    install()
+    found = Counting()
+    choose.register(found)
+    for cached in (dispatch.built, dispatch.built_backward):
+        cached.cache_clear()
+    yield found
+    del choose._kernels["counting"]
+
+
+def attention(q, k, v, *aux, text=SPEC, options=""):
+    return torch.ops.fa3.attention(q, k, v, aux, [], f"{text} #;{options}kernels=counting")[0]
+
+
+def inputs(length=16, batch=2, heads=2, **options):
+    return [torch.randn(batch, heads, length, 8, **options) for _ in range(3)]
+
+
+def code_of(function, *arguments) -> str:
+    _, codes = run_and_get_code(function, *arguments)
+    return "\n".join(codes)
+
+
+def test_generated_code_calls_the_launch_and_not_the_operator(family):
+    def model(q, k, v):
+        plain = functools.partial(attention, text="attention(score=0.25*s)")
+        return plain(plain(q, k, v), k, v) + plain(q[:, :, :8], k, v).sum()
+
+    arguments = inputs()
+    code = code_of(torch.compile(model), *arguments)
+    assert "torch.ops.fa3" not in code.replace("'torch.ops.fa3", "")  # names in assertions
+    # One object for the two calls of a layout, one for the other.
+    assert code.count("fa3_launch.Attention(") == 2 and code.count("fixed=True") == 2
+    assert code.count("= fa3_attention_0(") == 2 and code.count("= fa3_attention_1(") == 1
+    assert (family.binds, family.calls) == (2, 3)
+    torch.testing.assert_close(torch.compile(model)(*arguments), model(*arguments))
+
+
+def test_dynamic_lengths_are_looked_up(family):
+    compiled = torch.compile(attention, dynamic=True)
+    code = code_of(compiled, *inputs())
+    assert "fixed=False" in code
+    for length in (24, 33, 24, 33):
+        arguments = inputs(length)
+        torch.testing.assert_close(compiled(*arguments), attention(*arguments))
+    assert family.binds == 3
+
+
+def test_gradients_go_directly_too(family):
+    def gradients(function):
+        torch.manual_seed(0)
+        arguments = inputs(requires_grad=True)
+        return torch.autograd.grad(function(*arguments).square().sum(), arguments)
+
+    compiled = torch.compile(attention)
+    _, codes = run_and_get_code(lambda: gradients(compiled))
+    assert "fa3_launch.AttentionBackward(" in codes[-1] and "[True, True, True]" in codes[-1]
+    assert "torch.ops.fa3.attention_backward.default(" not in codes[-1]
+    torch.testing.assert_close(gradients(compiled), gradients(attention))
+
+
+@pytest.mark.parametrize("options, aux", [("verify=True;", ()), ("", (torch.uint8,))], ids=str)
+def test_what_needs_more_than_a_launch_stays_the_operator(family, options, aux):
+    text = SPEC if not aux else "attention(score=s, mask=load(0, b, kv) != 0, dead=nan, aux=[int])"
+    captured = [torch.ones(2, 16, dtype=x) for x in aux]
+    compiled = torch.compile(lambda *x: attention(*x, text=text, options=options))
+    code = code_of(compiled, *inputs(), *captured)
+    assert "torch.ops.fa3.attention.default(" in code and "fa3_launch" not in code
+
+
+def test_the_c_wrapper_keeps_the_operator(family):
+    from torch._inductor.virtualized import V
+
+    from fa3_compile.lower.direct_call import DirectCall
+
+    seen = []
+    original = DirectCall.codegen_args
+
+    def spy(self):
+        seen.append((V.graph.cpp_wrapper, original(self)))
+        V.graph.cpp_wrapper = False
+        return seen[-1][1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DirectCall, "codegen_args", spy)
+        torch.compile(attention)(*inputs())
+    assert seen and not any("attention(" in x for x in seen[0][1])
+
+
+def test_addresses_that_are_not_aligned_are_bound_apart(family):
+    call = launch.Attention(f"{SPEC} #;kernels=counting", fixed=True)
+    q, k, v = inputs()
+    odd = torch.randn(q.numel() + 1)[1:].view(q.shape)
+    want = attention(q, k, v)
+    for x in (q, odd, q, odd):
+        out, _ = call(x, k, v, [], [])
+        torch.testing.assert_close(out, want if x is q else attention(odd, k, v))
+    assert family.binds == 2
+
+
+def test_captured_tensors_are_part_of_the_layout(family):
+    call = launch.Attention(f"{BIASED} #;kernels=counting")
+    q, k, v = inputs()
+    for bias in (torch.randn(2, 16), torch.randn(16, 2).T, torch.randn(2, 16).double()):
+        want = attention(q, k, v, bias, text=BIASED)
+        torch.testing.assert_close(call(q, k, v, [bias], [])[0], want)
+    assert family.binds == 3
+
+
+def test_a_growing_cache_leaves_nothing_behind(family, monkeypatch):
+    monkeypatch.setattr(launch, "LARGEST", 8)
+    monkeypatch.setattr("fa3_compile.lower.bound.LARGEST", 8)
+    call = launch.Attention("attention(score=s) #;kernels=counting")
+    q, k, v = inputs(40, 1, 1)
+    for length in range(1, 41):
+        call(q[:, :, :1], k[:, :, :length], v[:, :, :length], [], [])
+    assert len(call._calls) <= 8 and len(family._bound) <= 8
+    assert family.binds == 40 and LARGEST > 8
+
+
+def test_another_kernel_runs_where_none_can_be_bound(family, monkeypatch):
+    monkeypatch.setattr(family, "bind", lambda *_: None)
+    monkeypatch.setattr("fa3_compile.lower.bound.next_after", lambda *_: choose.reference())
+    arguments = inputs()
+    want = torch.ops.fa3.attention(*arguments, [], [], f"{SPEC} #;kernels=reference")[0]
+    call = launch.Attention(f"{SPEC} #;kernels=counting", fixed=True)
+    torch.testing.assert_close(call(*arguments, [], [])[0], want)
+
+
+PROGRAM = """
+import torch
+import fa3_compile
+from torch._dynamo.utils import counters
+
+def model(q, k, v):
+    scores = (q @ k.transpose(-2, -1) / 4).masked_fill(
+        torch.ones(16, 16, dtype=torch.bool).triu(1), float("-inf"))
+    return scores.softmax(-1) @ v
+
+torch.manual_seed(0)
+q, k, v = (torch.randn(1, 1, 16, 16) for _ in range(3))
+compiled = torch.compile(model, backend="fa3", options={"kernels": "triton_forward"})
+torch.testing.assert_close(compiled(q, k, v), model(q, k, v))
+print(counters["inductor"]["fxgraph_cache_hit"], counters["aot_autograd"]["autograd_cache_hit"])
+"""
+
+
+def test_a_second_process_runs_what_the_first_one_cached(tmp_path):
+    pytest.importorskip("triton")
+    environment = dict(os.environ, TRITON_INTERPRET="1", FA3_CACHE_DIR=str(tmp_path / "fa3"))
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "inductor")
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    environment |= {f"TORCHINDUCTOR_{x}_CACHE": "1" for x in ("FX_GRAPH", "AUTOGRAD")}
+    said = []
+    for _ in range(2):
+        command = [sys.executable, "-c", PROGRAM]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout.split())
+    assert said[0] == ["0", "0"] and "1" in said[1]
+    codes = [x.read_text() for x in (tmp_path / "inductor").glob("*/*.py")]
+    assert any("fa3_launch.Attention(" in x for x in codes)
