@@ -47,29 +47,23 @@ class BackwardKey:
 
 @dataclass(frozen=True)
 class Slopes:
-    """What the gradient of a load is made of: dS * score + P * dP * weight, dP without w."""
+    """What the gradient of a load is made of: dS * score + P * dP * weight, dP without w; in rows
+    without a key, where the score is the fill, dS * fill + P * dP * weight."""
 
     score: E.Expr
     weight: E.Expr
-
-    def texts(self, texts: Sequence[str]) -> Factors:
-        """As `Factors`, from the printed fields."""
-        score, weight = ("" if x == 0 else y for x, y in zip((self.score, self.weight), texts))
-        return Factors(score, weight)
-
-
-@dataclass(frozen=True)
-class Factors:
-    """The text of `Slopes`; "" for a slope of zero."""
-
-    score: str
-    weight: str
+    fill: E.Expr
 
     @property
-    def text(self) -> str:
-        """The gradient of an element in terms of `ds` and `dw`."""
-        terms = [("ds", self.score), ("dw", self.weight)]
-        return " + ".join(n if f in ("1", "1.0") else f"{n} * ({f})" for n, f in terms if f)
+    def every(self) -> tuple[E.Expr, E.Expr, E.Expr]:
+        return self.score, self.weight, self.fill
+
+
+def gradient_text(by_score: str, by_weight: str) -> str:
+    """The gradient of an element in terms of `ds` and `dw`; "0.0" is no slope."""
+    terms = [("ds", by_score), ("dw", by_weight)]
+    terms = [n if f in ("1", "1.0") else f"{n} * ({f})" for n, f in terms if f not in ("0", "0.0")]
+    return " + ".join(terms)
 
 
 @dataclass(frozen=True)
@@ -77,11 +71,13 @@ class Sum:
     """A gradient that a kernel sums over the axis it walks: of a load without that axis.
 
     name  of the sum in the kernel; its float32 tensor is `<name>_ptr`, [B, H, Sq] or [B, H, Skv]
+    fill  its gradient in rows without a key, "" for none
     """
 
     name: str
     element: E.load
     gradient: str
+    fill: str
 
 
 @dataclass(frozen=True)
@@ -99,6 +95,7 @@ class Dense:
     element: E.load
     missing: tuple[str, ...]
     gradient: str
+    fill: str
     address: str
     strides: tuple[str, ...]
     diagonal: bool
@@ -113,6 +110,7 @@ class Side:
     x, shift           as in hoist.Logits
     slope              d score / ds without its constant factor; "" where that is all of it
     weight             the factor after the softmax, with `weight_loop`; "" where it is 1
+    fill, fill_slope   as x and slope, with `fill_loop`, of rows whose keys are all masked
     """
 
     preamble: list[str]
@@ -123,6 +121,9 @@ class Side:
     slope: str
     weight_loop: list[str]
     weight: str
+    fill_loop: list[str]
+    fill: str
+    fill_slope: str
     sums: list[Sum]
     mask_loop: list[str]
     mask: str
@@ -145,31 +146,36 @@ class Rendered(Common):
     weight_slopes: bool
     zero_rows: bool
     fill: bool
+    fill_rows: bool
+    norm: bool
 
 
 def render_backward(key: BackwardKey) -> str:
     """The source of the kernels of one backward."""
     spec = key.spec
     logits = hoist.arrange(spec.score)
-    factor, slope = derivative(spec.score, E.S).as_coeff_Mul()
+    slope = derivative(spec.score, E.S)
+    factor, slope = (sympy.S.One, slope) if slope == 0 else slope.as_coeff_Mul()
     found = slopes(spec, key.wanted)
     rows = _Writer(spec, key.fast_tanh, "kv")
     columns = _Writer(spec, key.fast_tanh, "q")
     by_row = {x: found[x] for x in row_sums(spec, key.wanted)}
     by_key = {x: found[x] for x in key_sums(spec, key.wanted)}
     by_both = {x: found[x] for x in dense_loads(spec, key.wanted)}
-    row_side, dense = rows.side(logits, slope, by_row, "row_sum", by_both)
-    column_side, _ = columns.side(logits, slope, by_key, "key_sum")
+    row_side, dense = rows.side(logits, factor, slope, by_row, "row_sum", by_both)
+    column_side, _ = columns.side(logits, factor, slope, by_key, "key_sum")
     rendered = Rendered(
         **common(key, logits, rows),
         rows=row_side,
         columns=column_side,
         dense=dense,
         needs_s=E.S in logits.x.free_symbols,
-        factor=float(factor) if slope != 0 else 0.0,
+        factor=float(factor),
         weight_slopes=any(x.weight != 0 for x in found.values()),
         zero_rows=spec.dead == "zero",
         fill=spec.has_mask and spec.dead == "score",
+        fill_rows=has_fill_rows(spec),
+        norm=not logits.log2 or has_fill_rows(spec),
     )
     return render.render_template("attention_backward.py.jinja", rendered)
 
@@ -183,6 +189,7 @@ class _Writer(Writer):
     def side(
         self,
         logits: hoist.Logits,
+        factor: E.Expr,
         slope: E.Expr,
         summed: Mapping[E.load, Slopes],
         name: str,
@@ -192,13 +199,21 @@ class _Writer(Writer):
         every = [*summed.values(), *dense.values()]
         exprs = [logits.x, logits.shift, slope, *(y.score for y in every)]
         loop, (x, shift, slope_text, *by_score) = self.block(exprs, "t")
+        if slope in (0, 1):
+            slope_text = "0.0" if slope == 0 else ""
         mask_loop, [mask] = self.block([self.spec.mask], "m")
         exprs = [] if self.spec.weight is None else [self.spec.weight, *(y.weight for y in every)]
         weight_loop, [weight, *by_weight] = self.block(exprs, "w") if exprs else ([], [""])
-        by_weight = by_weight or [""] * len(every)
-        texts = [y.texts(z).text for y, z in zip(every, zip(by_score, by_weight))]
-        sums = [Sum(f"{name}{i}", e, texts[i]) for i, e in enumerate(summed)]
-        found = [self.dense(i, e, texts[len(summed) + i]) for i, e in enumerate(dense)]
+        by_weight = by_weight or ["0.0"] * len(every)
+        fill_loop, fill, fill_slope, by_fill = [], "", "", ["0.0"] * len(every)
+        if has_fill_rows(self.spec) and self.spec.fill is not None:
+            exprs = [self.spec.fill, derivative(self.spec.fill, E.S) / factor]
+            exprs += [y.fill for y in every]
+            fill_loop, [fill, fill_slope, *by_fill] = self.block(exprs, "f")
+        by_fill = map(gradient_text, by_fill, by_weight)
+        texts = [*zip(map(gradient_text, by_score, by_weight), by_fill)]
+        sums = [Sum(f"{name}{i}", e, *texts[i]) for i, e in enumerate(summed)]
+        found = [self.dense(i, e, *texts[len(summed) + i]) for i, e in enumerate(dense)]
         bounds, length = (kv_bounds, kv_full_bounds), E.SKV
         if self.streamed == "q":
             bounds, length = (q_bounds, q_full_bounds), E.SQ
@@ -210,9 +225,12 @@ class _Writer(Writer):
             loop=loop,
             x=x,
             shift=shift,
-            slope="" if slope in (0, 1) else slope_text,
+            slope=slope_text,
             weight_loop=weight_loop,
             weight=weight,
+            fill_loop=fill_loop,
+            fill=fill,
+            fill_slope=fill_slope,
             sums=sums,
             mask_loop=mask_loop,
             mask=mask,
@@ -238,17 +256,38 @@ class _Writer(Writer):
         self.bound = bound
         return loop, texts
 
-    def dense(self, number: int, element: E.load, gradient: str) -> Dense:
+    def dense(self, number: int, element: E.load, gradient: str, fill: str) -> Dense:
         name = f"dense{number}"
         present = {str(x) for x in element.free_symbols}
         missing = tuple(x for x in ("b", "h") if x not in present)
         diagonal = is_diagonal(element)
         if not is_plain(self.spec, element):
-            return Dense(name, element, missing, gradient, "", (), diagonal)
+            return Dense(name, element, missing, gradient, fill, "", (), diagonal)
         used = [(d, x) for d, x in enumerate(element.index) if x != 0]
         terms = [f"tl.cast({self.print(x).body}, tl.int64) * {name}_stride{d}" for d, x in used]
         strides = tuple(f"{name}_stride{d}" for d, _ in used)
-        return Dense(name, element, missing, gradient, " + ".join(terms), strides, diagonal)
+        place = " + ".join(terms)
+        return Dense(name, element, missing, gradient, fill, place, strides, diagonal)
+
+
+def fill_slope(spec: AttentionSpec) -> float | None:
+    """d fill / ds where the fill is the same for every key in float32, so that each has the
+    weight 1 / Skv: a number, or one so large that it absorbs `s`. None for any other fill."""
+    assert spec.fill is not None
+    constant, rest = spec.fill.as_coeff_Add()
+    if spec.fill.is_number:
+        return 0.0
+    slope = derivative(rest, E.S)
+    absorbs = constant <= -1e30 and rest.free_symbols == {E.S} and not rest.has(E.load)
+    return float(slope) if absorbs and slope.is_number else None
+
+
+def has_fill_rows(spec: AttentionSpec) -> bool:
+    """Whether the kernels compute the rows without a key themselves: their weights differ, or
+    share the row with a sink."""
+    if not spec.has_mask or spec.fill is None:
+        return False
+    return bool(spec.sinks) or spec.weight is not None or fill_slope(spec) is None
 
 
 def is_plain(spec: AttentionSpec, x: E.load) -> bool:
@@ -285,12 +324,12 @@ def dense_loads(spec: AttentionSpec, wanted: Sequence[int]) -> list[E.load]:
 
 def slopes(spec: AttentionSpec, wanted: Sequence[int]) -> dict[E.load, Slopes]:
     """The loads of the wanted tensors that have a gradient."""
-    exprs = [spec.score, *([] if spec.weight is None else [spec.weight])]
+    fill = spec.fill if has_fill_rows(spec) else None
+    exprs = [sympy.S.Zero if x is None else x for x in (spec.score, spec.weight, fill)]
     found = {}
     for x in E.loads_in(*exprs):
-        by_weight = sympy.S.Zero if spec.weight is None else derivative(spec.weight, x)
-        slope = Slopes(derivative(spec.score, x), by_weight)
-        if x.tensor in wanted and (slope.score != 0 or slope.weight != 0):
+        slope = Slopes(*(derivative(y, x) for y in exprs))
+        if x.tensor in wanted and any(y != 0 for y in slope.every):
             found[x] = slope
     return found
 

@@ -25,7 +25,7 @@ WINDOW = f"{CAUSAL} & (q - kv <= 9)"
 SLOPES = "load(0, 0, h, 0, 0)"
 DROP = "where(uniform(load(0, 0), b, h, q, kv) < 0.25, 0, 1.3333333333333333)"
 BUCKET = "max(min(kv - q, 7), -7) + 7"
-TWO = (2, 2, 1, 37, 45, 16, 16)
+TWO = (2, 2, 1, 21, 37, 16, 16)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ CASES = [
     Case("only k", f"score=0.25*s, mask={CAUSAL}", needs=(False, True, False)),
     Case("only q", f"score=0.25*s, mask={CAUSAL}", needs=(True, False, False)),
     Case("dropout", f"score=0.25*s, weight={DROP}", TWO, aux=("seed",), dlse=True),
-    Case("dropout, causal, bf16", f"score=0.25*s, mask={CAUSAL}, weight={DROP}", (2, 2, 1, 64, 64, 16, 16), BF16, aux=("seed",)),
+    Case("dropout, causal, bf16", f"score=0.25*s, mask={CAUSAL}, weight={DROP}", (1, 2, 1, 48, 48, 16, 16), BF16, aux=("seed",)),
     Case("dropout, window, zero", f"score=0.25*s, mask={WINDOW}, dead=zero, weight={DROP}", LONG, aux=("seed",)),
     Case("dropout, window, nan", f"score=0.25*s, mask={WINDOW}, weight={DROP}", LONG, aux=("seed",)),
     Case("dropout, softcap, a sink", f"score=5.0*tanh(0.05*s), mask={CAUSAL}, sinks=[load(1, 0, h, 0, 0)], weight={DROP}", aux=("seed", "slopes")),
@@ -112,17 +112,28 @@ CASES = [
     Case("gates after the softmax", f"score=0.25*s + load(1, b, q), mask={CAUSAL}, weight=load(0, b, h, q, kv)*load(1, b, q) + load(2, h)", TWO, aux=("bias", "rows", "heads")),
     Case("gate by key", f"score=0.25*s, mask={CAUSAL}, weight=load(0, b, kv)*{DROP.replace('load(0', 'load(1')}", TWO, aux=("keys", "seed")),
     Case("table", f"score=0.25*s + load(0, h, {BUCKET}), mask={CAUSAL}", TWO, aux=("relative",)),
-    Case("table, split, bf16", f"score=0.25*s + load(0, h, {BUCKET})", (3, 2, 1, 37, 45, 16, 16), BF16, aux=("relative",), enough=99),
-    Case("table, in chunks", f"score=0.25*s + load(0, h, {BUCKET})", TWO, aux=("relative",), scratch=16 * 4 * 61),
+    Case("table, split, bf16", f"score=0.25*s + load(0, h, {BUCKET})", (3, 2, 1, 21, 37, 16, 16), BF16, aux=("relative",), enough=99),
+    Case("table, in chunks", f"score=0.25*s + load(0, h, {BUCKET})", TWO, aux=("relative",), scratch=16 * 4 * 53),
     Case("table of T5", f"score=0.25*s + load(0, {BUCKET}, h)*load(1, h)", TWO, aux=("turned_relative", "heads")),
     Case("table of Swin", "score=0.25*s + load(0, load(1, q, kv), h)", (3, 2, 2, 16, 16, 16, 16), aux=("turned_relative", "index"), enough=99),
     Case("table of Swin, in chunks", "score=0.25*s + load(0, load(1, q, kv), h)", (2, 2, 2, 33, 30, 16, 16), aux=("turned_relative", "index"), scratch=16 * 4 * 30),
     Case("decomposed", "score=0.25*s + load(0, b, h, q, floordiv(kv, 8)) + load(1, b, h, q, mod(kv, 8))", TWO, aux=("decomposed", "decomposed")),
-    Case("decomposed, in chunks", "score=0.25*s + load(0, b, h, q, floordiv(kv, 8))", TWO, aux=("decomposed",), scratch=16 * 4 * 45),
+    Case("decomposed, in chunks", "score=0.25*s + load(0, b, h, q, floordiv(kv, 8))", TWO, aux=("decomposed",), scratch=16 * 4 * 37),
     Case("decomposed over heads", "score=0.25*s + load(0, b, 0, q, floordiv(kv, 8))", TWO, aux=("decomposed",)),
     Case("a dense bias read twice", "score=0.25*s + load(0, 0, h, q, kv) + 0.5*load(0, 0, h, kv, q)", (2, 2, 1, 21, 21, 16, 16), aux=("head_bias",)),
     Case("read by row, key and both", "score=0.25*s + load(0, q) + 2*load(0, kv) + load(0, mod(kv - q, 9))", TWO, aux=("positions",)),
     Case("dense bias over both, split", "score=(0.25*s + load(0, q, kv))*0.5", (3, 2, 1, 21, 37, 16, 16), aux=("plain_bias",), enough=99),
+    Case("fill by key", f"score=0.25*s, mask={WINDOW}, dead=score, fill=-kv*0.5", LONG, BF16),
+    Case("fill with s", f"score=0.25*s, mask={WINDOW}, dead=score, fill=0.25*s - 99.0", LONG, dlse=True),
+    Case("fill, slope of its own", f"score=5.0*tanh(0.05*s), mask={WINDOW}, dead=score, fill=tanh(s)*load(0, h) + load(1, b, kv)", LONG, aux=("heads", "keys")),
+    Case("fill, group 2, wide keys", f"score=0.25*s, mask={WINDOW}, dead=score, fill=s", (1, 4, 2, 50, 33, 16, 16), block=(16, 32)),
+    Case("fill, wide queries", f"score=0.25*s + load(0, b, q), mask={WINDOW}, dead=score, fill=0.5*s + load(0, b, q)", (1, 2, 1, 50, 33, 16, 16), aux=("rows",), block=(32, 16)),
+    Case("fill of a dense bias", f"score=0.25*s + load(0, b, h, q, kv), mask={WINDOW}, dead=score, fill=0.25*s + load(0, b, h, q, kv) - 50.0", LONG, aux=("bias",)),
+    Case("fill of a table", f"score=0.25*s + load(0, h, {BUCKET}), mask={WINDOW}, dead=score, fill=load(0, h, {BUCKET})", LONG, aux=("relative",)),
+    Case("fill and a sink", f"score=0.25*s, mask={WINDOW}, dead=score, fill=-2.0, sinks=[{SLOPES}]", LONG, aux=("slopes",)),
+    Case("least fill and dropout", f"score=0.25*s, mask={WINDOW}, dead=score, fill=0.25*s + {MIN}, weight={DROP}", LONG, aux=("seed",)),
+    Case("least fill and dropout, no mask left", f"score=0.25*s, mask=load(1, b, 0, 0, kv) != 0, dead=score, fill={MIN}, weight={DROP}", (2, 2, 1, 9, 37, 16, 16), aux=("seed", "nothing")),
+    Case("constant score, fill with s", f"score=1.0, mask={WINDOW}, dead=score, fill=0.25*s", LONG),
     Case("score without s", "score=load(0, b, kv)", aux=("keys",)),
 ]  # fmt: skip
 

@@ -27,11 +27,18 @@ from fa3_compile.lower.kernels.triton_captured import Gathered, Layout, chained
 from fa3_compile.lower.kernels.triton_launch import Launch, bind_kernel, first_that_builds
 from fa3_compile.lower.printer import UnprintableError
 from fa3_compile.lower.render import aux_parameters
-from fa3_compile.lower.render_backward import BackwardKey, dense_loads, is_plain, key_sums, row_sums
+from fa3_compile.lower.render_backward import (
+    BackwardKey,
+    dense_loads,
+    fill_slope,
+    has_fill_rows,
+    is_plain,
+    key_sums,
+    row_sums,
+)
 from fa3_compile.lower.tune_backward import Configs, table_configs
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
-from fa3_compile.spec.derivative import derivative
 
 log = logging.getLogger(__name__)
 
@@ -61,13 +68,6 @@ def supports_backward(problem: Problem) -> str | None:
     wanted = tuple(i for i, n in enumerate(problem.aux_needs_grad) if n)
     if reason := _unsupported(spec, wanted):
         return reason
-    if spec.dead == "score" and forward.may_have_dead_rows(spec, problem.q_len, problem.kv_len):
-        if fill_slope(spec) is None:
-            return "a row without a key has scores of its own, the gradients of which are dense"
-        if spec.weight is not None:
-            return "rows without a key have a factor for each key"
-        if spec.sinks:
-            return "rows without a key share their weight with a sink"
     return None
 
 
@@ -78,19 +78,6 @@ def _unsupported(spec: AttentionSpec, wanted: tuple[int, ...]) -> str | None:
     except (UnprintableError, TypeError) as error:
         return f"an expression has no Triton text: {error}"
     return None
-
-
-@functools.lru_cache(maxsize=4096)
-def fill_slope(spec: AttentionSpec) -> float | None:
-    """d fill / ds where the fill is the same for every key in float32, so that each has the
-    weight 1 / Skv: a number, or one so large that it absorbs `s`. None for any other fill."""
-    assert spec.fill is not None
-    constant, rest = spec.fill.as_coeff_Add()
-    if spec.fill.is_number:
-        return 0.0
-    slope = derivative(rest, E.S)
-    absorbs = constant <= -1e30 and rest.free_symbols == {E.S} and not rest.has(E.load)
-    return float(slope) if absorbs and slope.is_number else None
 
 
 _launches: dict[tuple, dict[str, Launch | Gathered] | None] = {}
@@ -186,7 +173,7 @@ def _finish_rows(problem, tensors, q, k, v, dout, lse) -> None:
     """Adds to dQ, dK and dV what the kernels leave out: rows without a key or without weight."""
     spec, dv = problem.spec, tensors["dv_ptr"]
     if forward.may_have_dead_rows(spec, q.shape[2], k.shape[2]):
-        if spec.dead == "score":
+        if spec.dead == "score" and not has_fill_rows(spec):
             _add_uniform_rows(spec, tensors, q, k, v, dout)
         elif spec.dead == "nan" and not spec.sinks:
             _set_nan_rows(dv, lse)
@@ -236,7 +223,7 @@ def _outputs(problem, q, k, v, aux, wanted: Wanted) -> dict[str, Tensor]:
     found = {"delta_ptr": rows((batch, heads, q_len)), "dq_ptr": torch.empty_like(q)}
     found |= {"dk_ptr": torch.empty_like(k), "dv_ptr": torch.empty_like(v)}
     found["norm_ptr"] = found["delta_ptr"]
-    if hoist.may_be_huge(spec.score):
+    if hoist.may_be_huge(spec.score) or has_fill_rows(spec):
         found["norm_ptr"] = rows((batch, heads, q_len))
     if spec.dead == "score":
         found["dead_ptr"] = torch.empty((batch, heads, q_len), dtype=torch.int8, device=q.device)
