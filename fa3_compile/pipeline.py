@@ -2,24 +2,30 @@
 
 expand     nn.MultiheadAttention's one call, written out
 trace      a functional core-aten shadow of the graph, to be read only
-detect     softmax(f(Q K^T)) V, in the axes of its output
+detect     softmax(f(Q K^T)) V, in the axes of its output (skeletons, weights, scores)
 layout     which axes are b, h, q, d; score and mask in those terms (lift, simplify)
-check      nothing else reads the weights, nothing is written in between
+check      what else reads the weights, nothing is written in between
 choose     a kernel family that computes it here
-rewrite    one fa3::attention node in the original graph
+rewrite    one fa3::attention node in the original graph, or a sum of several
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from typing import Any
 
 from torch import fx
 
 from fa3_compile import report, selection
 from fa3_compile.errors import Decline, InternalError
-from fa3_compile.frontend import detect, expand, flex, layout, rewrite, trace
+from fa3_compile.frontend import check, detect, expand, flex, layout, rewrite, trace
+from fa3_compile.frontend.liveness import remove_dead
 from fa3_compile.frontend.region import Region
+from fa3_compile.frontend.skeletons import skeletons
+from fa3_compile.lower.choose import Choice
 from fa3_compile.options import Options
+from fa3_compile.report import RegionReport
 from fa3_compile.source import where
 
 log = logging.getLogger(__name__)
@@ -52,52 +58,64 @@ def _rewrite_graph(gm: fx.GraphModule, options: Options, graph_name: str, fused:
     shadow = trace.shadow(gm)
     if shadow is None:
         return 0
-    for index, decline in enumerate(shadow.declined):
-        known = {"where": where(decline.node) if decline.node is not None else ""}
-        report.record(report.RegionReport.declined(index, graph_name, decline, **known))
-    count, replaced = 0, {}
-    for index, skeleton in enumerate(detect.skeletons(shadow), len(shadow.declined)):
-        known = {"where": where(skeleton.softmax_holder(shadow))}
+    entries: list[tuple[RegionReport, Region | None]] = []
+    for decline in shadow.declined:
+        at = where(decline.node) if decline.node is not None else ""
+        entries.append((RegionReport.declined(len(entries), graph_name, decline, where=at), None))
+    replaced: dict[fx.Node, fx.Node] = {}
+    rewritten: list[Region] = []
+    for skeleton in skeletons(shadow):
+        known: dict[str, Any] = {"where": where(skeleton.softmax_holder(shadow))}
         try:
-            if options.fuel is not None and fused + count >= options.fuel:
+            if options.fuel is not None and fused + len(rewritten) >= options.fuel:
                 raise Decline("fuel", None, "Raise options={'fuel': n}.", stage="rewrite")
-            region, choice = _analyse(gm.graph, shadow, skeleton, replaced, options, known)
-            text = selection.spec_text(region, options)
-            replaced[region.output] = rewrite.rewrite(gm.graph, region, text)
-            count += 1
-            report.record(
-                report.RegionReport(
-                    index, graph_name, True, **known, **selection.described(region, choice, options)
-                )
-            )
+            found = _analyse(gm.graph, shadow, skeleton, replaced, options, known)
+            regions = [region for region, _ in found]
+            texts = [selection.spec_text(region, options) for region in regions]
+            replaced |= rewrite.rewrite(gm.graph, regions, texts)
+            rewritten += regions
+            for region, choice in found:
+                known |= selection.formulas(region)
+                known |= selection.described(region, choice, options)
+                entries.append((RegionReport(len(entries), graph_name, True, **known), region))
+            continue
         except Decline as decline:
-            report.record(report.RegionReport.declined(index, graph_name, decline, **known))
+            declined = decline
         except Exception as error:
             if options.strict:
                 raise
-            log.warning("region %d left as it was: %s", index, error, exc_info=True)
-            unforeseen = Decline("internal-error", None, message=f"{type(error).__name__}: {error}")
-            report.record(report.RegionReport.declined(index, graph_name, unforeseen, **known))
-    if count or expanded:
-        rewrite.remove_dead(gm.graph)
+            log.warning("%s left as it was: %s", skeleton.output, error, exc_info=True)
+            declined = Decline("internal-error", None, message=f"{type(error).__name__}: {error}")
+        if skeleton.nearest:
+            entry = RegionReport.declined(len(entries), graph_name, declined, **known)
+            entries.append((entry, None))
+    if rewritten or expanded:
+        remove_dead(gm.graph, [node for region in rewritten for node in region.dropouts])
         gm.graph.lint()
         gm.recompile()
-    return count
+    for entry, region in entries:
+        hint = check.hint(gm.graph, region) if region is not None else entry.hint
+        report.record(dataclasses.replace(entry, hint=hint))
+    return len(rewritten)
 
 
-def _analyse(graph, shadow, skeleton, replaced, options: Options, known: dict):
+def _analyse(
+    graph, shadow, skeleton, replaced, options: Options, known: dict
+) -> list[tuple[Region, Choice]]:
     """The stages that only read."""
     stage = "detect"
     try:
-        reading = detect.read(shadow, skeleton)
+        readings = detect.read(shadow, skeleton)
         stage = "lift"
-        region: Region = layout.region(shadow, skeleton, reading)
-        rewrite.follow_replacements(region, replaced)
-        known |= selection.formulas(region)
+        regions = [layout.region(shadow, reading) for reading in readings]
+        for region in regions:
+            rewrite.follow_replacements(region, replaced)
+        known |= selection.formulas(regions[0])
         stage = "check"
-        rewrite.check(graph, region)
+        check.check(graph, regions)
         stage = "choose"
-        return region, selection.kernel_for(region, options)
+        return [(region, selection.kernel_for(region, options)) for region in regions]
     except Decline as decline:
         decline.stage = decline.stage or stage
+        decline.node = decline.node or skeleton.softmax_holder(shadow)
         raise

@@ -20,7 +20,7 @@ from fa3_compile import __version__, pipeline
 from fa3_compile.backend import rewritten
 from fa3_compile.errors import Fa3Error
 from fa3_compile.explaining import explain_with
-from fa3_compile.frontend import detect, expand, trace
+from fa3_compile.frontend import expand, skeletons, trace
 from fa3_compile.frontend.dynamo_graph import (
     example_value,
     is_mutation,
@@ -99,7 +99,7 @@ def _regions(gm: fx.GraphModule) -> list[str | Fa3Error]:
         if shadow is None:
             continue
         found += [_unwritten(str(decline)) for decline in shadow.declined]
-        for skeleton in detect.skeletons(shadow):
+        for skeleton in skeletons.skeletons(shadow):
             try:
                 found.append(_function(module.graph, skeleton.output))
             except Fa3Error as error:

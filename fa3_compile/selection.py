@@ -28,8 +28,8 @@ def problem_of(region: Region) -> Problem:
     layout = region.layout
     query = example_value(region.query.source)
     values = [example_value(x.source) for x in (region.query, region.key, region.value)]
-    aux = [example_value(node) for node, _ in region.loads]
     graded = torch.is_grad_enabled()
+    aux_needs_grad = tuple(x.needs_grad for x in region.loads)
     kv_heads = _hint(layout.total(layout.kv_heads), region)
     group = _hint(layout.total(layout.group), region)
     device = query.device
@@ -45,9 +45,9 @@ def problem_of(region: Region) -> Problem:
         kv_len=_hint(region.key_length, region),
         dim=_width(region.query, region),
         v_dim=_hint(layout.total(layout.head_dim), region),
-        aux_dtypes=tuple(x.dtype for x in aux),
-        needs_grad=graded and any(x.requires_grad for x in (*values, *aux)),
-        aux_needs_grad=tuple(graded and x.requires_grad for x in aux),
+        aux_dtypes=tuple(x.dtype for x in region.loads),
+        needs_grad=graded and any(x.requires_grad for x in values) or any(aux_needs_grad),
+        aux_needs_grad=aux_needs_grad,
     )
 
 

@@ -25,7 +25,7 @@ RARE = ("static_k", "static_v")
 
 
 def expand_calls(graph: fx.Graph) -> int:
-    """Writes out every call whose weights nobody reads; returns how many."""
+    """Writes out every call but those whose dropped weights are read; returns how many."""
     count = 0
     for node in list(graph.nodes):
         if node.target is F.multi_head_attention_forward and _expandable(node):
@@ -45,9 +45,10 @@ def _expandable(node: fx.Node) -> bool:
     outputs = [u for u in node.users if u.target is operator.getitem and u.args[1] == 0]
     others = [u for u in node.users if u not in outputs and _is_read(u)]
     values = [example_value(x) for x in tree_leaves(list(given.values())) if _is_node(x)]
+    drops = given["training"] and given["dropout_p"] > 0
     return (
         bool(outputs)
-        and not others
+        and not (others and drops)
         and not any(given[name] not in (None, False) for name in RARE)
         and all(isinstance(v, torch.Tensor) for v in values)
     )
@@ -72,11 +73,13 @@ def _expand(graph: fx.Graph, node: fx.Node) -> None:
     with graph.inserting_before(node), tensors[0].fake_mode:  # pyright: ignore
         recorder = _Recorder(graph, nodes, node)
         with recorder:
-            result = multi_head_attention(fakes)
-        output = recorder.nodes[id(result)]
+            results = multi_head_attention(fakes)
+        made = [recorder.nodes[id(x)] if x is not None else None for x in results]
     for user in list(node.users):
-        if user.target is operator.getitem and user.args[1] == 0:
-            user.replace_all_uses_with(output)
+        taken = user.args[1] if user.target is operator.getitem else None
+        replacement = made[taken] if isinstance(taken, int) else None
+        if replacement is not None:
+            user.replace_all_uses_with(replacement)
         _erase(graph, user)
     graph.erase_node(node)
 
@@ -122,11 +125,12 @@ class _Recorder(TorchFunctionMode):
         return self.nodes[id(x)] if isinstance(x, torch.Tensor) else x
 
 
-def multi_head_attention(given: dict[str, Any]) -> torch.Tensor:
-    """The output of `F.multi_head_attention_forward`, its arguments by name.
+def multi_head_attention(given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What `F.multi_head_attention_forward` returns, its arguments by name.
 
     Queries [L, N, E] or [L, E], keys and values [S, N, E] or [S, E]. Which rows without keys give
-    NaN and which zeros depends on `need_weights`, as it does there.
+    NaN and which zeros depends on `need_weights`, as it does there; so does whether there are
+    weights, [N, L, S] or [N, H, L, S].
     """
     query, key, value = given["query"], given["key"], given["value"]
     heads = given["num_heads"]
@@ -152,16 +156,20 @@ def multi_head_attention(given: dict[str, Any]) -> torch.Tensor:
         padding = padding.view(batch, 1, 1, -1)
         mask = padding if mask is None else mask + padding
     p = given["dropout_p"] if given["training"] else 0.0
+    weights = None
     if given["need_weights"]:
         scores = (q * math.sqrt(1.0 / q.shape[-1])) @ k.transpose(-2, -1)
         scores = scores if mask is None else scores + mask
-        out = F.dropout(F.softmax(scores, dim=-1), p, p > 0) @ v
+        weights = F.dropout(F.softmax(scores, dim=-1), p, p > 0)
+        out = weights @ v
+        weights = weights.mean(1) if given["average_attn_weights"] else weights
+        weights = weights if batched else weights.squeeze(0)
     else:
         mask = None if causal else mask
         out = F.scaled_dot_product_attention(q, k, v, mask, p, causal)
     out = out.permute(2, 0, 1, 3).reshape(length, batch, width)
     out = F.linear(out, given["out_proj_weight"], given["out_proj_bias"])
-    return out if batched else out.squeeze(1)
+    return out if batched else out.squeeze(1), weights
 
 
 def _additive(mask, like):

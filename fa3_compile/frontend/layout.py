@@ -7,8 +7,12 @@ import torch
 from torch import fx
 
 from fa3_compile.errors import Decline
-from fa3_compile.frontend.detect import D, Reading, Skeleton, after
+from fa3_compile.frontend import after_softmax
+from fa3_compile.frontend.captured import Captured, Seed
+from fa3_compile.frontend.detect import Reading, Skeleton
 from fa3_compile.frontend.dynamo_graph import example_value
+from fa3_compile.frontend.lift import descendants
+from fa3_compile.frontend.placeholders import D
 from fa3_compile.frontend.region import Layout, Operand, Region
 from fa3_compile.frontend.sizes import hint
 from fa3_compile.frontend.trace import Shadow
@@ -32,61 +36,80 @@ from fa3_compile.spec.index import divide, is_nonnegative, remainder, simplify_i
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def region(shadow: Shadow, skeleton: Skeleton, reading: Reading) -> Region:
+def region(shadow: Shadow, reading: Reading) -> Region:
     """The region that a reading describes. `Decline` where the op cannot say it."""
-    query, key, value = _checked_operands(reading, skeleton)
-    _check_not_router(query, key, value, skeleton)
-    layout = _layout(reading, skeleton, query, key, value)
+    skeleton = reading.skeleton
+    _checked_operands(reading, skeleton)
+    _check_not_router(reading, skeleton)
+    layout = _layout(reading, skeleton)
     substitution, ranges = _coordinates(layout, reading)
     _check_axes_known(reading, substitution, skeleton)
 
-    def in_coordinates(expr: Expr) -> Expr:
+    def in_coordinates(expr):
         return simplify_index(expr.subs(substitution, simultaneous=True), ranges)
 
+    softmax = reading.term.softmax
     score = in_coordinates(reading.score)
-    sinks = tuple(simplify.tidy(in_coordinates(x)) for x in reading.sinks)
+    sinks = tuple(simplify.tidy(in_coordinates(x)) for x in reading.scores.sinks)
     separated = simplify.separate(
         score,
-        half_fill=_scores_dtype(skeleton) == torch.float16,
-        dead_rows_zero=skeleton.softmax.dead_rows_zero or reading.dead_rows_zero,
+        half_fill=_scores_dtype(reading) == torch.float16,
+        dead_rows_zero=softmax.dead_rows_zero or reading.term.zeroed,
     )
-    if skeleton.softmax.unshifted and separated.dead == "score":
+    if not reading.scores.shifted and separated.dead == "score":
         separated = simplify.Separated(separated.score, separated.mask, "nan", None)
     witnesses = [sympy.S.Zero, reading.key_length - 1]
     if is_nonnegative(reading.key_length - ranges[Q]):
         witnesses += [Q, Q + reading.key_length - ranges[Q]]
     separated = simplify.without_dead_rows(separated, witnesses)
-    interior = _interior(shadow, skeleton, reading)
+    interior = _interior(shadow, reading)
     if separated.dead == "score" and _read_outside(reading, interior):
         # Kernels have no LSE for a row that is all fill, unless the fill is part of the score.
         separated = simplify.unmasked(score)
+    separated, weight = after_softmax.merged(
+        separated,
+        weight=in_coordinates(reading.term.weight),
+        kept=in_coordinates(reading.term.kept),
+        at=skeleton.output,
+    )
     if S not in separated.score.free_symbols:
-        raise Decline("no-product", skeleton.output, "")
-    fields = [separated.score, separated.mask, separated.fill, *sinks]
+        raise Decline(
+            "no-product",
+            skeleton.output,
+            message=f"the score of a visible key is {separated.score}, whatever Q and K are",
+        )
+    fields = [separated.score, separated.mask, separated.fill, weight, *sinks]
     fields, loads = _renumbered(fields, reading.loads)
     fields, sizes = _with_sizes(fields, layout, reading.key_length)
-    score, mask, fill, *sinks = fields
+    score, mask, fill, weight, *sinks = fields
     spec = AttentionSpec(
         score=score,
         mask=mask,
         dead=separated.dead,
         fill=fill,
         sinks=tuple(sinks),
-        aux=tuple(_kind(node) for node, _ in loads),
+        aux=tuple(_kind(x) for x in loads),
         out_order=_out_order(reading, layout, skeleton.output),
+        weight=weight,
+    )
+    [coefficient], coefficient_loads = _renumbered(
+        [in_coordinates(reading.term.coefficient)], reading.loads
     )
     return Region(
         output=skeleton.output,
         output_axes=reading.axes,
         interior=interior,
-        query=query,
-        key=key,
-        value=value,
+        query=reading.query,
+        key=reading.key,
+        value=reading.value,
         layout=layout,
         key_length=reading.key_length,
         spec=AttentionSpec.parse(str(spec)),
         loads=loads,
         sizes=sizes,
+        coefficient=simplify.tidy(coefficient),
+        coefficient_loads=coefficient_loads,
+        dropouts=reading.dropouts,
         statistics=[] if separated.dead == "score" else reading.statistics,
     )
 
@@ -96,37 +119,34 @@ def _read_outside(reading: Reading, interior: list[fx.Node]) -> bool:
     return any(user not in interior for x in reading.statistics for user in x.node.users)
 
 
-def _scores_dtype(skeleton: Skeleton) -> torch.dtype:
+def _scores_dtype(reading: Reading) -> torch.dtype:
     """The dtype in which scores are masked, before the softmax casts them."""
-    node = skeleton.softmax.scores
+    node = reading.term.softmax.scores
     while node.target is torch.ops.aten._to_copy.default:
         node = node.args[0]
     return node.meta["val"].dtype
 
 
-def _interior(shadow: Shadow, skeleton: Skeleton, reading: Reading) -> list[fx.Node]:
+def _interior(shadow: Shadow, reading: Reading) -> list[fx.Node]:
     """The Dynamo nodes that hold something between the two products."""
-    assert reading.product is not None
-    behind, stack = set(), [skeleton.values]
+    behind, stack = set(), [reading.skeleton.values]
     while stack:
         node = stack.pop()
         for source in node.all_input_nodes:
             if source not in behind:
                 behind.add(source)
                 stack.append(source)
-    between = behind & after(reading.product)
+    between = behind & descendants([reading.scores.product.node])
     held = [d for d, a in shadow.aten_of.items() if a in between]
     return [*dict.fromkeys([*held, *(d for a, d in shadow.within.items() if a in between)])]
 
 
-def _checked_operands(reading: Reading, skeleton: Skeleton) -> tuple[Operand, Operand, Operand]:
+def _checked_operands(reading: Reading, skeleton: Skeleton) -> None:
     operands = (reading.query, reading.key, reading.value)
     for operand in operands:
-        if operand is None or operand.view is None:
+        if operand.view is None:
             raise Decline("operand-unclear", skeleton.output, "")
-    query, key, value = operands
-    assert query and key and value
-    values = [example_value(x.source) for x in (query, key, value)]
+    values = [example_value(x.source) for x in operands]
     dtypes = [x.dtype for x in operands]
     if len(set(dtypes)) > 1:
         raise Decline(
@@ -147,13 +167,13 @@ def _checked_operands(reading: Reading, skeleton: Skeleton) -> tuple[Operand, Op
             "Cast the output instead of q, k and v.",
             message=f"q, k, v are {dtypes[0]} and the output is {out.dtype}",
         )
-    return query, key, value
 
 
-def _check_not_router(query, key, value, skeleton: Skeleton) -> None:
+def _check_not_router(reading: Reading, skeleton: Skeleton) -> None:
     """Tokens weighing a table of parameters are a router or a codebook, not attention."""
-    flat = all(example_value(x.source).dim() == 2 for x in (query, key, value))
-    if flat and isinstance(example_value(key.source), torch.nn.Parameter):
+    sources = [x.source for x in (reading.query, reading.key, reading.value)]
+    flat = all(example_value(x).dim() == 2 for x in sources)
+    if flat and isinstance(example_value(sources[1]), torch.nn.Parameter):
         raise Decline(
             "router",
             skeleton.output,
@@ -162,14 +182,15 @@ def _check_not_router(query, key, value, skeleton: Skeleton) -> None:
 
 
 def _axes_of(operand: Operand) -> set[sympy.Symbol]:
-    return {part[1].symbol for part in operand.view.parts if part[0] == "axis"}
+    parts = operand.view.parts if operand.view else ()
+    return {part[1].symbol for part in parts if part[0] == "axis"}
 
 
-def _layout(reading: Reading, skeleton: Skeleton, query, key, value) -> Layout:
+def _layout(reading: Reading, skeleton: Skeleton) -> Layout:
     """Axes that K or V are indexed by are batch and KV heads; of the others, the rows' are
     queries and the rest share their KV head."""
     every = [a for dim in reading.axes for a in dim]
-    in_query, in_key, in_value = (_axes_of(x) for x in (query, key, value))
+    in_query, in_key, in_value = (_axes_of(x) for x in (reading.query, reading.key, reading.value))
     head_dim = [a for a in every if a in reading.head_dim.free_symbols]
     if len(head_dim) > 1:
         raise Decline("axes-unclear", skeleton.output, "")
@@ -242,7 +263,8 @@ def _coordinates(layout: Layout, reading: Reading) -> tuple[dict, dict]:
 
 def _check_axes_known(reading: Reading, substitution, skeleton: Skeleton) -> None:
     known = set(substitution) | {KV, S}
-    for expr in (reading.score, *reading.sinks):
+    term = reading.term
+    for expr in (reading.score, *reading.scores.sinks, term.weight, term.kept, term.coefficient):
         strange = [x for x in expr.free_symbols if x in reading.sizes and x not in known]
         if strange or D in expr.free_symbols:
             raise Decline("axes-unclear", skeleton.output, "")
@@ -284,11 +306,10 @@ def _with_sizes(fields: list, layout: Layout, key_length: Expr):
     return [None if f is None else f.subs(names, simultaneous=True) for f in fields], sizes
 
 
-def _kind(node: fx.Node) -> str:
-    dtype = example_value(node).dtype
-    if dtype == torch.bool:
+def _kind(x: Captured | Seed) -> str:
+    if x.dtype == torch.bool:
         return "bool"
-    return "float" if dtype.is_floating_point else "int"
+    return "float" if x.dtype.is_floating_point else "int"
 
 
 def _out_order(reading: Reading, layout: Layout, output: fx.Node) -> str:

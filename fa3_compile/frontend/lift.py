@@ -15,6 +15,7 @@ from sympy.logic.boolalg import Boolean
 from torch import fx
 
 from fa3_compile.errors import Decline
+from fa3_compile.frontend.captured import Captured, Seed
 from fa3_compile.frontend.dynamo_graph import overwrite
 from fa3_compile.frontend.sizes import UnknownScalar, scalar, sym
 from fa3_compile.frontend.trace import Shadow
@@ -94,6 +95,8 @@ class Lifter:
         special: dict[fx.Node, Callable[[Index], Element]],
         *,
         wide: bool = False,
+        weighs: bool = False,
+        loads: Sequence[Captured | Seed] = (),
         read_at: fx.Node | None = None,
     ):
         self.shadow, self.ranges, self.special = shadow, ranges, special
@@ -101,10 +104,14 @@ class Lifter:
         self.read_at = read_at
         # Scores in float32: what the program rounds to half precision stays rounded.
         self.wide = wide
-        # Whether a rule replaced NaN rows of the softmax by zeros.
-        self.zeroed = False
-        # What load(i, ...) reads, in order of i: the Dynamo node, and since when it holds it.
-        self.loads: list[tuple[fx.Node, fx.Node]] = []
+        # Whether what is lifted stands after the softmax, where dropout is a factor.
+        self.weighs = weighs
+        # The elements of a softmax whose NaN a rule replaced by zeros.
+        self.zeroed: set[Expr] = set()
+        # What load(i, ...) reads, in order of i.
+        self.loads: list[Captured | Seed] = [*loads]
+        # The Dynamo nodes of the dropouts that were lifted.
+        self.dropouts: list[fx.Node] = []
         self.inside = descendants(special)
         self._memo: dict[tuple[fx.Node, Index], Element] = {}
 
@@ -138,7 +145,7 @@ class Lifter:
         holders = self.shadow.dynamo_of.get(node)
         if not holders:
             raise Opaque(node, "its value is not a tensor of the program")
-        source = (holders[0], self.shadow.since[node, holders[0]])
+        source = Captured(holders[0], self.shadow.since[node, holders[0]])
         written = self.read_at and overwrite(*source, until=self.read_at)
         if written:
             raise Overwritten(node, written)
@@ -146,6 +153,13 @@ class Lifter:
             self.loads.append(source)
         value = load(self.loads.index(source), *index)
         return sympy.Ne(value, 0) if node.meta["val"].dtype == torch.bool else value
+
+    def seed(self, dropout: fx.Node) -> Expr:
+        """The load of a new seed, for one reading of a dropout: no two share their numbers."""
+        holders = self.shadow.dynamo_of.get(dropout, [])
+        self.dropouts += holders[:1]
+        self.loads.append(Seed(holders[0] if holders else None, len(self.loads)))
+        return load(len(self.loads) - 1, sympy.S.Zero)
 
     def _clean(self, node: fx.Node, index: Sequence[Expr]) -> Index:
         shape = node.meta["val"].shape

@@ -14,7 +14,9 @@ from torch import fx
 
 from fa3_compile.frontend.elements.movement import dimension
 from fa3_compile.frontend.lift import Index, shape_of, sym
+from fa3_compile.frontend.normalize import Softmax
 from fa3_compile.frontend.operands import is_movement, step_back
+from fa3_compile.frontend.same import same_value
 from fa3_compile.frontend.trace import Shadow
 from fa3_compile.spec.expr import Expr
 from fa3_compile.spec.index import same
@@ -33,12 +35,15 @@ class Lse:
 
 
 def statistics(
-    shadow: Shadow, scores: fx.Node, dim: int, index: Index, sizes: dict[sympy.Symbol, Expr]
+    shadow: Shadow, softmax: Softmax, index: Index, sizes: dict[sympy.Symbol, Expr]
 ) -> list[Lse]:
-    """Every holder of the logsumexp of `scores` along `dim`, the scores being read at `index`."""
+    """Every holder of the logsumexp of what the softmax at `index` is taken of."""
+    scores, dim = softmax.scores, softmax.dim
     found = []
     for node in shadow.graph.nodes:
-        if node.target is not aten.logsumexp.default or node.args[0] is not scores:
+        if softmax.by_hand or node.target is not aten.logsumexp.default:
+            continue
+        if not same_value(node.args[0], scores):
             continue
         if [dimension(d, len(index)) for d in node.args[1]] != [dim]:
             continue

@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from fa3_compile.frontend.elements.movement import dimension
+from fa3_compile.frontend.same import same_value
 from fa3_compile.frontend.trace import Shadow
 
 aten = torch.ops.aten
+EXPONENTIALS = (aten.exp.default, aten.exp2.default, aten._softmax.default)
+# How far a normaliser's sum and its exponentials are looked for.
+NEAR = 16
 
 
 @dataclass(frozen=True)
 class Softmax:
-    """`node` is the softmax of `scores` along `dim`; rows of -inf alone give zeros or NaN."""
+    """`node` is the softmax of `scores` along `dim`; rows of -inf alone give zeros or NaN.
+
+    Written by hand it is e / (e.sum(dim) + rest), and `scores` is e: its logarithm is what the
+    softmax is of. `divisor` is what e is divided by, `summed` the sum in it.
+    """
 
     node: fx.Node
     scores: fx.Node
     dim: int
     dead_rows_zero: bool = False
-    # exp of the scores themselves: a row without keys is 0 / 0 whatever its fill is.
-    unshifted: bool = False
+    divisor: fx.Node | None = None
+    summed: fx.Node | None = None
+
+    @property
+    def by_hand(self) -> bool:
+        return self.divisor is not None
 
 
 def softmaxes(shadow: Shadow) -> list[Softmax]:
@@ -43,7 +55,7 @@ def _softmax(node: fx.Node) -> Softmax | None:
         return _of(node, inner.args[0], inner.args[1])
     if node.target is aten.exp.default and _is(node.args[0], aten.sub.Tensor):
         return _less_logsumexp(node, *node.args[0].args[:2])
-    if node.target is aten.div.Tensor:
+    if node.target in (aten.div.Tensor, aten.mul.Tensor):
         return _by_hand(node)
     return None
 
@@ -54,38 +66,63 @@ def _of(node, scores, dim, *, dead_rows_zero=False) -> Softmax:
 
 def _less_logsumexp(node: fx.Node, scores, normaliser) -> Softmax | None:
     """exp(x - logsumexp(x, dim)), kept or unsqueezed."""
-    taken, added = _unexpanded(normaliser)
+    taken, added = unexpanded(normaliser)
     if not _is(taken, aten.logsumexp.default):
         return None
     source, dims = taken.args[:2]
     keeps = bool(taken.args[2]) if len(taken.args) > 2 else False
-    if source is not scores or len(dims) != 1:
+    if not same_value(source, scores) or len(dims) != 1:
         return None
     at = dimension(dims[0], scores.meta["val"].dim())
     return _of(node, scores, at) if added == ([] if keeps else [at]) else None
 
 
 def _by_hand(node: fx.Node) -> Softmax | None:
-    """exp(x) / exp(x).sum(dim), kept or unsqueezed, with or without the row's maximum off."""
-    top, bottom = node.args[:2]
-    if not _is(top, aten.exp.default) or not isinstance(bottom, fx.Node):
-        return None
-    summed, added = _unexpanded(bottom)
-    if not _is(summed, aten.sum.dim_IntList):
-        return None
-    source, dims = summed.args[:2]
-    keeps = bool(summed.args[2]) if len(summed.args) > 2 else False
-    if source is not top or len(dims) != 1:
-        return None
-    rank = top.meta["val"].dim()
-    if added != ([] if keeps else [dimension(dims[0], rank)]):
-        return None
-    scores = top.args[0]
-    shifted = _is(scores, aten.sub.Tensor) and row_maximum(_unexpanded(scores.args[1])[0])
-    return replace(_of(node, scores, dims[0]), unshifted=not shifted)
+    """e / (e.sum(dim) + rest), or e times the reciprocal of that."""
+    if node.target is aten.div.Tensor:
+        pairs = [node.args[:2]]
+    else:
+        pairs = [(x, _reciprocal_of(y)) for x, y in (node.args[:2], node.args[1::-1])]
+    for top, bottom in pairs:
+        if not isinstance(top, fx.Node) or not isinstance(bottom, fx.Node):
+            continue
+        if not any(n.target in EXPONENTIALS for n in _behind(top)):
+            continue
+        for summed in _behind(bottom):
+            if summed.target is not aten.sum.dim_IntList or not same_value(summed.args[0], top):
+                continue
+            if len(summed.args[1]) == 1:
+                dim = dimension(summed.args[1][0], top.meta["val"].dim())
+                return Softmax(node, top, dim, divisor=bottom, summed=summed)
+    return None
 
 
-def _unexpanded(node) -> tuple[fx.Node, list[int]]:
+def _reciprocal_of(node) -> fx.Node | None:
+    """y of 1 / y."""
+    node, _ = unexpanded(node)
+    if _is(node, aten.reciprocal.default):
+        return node.args[0]
+    if _is(node, aten.div.Tensor) and node.args[0] == 1:
+        return node.args[1]
+    if _is(node, aten.pow.Tensor_Scalar) and node.args[1] == -1:
+        return node.args[0]
+    return None
+
+
+def _behind(node: fx.Node) -> list[fx.Node]:
+    """The node and what it is made of, nearest first, products and sums not looked behind."""
+    found, queue = [], [node]
+    while queue and len(found) < NEAR:
+        current = queue.pop(0)
+        if current in found or current.op != "call_function":
+            continue
+        found.append(current)
+        if current.target not in (aten.bmm.default, aten.mm.default, aten.sum.dim_IntList):
+            queue.extend(current.all_input_nodes)
+    return found
+
+
+def unexpanded(node) -> tuple[fx.Node, list[int]]:
     """The node before it was broadcast, and the dimensions that were added."""
     added: list[int] = []
     while isinstance(node, fx.Node):
@@ -101,11 +138,25 @@ def _is(node, target) -> bool:
     return isinstance(node, fx.Node) and node.target is target
 
 
-def row_maximum(node: fx.Node) -> bool:
-    """Whether the node is the maximum of a tensor along one dimension."""
+def row_statistic(node: fx.Node) -> bool:
+    """Whether the node is a maximum or a logsumexp, which is finite where any score is."""
     if not isinstance(node, fx.Node):
         return False
-    if node.target is aten.amax.default:
-        return len(node.args) > 1 and len(node.args[1]) == 1
+    if node.target in (aten.amax.default, aten.max.default, aten.logsumexp.default):
+        return True
     taken = node.target is operator.getitem and node.args[1] == 0
     return taken and _is(node.args[0], aten.max.dim)
+
+
+def largest_is_one(softmax: Softmax) -> bool:
+    """Whether a softmax by hand divides exp(x - x.max(dim)): each sum is then at least 1."""
+    if not _is(softmax.scores, aten.exp.default) or not _is(
+        softmax.scores.args[0], aten.sub.Tensor
+    ):
+        return False
+    x, shift = softmax.scores.args[0].args[:2]
+    statistic, _ = unexpanded(shift)
+    if not row_statistic(statistic) or statistic.target is aten.logsumexp.default:
+        return False
+    reduced = statistic.args[0] if statistic.target is operator.getitem else statistic
+    return same_value(reduced.args[0], x)

@@ -8,6 +8,7 @@ import sympy
 import torch
 from torch import fx
 
+from fa3_compile.frontend.captured import Captured, Seed
 from fa3_compile.frontend.dynamo_graph import example_value
 from fa3_compile.frontend.logsumexp import Lse
 from fa3_compile.frontend.operands import Place, View
@@ -65,9 +66,13 @@ class Region:
     layout: Layout
     key_length: Expr
     spec: AttentionSpec
-    # What load(i, ...) reads, as (Dynamo node, node since which it holds the value); and the
-    # values of n0, n1, ...
-    loads: list[tuple[fx.Node, fx.Node]]
+    # What load(i, ...) reads, and the values of n0, n1, ...
+    loads: list[Captured | Seed]
     sizes: list[Expr]
+    # A factor on the output, in b, h, q; its loads read `coefficient_loads`.
+    coefficient: Expr = sympy.S.One
+    coefficient_loads: list[Captured | Seed] = field(default_factory=list)
+    # Dynamo nodes whose random numbers the op draws itself.
+    dropouts: list[fx.Node] = field(default_factory=list)
     # What else the op replaces: its LSE.
     statistics: list[Lse] = field(default_factory=list)

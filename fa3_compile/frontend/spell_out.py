@@ -37,14 +37,15 @@ def sdpa(
         else:
             scores = scores + attn_mask
     weights = torch.ops.aten._safe_softmax(scores, -1)
-    return F.dropout(weights, dropout_p, training=dropout_p > 0) @ value
+    return dropout(weights, dropout_p) @ value
 
 
 def dropout(input, p=0.5, training=True, inplace=False):
-    """`F.dropout`; one that drops anything stays one operator, which element rules refuse."""
+    """`F.dropout`; one that drops anything stays one operator, a factor on what it is given."""
     if not training or p == 0:
         return input
-    return torch.ops.fa3_shadow.dropout(input, p)
+    dropped = torch.ops.fa3_shadow.dropout(input, p)
+    return input.copy_(dropped) if inplace else dropped
 
 
 LIBRARY = torch.library.Library("fa3_shadow", "DEF")

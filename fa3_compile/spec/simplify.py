@@ -32,6 +32,8 @@ class Separated:
     mask: Boolean
     dead: str
     fill: Expr | None
+    # Whether every row is known to have a key.
+    certain: bool = False
 
 
 def separate(expr: Expr, *, half_fill: bool = False, dead_rows_zero: bool = False) -> Separated:
@@ -72,7 +74,8 @@ def without_dead_rows(separated: Separated, witnesses: list[Expr]) -> Separated:
         return separated  # a bias that is read may be -inf for every key
     for key in witnesses:
         if tidy_mask(separated.mask.subs(KV, key)) == sympy.true:
-            return Separated(separated.score, separated.mask, "nan", None)
+            certain = not separated.score.atoms(load)
+            return Separated(separated.score, separated.mask, "nan", None, certain)
     return separated
 
 

@@ -50,7 +50,7 @@ class TestAutocast:
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 return F.scaled_dot_product_attention(q * 2, k, v)
 
-        assert_expected_inline(specs(check(attention, *qkv())), """""")
+        assert_expected_inline(specs(check(attention, *qkv())), """attention(score=0.25*s)""")
 
     def test_scale_before_the_cast(self):
         # The cast rounds what was scaled: the scale is no part of the score.
@@ -59,7 +59,7 @@ class TestAutocast:
                 return attend((q * 0.3) @ k.mT, v)
 
         report = check(attention, *qkv(), training=False)
-        assert_expected_inline(specs(report), """""")
+        assert_expected_inline(specs(report), """attention(score=s)""")
 
     def test_projections_inside(self):
         torch.manual_seed(0)

@@ -96,7 +96,7 @@ def test_softmax_one_as_it_is_pasted():
         e = (s - s.max(-1, keepdim=True).values).exp()
         return e / (1 + e.sum(-1, keepdim=True)) @ v
 
-    assert_expected_inline(specs(check(attention, *qkv())), """""")
+    assert_expected_inline(specs(check(attention, *qkv())), """detect: sink-of-the-row""")
 
 
 def test_softmax_one_as_it_is_meant():
@@ -104,7 +104,9 @@ def test_softmax_one_as_it_is_meant():
         e = scores_of(q, k).exp()
         return e / (e.sum(-1, keepdim=True) + 1) @ v
 
-    assert_expected_inline(specs(check(attention, *qkv())), """""")
+    assert_expected_inline(
+        specs(check(attention, *qkv())), """attention(score=0.25*s, sinks=[0])"""
+    )
 
 
 def test_kept_column_has_a_value():
@@ -277,7 +279,9 @@ def test_dead_rows_masked_again():
         weights = scores_of(q, k).masked_fill(hidden(), -INF).softmax(-1)
         return weights.masked_fill(hidden(), 0.0) @ v
 
-    assert_expected_inline(specs(check(attention, *qkv())), """detect: softmax-result-changed""")
+    assert_expected_inline(
+        specs(check(attention, *qkv())), """attention(score=0.25*s, mask=kv <= q - 1, dead=zero)"""
+    )
 
 
 def test_dead_rows_of_sdpa():
@@ -321,4 +325,7 @@ def test_sum_kept_from_zero():
         e = scores_of(q, k).masked_fill(hidden(), -INF).exp()
         return e / (e.sum(-1, keepdim=True) + 1e-6) @ v
 
-    assert_expected_inline(specs(check(attention, *qkv())), """""")
+    assert_expected_inline(
+        specs(check(attention, *qkv())),
+        """attention(score=0.25*s, mask=kv <= q - 1, dead=nan, sinks=[-13.815510557964274])""",
+    )

@@ -19,8 +19,10 @@ from fa3_compile.frontend.lift import (
     sym,
     truth,
 )
+from fa3_compile.frontend.placeholders import prob, row_stat
 from fa3_compile.spec import expr as E
-from fa3_compile.spec.expr import Expr, where
+from fa3_compile.spec.expr import Expr, load, where
+from fa3_compile.spec.forms import dropout_weight
 from fa3_compile.spec.index import bounds, divide, remainder
 
 aten = torch.ops.aten
@@ -86,7 +88,9 @@ def _(node, index, ctx: Lifter) -> Element:
 def _times(a: Expr, b: Expr) -> Expr:
     # s * where(c, 1, 0) -> where(c, s, 0): the mask that multiplies, as GPT-1 has it.
     for x, y in ((a, b), (b, a)):
-        if isinstance(x, where) and not y.is_number and set(x.args[1:]) <= {0, 1}:
+        chooses = isinstance(x, where) and set(x.args[1:]) <= {0, 1}
+        # NaN of a softmax times 0 is NaN.
+        if chooses and not y.is_number and not y.has(prob):
             return where(x.args[0], *(y if branch == 1 else branch for branch in x.args[1:]))
     return a * b
 
@@ -152,7 +156,8 @@ def _(node, index, ctx: Lifter) -> Element:
 
 def _transcendental(node: fx.Node, *args: Expr) -> None:
     """Functions of coordinates alone are cheaper read than computed, and then exactly eager's."""
-    if not any(E.S in x.free_symbols for x in args) and any(x.free_symbols for x in args):
+    computed = any(E.S in x.free_symbols or x.has(row_stat) for x in args)
+    if not computed and any(x.free_symbols for x in args):
         raise Opaque(node, "a function of the position alone")
 
 
@@ -335,7 +340,7 @@ def compare_infinite(x: Expr) -> Element:
 
 def _reads_floats(x: Expr, ctx: Lifter) -> bool:
     names = {f.func.__name__ for f in x.atoms(sympy.Function)}
-    return E.S in x.free_symbols or bool(names & {"load", "prob", "row_max"})
+    return E.S in x.free_symbols or bool(names & {"load", "prob", "row_stat"})
 
 
 def _no(node: fx.Node):
@@ -383,12 +388,21 @@ def _without_nan(condition, a, b, index, ctx: Lifter) -> Element | None:
     if condition.args[0] is not b or ctx.operand(a, index) != 0:
         return None
     element = ctx.operand(b, index)
-    ctx.zeroed = ctx.zeroed or _is_weight(element)
+    if _is_weight(element):
+        ctx.zeroed |= element.atoms(prob)
     return element
 
 
 def _is_weight(element: Element | None) -> bool:
-    return isinstance(element, Expr) and element.is_Function and element.func.__name__ == "prob"
+    """Whether it is an element of one softmax, perhaps times finite factors or filled with 0."""
+    if isinstance(element, sympy.Mul):
+        others = [x for x in element.args if not x.has(prob)]
+        inside = [x for x in element.args if x.has(prob)]
+        return len(inside) == 1 and _is_weight(inside[0]) and not any(x.has(load) for x in others)
+    if isinstance(element, where):
+        branches = [x for x in element.args[1:] if x != 0]
+        return len(branches) == 1 and _is_weight(branches[0]) and not element.args[0].has(prob)
+    return isinstance(element, prob)
 
 
 @element_of(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
@@ -419,12 +433,15 @@ def _(node, index, ctx: Lifter) -> Element:
 def _(node, index, ctx: Lifter) -> Element:
     if node not in ctx.inside:
         raise Opaque(node, "dropout")
-    raise Decline(
-        "dropout",
-        None,
-        "Set the attention's dropout to 0, or call model.eval().",
-        message="dropout of the attention weights is not fused",
-    )
+    if not ctx.weighs:
+        raise Decline(
+            "dropout-of-scores",
+            None,
+            "Drop the weights after the softmax.",
+            message="the scores are dropped before the softmax",
+        )
+    element = ctx.broadcast(node.args[0], index)
+    return element * dropout_weight(ctx.seed(node), float(node.args[1]))
 
 
 @element_of(aten.nan_to_num.default)
@@ -432,6 +449,8 @@ def _(node, index, ctx: Lifter) -> Element:
     x = ctx.operand(node.args[0], index)
     nan, high, low = (*node.args[1:], *[None] * (4 - len(node.args)))
     if not _is_weight(x):
+        if x.has(prob):
+            raise Opaque(node, "NaN and infinities of changed weights replaced")
         limits = torch.finfo(node.meta["val"].dtype)
         high = limits.max if high is None else high
         low = limits.min if low is None else low
@@ -439,7 +458,7 @@ def _(node, index, ctx: Lifter) -> Element:
     if nan not in (None, 0, 0.0):
         raise Opaque(node, "NaN rows of the softmax replaced by something else than zeros")
     # A softmax is NaN in rows of -inf alone, and nowhere infinite.
-    ctx.zeroed = True
+    ctx.zeroed |= x.atoms(prob)
     return x
 
 

@@ -1,0 +1,66 @@
+"""Where weights are filled with 0 after the softmax: what that adds to the scores' own mask."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import sympy
+from sympy.logic.boolalg import Boolean
+from torch import fx
+
+from fa3_compile.errors import Decline
+from fa3_compile.spec import simplify
+from fa3_compile.spec.expr import Expr, load, where
+
+
+def merged(
+    separated: simplify.Separated, *, weight: Expr, kept: Boolean, at: fx.Node
+) -> tuple[simplify.Separated, Expr]:
+    """(the fields of the spec, its weight) for weights that are 0 where `kept` does not hold.
+
+    The weight of a masked key is 0 already, but for rows without a key: NaN or a mean of all in
+    the softmax, zeros after the fill if that is of the same mask. `Decline` at `at` where a row
+    of NaN may be filled in part, which a factor cannot say.
+    """
+    kept = simplify.tidy_mask(kept)
+    if separated.dead == "score":
+        multiplied, weight = _conditions(weight)
+        kept = simplify.tidy_mask(sympy.And(kept, multiplied))
+        if _conjuncts(kept) == _conjuncts(separated.mask):
+            return dataclasses.replace(separated, dead="zero", fill=None), simplify.tidy(weight)
+        return separated, simplify.tidy(weight * where(kept, 1, 0))
+    if kept == sympy.true or separated.certain or separated.dead == "zero":
+        return separated, _where_masked(weight * where(kept, 1, 0), separated.mask)
+    same = _conjuncts(kept) == _conjuncts(separated.mask)
+    if not same or separated.score.atoms(load):
+        raise Decline(
+            "mask-after-softmax",
+            at,
+            "Mask the scores alone, before the softmax, or both by the same mask.",
+            message="a row without keys is NaN after the softmax, and then filled in part",
+        )
+    return dataclasses.replace(separated, dead="zero"), _where_masked(weight, separated.mask)
+
+
+def _conjuncts(mask: Boolean) -> set[Boolean]:
+    return {*sympy.And.make_args(mask)}
+
+
+def _conditions(weight: Expr) -> tuple[Boolean, Expr]:
+    """The weight's factors that are 0 or 1, as one condition, and the other factors."""
+    conditions, others = [], []
+    for factor in sympy.Mul.make_args(weight):
+        if isinstance(factor, where) and factor.args[1:] == (1, 0):
+            conditions.append(factor.args[0])
+        elif isinstance(factor, where) and factor.args[1:] == (0, 1):
+            conditions.append(sympy.Not(factor.args[0]))
+        else:
+            others.append(factor)
+    return sympy.And(*conditions), sympy.Mul(*others)
+
+
+def _where_masked(weight: Expr, mask: Boolean) -> Expr:
+    """The weight where the mask holds: what is 0 or 1 by the mask alone is left out."""
+    facts = frozenset(_conjuncts(mask)) - {sympy.true}
+    weight = simplify.tidy(weight)
+    return simplify.tidy(simplify.assuming(weight, facts)) if facts else weight

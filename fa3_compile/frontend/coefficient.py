@@ -1,0 +1,124 @@
+"""A factor on an attention's output: an expression of b, h and q as tensor operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import sympy
+import torch
+from sympy.logic.boolalg import Boolean
+from torch import fx
+
+from fa3_compile.errors import Decline
+from fa3_compile.frontend.captured import Captured
+from fa3_compile.frontend.emit import Emitter
+from fa3_compile.frontend.region import Region
+from fa3_compile.spec import expr as E
+from fa3_compile.spec.expr import Expr
+
+FUNCTIONS: dict[type, Callable] = {
+    sympy.exp: torch.exp,
+    sympy.log: torch.log,
+    sympy.tanh: torch.tanh,
+    sympy.sin: torch.sin,
+    sympy.cos: torch.cos,
+    sympy.Abs: torch.abs,
+    sympy.sign: torch.sign,
+    sympy.floor: torch.floor,
+    sympy.Max: torch.maximum,
+    sympy.Min: torch.minimum,
+    sympy.Add: torch.add,
+    sympy.Mul: torch.mul,
+    sympy.And: torch.logical_and,
+    sympy.Or: torch.logical_or,
+    sympy.Not: torch.logical_not,
+    sympy.Lt: torch.lt,
+    sympy.Le: torch.le,
+    sympy.Gt: torch.gt,
+    sympy.Ge: torch.ge,
+    sympy.Eq: torch.eq,
+    sympy.Ne: torch.ne,
+    E.erf: torch.erf,
+    E.trunc: torch.trunc,
+    E.floordiv: torch.floor_divide,
+    E.mod: torch.remainder,
+    E.where: torch.where,
+}
+BROADCAST = (sympy.Add, sympy.Mul, sympy.Max, sympy.Min, sympy.And, sympy.Or)
+
+
+def coefficient(emit: Emitter, region: Region, out: fx.Node, device: torch.device) -> fx.Node:
+    """out [B, H, Sq, Dv] times the region's coefficient, in out's dtype."""
+    factor = region.coefficient
+    if factor.is_number:
+        return emit.function(torch.mul, out, float(factor))
+    written = _Writer(emit, region, device).write(factor)
+    return emit.call("type_as", emit.function(torch.mul, out, written), out)
+
+
+class _Writer:
+    """Writes an expression as tensors that broadcast against [B, H, Sq, 1]."""
+
+    def __init__(self, emit: Emitter, region: Region, device: torch.device):
+        self.emit, self.region, self.device = emit, region, device
+        layout = region.layout
+        self.lengths = {
+            E.B: layout.total(layout.batch),
+            E.H: layout.total(layout.kv_heads) * layout.total(layout.group),
+            E.Q: layout.total(layout.query),
+        }
+
+    def write(self, expr: Expr | Boolean):
+        """The expression as a node or, of numbers alone, as a number."""
+        if expr in (sympy.true, sympy.false):
+            return self._tensor(bool(expr))
+        if expr.is_Integer:
+            return self._tensor(int(expr))
+        if expr.is_number:
+            return self._tensor(float(expr))
+        if expr in self.lengths:
+            return self._position(expr)
+        if expr.is_Symbol:
+            return self._tensor(self.emit.size(expr))
+        if isinstance(expr, E.load):
+            return self._load(expr)
+        if isinstance(expr, sympy.Pow):
+            return self._call(torch.pow, self.write(expr.base), self.write(expr.exp))
+        if type(expr) not in FUNCTIONS:
+            raise Decline(
+                "coefficient-unclear",
+                self.region.output,
+                message=f"no tensor operation for {type(expr).__name__} in {expr}",
+            )
+        function = FUNCTIONS[type(expr)]
+        args = [self.write(x) for x in expr.args]
+        if not isinstance(expr, BROADCAST):
+            return self._call(function, *args)
+        total = args[0]
+        for arg in args[1:]:
+            total = self._call(function, total, arg)
+        return total
+
+    def _call(self, function: Callable, *args) -> fx.Node:
+        return self.emit.function(function, *args)
+
+    def _tensor(self, value) -> fx.Node:
+        # Without axes, so that it leaves the others' types alone.
+        return self.emit.function(torch.tensor, value, device=self.device)
+
+    def _position(self, coordinate) -> fx.Node:
+        length = self.emit.size(self.lengths[coordinate])
+        x = self.emit.function(torch.arange, length, device=self.device)
+        shape = [-1 if coordinate == c else 1 for c in (E.B, E.H, E.Q)]
+        return self.emit.call("view", x, [*shape, 1])
+
+    def _load(self, x: E.load) -> fx.Node:
+        captured = self.region.coefficient_loads[x.tensor]
+        assert isinstance(captured, Captured)
+        tensor = self.emit.captured(captured, self.device)
+        if all(i.is_Integer for i in x.index):
+            for i in x.index:
+                tensor = self.emit.call("select", tensor, 0, int(i))
+            return tensor
+        places = tuple(self.write(i) for i in x.index)
+        return self.emit.call("__getitem__", tensor, places)

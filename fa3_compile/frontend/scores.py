@@ -1,0 +1,278 @@
+"""What a softmax is taken of: the element's score, the sinks beside it, and the product in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import sympy
+import torch
+from torch import fx
+
+from fa3_compile.errors import Decline
+from fa3_compile.frontend.lift import (
+    Index,
+    Lifter,
+    Opaque,
+    declined,
+    descendants,
+    number,
+    shape_of,
+)
+from fa3_compile.frontend.normalize import Softmax, largest_is_one, row_statistic
+from fa3_compile.frontend.placeholders import row_stat, total
+from fa3_compile.frontend.product import Product, products_before
+from fa3_compile.frontend.trace import Shadow
+from fa3_compile.frontend.weights import Term, Weights
+from fa3_compile.spec.expr import KV, Expr, S, depends_on, where
+from fa3_compile.spec.index import Ranges, simplify_index
+
+aten = torch.ops.aten
+WIDE = (torch.float32, torch.float64)
+# The most columns beside the keys that a softmax may have: attention sinks.
+MOST_SINKS = 4
+
+
+@dataclass
+class Scores:
+    """The score of [row, kv] and the sinks of a row, as read around one product."""
+
+    product: Product
+    lifter: Lifter
+    score: Expr
+    sinks: list[Expr] = field(default_factory=list)
+    # Whether a maximum was taken off: else a row without keys is 0 / 0 whatever its fill is.
+    shifted: bool = True
+
+
+def read_scores(
+    shadow: Shadow,
+    term: Term,
+    key_length: Expr,
+    ranges: Ranges,
+    holder: Callable[[fx.Node], fx.Node],
+    weights: Weights,
+) -> Scores:
+    """The scores that one term of V's weights is a softmax of. `Decline` where they are none.
+
+    holder   the Dynamo node that stands for a shadow node
+    weights  what was read between the softmax and V, whose loads come first
+    """
+    softmax = term.softmax
+    index, extra = _positions(softmax, term.at, key_length, holder)
+    return _around_a_product(
+        softmax,
+        holder,
+        lambda product: _read(shadow, softmax, product, index, extra, ranges, holder, weights),
+        shadow,
+    )
+
+
+def _around_a_product(softmax: Softmax, holder, read, shadow: Shadow) -> Scores:
+    """The reading around the first product before the softmax that can be read around."""
+    first: Decline | None = None
+    for node in products_before(softmax.scores):
+        try:
+            return read(Product(node))
+        except Opaque as opaque:
+            first = first or declined(opaque, shadow)
+        except Decline as decline:
+            first = first or decline
+    raise first or Decline(
+        "no-product", holder(softmax.scores), message="the softmax is not of a product's result"
+    )
+
+
+def _positions(softmax: Softmax, at: Index, key_length: Expr, holder) -> tuple[Index, list[Expr]]:
+    """The scores' index, and the positions along the softmax that V does not see."""
+    x, dim = softmax.scores, softmax.dim
+    offset = sympy.expand(at[dim] - KV)
+    rest = sympy.expand(shape_of(x)[dim] - key_length)
+    if rest == 0:
+        return at, []
+    if not (offset.is_Integer and rest.is_Integer and 0 <= offset <= rest <= MOST_SINKS):
+        raise Decline(
+            "weights-partly-used",
+            holder(x),
+            "V has to weigh every key of the softmax: mask the others.",
+            message=f"V meets {key_length} of the softmax's {shape_of(x)[dim]} positions",
+        )
+    before = [sympy.Integer(i) for i in range(int(offset))]
+    after = [key_length + offset + i for i in range(int(rest - offset))]
+    return at, [*before, *after]
+
+
+def _read(
+    shadow: Shadow,
+    softmax: Softmax,
+    product: Product,
+    index: Index,
+    extra: list[Expr],
+    ranges: Ranges,
+    holder,
+    weights: Weights,
+) -> Scores:
+    x, dim = softmax.scores, softmax.dim
+    computed = descendants([product.node])
+    lifter = Lifter(
+        shadow,
+        ranges,
+        {product.node: product},
+        wide=_is_wide(product.node),
+        loads=weights.loads,
+        read_at=weights.read_at,
+    )
+    statistics = [n for n in shadow.graph.nodes if row_statistic(n) and n in computed]
+    lifter.special |= {n: _statistic(i) for i, n in enumerate(statistics)}
+    if softmax.by_hand:
+        inner = [n for n in shadow.graph.nodes if n.target is aten._softmax.default]
+        first = len(statistics)
+        lifter.special |= {
+            n: _softmax_inside(lifter, n, first + i) for i, n in enumerate(inner) if n in computed
+        }
+    product.lifter = lifter
+    element = number(lifter.element(x, index))
+    product.check(holder(product.node))
+
+    def logit(element: Expr) -> Expr:
+        return logarithm(element, holder(x)) if softmax.by_hand else element
+
+    score, shift = _without_row_terms(logit(element))
+    found = Scores(product, lifter, score, shifted=not softmax.by_hand or _is_maximum(shift))
+    for position in extra:
+        element = number(lifter.element(x, (*index[:dim], position, *index[dim + 1 :])))
+        found.sinks.append(logit(element) - shift)
+    if softmax.by_hand:
+        rest = _rest(softmax, lifter, index)
+        found.sinks += [logarithm(part, holder(x)) - shift for part in rest]
+    found.sinks = [_of_the_row(sink, holder(x)) for sink in found.sinks]
+    if found.score.has(row_stat):
+        raise Decline(
+            "row-statistic",
+            holder(x),
+            "A maximum or a logsumexp may only be subtracted from its own row.",
+            message=f"a score depends on its whole row: {found.score}",
+        )
+    found.score = simplify_index(found.score, ranges)
+    found.sinks = [simplify_index(sink, ranges) for sink in found.sinks]
+    return found
+
+
+def _statistic(n: int):
+    return lambda index: row_stat(sympy.Integer(n), *index)
+
+
+def _softmax_inside(lifter: Lifter, node: fx.Node, n: int):
+    """A softmax that is divided by its sum once more: exp(x - a statistic of the row)."""
+    scores = node.args[0]
+    dim = int(node.args[1]) % scores.meta["val"].dim()
+
+    def rule(index: Index) -> Expr:
+        row = (*index[:dim], *index[dim + 1 :])
+        return sympy.exp(number(lifter.element(scores, index)) - row_stat(sympy.Integer(n), *row))
+
+    return rule
+
+
+def _is_wide(node: fx.Node) -> bool:
+    return all(n.meta["val"].dtype in WIDE for n in (node, *node.args[-2:]))
+
+
+def _without_row_terms(score: Expr) -> tuple[Expr, Expr]:
+    """(score - shift, shift): terms made of row statistics, which a softmax does not see."""
+    score = _whole(score)
+    if not score.has(row_stat):
+        return score, sympy.S.Zero
+    # Expanding would multiply out what the program keeps in factors.
+    for total_score in (score, sympy.expand(score)):
+        terms = sympy.Add.make_args(total_score)
+        shift = [x for x in terms if x.has(row_stat) and not depends_on(x, [S, KV])]
+        rest = sympy.Add(*(x for x in terms if x not in shift))
+        if not rest.has(row_stat):
+            return rest, sympy.Add(*shift)
+    return score, sympy.S.Zero
+
+
+def _whole(score: Expr) -> Expr:
+    """where(c, a - m, -inf) -> where(c, a, -inf) - m, for a row statistic m."""
+    if not isinstance(score, where) or not score.has(row_stat):
+        return score
+    condition, a, b = score.args
+    for kept, fill in ((a, b), (b, a)):
+        if fill == -sympy.oo:
+            rest, shift = _without_row_terms(kept)
+            branches = (rest, fill) if kept is a else (fill, rest)
+            return where(condition, *branches) + shift
+    return score
+
+
+def _is_maximum(shift: Expr) -> bool:
+    multiple, statistic = (-shift).as_coeff_Mul()
+    return bool(multiple.is_positive) and isinstance(statistic, row_stat)
+
+
+def _rest(softmax: Softmax, lifter: Lifter, index: Index) -> list[Expr]:
+    """What a softmax by hand adds to its sum; nothing if that is lost in rounding."""
+    assert softmax.divisor is not None and softmax.summed is not None
+    dim = softmax.dim
+    keeps = len(softmax.summed.args) > 2 and bool(softmax.summed.args[2])
+    row = (*index[:dim], *([sympy.S.Zero] if keeps else []), *index[dim + 1 :])
+    special = {**lifter.special, softmax.summed: lambda i: total(*i)}
+    outer = Lifter(lifter.shadow, lifter.ranges, special, wide=lifter.wide)
+    outer.loads = lifter.loads
+    divisor = outer.broadcast(softmax.divisor, index)
+    whole = total(*outer._clean(softmax.summed, row))
+    eps = torch.finfo(softmax.node.meta["val"].dtype).eps
+    if isinstance(divisor, sympy.Max) and largest_is_one(softmax):
+        floors = [a for a in divisor.args if a != whole]
+        if all(a.is_number and a <= 1 for a in floors):
+            divisor = whole
+    rest = divisor - whole
+    if rest == 0 or (rest.is_number and abs(rest) < eps / 4 and largest_is_one(softmax)):
+        return []
+    if rest.has(total) or depends_on(rest, [S, KV]):
+        raise Opaque(softmax.divisor, "it is not the sum of the exponentials and a sink")
+    return [rest]
+
+
+def _of_the_row(sink: Expr, at: fx.Node) -> Expr:
+    sink = sympy.expand(sink) if sink.has(row_stat) else sink
+    if sink.has(row_stat):
+        raise Decline(
+            "sink-of-the-row",
+            at,
+            "Scale it as the exponentials are: exp(x - m) / (exp(sink - m) + exp(x - m).sum()).",
+            message="what is added to the sum of the exponentials is not shifted by the maximum "
+            "as they are, so that it depends on the row's largest score",
+        )
+    if depends_on(sink, [S, KV]):
+        raise Decline(
+            "weights-partly-used",
+            at,
+            "V has to weigh every key of the softmax: mask the others.",
+            message="a position of the softmax that V does not see is a score",
+        )
+    return sink
+
+
+def logarithm(element: Expr, at: fx.Node) -> Expr:
+    """The logarithm of something that is provably not negative; `Decline` of anything else."""
+    if isinstance(element, sympy.exp):
+        return element.args[0]
+    if element == 0:
+        return -sympy.oo
+    if element == 1:
+        return sympy.S.Zero
+    if element.is_number and element.is_positive:
+        return sympy.Float(sympy.log(element))
+    if isinstance(element, where):
+        condition, a, b = element.args
+        return where(condition, logarithm(a, at), logarithm(b, at))
+    if isinstance(element, sympy.Mul):
+        return sympy.Add(*(logarithm(x, at) for x in element.args))
+    raise Decline(
+        "not-exponential",
+        at,
+        "Mask and scale the scores before the exponential.",
+        message=f"what is divided by its sum has a factor that is no exponential: {element}",
+    )

@@ -1,0 +1,105 @@
+"""Where attention may be: every product that the result of a softmax leads to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from fa3_compile.frontend.dynamo_graph import is_mutation
+from fa3_compile.frontend.normalize import Softmax, softmaxes
+from fa3_compile.frontend.operands import is_movement
+from fa3_compile.frontend.product import PRODUCTS, products_before
+from fa3_compile.frontend.trace import Shadow
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Skeleton:
+    """A product with V, and the softmaxes that its weights are made of.
+
+    nearest  whether it is the first product after one of them; only then is it worth saying why
+             it is no attention
+    """
+
+    softmaxes: list[Softmax]
+    values: fx.Node
+    output: fx.Node
+    nearest: bool
+
+    def softmax_holder(self, shadow: Shadow) -> fx.Node:
+        """The Dynamo node of the softmax, the line that its reader would call the attention."""
+        softmax = self.softmaxes[-1].node
+        holders = shadow.dynamo_of.get(softmax)
+        return holders[0] if holders else shadow.within.get(softmax, self.output)
+
+
+def skeletons(shadow: Shadow) -> Iterator[Skeleton]:
+    """Every product that a softmax of scores leads to, in the order of the graph."""
+    order = {n: i for i, n in enumerate(shadow.graph.nodes)}
+    reached: dict[fx.Node, list[Softmax]] = {}
+    nearest: set[fx.Node] = set()
+    for softmax in softmaxes(shadow):
+        # Without a product before it (a router) a softmax is no attention at all.
+        if not products_before(softmax.scores):
+            continue
+        products = sorted(_products_after(shadow, softmax.node), key=order.__getitem__)
+        nearest |= {*products[:1]}
+        for product in products:
+            reached.setdefault(product, []).append(softmax)
+    for product in sorted(reached, key=order.__getitem__):
+        output = _output_node(shadow, product)
+        if output is not None:
+            yield Skeleton(reached[product], product, output, product in nearest)
+
+
+def _products_after(shadow: Shadow, node: fx.Node) -> set[fx.Node]:
+    """The products that the node's value reaches, not looking behind them."""
+    found, stack, seen = set(), [node], set()
+    while stack:
+        for user in shadow.users(stack.pop()):
+            if user in seen or user.op != "call_function":
+                continue
+            seen.add(user)
+            if user.target in PRODUCTS:
+                found.add(user)
+            else:
+                stack.append(user)
+    return found
+
+
+def _output_node(shadow: Shadow, product: fx.Node) -> fx.Node | None:
+    """The last Dynamo node that is still only the product's elements moved."""
+    current, chosen = product, None
+    while True:
+        holders = shadow.dynamo_of.get(current, [])
+        if holders:
+            chosen = holders[-1]
+        followers = shadow.users(current)
+        outside = {u for h in holders for u in h.users} - set(holders)
+        if len(followers) != 1:
+            return chosen
+        following = followers[0]
+        if not is_movement(following) or following.target is aten.expand.default:
+            return chosen
+        if following.target in (aten.slice.Tensor, aten.select.int):
+            return chosen
+        ahead = set(_dynamo_ahead(shadow, following))
+        if holders and (not outside <= ahead or any(is_mutation(u) for u in outside)):
+            return chosen
+        current = following
+
+
+def _dynamo_ahead(shadow: Shadow, node: fx.Node) -> list[fx.Node]:
+    """The first Dynamo nodes that hold what a chain of movements leads to."""
+    while True:
+        holders = shadow.dynamo_of.get(node)
+        if holders:
+            return holders
+        followers = shadow.users(node)
+        if len(followers) != 1 or not is_movement(followers[0]):
+            return []
+        node = followers[0]

@@ -1,0 +1,121 @@
+"""What V is weighed by: softmaxes, each times factors that come after it.
+
+Dropout, gates, masks multiplied in or filled with 0, and differences of softmaxes all stand
+between a softmax and the product with V. The weight of element (query, key) is read as a sum of
+terms; a product is linear in its weights, so that each term is an attention of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sympy
+from sympy.logic.boolalg import Boolean
+from torch import fx
+
+from fa3_compile.errors import Decline
+from fa3_compile.frontend.captured import Captured, Seed
+from fa3_compile.frontend.lift import Index, Lifter, number
+from fa3_compile.frontend.normalize import Softmax
+from fa3_compile.frontend.placeholders import prob
+from fa3_compile.frontend.trace import Shadow
+from fa3_compile.spec.expr import KV, Expr, depends_on, uniform, where
+from fa3_compile.spec.index import Ranges
+
+
+@dataclass
+class Term:
+    """coefficient * weight * softmax[at], and 0 where `kept` does not hold."""
+
+    softmax: Softmax
+    at: Index
+    # Free of the key: it may as well multiply the output.
+    coefficient: Expr
+    weight: Expr
+    kept: Boolean
+    # NaN of rows without keys was replaced by 0 right after the softmax.
+    zeroed: bool
+
+
+@dataclass
+class Weights:
+    """All of V's weight, with what its loads read and the dropouts that it absorbs."""
+
+    terms: list[Term]
+    loads: list[Captured | Seed]
+    dropouts: list[fx.Node]
+    # The Dynamo node in whose place loads are read.
+    read_at: fx.Node
+
+
+def weights(
+    shadow: Shadow,
+    softmaxes: Sequence[Softmax],
+    node: fx.Node,
+    index: Index,
+    ranges: Ranges,
+    at: fx.Node,
+    read_at: fx.Node,
+) -> Weights:
+    """The weight at [index] of `node`, in terms of the softmaxes; `Decline` at `at` if it is no
+    sum of them. Loads are read at `read_at`."""
+    special = {s.node: _element_of(n) for n, s in enumerate(softmaxes)}
+    lifter = Lifter(shadow, ranges, special, weighs=True, read_at=read_at)
+    element = number(lifter.element(node, index))
+    entries: dict[prob, list[tuple[Expr, Boolean]]] = {}
+    found = _terms(element, sympy.S.One, sympy.true)
+    if not found:
+        raise Decline(
+            "softmax-result-changed" if element.has(prob) else "no-softmax",
+            at,
+            "Between the softmax and V only factors may stand: apply anything else to the output, "
+            "or inside the score.",
+            message=f"V is weighted by {element}",
+        )
+    for factor, kept, which in found:
+        entries.setdefault(which, []).append((factor, kept))
+    terms = []
+    for which, parts in sorted(entries.items(), key=lambda x: str(x[0])):
+        softmax = softmaxes[int(which.args[0])]
+        kept = sympy.Or(*(k for _, k in parts))
+        factor = parts[0][0] if len(parts) == 1 else sympy.Add(*(where(k, f, 0) for f, k in parts))
+        coefficient, weight = _apart(sympy.sympify(factor))
+        zeroed = which in lifter.zeroed
+        terms.append(Term(softmax, which.args[1:], coefficient, weight, kept, zeroed))
+    return Weights(terms, lifter.loads, lifter.dropouts, read_at)
+
+
+def _element_of(n: int):
+    return lambda index: prob(sympy.Integer(n), *index)
+
+
+def _terms(element: Expr, factor: Expr, kept: Boolean) -> list[tuple[Expr, Boolean, prob]] | None:
+    """(factor, where it is kept, prob) of each term of a weight; None if it is no such sum."""
+    if element == 0:
+        return []
+    if isinstance(element, prob):
+        return [(factor, kept, element)]
+    if isinstance(element, where) and not element.args[0].has(prob):
+        condition, a, b = element.args
+        parts = [
+            _terms(a, factor, sympy.And(kept, condition)),
+            _terms(b, factor, sympy.And(kept, sympy.Not(condition))),
+        ]
+    elif isinstance(element, sympy.Add):
+        parts = [_terms(x, factor, kept) for x in element.args]
+    elif isinstance(element, sympy.Mul):
+        inside = [x for x in element.args if x.has(prob)]
+        rest = sympy.Mul(*(x for x in element.args if not x.has(prob)))
+        parts = [_terms(inside[0], factor * rest, kept)] if len(inside) == 1 else [None]
+    else:
+        parts = [None]
+    known = [part for part in parts if part is not None]
+    return [term for part in known for term in part] if len(known) == len(parts) else None
+
+
+def _apart(factor: Expr) -> tuple[Expr, Expr]:
+    """(the factors free of the key, the others)."""
+    factors = sympy.Mul.make_args(factor)
+    outside = [x for x in factors if not depends_on(x, [KV]) and not x.has(uniform)]
+    return sympy.Mul(*outside), sympy.Mul(*(x for x in factors if x not in outside))

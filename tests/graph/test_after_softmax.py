@@ -1,0 +1,562 @@
+"""Between the softmax and V: dropout, gates, masks multiplied in or filled with 0, differences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from expecttest import assert_expected_inline
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fa3_compile.report import collect
+from tests.graph.dropout import check_dropout
+from tests.graph.harness import check, rewrite_only, specs
+from tests.graph.inputs import (
+    INF,
+    LOWEST,
+    SCALE,
+    B,
+    D,
+    H,
+    S,
+    attend,
+    chance,
+    normal,
+    qkv,
+    queries_and_keys,
+    scores_of,
+    uniform,
+)
+
+
+def weights_of(q, k):
+    return scores_of(q, k).softmax(-1)
+
+
+def future():
+    return torch.ones(S, S, dtype=torch.bool).triu(1)
+
+
+def nothing_but_itself():
+    """Row 0 sees nothing, the others every earlier key."""
+    return torch.ones(S, S, dtype=torch.bool).triu(0)
+
+
+def report_of(function, *args):
+    torch._dynamo.reset()
+    with collect() as report:
+        torch.compile(function, backend=rewrite_only)(*args)
+    return report
+
+
+REFERENCE = {"kernels": ["reference"]}
+DROPPED = "weight=where(uniform(load(0, 0), b, h, q, kv) < 0.25, 0, 1.3333333333333333), aux=[int]"
+
+
+class TestDropout:
+    """Its mask is the fused op's own, drawn from a seed; all else is eager's."""
+
+    def test_function(self):
+        def made(drop):
+            return lambda q, k, v: drop(weights_of(q, k), 0.25) @ v
+
+        assert specs(check_dropout(made, *qkv())) == f"attention(score=0.25*s, {DROPPED})"
+
+    def test_causal_in_merged_heads(self):
+        def made(drop):
+            def attention(x):
+                q, k, v = x.view(B, S, 3, H, D).permute(2, 0, 3, 1, 4)
+                p = scores_of(q, k).masked_fill(future(), -INF).softmax(-1)
+                return (drop(p, 0.25) @ v).transpose(1, 2).reshape(B, S, H * D)
+
+            return attention
+
+        assert_expected_inline(
+            specs(check_dropout(made, normal(B, S, 3 * H * D))),
+            """attention(score=0.25*s, mask=kv <= q, dead=nan, weight=where(uniform(load(0, 0), b, h, q, kv) < 0.25, 0, 1.3333333333333333), aux=[int], out_order=bqhd)""",
+        )
+
+    def test_grouped_heads(self):
+        def made(drop):
+            def attention(q, k, v):
+                k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+                return drop(weights_of(q, k), 0.25) @ v
+
+            return attention
+
+        q = normal(B, H, S, D)
+        k, v = (normal(B, H // 2, S, D, seed=i) for i in (4, 5))
+        assert specs(check_dropout(made, q, k, v)) == f"attention(score=0.25*s, {DROPPED})"
+
+    def test_cast_in_between(self):
+        def made(drop):
+            def attention(q, k, v):
+                p = F.softmax(scores_of(q, k), -1, dtype=torch.float32).to(q.dtype)
+                return drop(p, 0.25) @ v
+
+            return attention
+
+        assert specs(check_dropout(made, *qkv())) == f"attention(score=0.25*s, {DROPPED})"
+
+    def test_module_in_training(self):
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.drop = nn.Dropout(0.25)
+
+            def forward(self, q, k, v):
+                return self.drop(weights_of(q, k)) @ v
+
+        report = report_of(Model(), *qkv())
+        assert specs(report) == f"attention(score=0.25*s, {DROPPED})"
+        assert specs(report_of(Model().eval(), *qkv())) == "attention(score=0.25*s)"
+
+    def test_in_place(self):
+        def made(drop):
+            def attention(q, k, v):
+                p = weights_of(q, k)
+                if drop is F.dropout:
+                    F.dropout(p, 0.25, True, True)
+                else:
+                    p = drop(p, 0.25)
+                return p @ v
+
+            return attention
+
+        assert specs(check_dropout(made, *qkv())) == f"attention(score=0.25*s, {DROPPED})"
+
+    def test_of_sdpa(self):
+        def made(drop):
+            if drop is F.dropout:
+                return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.25)
+            return lambda q, k, v: drop(weights_of(q, k), 0.25) @ v
+
+        report = check_dropout(made, *qkv())
+        assert specs(report) == f"attention(score=0.25*s, {DROPPED})"
+
+    def test_of_multihead_attention(self):
+        layer = nn.MultiheadAttention(32, 2, dropout=0.25, batch_first=True)
+        x = normal(B, S, 32)
+
+        def attention(x, need_weights):
+            return layer(x, x, x, need_weights=need_weights)[0]
+
+        for need_weights in (False, True):
+            assert "uniform" in specs(report_of(attention, x, need_weights))
+
+    def test_everything_dropped(self):
+        report = check(lambda q, k, v: F.dropout(weights_of(q, k), 1.0) @ v, *qkv())
+        assert [r.fused for r in report.regions] in ([], [False])
+
+    def test_two_of_one_program_differ(self):
+        def attention(q, k, v):
+            eye = torch.eye(S).expand(B, H, S, S)
+            first = F.dropout(weights_of(q, k), 0.5) @ eye
+            return first, F.dropout(weights_of(q, k), 0.5) @ eye
+
+        torch._dynamo.reset()
+        first, second = torch.compile(attention, backend=rewrite_only)(*qkv())
+        assert ((first == 0) != (second == 0)).float().mean() > 0.4
+
+    def test_statistics_and_seed(self):
+        def attention(q, k):
+            eye = torch.eye(64).expand(2, 8, 64, 64)
+            return F.dropout((q @ k.mT).softmax(-1), 0.1) @ eye
+
+        q, k = (normal(2, 8, 64, D, seed=i).detach() for i in (1, 2))
+        weights = (q @ k.mT).softmax(-1)
+        compiled = torch.compile(attention, backend=rewrite_only)
+
+        def run(seed):
+            torch.manual_seed(seed)
+            return compiled(q, k), compiled(q, k)
+
+        (a, b), (again, _) = run(1), run(1)
+        assert torch.equal(a, again) and not torch.equal(a, b)
+        kept = a != 0
+        torch.testing.assert_close(a[kept], weights[kept] / 0.9)
+        # 65,536 draws: five standard deviations are 0.006.
+        assert abs(kept.double().mean() - 0.9) < 0.006
+        for axis in (0, 1, 2, 3):
+            rest = [d for d in range(4) if d != axis]
+            spread = kept.double().mean(rest)
+            draws = kept.numel() // kept.shape[axis]
+            assert (spread - 0.9).abs().max() < 5 * (0.09 / draws) ** 0.5, axis
+
+    def test_in_a_checkpoint(self):
+        # The output is linear in V: the same weights forward and backward.
+        def attention(q, k, v):
+            return F.dropout(weights_of(q, k), 0.5) @ v
+
+        def checkpointed(q, k, v):
+            return checkpoint(attention, q, k, v, use_reentrant=False)
+
+        torch._dynamo.reset()
+        q, k, v = qkv()
+        with collect() as report:
+            out = torch.compile(checkpointed, backend="fa3", options=REFERENCE)(q, k, v)
+        cotangent = normal(*out.shape).detach()
+        (out * cotangent).sum().backward()
+        assert [r.fused for r in report.regions] == [True]
+        torch.testing.assert_close((v * v.grad).sum(), (out * cotangent).sum())
+
+    def test_compiled(self):
+        def attention(q, k, v):
+            return F.dropout(weights_of(q, k), 0.5) @ v
+
+        torch._dynamo.reset()
+        q, k, v = qkv()
+        compiled = torch.compile(attention, backend="fa3", options=REFERENCE)
+
+        def run():
+            torch.manual_seed(3)
+            out = compiled(q, k, v)
+            return out, torch.autograd.grad(out.square().sum(), v)[0]
+
+        (out, grad), (again, grad_again) = run(), run()
+        assert torch.equal(out, again) and torch.equal(grad, grad_again)
+        assert not torch.equal(out, compiled(q, k, v))
+        torch.testing.assert_close((v * grad).sum(), 2 * out.square().sum())
+
+    def test_random_numbers_afterwards_are_still_drawn(self):
+        def attention(q, k, v):
+            y = F.dropout(weights_of(q, k), 0.5) @ v
+            return y + torch.rand(S, D), torch.rand(3)
+
+        torch._dynamo.reset()
+        compiled = torch.compile(attention, backend=rewrite_only)
+        torch.manual_seed(0)
+        first = compiled(*qkv())
+        torch.manual_seed(0)
+        assert all(map(torch.equal, first, compiled(*qkv())))
+
+
+class TestNearDropout:
+    """Random numbers that are no dropout of the weights, or not of them alone."""
+
+    def declined(self, function, *args):
+        report = report_of(function, *(args or qkv()))
+        assert not any(r.fused for r in report.regions), str(report)
+        assert all(r.hint and r.node for r in report.regions), str(report)
+        return specs(report)
+
+    def test_of_the_scores(self):
+        assert_expected_inline(
+            self.declined(lambda q, k, v: attend(F.dropout(scores_of(q, k), 0.5), v)),
+            """detect: dropout-of-scores""",
+        )
+
+    def test_of_whole_heads(self):
+        assert_expected_inline(
+            self.declined(lambda q, k, v: F.dropout2d(weights_of(q, k), 0.5) @ v),
+            """lift: not-pointwise""",
+        )
+
+    def test_alpha(self):
+        self.declined(lambda q, k, v: F.alpha_dropout(weights_of(q, k), 0.5, True) @ v)
+
+    def test_shared_by_all_heads(self):
+        def attention(q, k, v):
+            return F.dropout(weights_of(q[:, :1], k[:, :1]), 0.5) @ v
+
+        assert_expected_inline(self.declined(attention), """detect: dropout-shared""")
+
+    def test_returned_too(self):
+        def attention(q, k, v):
+            p = F.dropout(weights_of(q, k), 0.5)
+            return p @ v, p
+
+        assert_expected_inline(self.declined(attention), """check: dropped-weights-used""")
+
+    def test_of_two_values(self):
+        def attention(q, k, v):
+            p = F.dropout(weights_of(q, k), 0.5)
+            return p @ v, p @ q
+
+        assert_expected_inline(self.declined(attention), """check: dropped-weights-used""")
+
+    def test_returned_before_it_is_dropped(self):
+        def made(drop):
+            def attention(q, k, v):
+                p = weights_of(q, k)
+                return drop(p, 0.25) @ v + p.sum(-1, keepdim=True)
+
+            return attention
+
+        assert specs(check_dropout(made, *qkv())) == f"attention(score=0.25*s, {DROPPED})"
+
+    def test_of_the_values(self):
+        report = report_of(lambda q, k, v: weights_of(q, k) @ F.dropout(v, 0.5), *qkv())
+        assert specs(report) == "attention(score=0.25*s)"
+
+    def test_of_the_output(self):
+        report = report_of(lambda q, k, v: F.dropout(weights_of(q, k) @ v, 0.5), *qkv())
+        assert specs(report) == "attention(score=0.25*s)"
+
+    def test_mask_drawn_apart(self):
+        # Its numbers are read, so that they are eager's own.
+        def attention(q, k, v):
+            keep = torch.rand(B, H, S, S) < 0.9
+            return weights_of(q, k) * keep / 0.9 @ v
+
+        torch.manual_seed(0)
+        expected = attention(*qkv())
+        torch.manual_seed(0)
+        torch.testing.assert_close(torch.compile(attention, backend=rewrite_only)(*qkv()), expected)
+        assert [r.fused for r in report_of(attention, *qkv()).regions] == [True]
+
+
+class TestMasks:
+    """Filled with 0 or multiplied in, after the softmax."""
+
+    def test_same_as_before(self):
+        def filled(q, k, v):
+            p = scores_of(q, k).masked_fill(future(), -INF).softmax(-1)
+            return p.masked_fill(future(), 0.0) @ v
+
+        def multiplied(q, k, v):
+            return scores_of(q, k).masked_fill(future(), LOWEST).softmax(-1).tril() @ v
+
+        causal = "attention(score=0.25*s, mask=kv <= q, dead=nan)"
+        assert specs(check(filled, *qkv())) == causal
+        assert specs(check(multiplied, *qkv())) == causal
+
+    @pytest.mark.parametrize("fill", [-INF, LOWEST], ids=str)
+    def test_rows_without_keys_become_zeros(self, fill):
+        def attention(q, k, v):
+            p = scores_of(q, k).masked_fill(nothing_but_itself(), fill).softmax(-1)
+            return p.masked_fill(nothing_but_itself(), 0.0) @ v
+
+        report = check(attention, *(x.detach() for x in qkv()), training=False)
+        assert specs(report) == "attention(score=0.25*s, mask=kv <= q - 1, dead=zero)"
+
+    def test_rows_without_keys_times_a_mask(self):
+        def attention(fill):
+            def function(q, k, v):
+                p = scores_of(q, k).masked_fill(nothing_but_itself(), fill).softmax(-1)
+                return p * ~nothing_but_itself() @ v
+
+            return function
+
+        inputs = [x.detach() for x in qkv()]
+        # NaN times 0 is NaN.
+        assert_expected_inline(
+            specs(check(attention(-INF), *inputs, training=False)),
+            """attention(score=0.25*s, mask=kv <= q - 1, dead=nan)""",
+        )
+        assert_expected_inline(
+            specs(check(attention(LOWEST), *inputs, training=False)),
+            """attention(score=0.25*s, mask=kv <= q - 1, dead=zero)""",
+        )
+
+    def test_without_one_before(self):
+        assert_expected_inline(
+            specs(check(lambda q, k, v: weights_of(q, k).tril() @ v, *qkv())),
+            """attention(score=0.25*s, weight=where(kv <= q, 1, 0))""",
+        )
+
+    def test_another_than_before(self):
+        def attention(q, k, v, padding):
+            p = scores_of(q, k).masked_fill(future(), LOWEST).softmax(-1)
+            return p.masked_fill(padding[:, None, None], 0.0) @ v
+
+        padding = chance(0.3, B, S)
+        assert_expected_inline(
+            specs(check(attention, *qkv(), padding)),
+            """attention(score=0.25*s, mask=kv <= q, dead=nan, weight=where(load(0, b, kv) == 0, 1, 0), aux=[bool])""",
+        )
+
+    def test_rows_of_nan_filled_in_part(self):
+        def attention(q, k, v, padding):
+            p = scores_of(q, k).masked_fill(nothing_but_itself(), -INF).softmax(-1)
+            return p.masked_fill(padding[:, None, None], 0.0) @ v
+
+        report = check(attention, *qkv(), chance(0.3, B, S), training=False)
+        assert specs(report) == "lift: mask-after-softmax"
+
+    def test_normalised_again(self):
+        def attention(q, k, v):
+            p = weights_of(q, k).tril()
+            return p / p.sum(-1, keepdim=True) @ v
+
+        report = check(attention, *qkv())
+        assert specs(report) == "attention(score=0.25*s, mask=kv <= q, dead=nan)"
+
+    def test_zeroed_nan_and_a_mask(self):
+        def attention(q, k, v):
+            p = scores_of(q, k).masked_fill(nothing_but_itself(), -INF).softmax(-1)
+            return torch.nan_to_num(p * ~nothing_but_itself()) @ v
+
+        report = check(attention, *qkv(), training=False)
+        assert specs(report) == "attention(score=0.25*s, mask=kv <= q - 1, dead=zero)"
+
+
+class TestGates:
+    """Factors that are no dropout."""
+
+    def test_of_query_and_key(self):
+        report = check(lambda q, k, v, g: weights_of(q, k) * g @ v, *qkv(), normal(H, S, S))
+        assert_expected_inline(
+            specs(report), """attention(score=0.25*s, weight=load(0, h, q, kv), aux=[float])"""
+        )
+
+    def test_of_the_query_alone_is_a_factor_of_the_output(self):
+        report = check(
+            lambda q, k, v, g: weights_of(q, k) * g.sigmoid() @ v, *qkv(), normal(B, 1, S, 1)
+        )
+        assert specs(report) == "attention(score=0.25*s)"
+
+    def test_numbers(self):
+        report = check(lambda q, k, v: weights_of(q, k) * 0.5 @ v, *qkv())
+        assert specs(report) == "attention(score=0.25*s)"
+
+    def test_decay_with_distance(self):
+        def attention(q, k, v, slope):
+            rows, columns = queries_and_keys()
+            return weights_of(q, k) * (-slope * (rows - columns).abs()).exp() @ v
+
+        report = check(attention, *qkv(), normal(H, 1, 1))
+        assert [r.fused for r in report.regions] == [True]
+
+    def test_of_the_scores_themselves(self):
+        def attention(q, k, v):
+            s = scores_of(q, k)
+            return s.softmax(-1) * s.sigmoid() @ v
+
+        report = check(attention, *qkv())
+        assert_expected_inline(specs(report), """check: scores-read""")
+
+    def test_of_the_head_dimension(self):
+        # One weight an element of V: no product of matrices.
+        def attention(q, k, v):
+            return (weights_of(q, k)[..., None] * v[:, :, None]).sum(-2)
+
+        assert specs(check(attention, *qkv())) == ""
+
+
+class TestDifferences:
+    """Differential attention: several softmaxes, one V."""
+
+    def test_two_halves(self):
+        def attention(q, k, v):
+            (q1, q2), (k1, k2) = q.chunk(2, -1), k.chunk(2, -1)
+            return (weights_of(q1, k1) - 0.3 * weights_of(q2, k2)) @ v
+
+        assert_expected_inline(
+            specs(check(attention, *qkv())),
+            """\
+attention(score=0.25*s)
+attention(score=0.25*s)""",
+        )
+
+    def test_one_softmax_of_twice_the_heads(self):
+        def attention(q, k, v, a, b):
+            p = scores_of(q, k) + torch.zeros(S, S).masked_fill(future(), -INF)
+            p = torch.nan_to_num(p).softmax(-1, dtype=torch.float32).view(B, H, 2, S, S)
+            factor = a.exp() - b.exp() + 0.2
+            return (p[:, :, 0] - factor * p[:, :, 1]) @ v
+
+        q, k, _ = qkv(B, 2 * H, S, D)
+        report = check(attention, q, k, normal(B, H, S, 2 * D), normal(1), normal(1, seed=9))
+        assert_expected_inline(
+            specs(report),
+            """\
+attention(score=0.25*s, mask=kv <= q, dead=nan)
+attention(score=0.25*s, mask=kv <= q, dead=nan)""",
+        )
+
+    def test_factor_of_each_head(self):
+        def attention(q, k, v, factor):
+            (q1, q2), (k1, k2) = q.chunk(2, -1), k.chunk(2, -1)
+            return (weights_of(q1, k1) - factor * weights_of(q2, k2)) @ v
+
+        report = check(attention, *qkv(), normal(H, 1, 1))
+        assert [r.fused for r in report.regions] == [True, True]
+
+    def test_two_products(self):
+        def attention(q, k, v):
+            (q1, q2), (k1, k2) = q.chunk(2, -1), k.chunk(2, -1)
+            return attend(scores_of(q1, k1), v) - 0.3 * attend(scores_of(q2, k2), v)
+
+        assert [r.fused for r in check(attention, *qkv()).regions] == [True, True]
+
+    def test_mixture_of_three(self):
+        def attention(q, k, v, mix):
+            s, c = scores_of(q, k), mix.softmax(0)
+            causal = s.masked_fill(future(), -INF)
+            return (
+                c[0] * s.softmax(-1) + c[1] * causal.softmax(-1) + c[2] * (2 * s).softmax(-1)
+            ) @ v
+
+        report = check(attention, *qkv(), normal(3))
+        assert sorted(specs(report).split("\n")) == [
+            "attention(score=0.25*s)",
+            "attention(score=0.25*s, mask=kv <= q, dead=nan)",
+            "attention(score=0.5*s)",
+        ]
+
+    def test_dropout_of_each(self):
+        def made(drop):
+            def attention(q, k, v):
+                (q1, q2), (k1, k2) = q.chunk(2, -1), k.chunk(2, -1)
+                first, second = drop(weights_of(q1, k1), 0.25), drop(weights_of(q2, k2), 0.25)
+                return (first - 0.3 * second) @ v
+
+            return attention
+
+        assert [r.fused for r in check_dropout(made, *qkv()).regions] == [True, True]
+
+    def test_dropout_of_the_difference(self):
+        # Both lose the same elements.
+        def made(drop):
+            def attention(q, k, v):
+                (q1, q2), (k1, k2) = q.chunk(2, -1), k.chunk(2, -1)
+                return drop(weights_of(q1, k1) - 0.3 * weights_of(q2, k2), 0.25) @ v
+
+            return attention
+
+        assert [r.fused for r in check_dropout(made, *qkv()).regions] == [True, True]
+
+    def test_product_of_two(self):
+        def attention(q, k, v):
+            (q1, q2), (k1, k2) = q.chunk(2, -1), k.chunk(2, -1)
+            return (weights_of(q1, k1) * weights_of(q2, k2)) @ v
+
+        check(attention, *qkv())
+
+    def test_less_a_constant(self):
+        report = check(lambda q, k, v: (weights_of(q, k) - 1 / S) @ v, *qkv())
+        assert specs(report) == "detect: softmax-result-changed"
+
+    def test_softmax_of_another_axis_in_the_sum(self):
+        def attention(q, k, v):
+            s = scores_of(q, k)
+            return (s.softmax(-1) - s.softmax(-2)) @ v
+
+        assert not any(r.fused for r in check(attention, *qkv()).regions)
+
+
+def test_scale_is_not_lost_where_one_factor_is_a_sum():
+    def attention(q, k, v, g):
+        p = weights_of(q, k)
+        return (p * g + 0.5 * p) @ v
+
+    report = check(attention, *qkv(), uniform(S))
+    assert [r.fused for r in report.regions] == [True]
+
+
+def test_scaled_product_with_v():
+    def attention(q, k, v):
+        p = (q @ k.mT * SCALE).softmax(-1)
+        return torch.baddbmm(torch.empty(()), p, v, beta=0, alpha=0.5)
+
+    assert specs(check(attention, *qkv(H, S, D))) == "attention(score=0.25*s, out_order=bqhd)"
+
+
+def test_product_with_v_that_adds_to_something():
+    def attention(q, k, v, x):
+        return torch.baddbmm(x, (q @ k.mT).softmax(-1), v, beta=0.5)
+
+    report = check(attention, *qkv(H, S, D), normal(H, S, D))
+    assert_expected_inline(specs(report), """detect: product-adds""")
