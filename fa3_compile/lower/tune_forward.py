@@ -55,7 +55,8 @@ ROW = {(8, 6): (8, 9), (8, 7): (8, 0)}
 @functools.lru_cache(maxsize=4096)
 def is_plain(spec: AttentionSpec) -> bool:
     """Whether an element of the score costs one FFMA: a scale, and no mask."""
-    return not spec.has_mask and arrange(spec.score).x == S and not spec.sinks
+    plain = not spec.has_mask and spec.weight is None and not spec.sinks
+    return plain and arrange(spec.score).x == S
 
 
 def table_config(problem: Problem) -> TritonConfig:
