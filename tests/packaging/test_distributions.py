@@ -5,6 +5,7 @@ downloaded; ours is hidden from them by its own install standing first on the pa
 """
 
 import configparser
+import re
 import shutil
 import subprocess
 import sys
@@ -149,6 +150,17 @@ def test_a_model_compiles_from_an_install(pattern, distributions, environment, t
     package = tmp_path.resolve() / "venv" / "lib"
     assert all(Path(path).is_relative_to(package) for path in printed[:3]), printed
     assert printed[3] == fa3_compile.__version__
+
+
+def test_the_readme_leads_to_a_fused_model_in_two_commands(checkout, environment, tmp_path):
+    """`pip install .`, and the command after it, in an environment that has PyTorch alone."""
+    readme = (checkout / "README.md").read_text()
+    (first, second) = re.findall(r"^\$ (.*)$", readme, re.MULTILINE)[:2]
+    assert (first, second.split()[:3]) == ("pip install .", ["python", "-m", "fa3_compile"])
+    install(environment, checkout)
+    words = [str(checkout / w) if "/" in w else w for w in second.split()[1:]]
+    printed = run(environment, *words, cwd=tmp_path)
+    assert "1 of 1 attention region fused" in printed and "ALiBi + causal" in printed
 
 
 def test_a_model_compiles_from_an_editable_install(checkout, environment, tmp_path):
