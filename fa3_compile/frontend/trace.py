@@ -185,7 +185,7 @@ class _Scope:
             if span.batches_alone and not any(map(_cannot_run, span.nodes)):
                 self.batched.update(dict.fromkeys(span.nodes, span))
             else:
-                self._cut(span, "it is no plain batching")
+                self._cut(span, "only plain vmap can be read")
         for node in gm.graph.nodes:
             if flex.is_call(node) and node not in self.cut:
                 try:
@@ -218,7 +218,7 @@ class _Scope:
                 Decline(
                     "functorch",
                     softmax,
-                    "Apply the transform to the compiled function, or compile without it.",
+                    "Take gradients by loss.backward() or torch.autograd.grad.",
                     message=f"attention under {span.name} is left as it was: {why}",
                     stage="trace",
                 )
