@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,11 +66,11 @@ def family():
     del choose._kernels["counting"]
 
 
-def attention(q, k, v, *aux, text=SPEC, options=""):
+def attention(q, k, v, *aux, text: str = SPEC, options: str = ""):
     return torch.ops.fa3.attention(q, k, v, aux, [], f"{text} #;{options}kernels=counting")[0]
 
 
-def inputs(length=16, batch=2, heads=2, **options):
+def inputs(length=16, batch=2, heads=2, **options) -> Any:
     return [torch.randn(batch, heads, length, 8, **options) for _ in range(3)]
 
 
@@ -104,7 +105,7 @@ def test_dynamic_lengths_are_looked_up(family):
 
 
 def test_gradients_go_directly_too(family):
-    def gradients(function):
+    def gradients(function: Any):
         torch.manual_seed(0)
         arguments = inputs(requires_grad=True)
         return torch.autograd.grad(function(*arguments).square().sum(), arguments)
@@ -186,7 +187,7 @@ def test_another_kernel_runs_where_none_can_be_bound(family, monkeypatch):
 
 PROGRAM = """
 import torch
-import fa3_compile
+from fa3_compile.backend import fa3
 from torch._dynamo.utils import counters
 
 def model(q, k, v):
@@ -196,7 +197,7 @@ def model(q, k, v):
 
 torch.manual_seed(0)
 q, k, v = (torch.randn(1, 1, 16, 16) for _ in range(3))
-compiled = torch.compile(model, backend="fa3", options={"kernels": "triton_forward"})
+compiled = torch.compile(model, backend=fa3, options={"kernels": "triton_forward"})
 torch.testing.assert_close(compiled(q, k, v), model(q, k, v))
 print(counters["inductor"]["fxgraph_cache_hit"], counters["aot_autograd"]["autograd_cache_hit"])
 """

@@ -1,0 +1,199 @@
+"""What a call costs the host: launches, binding, building, tuning.
+
+    python benchmarks/launch_dev.py [calls] [cache] [build] [tune]     on a CUDA GPU
+
+calls   microseconds a call, of each way to a kernel, against SDPA's
+cache   a KV cache that grows by a token a call
+build   a kernel from source, and from the cache on disk in a new process
+tune    autotune="quick" and "full"
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+
+from fa3_compile.lower import dispatch
+from fa3_compile.lower.bound import BindingKernel
+from fa3_compile.lower.choose import kernels
+from fa3_compile.lower.inductor import install
+from fa3_compile.runtime import op
+from fa3_compile.runtime.launch import Attention
+
+CAUSAL = "attention(score=0.125*s, mask=kv <= q, dead=nan, out_order=bqhd)"
+PADDED = (
+    "attention(score=0.125*s, mask=(kv <= q) & (load(0, b, kv) != 0), dead=score,"
+    " fill=0.125*s - 3.3895313892515355e+38, aux=[int], out_order=bqhd)"
+)
+SPECS = (
+    CAUSAL,
+    "attention(score=20.0*tanh(0.00625*s), mask=kv <= q, dead=nan)",
+    "attention(score=0.125*s + load(0, h)*(kv - q), mask=kv <= q, dead=nan, aux=[float])",
+    "attention(score=0.125*s, mask=(kv <= q) & (q - kv < 100), dead=nan)",
+    "attention(score=0.125*s + load(0, 0, h, q, kv), aux=[float])",
+    "attention(score=0.125*s, mask=load(0, b, q) == load(0, b, kv), dead=zero, aux=[int])",
+)
+CHAIN = 9
+
+
+def tensors(length: int = 256, keys: int = 256, heads: int = 8) -> list[Tensor]:
+    return [
+        torch.randn(2, n, heads, 64, device="cuda").bfloat16().transpose(1, 2)
+        for n in (length, keys, keys)
+    ]
+
+
+def microseconds(call: Callable, count: int = 20, rounds: int = 15) -> float:
+    """Median over rounds of the time to queue a call; the device is idle when a round starts."""
+    call()
+    times = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        times.append((time.perf_counter() - start) / count * 1e6)
+    return sorted(times)[rounds // 2]
+
+
+def in_chain(attention: Callable[[Tensor, Tensor, Tensor], Tensor], q, k, v, **options) -> float:
+    """Microseconds that one more attention costs a compiled model."""
+
+    def one(q, k, v):
+        return attention(q, k, v)
+
+    def many(q, k, v):
+        for _ in range(CHAIN):
+            q = attention(q, k, v)
+        return q
+
+    took = []
+    for model in (one, many):
+        compiled = torch.compile(model, **options)
+        took.append(microseconds(partial(compiled, q, k, v), rounds=31))
+    return (took[1] - took[0]) / (CHAIN - 1)
+
+
+def calls() -> None:
+    install()
+    sdpa = partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True)
+    q, k, v = tensors()
+    ones = torch.ones(2, 256, dtype=torch.int64, device="cuda")
+    with torch.no_grad():
+        print(f"sdpa: eager {microseconds(partial(sdpa, q, k, v)):.1f} us, "
+              f"in a compiled model {in_chain(sdpa, q, k, v):.1f} us", flush=True)  # fmt: skip
+        for name in ("cuda_sm90", "triton_forward"):
+            for spec, aux in ((CAUSAL, []), (PADDED, [ones])):
+                text = f"{spec} #;kernels={name}"
+                problem = dispatch.make_problem(text, q, k, v, aux)
+                kernel = next(x for x in kernels() if x.name == name)
+                if not isinstance(kernel, BindingKernel) or kernel.supports(problem):
+                    continue
+                launch = kernel.bound(problem, q, k, v, aux, ())
+                assert launch is not None
+
+                def attention(q, k, v, aux=aux, text=text):
+                    return torch.ops.fa3.attention(q, k, v, aux, [], text)[0]
+
+                fixed, keyed = Attention(text, fixed=True), Attention(text)
+                took = {
+                    "launch alone": partial(launch, q, k, v, aux),
+                    "fixed": partial(fixed, q, k, v, aux, []),
+                    "looked up": partial(keyed, q, k, v, aux, []),
+                    "run": partial(kernel.run, problem, q, k, v, aux, ()),
+                    "operator": partial(attention, q, k, v),
+                }
+                line = ", ".join(f"{what} {microseconds(x):.1f}" for what, x in took.items())
+                chain = in_chain(attention, q, k, v)
+                print(f"{name}, {'padded ' if aux else ''}causal: {line}, "
+                      f"in a compiled model {chain:.1f} us", flush=True)  # fmt: skip
+
+
+def cache() -> None:
+    """The first call for each length, and the next."""
+    for name in ("cuda_sm90", "triton_forward"):
+        call = Attention(f"attention(score=0.125*s) #;kernels={name}")
+        other = Attention(f"attention(score=0.125*s) #;kernels={name}")
+        q, k, v = tensors(1, 2048)
+        first, second, again = [], [], []
+        for length in range(1000, 1300):
+            torch.cuda.synchronize()
+            arguments = (q, k[:, :, :length], v[:, :, :length], [], [])
+            for times, attention in ((first, call), (second, other), (again, call)):
+                start = time.perf_counter()
+                attention(*arguments)
+                times.append((time.perf_counter() - start) * 1e6)
+        middle = [sorted(x)[len(x) // 2] for x in (first, second, again)]
+        print(f"{name}, growing cache: first call of a length {middle[0]:.0f} us, slowest "
+              f"{max(first[1:]):.0f}; the next layer's {middle[1]:.0f} us; then {middle[2]:.1f} us",
+              flush=True)  # fmt: skip
+
+
+def captured(spec: str) -> list[Tensor]:
+    if "load(0, h)" in spec:
+        return [torch.rand(8, device="cuda")]
+    if "load(0, 0, h, q, kv)" in spec:
+        return [torch.rand(1, 8, 256, 256, device="cuda").bfloat16()]
+    if "load(0, b" in spec:
+        return [torch.zeros(2, 256, dtype=torch.int64, device="cuda")]
+    return []
+
+
+def build_each() -> None:
+    """In a process of its own: milliseconds to the end of the first call of each spec."""
+    q, k, v = tensors()
+    torch.cuda.synchronize()
+    took = []
+    for spec in SPECS:
+        aux = captured(spec)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        Attention(f"{spec} #;kernels=cuda_sm90", fixed=True)(q, k, v, aux, [])
+        took.append((time.perf_counter() - start) * 1e3)
+    print(" ".join(f"{x:.0f}" for x in took))
+
+
+def build() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        environment = dict(os.environ, FA3_CACHE_DIR=folder)
+        for what in ("cold", "warm", "warm"):
+            command = [sys.executable, __file__, "build_each"]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            print(f"{what}, ms: {done.stdout.strip() or done.stderr[-800:]}", flush=True)
+
+
+def tune() -> None:
+    q, k, v = tensors(2048, 2048, 16)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["FA3_CACHE_DIR"] = folder
+        for effort in ("quick", "full"):
+            for _ in range(2):
+                start = time.perf_counter()
+                text = f"{CAUSAL} #;autotune={effort};kernels=cuda_sm90"
+                Attention(text, fixed=True)(q, k, v, [], [])
+                print(f"autotune={effort}: {time.perf_counter() - start:.2f} s", flush=True)
+                for kernel in kernels():
+                    getattr(kernel, "_bound", {}).clear()
+        for record in Path(folder).glob("tuned/*/config.json"):
+            print(record.read_text().replace("\n", "")[:1500], flush=True)
+
+
+def main() -> None:
+    assert op.LIBRARY is not None
+    for name in sys.argv[1:] or ["calls", "cache", "build", "tune"]:
+        globals()[name]()
+
+
+if __name__ == "__main__":
+    main()

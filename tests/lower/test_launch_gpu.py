@@ -1,0 +1,128 @@
+"""Launches on a GPU: CUDA graphs, streams, growing caches, tuning, several devices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fa3_compile.backend import fa3
+from fa3_compile.lower.build_nvrtc import load
+from fa3_compile.runtime.launch import Attention
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA GPU is needed"),
+]
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+each_family = pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(
+            "cuda_sm90", marks=pytest.mark.skipif(not HOPPER, reason="a Hopper GPU is needed")
+        ),
+        "triton_forward",
+    ],
+)
+
+
+def attention(q, k, v, keep):
+    """Causal, with key padding: the kernel needs a counter, lists of key blocks and row fills."""
+    hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
+    hidden = hidden | (keep[:, None, None, :] == 0)
+    scores = (q @ k.transpose(-1, -2) / 8).masked_fill(hidden, torch.finfo(q.dtype).min)
+    return torch.softmax(scores, -1) @ v
+
+
+def inputs(length: int = 300, device: str = "cuda"):
+    q, k, v = (torch.randn(2, 4, length, 64, device=device).bfloat16() for _ in range(3))
+    keep = torch.ones(2, length, dtype=torch.int64, device=device)
+    keep[1, : length // 3] = 0
+    return q, k, v, keep
+
+
+def assert_right(got, arguments) -> None:
+    q, k, v, keep = arguments
+    want = attention(q.double(), k.double(), v.double(), keep)
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=0.02)
+
+
+@each_family
+def test_cuda_graphs_replay_with_new_inputs(family):
+    def backend(gm, example_inputs):
+        return fa3(gm, example_inputs, mode="reduce-overhead", options={"kernels": family})
+
+    compiled = torch.compile(attention, backend=backend, dynamic=False)
+    with torch.no_grad():
+        for _ in range(5):
+            arguments = inputs()
+            torch.compiler.cudagraph_mark_step_begin()
+            assert_right(compiled(*arguments).clone(), arguments)
+
+
+@each_family
+def test_the_stream_is_the_current_one(family):
+    compiled = torch.compile(attention, backend=fa3, options={"kernels": family})
+    arguments = inputs()
+    with torch.no_grad():
+        compiled(*arguments)
+        torch.cuda.synchronize()
+        for _ in range(3):
+            stream = torch.cuda.Stream()
+            q, k, v, keep = inputs()
+            late = torch.zeros_like(q)
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(20_000_000)
+                late.copy_(q)  # on another stream the kernel would read zeros
+                out = compiled(late, k, v, keep)
+            stream.synchronize()
+            assert_right(out, (q, k, v, keep))
+
+
+@pytest.mark.skipif(not HOPPER, reason="a Hopper GPU is needed")
+def test_a_growing_cache_builds_nothing_new():
+    call = Attention("attention(score=0.125*s) #;kernels=cuda_sm90")
+    q, k, v, _ = inputs(400)
+    for length in range(300, 400):
+        if length == 301:
+            built = load.cache_info().misses
+        keys, values = k[:, :, :length], v[:, :, :length]
+        out, _ = call(q[:, :, :1], keys, values, [], [])
+        want = torch.nn.functional.scaled_dot_product_attention(q[:, :, :1], keys, values)
+        torch.testing.assert_close(out, want, rtol=0, atol=0.02)
+    assert load.cache_info().misses == built
+
+
+@pytest.mark.skipif(not HOPPER, reason="a Hopper GPU is needed")
+@pytest.mark.parametrize("effort", ["quick", "full"])
+def test_tuned_kernels_are_right_and_kept(effort, tmp_path, monkeypatch):
+    monkeypatch.setenv("FA3_CACHE_DIR", str(tmp_path))
+    text = f"attention(score=0.125*s, mask=kv <= q, dead=nan) #;autotune={effort};kernels=cuda_sm90"
+    q, k, v, _ = inputs(700)
+    out, _ = Attention(text, fixed=True)(q, k, v, [], [])
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(out, want, rtol=0, atol=0.02)
+    assert len(list(tmp_path.glob("tuned/*/config.json"))) == 1
+
+
+@each_family
+def test_a_call_on_another_device_than_the_current_one(family):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("two GPUs are needed")
+    compiled = torch.compile(attention, backend=fa3, options={"kernels": family})
+    with torch.no_grad():
+        for index in (0, 1, 0, 1):
+            arguments = inputs(device=f"cuda:{index}")
+            assert_right(compiled(*arguments), arguments)
+            assert torch.cuda.current_device() == 0
+
+
+def test_nothing_of_a_call_stays_behind():
+    """No memory of the device is kept by bound kernels."""
+    call = Attention("attention(score=0.125*s)")
+    q, k, v, _ = inputs(400)
+    call(q, k, v, [], [])
+    before = torch.cuda.memory_allocated()
+    for length in range(200, 300):
+        call(q[:, :, :length], k, v, [], [])
+    assert torch.cuda.memory_allocated() == before
