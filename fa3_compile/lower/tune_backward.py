@@ -52,6 +52,8 @@ TABLE: dict[tuple[tuple[int, int], int], Configs] = {
 TABLE |= {((12, 0), d): x for (arch, d), x in list(TABLE.items()) if arch == (8, 9)}
 # A tile of a captured tensor beside those of the score, P and dP.
 DENSE_KEYS = {((9, 0), 96): C(32, 128, 8, 2), ((9, 0), 128): C(32, 128, 8, 2)}
+# The numbers of dropout beside them.
+WEIGHTED_QUERIES = {((9, 0), 64): C(64, 64, 4, 3)}
 # float32 multiplies without tensor cores ("ieee"): small tiles, the same everywhere.
 FLOAT32 = {
     64: Configs(C(32, 32, 8, 1), C(32, 32, 8, 1)),
@@ -69,5 +71,7 @@ def table_configs(problem: Problem) -> Configs:
     arch = nearest_arch(problem.capability or (8, 0))
     row = ROW.get(arch, arch), head_class(problem)
     configs = TABLE[row]
+    if problem.spec.weight is not None:
+        configs = replace(configs, queries=WEIGHTED_QUERIES.get(row, configs.queries))
     dense = any(level(x) == ELEMENT for x in loads_in(problem.spec.score))
     return replace(configs, keys=DENSE_KEYS[row]) if dense and row in DENSE_KEYS else configs

@@ -108,6 +108,23 @@ def test_forms_compile_for_hopper(form: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "fields",
+    [
+        "score=0.125*s, mask=(kv - q >= 1), dead=score, fill=s - 99.0, aux=[float]",
+        "score=load(0, q, kv) + s, mask=(kv - q >= 1), dead=score, fill=s + load(0, q, kv),"
+        " weight=where(uniform(load(1, 0), b, h, q, kv + 1) < 0.1, 0, load(0, q, kv)),"
+        " aux=[float, int]",
+    ],
+    ids=["fill", "fill, bias, gate"],
+)
+def test_rows_without_a_key_compile(fields: str) -> None:
+    asked = problem(f"attention({fields})", 64, 90)
+    config = TritonConfig(64, 32, 4, 1)
+    for name in ["row_terms", "key_blocks", "query_blocks", *(["dense0"] * ("q, kv" in fields))]:
+        assert compiled(asked, name, config, (0,)).asm["ptx"]
+
+
+@pytest.mark.parametrize(
     ("text", "needs"),
     [
         (FORMS["window with a fill"], ()),

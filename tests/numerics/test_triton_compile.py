@@ -39,6 +39,8 @@ FORMS = {
     " aux=[int])",
     "key mask": "attention(score=0.125*s, mask=load(0, b, 0, 0, kv) != 0, dead=zero, aux=[bool])",
     "sinks": "attention(score=0.125*s, mask=(kv - q <= 0), sinks=[load(0, h)], aux=[float])",
+    "dropout": "attention(score=0.125*s, mask=(kv - q <= 0), aux=[int],"
+    " weight=where(uniform(load(0, 0), b, h, q, kv) < 0.25, 0, 1.3333333333333333))",
 }
 HEADS = (64, 96, 128, 192, 256)
 
