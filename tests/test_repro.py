@@ -12,24 +12,24 @@ from fa3_compile.testing import assert_matches_eager
 
 
 class Model(nn.Module):
-    """Two attentions between projections; the second's weights may be returned too."""
+    """Two attentions between projections; the second's scores may be summed up along the keys."""
 
-    def __init__(self, shown=True):
+    def __init__(self, summed=True):
         super().__init__()
-        self.shown = shown
+        self.summed = summed
         self.projections = nn.ModuleList(nn.Linear(16, 48) for _ in range(2))
 
-    def attend(self, x, projection):
+    def attend(self, x, projection, summed):
         q, k, v = (t.view(2, -1, 2, 8).transpose(1, 2) for t in projection(x).split(16, dim=2))
         at = torch.arange(x.shape[1])
-        scores = (q @ k.transpose(-2, -1)).masked_fill(at[:, None] < at, float("-inf"))
-        weights = scores.softmax(-1)
-        return (weights @ v).transpose(1, 2).reshape(x.shape), weights
+        scores = q @ k.transpose(-2, -1)
+        scores = scores.cumsum(-1) if summed else scores
+        weights = scores.masked_fill(at[:, None] < at, float("-inf")).softmax(-1)
+        return (weights @ v).transpose(1, 2).reshape(x.shape)
 
     def forward(self, x):
-        x, _ = self.attend(x, self.projections[0])
-        x, weights = self.attend(x, self.projections[1])
-        return (x, weights) if self.shown else x
+        x = self.attend(x, self.projections[0], False)
+        return self.attend(x, self.projections[1], self.summed)
 
 
 def x():
@@ -44,14 +44,14 @@ def run(script):
 
 def test_the_first_region_that_was_left_is_cut_out_and_declines_alike():
     made = repro(Model(), (x(),))
-    assert (made.region.index, made.region.code, made.faithful) == (1, "weights-used", True)
+    assert (made.region.index, made.region.code, made.faithful) == (1, "not-pointwise", True)
     module = run(made.script)
     (given,) = module["inputs"]()
     assert (given.shape, given.stride()) == ((2, 6, 48), (288, 48, 1))
     # What comes before the projection is not in it.
     assert "nn.functional.linear" not in made.script
     report = assert_matches_eager(module["attention"], given, backend=rewritten, training=True)
-    assert [region.code for region in report.regions] == ["weights-used"]
+    assert [region.code for region in report.regions] == ["not-pointwise"]
 
 
 def test_a_fused_region_can_be_named():
@@ -61,12 +61,12 @@ def test_a_fused_region_can_be_named():
 
 
 @pytest.mark.parametrize(
-    "shown, region, said",
+    "summed, region, said",
     [(False, None, "nothing was left as it was"), (True, 2, "there is no region 2")],
 )
-def test_what_is_not_there_is_said(shown, region, said):
+def test_what_is_not_there_is_said(summed, region, said):
     with pytest.raises(Fa3Error, match=said):
-        repro(Model(shown), (x(),), region=region)
+        repro(Model(summed), (x(),), region=region)
 
 
 def written_in_between(q, k, v):
@@ -84,7 +84,7 @@ def test_writes_to_the_operands_come_along():
 def test_sizes_are_those_that_the_model_was_called_with():
     def attend(q, k, v, heads):
         scores = q @ k.transpose(-2, -1) / heads
-        return scores.softmax(-1) @ v, scores
+        return scores.cumsum(-1).softmax(-1) @ v
 
     q = torch.randn(1, 2, 6, 8)
     torch._dynamo.mark_dynamic(q, 2)
@@ -97,8 +97,8 @@ def test_the_command_writes_a_script_that_runs(tmp_path, monkeypatch, capsys):
     (tmp_path / "my_model.py").write_text(
         "import torch\n"
         "def attend(q):\n"
-        "    w = (q @ q.mT).softmax(-1)  # ''' \"\"\" \\n {0} #\n"
-        "    return w @ q, w\n"
+        "    w = (q @ q.mT).cumsum(-1).softmax(-1)  # ''' \"\"\" \\n {0} #\n"
+        "    return w @ q\n"
         "def make():\n"
         "    return attend, (torch.randn(1, 2, 6, 8),)\n"
     )

@@ -52,7 +52,7 @@ def test_the_errors_page_has_every_decline_of_the_sources(pages):
     assert len(named) > 10
     listed = {refusal.code for refusal in generate.refusals()}
     assert named <= listed
-    assert "| `weights-used` |" in pages["errors.md"]
+    assert "| `not-pointwise` |" in pages["errors.md"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
