@@ -98,6 +98,8 @@ def _said(region: RegionReport) -> str:
     parts = [region.form, f"score {region.score}"]
     if region.mask:
         parts.append(f"mask {region.mask}")
+    if region.weight:
+        parts.append(f"weight {region.weight}")
     return " | ".join(parts)
 
 

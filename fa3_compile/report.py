@@ -66,6 +66,7 @@ class RegionReport:
     where          file, line and source of the user's code
     form           the named form: "causal + softcap"; "custom" where nothing has a name
     score, mask    formulas of an element, in s (the dot product), b, h, q, kv
+    weight         formula of a factor on the weights after the softmax, such as dropout
     tiles          what the mask lets the kernel skip
     kernel         the kernel family that runs it
     config         its tile config
@@ -84,6 +85,7 @@ class RegionReport:
     form: str = ""
     score: str = ""
     mask: str = ""
+    weight: str = ""
     tiles: Tiles | None = None
     kernel: str = ""
     config: str = ""
@@ -129,6 +131,7 @@ class RegionReport:
             ("form", self.form),
             ("score", self.score),
             ("mask", self.mask),
+            ("weight", self.weight),
             ("tiles", str(self.tiles) if self.tiles else ""),
             ("kernel", f"{self.kernel} {self.config}".strip()),
             *(("", other) for other in others),

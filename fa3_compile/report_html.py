@@ -118,7 +118,7 @@ def _section(group: _Alike) -> str:
 
 def _value(row: str, text: str) -> str:
     said = escape(text)
-    return f"<code>{said}</code>" if row in ("where", "score", "mask", "node") else said
+    return f"<code>{said}</code>" if row in ("where", "score", "mask", "weight", "node") else said
 
 
 def _figure(region: RegionReport) -> str:

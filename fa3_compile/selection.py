@@ -76,6 +76,7 @@ def formulas(region: Region) -> dict:
         "form": name_of(spec),
         "score": text(spec.score),
         "mask": text(spec.mask) if spec.has_mask else "",
+        "weight": text(spec.weight) if spec.weight is not None else "",
         "tiles": _tiles(region),
         "spec": str(spec),
     }

@@ -57,3 +57,24 @@ def test_a_wrong_kernel_is_seen(
     records = [r for r in caplog.records if r.name == LOGGER]
     assert [r.levelname for r in records] == ["WARNING"]
     assert "cpu: largest error" in records[0].getMessage()
+
+
+def test_a_kernel_that_does_not_build_is_replaced_in_the_report(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from fa3_compile.explaining import explain
+    from fa3_compile.lower import dispatch
+    from fa3_compile.lower.choose import KernelBuildError
+
+    class DoesNotBuild(Cpu):
+        def prepare(self, problem):
+            raise KernelBuildError("no compiler")
+
+    choose.kernels()
+    monkeypatch.setitem(choose._kernels, "cpu", DoesNotBuild())
+    dispatch.built.cache_clear()
+    try:
+        report = explain(attention, *(torch.randn(2, 4, 9, 16) for _ in range(3)))
+    finally:
+        dispatch.built.cache_clear()
+    assert [region.kernel for region in report.regions] == ["reference"]

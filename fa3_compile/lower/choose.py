@@ -72,6 +72,11 @@ class Kernel:
     def prepare(self, problem: Problem) -> None:
         """Builds the kernel; raises KernelBuildError."""
 
+    def configuration(self, problem: Problem) -> str:
+        """What a prepared kernel runs with, for the report: its tile; "" where there is nothing
+        to say."""
+        return ""
+
     def run(
         self,
         problem: Problem,

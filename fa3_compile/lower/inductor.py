@@ -18,6 +18,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from fa3_compile import report
 from fa3_compile.lower.choose import Problem
 from fa3_compile.lower.dispatch import (
     allowed_kernels,
@@ -63,6 +64,8 @@ def _lower_attention(q, k, v, aux, sizes, text):
     problem = _problem(text, fake_q, fake_k, fake_v, fake_aux)
     options = split_text(text)[1]
     kernel = built(problem, allowed_kernels(options))
+    ran = {"kernel": kernel.name, "config": kernel.configuration(problem)}
+    report.update(str(problem.spec), **ran)
     if is_direct(kernel, options, problem.aux_dtypes):
         return _direct(torch.ops.fa3.attention.default, q, k, v, aux, sizes, text)
     if not kernel.inline or wants_verification(options):

@@ -104,6 +104,10 @@ class CudaSm90(BindingKernel):
         """Builds the kernel as contiguous captured tensors want it."""
         load_first(_keys(problem, _likely_layout(problem)))
 
+    def configuration(self, problem: Problem) -> str:
+        key, _ = load_first(_keys(problem, _likely_layout(problem)))
+        return f"{key.config.block_m} x {key.config.block_n}"
+
     def supports_backward(self, problem: Problem) -> str | None:
         # There: the two modules share how kernels are bound.
         from fa3_compile.lower.kernels import cuda_sm90_backward

@@ -83,6 +83,12 @@ class TritonForward(BindingKernel):
         """Renders and imports the kernel; the device code is built for the strides of a call."""
         load(_render_key(problem, tune_forward.table_config(problem)))
 
+    def configuration(self, problem: Problem) -> str:
+        if problem.autotune != "none":
+            return "tuned on the first call"
+        config = tune_forward.table_config(problem)
+        return f"{config.block_q} x {config.block_kv}"
+
     def bind(self, problem: Problem, q, k, v, aux, sizes) -> Call | None:
         if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
             return None
