@@ -1,0 +1,101 @@
+"""On a GPU, with the kernels that are chosen there: flex_attention, autocast, checkpoints."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from fa3_compile.testing import assert_matches_eager
+from tests.integration.gpt import checkpointed
+
+pytestmark = pytest.mark.gpu
+B, H, S, D = 2, 4, 384, 64
+
+
+def qkv(kv_heads: int = H) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(B, n, S, D) for n in (H, kv_heads, kv_heads)]
+    made = [torch.randn(s, generator=generator).to("cuda", torch.bfloat16) for s in shapes]
+    return [x.requires_grad_() for x in made]
+
+
+def causal(b, h, q, kv):
+    return q >= kv
+
+
+def window(b, h, q, kv):
+    return (q >= kv) & (q - kv < 100)
+
+
+@pytest.mark.parametrize("mask", [None, causal, window], ids=["full", "causal", "window"])
+def test_flex(mask):
+    made = mask and create_block_mask(mask, None, None, S, S, "cuda")
+
+    def attention(q, k, v):
+        return flex_attention(q, k, v, block_mask=made, enable_gqa=True)
+
+    report = assert_matches_eager(attention, *qkv(kv_heads=2), training=True)
+    assert [region.fused for region in report.regions] == [True]
+
+
+def test_flex_with_captured_slopes_and_its_lse():
+    made = create_block_mask(causal, None, None, S, S, "cuda")
+    slopes = torch.rand(H, device="cuda", requires_grad=True)
+
+    def attention(q, k, v, slopes):
+        def score(s, b, h, q, kv):
+            return 20 * torch.tanh(s / 20) - slopes[h] * (q - kv)
+
+        return flex_attention(q, k, v, score, made, return_lse=True)
+
+    report = assert_matches_eager(attention, *qkv(), slopes, training=True)
+    assert [region.fused for region in report.regions] == [True]
+
+
+def test_documents():
+    ids = torch.arange(S, device="cuda") // 90
+
+    def attention(q, k, v, ids):
+        made = create_block_mask(
+            lambda b, h, q, kv: (ids[q] == ids[kv]) & (q >= kv), None, None, S, S, "cuda"
+        )
+        return flex_attention(q, k, v, block_mask=made)
+
+    report = assert_matches_eager(attention, *qkv(), ids, training=True)
+    assert [region.fused for region in report.regions] == [True]
+
+
+class Layer(torch.nn.Module):
+    """Projections and causal attention of 4 heads, under bfloat16 autocast."""
+
+    def __init__(self, wrapped=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv = torch.nn.Linear(H * D, 3 * H * D)
+        self.wrapped = wrapped
+
+    def attention(self, x):
+        q, k, v = self.qkv(x).view(B, S, 3, H, D).permute(2, 0, 3, 1, 4)
+        mask = torch.ones(S, S, dtype=torch.bool, device=x.device).tril()
+        scores = (q @ k.transpose(-1, -2) / 8).masked_fill(~mask, -float("inf"))
+        return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    def forward(self, x):
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            if self.wrapped is None:
+                return self.attention(x).float()
+            return self.wrapped(self.attention, x).float()
+
+
+@pytest.mark.parametrize("wrapped", [None, checkpointed], ids=["plain", "checkpointed"])
+def test_autocast(wrapped):
+    ours, eager = (Layer(wrapped).cuda() for _ in range(2))
+    x = torch.randn(B, S, H * D, device="cuda")
+    call = torch.compile(ours, backend="fa3")
+    for model, forward in ((ours, call), (eager, eager)):
+        forward(x).square().mean().backward()
+        assert model.qkv.weight.grad is not None
+    torch.testing.assert_close(call(x), eager(x), atol=0.02, rtol=0.02)
+    found, expected = (m.qkv.weight.grad for m in (ours, eager))
+    torch.testing.assert_close(found, expected, atol=0.02 * float(expected.abs().max()), rtol=0.05)
