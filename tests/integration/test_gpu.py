@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from fa3_compile.backend import fa3
 from fa3_compile.testing import assert_matches_eager
 from tests.integration.gpt import checkpointed
 
@@ -92,7 +93,7 @@ class Layer(torch.nn.Module):
 def test_autocast(wrapped):
     ours, eager = (Layer(wrapped).cuda() for _ in range(2))
     x = torch.randn(B, S, H * D, device="cuda")
-    call = torch.compile(ours, backend="fa3")
+    call = torch.compile(ours, backend=fa3)
     for model, forward in ((ours, call), (eager, eager)):
         forward(x).square().mean().backward()
         assert model.qkv.weight.grad is not None
