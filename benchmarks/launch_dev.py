@@ -1,8 +1,9 @@
 """What a call costs the host: launches, binding, building, tuning.
 
-    python benchmarks/launch_dev.py [calls] [cache] [build] [tune]     on a CUDA GPU
+    python benchmarks/launch_dev.py [calls] [parts] [cache] [build] [tune]     on a CUDA GPU
 
 calls   microseconds a call, of each way to a kernel, against SDPA's
+parts   microseconds of what a launch consists of
 cache   a KV cache that grows by a token a call
 build   a kernel from source, and from the cache on disk in a new process
 tune    autotune="quick" and "full"
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -80,6 +82,7 @@ def in_chain(attention: Callable[[Tensor, Tensor, Tensor], Tensor], q, k, v, **o
 
     took = []
     for model in (one, many):
+        torch._dynamo.reset()
         compiled = torch.compile(model, **options)
         took.append(microseconds(partial(compiled, q, k, v), rounds=31))
     return (took[1] - took[0]) / (CHAIN - 1)
@@ -118,6 +121,33 @@ def calls() -> None:
                 chain = in_chain(attention, q, k, v)
                 print(f"{name}, {'padded ' if aux else ''}causal: {line}, "
                       f"in a compiled model {chain:.1f} us", flush=True)  # fmt: skip
+
+
+def parts() -> None:
+    """What Bound.__call__ in lower/kernels/cuda_sm90.py does, one thing at a time."""
+    from fa3_compile.lower.launch_cuda import empty_cuda
+
+    q, k, v = tensors()
+    problem = dispatch.make_problem(CAUSAL, q, k, v, [])
+    kernel = next(x for x in kernels() if x.name == "cuda_sm90")
+    assert isinstance(kernel, BindingKernel)
+    bound: Any = kernel.bound(problem, q, k, v, [], ())
+    launch = bound.launches[0]
+    addresses = [x.data_ptr() for x in (q, k, v, q, k, v, v)]
+    stream = torch._C._cuda_getCurrentRawStream(0)
+    arguments = (*launch._arguments, stream, launch._pointer, 0)
+    shape, strides = tuple(q.shape), tuple(q.stride())
+    for name, call in {
+        "cuLaunchKernel": lambda: launch._launch(*arguments),
+        "a launch with its parameters": lambda: launch(stream, addresses),
+        "an output's memory": lambda: empty_cuda(shape, strides, torch.bfloat16),
+        "the same by torch.empty": lambda: torch.empty(shape, dtype=q.dtype, device="cuda"),
+        "current stream": lambda: torch._C._cuda_getCurrentRawStream(0),
+        "current device": torch._C._cuda_getDevice,
+        "whether capturing": torch._C._cuda_isCurrentStreamCapturing,
+        "seven addresses": lambda: [x.data_ptr() for x in (q, k, v, q, k, v, v)],
+    }.items():
+        print(f"{name}: {microseconds(call):.2f} us", flush=True)
 
 
 def cache() -> None:
@@ -191,7 +221,7 @@ def tune() -> None:
 
 def main() -> None:
     assert op.LIBRARY is not None
-    for name in sys.argv[1:] or ["calls", "cache", "build", "tune"]:
+    for name in sys.argv[1:] or ["calls", "parts", "cache", "build", "tune"]:
         globals()[name]()
 
 

@@ -1,0 +1,151 @@
+"""Times every tile of the Hopper forward kernel: what kernels/sm90/tiles.json is made from.
+
+    python benchmarks/sm90_tiles.py build [DIM ...]   anywhere: builds, and says what spills
+    python benchmarks/sm90_tiles.py time [DIM ...]    on a Hopper GPU: builds, then times
+
+bf16, B*S = 16384, H*D = 2048, S = 2048 and 8192, the calls of all tiles in turn. Prints the tiles
+of each head dim and column in order of the product of their times; all times go to $OUT.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from fa3_compile.lower.build_nvrtc import BuildError, load
+from fa3_compile.lower.choose import Problem
+from fa3_compile.lower.config_sm90 import Sm90Config, variations
+from fa3_compile.lower.kernels import cuda_sm90
+from fa3_compile.lower.render_cuda import CudaKey
+from fa3_compile.spec.attention import AttentionSpec
+
+OUT = Path(os.environ.get("OUT", "."))
+WORKERS = int(os.environ.get("WORKERS", str(min(16, os.cpu_count() or 1))))
+DIMS = (64, 80, 96, 128, 160, 192, 256)
+LENGTHS = (2048, 8192)
+LEAST_KEYS = 48
+TOKENS, WIDTH = 16384, 2048
+CAUSAL = "mask=(kv - q <= 0), dead=nan"
+FORMS = {
+    "full": "score={scale}*s",
+    "rows": "score={scale}*s, " + CAUSAL,
+    "elements": "score=50.0*tanh({capped}*s), " + CAUSAL,
+    "dense": "score={scale}*s + load(0, 0, h, q, kv), aux=[float]",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A column of the table at a head dim."""
+
+    dim: int
+    column: str
+
+    @property
+    def spec(self) -> AttentionSpec:
+        scale = 1 / math.sqrt(self.dim)
+        fields = FORMS[self.column].format(scale=scale, capped=scale / 50)
+        return AttentionSpec.parse(f"attention({fields})")
+
+    def keys(self) -> list[CudaKey]:
+        """Every tile that fits, in the order of `variations`."""
+        dense = self.column == "dense"
+        masked = self.spec.has_mask
+        first = Sm90Config(128, 64, longest_first=masked, ping_pong=True)
+        configs = [first, *variations(first, self.dim, self.dim, dense)]
+        key = CudaKey(self.spec, "Bf16", self.dim, self.dim, first)
+        if dense:
+            key = replace(key, elements=("Bf16",), unit=((3,),), tile=0)
+        return [replace(key, config=x) for x in configs if x.ping_pong and x.block_n >= LEAST_KEYS]
+
+    def tensors(self, length: int):
+        batch, heads = TOKENS // length, WIDTH // self.dim
+        q, k, v = (
+            torch.randn(batch, length, heads, self.dim, device="cuda").bfloat16().transpose(1, 2)
+            for _ in range(3)
+        )
+        if self.column != "dense":
+            return q, k, v, []
+        bias = torch.randn(1, heads, length, length, device="cuda", dtype=torch.bfloat16)
+        return q, k, v, [bias]
+
+
+def healthy(key: CudaKey) -> bool:
+    """In a worker, so that the kernel lies in the cache on disk."""
+    try:
+        return load(key).healthy
+    except (BuildError, RuntimeError):
+        return False
+
+
+def name(config: Sm90Config) -> str:
+    return f"{config.block_m}x{config.block_n}"
+
+
+def built(cases: Sequence[Case]) -> dict[Case, list[CudaKey]]:
+    """The tiles of each case that neither spill nor serialise."""
+    start = time.perf_counter()
+    keys = {case: case.keys() for case in cases}
+    flat = [key for found in keys.values() for key in found]
+    with ProcessPoolExecutor(WORKERS) as pool:
+        good = dict(zip(flat, pool.map(healthy, flat, chunksize=1)))
+    print(f"built {len(flat)} kernels in {time.perf_counter() - start:.0f} s", flush=True)
+    return {case: [x for x in found if good[x]] for case, found in keys.items()}
+
+
+def timed(case: Case, keys: Sequence[CudaKey], length: int, rounds: int = 9) -> list[float]:
+    """Median milliseconds of each tile."""
+    q, k, v, aux = case.tensors(length)
+    shape = (q.shape[0], q.shape[1], q.shape[1], length, length, case.dim, case.dim)
+    dtypes = tuple(x.dtype for x in aux)
+    problem = Problem(case.spec, q.dtype, q.device, (9, 0), *shape, aux_dtypes=dtypes)
+    bounds = [cuda_sm90.bind(problem, q, k, v, aux, (), key) for key in keys]
+    events = [[] for _ in bounds]
+    for round_ in range(rounds + 1):
+        for bound, record in zip(bounds, events):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            bound(q, k, v, aux)
+            end.record()
+            if round_:
+                record.append((start, end))
+    torch.cuda.synchronize()
+    return [sorted(a.elapsed_time(b) for a, b in x)[len(x) // 2] for x in events]
+
+
+def main() -> None:
+    mode, *dims = sys.argv[1:]
+    cases = [Case(d, c) for d in (map(int, dims) if dims else DIMS) for c in FORMS]
+    rows: list[tuple] = [("dim", "column", "tile", *(f"ms at {n}" for n in LENGTHS))]
+    for case, keys in built(cases).items():
+        if mode == "build":
+            print(case.dim, case.column, *(name(x.config) for x in keys), flush=True)
+            continue
+        times = list(zip(*(timed(case, keys, n) for n in LENGTHS)))
+        order = sorted(range(len(keys)), key=lambda i: math.prod(times[i]))
+        work = 4 * TOKENS * WIDTH * (0.5 if case.spec.has_mask else 1)
+        said = []
+        for i in order:
+            rows.append((case.dim, case.column, name(keys[i].config), *times[i]))
+            rates = "/".join(f"{work * n / t / 1e9:.0f}" for n, t in zip(LENGTHS, times[i]))
+            said.append(f"{name(keys[i].config)} {rates}")
+        print(case.dim, case.column, ", ".join(said[:6]), flush=True)
+        torch.cuda.empty_cache()
+    if mode == "time":
+        with open(OUT / "sm90_tiles.csv", "w", newline="") as file:
+            csv.writer(file).writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
