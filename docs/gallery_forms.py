@@ -17,13 +17,13 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-    seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
+    seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
     return F.softmax(scores.masked_fill(~seen, float("-inf")), dim=-1) @ v
 
 
 def sliding_window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-    at = torch.arange(q.shape[-2])
+    at = torch.arange(q.shape[-2], device=q.device)
     distance = at[:, None] - at[None, :]
     seen = (distance >= 0) & (distance < 256)
     return F.softmax(scores.masked_fill(~seen, float("-inf")), dim=-1) @ v
@@ -31,21 +31,21 @@ def sliding_window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def prefix_lm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-    at = torch.arange(q.shape[-2])
+    at = torch.arange(q.shape[-2], device=q.device)
     seen = (at[None, :] <= at[:, None]) | (at[None, :] < 300)
     return F.softmax(scores.masked_fill(~seen, float("-inf")), dim=-1) @ v
 
 
 def chunked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-    at = torch.arange(q.shape[-2])
+    at = torch.arange(q.shape[-2], device=q.device)
     seen = (at[:, None] // 256 == at[None, :] // 256) & (at[None, :] <= at[:, None])
     return F.softmax(scores.masked_fill(~seen, float("-inf")), dim=-1) @ v
 
 
 def dilated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-    at = torch.arange(q.shape[-2])
+    at = torch.arange(q.shape[-2], device=q.device)
     distance = at[:, None] - at[None, :]
     seen = (distance >= 0) & (distance % 512 < 128)
     return F.softmax(scores.masked_fill(~seen, float("-inf")), dim=-1) @ v
@@ -54,7 +54,7 @@ def dilated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def documents(q: Tensor, k: Tensor, v: Tensor, document: Tensor) -> Tensor:
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
     same = document[:, None, :, None] == document[:, None, None, :]
-    seen = same & torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
+    seen = same & torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
     return F.softmax(scores.masked_fill(~seen, float("-inf")), dim=-1) @ v
 
 
@@ -67,13 +67,13 @@ def padding(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
 def softcap(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
     scores = 50.0 * torch.tanh(scores / 50.0)
-    seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
+    seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
     return F.softmax(scores.masked_fill(~seen, float("-inf")), dim=-1) @ v
 
 
 def alibi(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-    at = torch.arange(q.shape[-2])
+    at = torch.arange(q.shape[-2], device=q.device)
     scores = scores + slopes[:, None, None] * (at[None, :] - at[:, None])
     seen = at[None, :] <= at[:, None]
     return F.softmax(scores.masked_fill(~seen, float("-inf")), dim=-1) @ v
@@ -86,7 +86,7 @@ def relative_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 def attention_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-    seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
+    seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
     scores = scores.masked_fill(~seen, float("-inf"))
     column = sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[-2], -1)
     weights = F.softmax(torch.cat([scores, column], dim=-1), dim=-1)
@@ -96,8 +96,15 @@ def attention_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
 def grouped_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     k, v = (x[:, ::2].repeat_interleave(2, dim=1) for x in (k, v))
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-    seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
+    seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
     return F.softmax(scores.masked_fill(~seen, float("-inf")), dim=-1) @ v
+
+
+def dropout(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+    weights = F.softmax(scores.masked_fill(~seen, float("-inf")), dim=-1)
+    return F.dropout(weights, 0.1) @ v
 
 
 # Title and what it is, in the page's order.
@@ -114,6 +121,7 @@ FORMS = {
     alibi: ("ALiBi", "Bloom, MPT."),
     relative_bias: ("Relative bias", "T5, Swin, any learned bias of any broadcast shape."),
     attention_sinks: ("Attention sinks", "gpt-oss: a learned logit a head that has no value."),
+    dropout: ("Dropout", "Training: the mask is drawn in the kernel, and again in its backward."),
     grouped_queries: ("Grouped queries", "Llama 3, Mistral: K and V are read unexpanded."),
 }
 

@@ -64,6 +64,8 @@ def gallery_page() -> str:
         rows = [f"| score | `{region.score}` |"]
         if region.mask:
             rows.append(f"| mask | `{_cell(region.mask)}` |")
+        if region.weight:
+            rows.append(f"| weight | `{_cell(region.weight)}` |")
         rows.append(f"| called | {region.form} |")
         parts.append(
             f"## {title}\n\n{said}\n\n```python\n{source}```\n\n| | |\n|---|---|\n"
