@@ -17,6 +17,8 @@ SHARED_MEMORY = 232448
 # Scores, weights and output that a thread may hold, as D/2 + 3N/4, by the number of consumer
 # warpgroups; beyond these even a plain score spills.
 ACCUMULATORS = {1: 200, 2: 200, 3: 130}
+# The same where a tile may be stored as a part, which needs a few registers more.
+SPLIT_ACCUMULATORS = {1: 200, 2: 180, 3: 0}
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,9 @@ class Sm90Config:
         if dense_tile and self.block_n % 64:
             return False
         accumulators = dim_v // 2 + 3 * self.block_n // 4
+        limits = SPLIT_ACCUMULATORS if self.split else ACCUMULATORS
         return (
-            accumulators <= ACCUMULATORS[self.block_m // 64]
+            accumulators <= limits[self.block_m // 64]
             and self.shared_memory(dim_qk, dim_v, dense_tile) <= SHARED_MEMORY
         )
 
@@ -84,7 +87,7 @@ def _tile(name: str) -> tuple[int, int]:
 
 
 # For up to 64 queries, where loads bound: as many stages as fit, up to this many.
-FEW_QUERIES = "64x128 64x96 64x80 64x64 64x48 64x32 64x16"
+FEW_QUERIES = "64x128 64x64 64x32"
 LARGEST_STAGES = 4
 
 

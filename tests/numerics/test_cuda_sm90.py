@@ -44,6 +44,30 @@ def test_forms(form: Form, dtype: torch.dtype) -> None:
     assert compare(form, *run(form, shape, dtype)) is None
 
 
+@pytest.mark.parametrize("form", FORMS, ids=lambda x: x.name)
+def test_few_queries(form: Form) -> None:
+    n = FORMS.index(form)
+    dims, dtype = DIMS[n % len(DIMS)], (torch.bfloat16, torch.float16)[n % 2]
+    for m, (q_len, kv_len) in enumerate(((1, 2011), (5, 1500), (40, 900))):
+        shape = Shape(2, 8, (1, 2, 8)[(n + m) % 3], q_len, kv_len, *dims)
+        assert compare(form, *run(form, shape, dtype)) is None
+
+
+@pytest.mark.parametrize("group", [3, 7, 64, 71, 128])
+def test_any_group_of_heads(group: int) -> None:
+    for q_len in (1, 3, 20):
+        shape = Shape(2, 2 * group, 2, q_len, 700, 64, 64)
+        for name in ("bottom right", "alibi, no mask", "sink"):
+            assert compare(BY_NAME[name], *run(BY_NAME[name], shape)) is None
+
+
+def test_long_keys_and_few_large_tiles() -> None:
+    for name in ("bottom right", "window", "alibi", "left padding", "dense bias", "sink"):
+        shape = Shape(1, 2, 1, 300, 9000, 128, 128)
+        found = run(BY_NAME[name], shape)
+        assert compare(BY_NAME[name], *found) is None
+
+
 @pytest.mark.parametrize("dims", DIMS, ids=str)
 @pytest.mark.parametrize("name", ["full", "causal", "window", "left padding", "softcap"])
 def test_head_dims(name: str, dims: tuple[int, int]) -> None:
@@ -70,8 +94,9 @@ def test_nothing_to_attend_to_and_nobody_to_attend() -> None:
         assert out.shape == (*q.shape[:3], 64) and lse.shape == q.shape[:3]
 
 
-def test_the_same_bits_in_a_thousand_runs() -> None:
-    form, shape = BY_NAME["left padding"], Shape(2, 4, 2, 1027, 1027, 128, 128)
+@pytest.mark.parametrize("lengths", [(1027, 1027), (5, 3000)], ids=str)
+def test_the_same_bits_in_a_thousand_runs(lengths: tuple[int, int]) -> None:
+    form, shape = BY_NAME["left padding"], Shape(2, 4, 2, *lengths, 128, 128)
     q, k, v, aux = inputs(form, shape, torch.bfloat16, "cuda")
     asked = problem(form.spec(), shape, q.dtype, aux)
     first, _ = KERNEL.run(asked, q, k, v, aux, ())
@@ -81,8 +106,9 @@ def test_the_same_bits_in_a_thousand_runs() -> None:
     assert int(wrong) == 0
 
 
-def test_streams_and_graphs() -> None:
-    form, shape = BY_NAME["causal"], Shape(2, 8, 8, 1027, 1027, 64, 64)
+@pytest.mark.parametrize("lengths", [(1027, 1027), (3, 5000)], ids=str)
+def test_streams_and_graphs(lengths: tuple[int, int]) -> None:
+    form, shape = BY_NAME["causal"], Shape(2, 8, 8, *lengths, 64, 64)
     q, k, v, _ = inputs(form, shape, torch.bfloat16, "cuda")
     asked = problem(form.spec(), shape, q.dtype, [])
     expected, _ = KERNEL.run(asked, q, k, v, [], ())

@@ -9,10 +9,17 @@ import torch
 
 from fa3_compile.lower import build_nvrtc, cache, choose
 from fa3_compile.lower.choose import KernelBuildError, Problem
-from fa3_compile.lower.config_sm90 import Sm90Config, candidates, table
+from fa3_compile.lower.config_sm90 import (
+    Sm90Config,
+    candidates,
+    packing,
+    packs,
+    split_count,
+    table,
+)
 from fa3_compile.lower.kernels import cuda_sm90
 from fa3_compile.lower.kernels.cuda_sm90 import CudaSm90, _keys, _likely_layout
-from fa3_compile.lower.render_cuda import CudaKey, mask_parts, render
+from fa3_compile.lower.render_cuda import CudaKey, map_kind, mask_parts, render
 from fa3_compile.spec.attention import AttentionSpec
 from tests.numerics.forms import BY_NAME, FORMS, inputs, shape_for
 
@@ -89,6 +96,58 @@ def test_tiles_of_the_table_fit() -> None:
         for column, tiles in row.items():
             for tile in tiles:
                 assert Sm90Config(*tile).fits(dim, dim), (dim, column, tile)
+
+
+def test_packed_tiles_hold_every_row_once() -> None:
+    for group in (*range(1, 70), 96, 128, 130):
+        for q_len in range(1, 65):
+            found = packing(group, q_len)
+            assert found.heads * found.rows <= 64
+            assert (found.chunks - 1) * found.heads < group <= found.chunks * found.heads
+            blocks = -(-q_len // found.rows)
+            assert packs(group, q_len) == (group > 1 and blocks * found.chunks < group)
+    assert not packs(8, 65) and not packs(8, 0)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "blocks", "expected"),
+    [(8, 256, 16), (16, 256, 8), (128, 256, 1), (256, 256, 1), (192, 256, 2), (8, 2, 1), (1, 4, 1),
+     (1, 512, 132), (10**6, 10**6, 1)],
+)  # fmt: skip
+def test_keys_are_dealt_out_where_tiles_do_not_fill_the_card(tiles, blocks, expected) -> None:
+    assert split_count(tiles, blocks, 132) == expected
+
+
+def test_a_growing_cache_takes_one_kernel() -> None:
+    asked = replace(problem("full", 128, 128), q_len=1, batch=1, heads=32, kv_heads=4)
+    found = [keys(replace(asked, kv_len=n)) for n in (1, 100, 4096, 100_000)]
+    assert all(x == found[0] for x in found)
+    assert found[0][0].config.packed and found[0][0].config.split
+
+
+def test_long_keys_are_dealt_out_to_few_large_tiles() -> None:
+    asked = replace(problem("causal", 128, 128), q_len=512, kv_len=32768, batch=1, heads=8)
+    assert keys(asked)[0].config.split
+    assert not keys(replace(asked, kv_len=512))[0].config.split
+    assert not keys(replace(asked, batch=32))[0].config.split
+
+
+def test_masks_of_a_head_are_not_packed() -> None:
+    spec = AttentionSpec.parse("attention(score=s, mask=(kv - load(0, h) <= 0), aux=[int])")
+    asked = replace(problem("full", 64, 64), q_len=1, spec=spec, aux_dtypes=(torch.int64,))
+    assert not keys(asked)[0].config.packed
+    assert keys(replace(asked, spec=AttentionSpec.parse("attention(score=s)"), aux_dtypes=()))[
+        0
+    ].config.packed
+
+
+@pytest.mark.parametrize(
+    ("form", "kind"),
+    [("static cache", ""), ("static cache, window", ""), ("sequence ends", ""),
+     ("static cache, rows", "Interval"), ("static cache, left padding", "Interval")],
+)  # fmt: skip
+def test_an_integer_of_a_head_bounds_the_keys(form: str, kind: str) -> None:
+    assert map_kind(BY_NAME[form].spec()) == kind
 
 
 @pytest.mark.parametrize(

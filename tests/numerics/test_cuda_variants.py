@@ -60,6 +60,23 @@ template <> inline float value_of<Fp16>(unsigned short x) {
 }
 }
 """
+# Whether the n parts of a sequence are, one behind the other, the sequence.
+PARTS = """
+extern "C" int parts_agree(int count, int masked, int full, const int* list, int list_end, int n) {
+  BlockSequence whole{count, masked, full, 90, list, list_end};
+  auto kind = [](const BlockSequence& x, int i) {
+    return i < x.masked ? 0 : i < x.masked + x.full ? 1 : 2;
+  };
+  int at = 0;
+  for (int part = 0; part < n; ++part) {
+    BlockSequence x = whole.part(part, n);
+    if (x.count > count / n + 1) return 0;
+    for (int i = 0; i < x.count; ++i, ++at)
+      if (x.block(i) != whole.block(at) || kind(x, i) != kind(whole, at)) return 0;
+  }
+  return at == count;
+}
+"""
 # One call for a form: all elements, and the kind of each block (0 empty, 1 partial, 2 full).
 EVALUATE = """
 template <class V>
@@ -178,7 +195,7 @@ def library(tmp_path_factory):
             f"{{ evaluate<form{i}::Variant>(aux, B, H, Sq, Skv, s, tiles, score, seen, fill, sink, "
             "weight, kinds); }"
         )
-    (folder / "variants.cc").write_text("\n".join([*parts, "}"]))
+    (folder / "variants.cc").write_text("\n".join([*parts, PARTS, "}"]))
     assert COMPILER is not None
     command = [COMPILER, "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-ffp-contract=off"]
     command += ["variants.cc", "-o", "variants.so"]
@@ -244,6 +261,19 @@ def test_hooks_are_the_reference(form: Form, library) -> None:
         sink = torch.logsumexp(torch.stack([x.float().expand(*lengths[:3], 1) for x in rest]), 0)
         torch.testing.assert_close(got_sink, sink.squeeze(-1), rtol=1e-5, atol=1e-5)
     check_blocks(kinds, seen, map_kind(spec))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 16])
+@pytest.mark.parametrize(
+    "counts", [(0, 0, 0), (1, 1, 0), (9, 2, 7), (9, 2, 4), (9, 0, 9), (12, 12, 0)], ids=str
+)
+def test_parts_of_a_sequence_are_the_sequence(counts, n: int, library) -> None:
+    count, masked, full = counts
+    assert library.parts_agree(count, masked, full, None, 0, n)
+    if masked + full == count:  # a list has no masked blocks behind its full ones
+        blocks = 20
+        listed = (ctypes.c_int * blocks)(*range(100, 100 + blocks))
+        assert library.parts_agree(count, masked, full, listed, blocks - 1, n)
 
 
 def check_blocks(kinds: Tensor, seen: Tensor, kind: str) -> None:

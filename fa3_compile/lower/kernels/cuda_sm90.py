@@ -230,9 +230,9 @@ def _keys(problem: Problem, layout: Layout) -> list[CudaKey]:
             candidates, problem.dim, problem.v_dim, problem.q_len, spec.has_mask, _is_plain(spec),
             tile is not None, group,
         )  # fmt: skip
-        configs = choose()
-        if configs and not configs[0].split and _splits(problem, configs[0]) > 1:
-            configs = choose(split=True)
+        configs, dealt = choose(), choose(split=True)
+        if dealt and _splits(problem, dealt[0]) > 1:
+            configs = dealt
         keys += _keys_of(spec, problem.dtype, problem.dim, problem.v_dim, configs, layout, tile)
     return keys
 

@@ -1,0 +1,89 @@
+"""Every tile of the shipped table built for sm_90a, without a GPU: no spill, no serialised wgmma.
+
+What each column of the table is for is built with its plainest attention, in bfloat16 and float16
+by turns; load_first skips a tile that a richer score makes spill, but none may spill by itself.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import pytest
+
+from fa3_compile.lower import build_nvrtc
+from fa3_compile.lower.config_sm90 import Sm90Config, candidates, table
+from fa3_compile.lower.render_cuda import CudaKey, render
+from fa3_compile.spec.attention import AttentionSpec
+
+CAUSAL = "mask=(kv - q <= 0)"
+COLUMNS = {
+    "full": "score=0.1*s",
+    "rows": f"score=0.1*s, {CAUSAL}",
+    "elements": f"score=20.0*tanh(0.005*s), {CAUSAL}",
+    "dense": "score=0.1*s + load(0, b, h, q, kv), aux=[float]",
+}
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """One entry: a tile for the attention of its column."""
+
+    column: str
+    dim: int
+    dtype: str
+    config: Sm90Config
+
+    def key(self) -> CudaKey:
+        spec = AttentionSpec.parse(f"attention({COLUMNS[self.column]})")
+        dense = (((self.dtype,), ((3,),), 0),) if self.column == "dense" else ()
+        elements, unit, tile = dense[0] if dense else ((), (), None)
+        return CudaKey(spec, self.dtype, self.dim, self.dim, self.config, elements, unit, tile)
+
+    def __str__(self) -> str:
+        c = self.config
+        kind = "-packed" * c.packed + "-split" * c.split
+        return f"{self.column}-{self.dim}-{c.block_m}x{c.block_n}{kind}-{self.dtype}"
+
+
+def shipped() -> list[Shipped]:
+    found = []
+    for dim in table():
+        for column in COLUMNS:
+            masked, plain = column != "full", column in ("full", "rows")
+            tiles = candidates(dim, dim, 4096, masked, plain, column == "dense")
+            found += [(column, dim, x) for x in tiles]
+        found += [("rows", dim, candidates(dim, dim, 4096, True, True, False, split=True)[0])]
+        few = candidates(dim, dim, 1, False, True, False)
+        packed = candidates(dim, dim, 1, False, True, False, group=8)
+        found += [("full", dim, pair[i % 2]) for i, pair in enumerate(zip(few, packed))]
+    return [Shipped(*x[:2], ("Bf16", "Fp16")[i % 2], x[2]) for i, x in enumerate(found)]
+
+
+def build(entry: Shipped) -> build_nvrtc.Built:
+    return build_nvrtc.build(render(entry.key()), build_nvrtc.headers())
+
+
+@pytest.fixture(scope="module")
+def built() -> dict[Shipped, build_nvrtc.Built]:
+    entries = shipped()
+    with ProcessPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        return dict(zip(entries, pool.map(build, entries), strict=True))
+
+
+@pytest.mark.skipif(build_nvrtc.missing() is not None, reason="no cuda-bindings")
+@pytest.mark.parametrize("entry", shipped(), ids=str)
+def test_builds_without_spills(entry: Shipped, built: dict[Shipped, build_nvrtc.Built]) -> None:
+    assert built[entry].healthy, built[entry].log
+
+
+def test_every_tile_of_the_table_is_among_them() -> None:
+    listed = {(dim, column, tile) for dim, row in table().items() for column in row
+              for tile in row[column]}  # fmt: skip
+    here = {
+        (x.dim, x.column, (x.config.block_m, x.config.block_n))
+        for x in shipped()
+        if x.config.block_m > 64 and not x.config.split
+    }
+    assert here == listed
