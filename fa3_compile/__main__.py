@@ -95,6 +95,7 @@ def _env(_: argparse.Namespace) -> int:
         ("cuda", torch.version.cuda or "not in this build of torch"),
     ]
     if torch.cuda.is_available():
+        rows.append(("driver", _driver()))
         for index in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(index)
             rows.append(
@@ -183,6 +184,14 @@ def _load(place: str) -> Callable[[], Any]:
             todo="name a function as package.module:function, importable from the current folder, "
             "or as path/to/file.py:function",
         ) from error
+
+
+def _driver() -> str:
+    """The newest CUDA that the driver can run, such as 13.0."""
+    import torch
+
+    version = torch._C._cuda_getDriverVersion()
+    return f"CUDA {version // 1000}.{version % 1000 // 10}"
 
 
 def _version_of(package: str) -> str:
