@@ -190,7 +190,7 @@ def _driver() -> str:
     """The newest CUDA that the driver can run, such as 13.0."""
     import torch
 
-    version = torch._C._cuda_getDriverVersion()
+    version = torch._C._cuda_getDriverVersion()  # pyright: ignore[reportAttributeAccessIssue]
     return f"CUDA {version // 1000}.{version % 1000 // 10}"
 
 
