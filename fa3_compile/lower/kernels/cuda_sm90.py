@@ -292,8 +292,14 @@ class Bound:
         stream = torch._C._cuda_getCurrentRawStream(self.device)
         out = empty_cuda(self.out_shape, self.out_stride, self.dtype)
         lse = empty_cuda(self._lse_shape, self._lse_stride, torch.float32)
-        counter = self._counter(stream) if self.config.longest_first else 0
-        scratch = 0
+        counter = scratch = 0
+        # Until the last launch their memory is not to be had by anybody else.
+        zero = words = None
+        if self.config.longest_first:
+            counter = self._counter(stream)
+            if counter == 0:
+                zero = torch.zeros(1, dtype=torch.int32, device=q.device)
+                counter = zero.data_ptr()
         if self.scratch_words:
             words = empty_cuda((self.scratch_words,), (1,), torch.int32)
             scratch = words.data_ptr()
@@ -305,16 +311,17 @@ class Bound:
             addresses.append(x.data_ptr())
         for launch in self.launches:
             launch(stream, addresses)
+        del zero, words
         return out, lse
 
     def _counter(self, stream: int) -> int:
-        """The address of an int that is zero between launches."""
-        if not torch._C._cuda_isCurrentStreamCapturing():
-            found = self.module.counter(stream)
-            if found is not None:
-                return found
-        # A graph may be replayed beside anything: it has, and clears, its own.
-        return torch.zeros(1, dtype=torch.int32, device=f"cuda:{self.device}").data_ptr()
+        """The address of the stream's int that is zero between launches; 0 where it has none.
+
+        A graph that is being captured may be replayed beside anything, and brings its own.
+        """
+        if torch._C._cuda_isCurrentStreamCapturing():
+            return 0
+        return self.module.counter(stream) or 0
 
 
 @functools.lru_cache(maxsize=1024)
