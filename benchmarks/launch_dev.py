@@ -133,13 +133,15 @@ def parts() -> None:
     assert isinstance(kernel, BindingKernel)
     bound: Any = kernel.bound(problem, q, k, v, [], ())
     launch = bound.launches[0]
-    addresses = [x.data_ptr() for x in (q, k, v, q, k, v, v)]
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:3], device="cuda")
+    counter = torch.zeros(1, dtype=torch.int32, device="cuda")
+    addresses = [x.data_ptr() for x in (q, k, v, out, lse, counter, counter)]
     stream = torch._C._cuda_getCurrentRawStream(0)
     arguments = (*launch._arguments, stream, launch._pointer, 0)
     shape, strides = tuple(q.shape), tuple(q.stride())
     for name, call in {
-        "cuLaunchKernel": lambda: launch._launch(*arguments),
         "a launch with its parameters": lambda: launch(stream, addresses),
+        "cuLaunchKernel": lambda: launch._launch(*arguments),
         "an output's memory": lambda: empty_cuda(shape, strides, torch.bfloat16),
         "the same by torch.empty": lambda: torch.empty(shape, dtype=q.dtype, device="cuda"),
         "current stream": lambda: torch._C._cuda_getCurrentRawStream(0),
