@@ -147,6 +147,8 @@ class _Reader:
         self.output, self.axes, self.sizes = output, axes, dict(sizes)
         self.left, self.right = sides_of(skeleton.values)
         self.ranges: dict[sympy.Symbol, Expr] = dict(sizes)
+        # The index at which the output is divided by the sums of its rows, if it is.
+        self.divided_at: Index | None = None
 
     def read(self) -> list[Reading]:
         beta, alpha = factors_of(self.skeleton.values)
@@ -182,6 +184,7 @@ class _Reader:
         )
         readings = []
         for term in found.terms:
+            term.divided_at = self.divided_at
             self._check_axis(term, column)
             scores = read_scores(self.shadow, term, key_length, self.ranges, self._node, found)
             query, key, value, factor = self._operands(scores, values, values_index)
@@ -220,7 +223,12 @@ class _Reader:
     def _product_index(self) -> Index:
         index: Index = tuple(sympy.expand(_mixed_radix(axes, self.ranges)) for axes in self.axes)
         node = self.output
+        division = self.softmaxes[0].division
         while node is not self.skeleton.values:
+            if division is not None and node is division.node:
+                self.divided_at, node = index, division.top
+                index = index[len(index) - len(shape_of(node)) :]
+                continue
             if not is_movement(node):
                 raise Decline(
                     "output-unclear",

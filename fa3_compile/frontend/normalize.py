@@ -19,11 +19,20 @@ NEAR = 16
 
 
 @dataclass(frozen=True)
+class Division:
+    """`node` is `top` divided by the rows' sums, after the product with V."""
+
+    node: fx.Node
+    top: fx.Node
+
+
+@dataclass(frozen=True)
 class Softmax:
     """`node` is the softmax of `scores` along `dim`; rows of -inf alone give zeros or NaN.
 
     Written by hand it is e / (e.sum(dim) + rest), and `scores` is e: its logarithm is what the
-    softmax is of. `divisor` is what e is divided by, `summed` the sum in it.
+    softmax is of. `divisor` is what e is divided by, `summed` the sum in it. Where it is e V that
+    is divided, `node` is e, and `division` says by which node.
     """
 
     node: fx.Node
@@ -32,6 +41,7 @@ class Softmax:
     dead_rows_zero: bool = False
     divisor: fx.Node | None = None
     summed: fx.Node | None = None
+    division: Division | None = None
 
     @property
     def by_hand(self) -> bool:
@@ -79,22 +89,49 @@ def _less_logsumexp(node: fx.Node, scores, normaliser) -> Softmax | None:
 
 def _by_hand(node: fx.Node) -> Softmax | None:
     """e / (e.sum(dim) + rest), or e times the reciprocal of that."""
+    for top, bottom in _quotients(node):
+        for summed in _sums_of_exponentials(bottom):
+            if same_value(summed.args[0], top):
+                return Softmax(node, top, _summed_dim(summed), divisor=bottom, summed=summed)
+    return None
+
+
+def divided_late(shadow: Shadow) -> list[Softmax]:
+    """Every (e V) / (e.sum(dim) + rest): a softmax that is normalised after the product."""
+    found = []
+    for node in shadow.graph.nodes:
+        if node.target not in (aten.div.Tensor, aten.mul.Tensor):
+            continue
+        for top, bottom in _quotients(node):
+            for summed in _sums_of_exponentials(bottom):
+                e = summed.args[0]
+                dim, division = _summed_dim(summed), Division(node, top)
+                found.append(Softmax(e, e, dim, False, bottom, summed, division))
+    return found
+
+
+def _quotients(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+    """(a, b) of a / b, or of a times the reciprocal of b."""
     if node.target is aten.div.Tensor:
         pairs = [node.args[:2]]
     else:
         pairs = [(x, _reciprocal_of(y)) for x, y in (node.args[:2], node.args[1::-1])]
-    for top, bottom in pairs:
-        if not isinstance(top, fx.Node) or not isinstance(bottom, fx.Node):
-            continue
-        if not any(n.target in EXPONENTIALS for n in _behind(top)):
-            continue
-        for summed in _behind(bottom):
-            if summed.target is not aten.sum.dim_IntList or not same_value(summed.args[0], top):
-                continue
-            if len(summed.args[1]) == 1:
-                dim = dimension(summed.args[1][0], top.meta["val"].dim())
-                return Softmax(node, top, dim, divisor=bottom, summed=summed)
-    return None
+    return [(a, b) for a, b in pairs if isinstance(a, fx.Node) and isinstance(b, fx.Node)]
+
+
+def _sums_of_exponentials(node: fx.Node) -> list[fx.Node]:
+    """The sums along one dimension, of exponentials, that a divisor is made of."""
+    return [
+        x
+        for x in _behind(node)
+        if x.target is aten.sum.dim_IntList
+        and len(x.args[1]) == 1
+        and any(n.target in EXPONENTIALS for n in _behind(x.args[0]))
+    ]
+
+
+def _summed_dim(summed: fx.Node) -> int:
+    return dimension(summed.args[1][0], summed.args[0].meta["val"].dim())
 
 
 def _reciprocal_of(node) -> fx.Node | None:

@@ -63,7 +63,7 @@ def read_scores(
     return _around_a_product(
         softmax,
         holder,
-        lambda product: _read(shadow, softmax, product, index, extra, ranges, holder, weights),
+        lambda product: _read(shadow, term, product, index, extra, ranges, holder, weights),
         shadow,
     )
 
@@ -104,7 +104,7 @@ def _positions(softmax: Softmax, at: Index, key_length: Expr, holder) -> tuple[I
 
 def _read(
     shadow: Shadow,
-    softmax: Softmax,
+    term: Term,
     product: Product,
     index: Index,
     extra: list[Expr],
@@ -112,6 +112,7 @@ def _read(
     holder,
     weights: Weights,
 ) -> Scores:
+    softmax = term.softmax
     x, dim = softmax.scores, softmax.dim
     computed = descendants([product.node])
     lifter = Lifter(
@@ -143,7 +144,7 @@ def _read(
         element = number(lifter.element(x, (*index[:dim], position, *index[dim + 1 :])))
         found.sinks.append(logit(element) - shift)
     if softmax.by_hand:
-        rest = _rest(softmax, lifter, index)
+        rest = _rest(softmax, lifter, index, index if term.divided_at is None else term.divided_at)
         found.sinks += [logarithm(part, holder(x)) - shift for part in rest]
     found.sinks = [_of_the_row(sink, holder(x)) for sink in found.sinks]
     if found.score.has(row_stat):
@@ -211,8 +212,12 @@ def _is_maximum(shift: Expr) -> bool:
     return bool(multiple.is_positive) and isinstance(statistic, row_stat)
 
 
-def _rest(softmax: Softmax, lifter: Lifter, index: Index) -> list[Expr]:
-    """What a softmax by hand adds to its sum; nothing if that is lost in rounding."""
+def _rest(softmax: Softmax, lifter: Lifter, index: Index, divided_at: Index) -> list[Expr]:
+    """What a softmax by hand adds to its sum; nothing if that is lost in rounding.
+
+    index       the element of the exponentials
+    divided_at  the element of what is divided, on which the divisor is broadcast
+    """
     assert softmax.divisor is not None and softmax.summed is not None
     dim = softmax.dim
     keeps = len(softmax.summed.args) > 2 and bool(softmax.summed.args[2])
@@ -220,7 +225,7 @@ def _rest(softmax: Softmax, lifter: Lifter, index: Index) -> list[Expr]:
     special = {**lifter.special, softmax.summed: lambda i: total(*i)}
     outer = Lifter(lifter.shadow, lifter.ranges, special, wide=lifter.wide)
     outer.loads = lifter.loads
-    divisor = outer.broadcast(softmax.divisor, index)
+    divisor = outer.broadcast(softmax.divisor, divided_at)
     whole = total(*outer._clean(softmax.summed, row))
     eps = torch.finfo(softmax.node.meta["val"].dtype).eps
     if isinstance(divisor, sympy.Max) and largest_is_one(softmax):

@@ -9,9 +9,10 @@ import torch
 from torch import fx
 
 from fa3_compile.frontend.dynamo_graph import is_mutation
-from fa3_compile.frontend.normalize import Softmax, softmaxes
+from fa3_compile.frontend.lift import descendants
+from fa3_compile.frontend.normalize import Softmax, divided_late, softmaxes
 from fa3_compile.frontend.operands import is_movement
-from fa3_compile.frontend.product import PRODUCTS, products_before
+from fa3_compile.frontend.product import PRODUCTS, products_before, sides_of
 from fa3_compile.frontend.trace import Shadow
 
 aten = torch.ops.aten
@@ -50,10 +51,27 @@ def skeletons(shadow: Shadow) -> Iterator[Skeleton]:
         nearest |= {*products[:1]}
         for product in products:
             reached.setdefault(product, []).append(softmax)
-    for product in sorted(reached, key=order.__getitem__):
-        output = _output_node(shadow, product)
+    found = [(product, product, reached[product], product in nearest) for product in reached]
+    for softmax in divided_late(shadow):
+        product = _product_divided(softmax)
+        if product is not None and softmax.division:
+            found.append((product, softmax.division.node, [softmax], True))
+    for product, last, of, is_nearest in sorted(found, key=lambda x: order[x[0]]):
+        output = _output_node(shadow, last)
         if output is not None:
-            yield Skeleton(reached[product], product, output, product in nearest)
+            yield Skeleton(of, product, output, is_nearest)
+
+
+def _product_divided(softmax: Softmax) -> fx.Node | None:
+    """The product of exponentials of scores with V that is divided by their sum."""
+    assert softmax.division is not None
+    node = softmax.division.top
+    while is_movement(node):
+        node = node.args[0]
+    if node.target not in PRODUCTS or not products_before(softmax.scores):
+        return None
+    reached = descendants([softmax.node])
+    return node if any(side in reached for side in sides_of(node)) else None
 
 
 def _products_after(shadow: Shadow, node: fx.Node) -> set[fx.Node]:
@@ -71,9 +89,9 @@ def _products_after(shadow: Shadow, node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _output_node(shadow: Shadow, product: fx.Node) -> fx.Node | None:
-    """The last Dynamo node that is still only the product's elements moved."""
-    current, chosen = product, None
+def _output_node(shadow: Shadow, result: fx.Node) -> fx.Node | None:
+    """The last Dynamo node that is still only the result's elements moved."""
+    current, chosen = result, None
     while True:
         holders = shadow.dynamo_of.get(current, [])
         if holders:

@@ -36,6 +36,8 @@ class Term:
     kept: Boolean
     # NaN of rows without keys was replaced by 0 right after the softmax.
     zeroed: bool
+    # Where the product with V is divided by the rows' sums, if that comes after it.
+    divided_at: Index | None = None
 
 
 @dataclass
