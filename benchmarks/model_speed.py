@@ -27,7 +27,12 @@ TINY = {"batch": 1, "length": 64}
 
 
 def model_rows(
-    name: str, training: bool, wanted: tuple[str, ...], device: torch.device, tiny: bool = False
+    name: str,
+    training: bool,
+    wanted: tuple[str, ...],
+    device: torch.device,
+    tiny: bool = False,
+    compile_only: bool = False,
 ) -> Iterator[Row]:
     """A row for each contender: checked, then timed in turn with the others."""
     direction = "training" if training else "forward"
@@ -45,6 +50,8 @@ def model_rows(
             with _recording(row, label):
                 first[label] = call()[:1].detach()
             row.first_call_s = time.perf_counter() - start
+            if compile_only:
+                continue
             if training:
                 norm[label] = _gradients(model)
             row.peak_gib = (peak_bytes(call, device) + _bytes(model)) / 2**30
@@ -52,7 +59,8 @@ def model_rows(
         except (torch.OutOfMemoryError, ValueError, RuntimeError) as error:
             row.note = "out of memory" if "out of memory" in str(error) else str(error)[:200]
         _free()
-    _check(name, rows, first, norm, device, tiny)
+    if not compile_only:
+        _check(name, rows, first, norm, device, tiny)
     times = interleaved({n: c for n, c in calls.items() if rows[n].ok}, device)
     for label, milliseconds in times.items():
         rows[label].ms = milliseconds
@@ -114,7 +122,7 @@ def _gradients(model: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def _check(name: str, rows, first, norm, device: torch.device, tiny: bool) -> None:
-    """The first sequence against eager in float32, gradients against Inductor's on eager."""
+    """The first sequence against eager in float32, gradients against Inductor's."""
     if not first:
         return
     model, inputs = _made(name, "eager", device, tiny)
@@ -133,10 +141,11 @@ def _check(name: str, rows, first, norm, device: torch.device, tiny: bool) -> No
         row = rows[label]
         found = error_of(shown(out), plain, exact)
         row.error, row.limit, row.ok = found.ours, found.limit, found.ok
-        if row.ok and label in norm and "inductor" in norm and label != "inductor":
-            truth = norm["inductor"]
+        other = next((n for n in ("inductor", "inductor sdpa") if n in norm), label)
+        if row.ok and label in norm and label != other:
+            truth = norm[other]
             off = ((norm[label] - truth).norm() / truth.norm()).item()
-            row.note = f"gradients {off:.2%} from Inductor's on eager"
+            row.note = f"gradients {off:.2%} from those of {other}"
             row.ok = off <= GRADIENT_TOLERANCE
         if not row.ok:
             row.note = f"WRONG {row.note}".strip()

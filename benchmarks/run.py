@@ -9,6 +9,8 @@ Everything runs in one process. Each contender is first held against float64 (on
 is not timed where it is further off than twice eager's own error; then all are timed in turn, and
 the medians are printed and written to the CSV, a row a contender, with device, driver, torch,
 triton and commit. `--budget SECONDS` starts nothing more after that long and says what it left.
+`--prepare N` first lets N processes compile everything at once, so that the run itself, still in
+one process, finds it in the compilers' caches.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import argparse
 import fnmatch
 import gc
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +44,12 @@ DIRECTIONS = ("forward", "backward", "training")
 
 
 def case_rows(
-    case: Case, direction: str, wanted: Sequence[str], device: torch.device, dtype: torch.dtype
+    case: Case,
+    direction: str,
+    wanted: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    compile_only: bool = False,
 ) -> list[Row]:
     """A row for each contender that can compute the case."""
     backward = direction == "backward"
@@ -50,7 +58,7 @@ def case_rows(
     leaves = [x.detach().requires_grad_(backward and i < learned) for i, x in enumerate(inputs)]
     graded = leaves[:learned]
     cotangent = torch.randn_like(inputs[0]) if backward else None
-    check = _Check(case, inputs, cotangent, learned)
+    check = None if compile_only else _Check(case, inputs, cotangent, learned)
     rows, calls = [], {}
     torch._dynamo.reset()
     for name in wanted:
@@ -61,6 +69,8 @@ def case_rows(
                 continue
             start = time.perf_counter()
             row.kernel, out = _first_call(name, function, leaves, backward)
+            if check is None:
+                continue
             call = _call(function, leaves, out, graded, cotangent)
             found = call()
             row.first_call_s = time.perf_counter() - start
@@ -199,7 +209,12 @@ def run(arguments: argparse.Namespace, table: Table, device: torch.device) -> It
     start, todo = time.perf_counter(), jobs(arguments)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     progress = Progress(len(todo))
+    if arguments.prepare:
+        _prepare(arguments.prepare)
+    part, parts = arguments.share
     for number, (name, direction, case) in enumerate(todo):
+        if number % parts != part:
+            continue
         if time.perf_counter() - start > arguments.budget:
             left = ", ".join(f"{n} {d}" for n, d, _ in todo[number:])
             print(f"the budget of {arguments.budget:g} s is spent; left: {left}", flush=True)
@@ -208,19 +223,43 @@ def run(arguments: argparse.Namespace, table: Table, device: torch.device) -> It
         if case is None:
             wanted = tuple(arguments.only or model_speed.NAMES)
             training = direction == "training"
-            rows = list(model_speed.model_rows(name, training, wanted, device, arguments.tiny))
+            options = {"tiny": arguments.tiny, "compile_only": arguments.compile_only}
+            rows = list(model_speed.model_rows(name, training, wanted, device, **options))
         else:
             wanted = tuple(arguments.only or contenders.NAMES)
             shaped = tiny(case) if arguments.tiny else case
             # Gradients are taken several times from one forward.
             with functorch_config.patch(donated_buffer=direction != "backward"):
-                rows = case_rows(shaped, direction, wanted, device, dtype)
+                only = arguments.compile_only
+                rows = case_rows(shaped, direction, wanted, device, dtype, only)
         progress.clear()
         table.add(rows)
         yield from rows
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _prepare(processes: int) -> None:
+    """Compiles every job in other processes, each a share of them."""
+    words = [*sys.argv[1:], "--prepare", "0", "--compile-only", "--out", os.devnull]
+    children = [
+        subprocess.Popen(
+            [sys.executable, __file__, *words, "--share", f"{i}/{processes}"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for i in range(processes)
+    ]
+    start = time.perf_counter()
+    for child in children:
+        child.wait()
+    print(f"prepared by {processes} processes in {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def _share(text: str) -> tuple[int, int]:
+    part, parts = text.split("/")
+    return int(part), int(parts)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -239,6 +278,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--commit", default=os.environ.get("FA3_COMMIT", ""), help="written into "
                       "the CSV where there is no git")  # fmt: skip
+    made.add_argument("--prepare", type=int, default=0, metavar="N")
+    made.add_argument("--compile-only", action="store_true", help="no checks, no times")
+    made.add_argument("--share", type=_share, default=(0, 1), metavar="I/N", help="every N-th job")
     made.add_argument("--tiny", action="store_true", help="tiny shapes: a test of this program")
     return made
 
