@@ -79,7 +79,7 @@ def differs(
             # The last column and row of blocks may lie beyond the mask's lengths.
             found = blocks.nonzero()
             for at in found[:: max(1, len(found) // BLOCKS)].tolist():
-                seen = _block(at, lengths, sizes, mask_mod, captures)
+                seen = _block(at, lengths, sizes, mask_mod, captures, counts.device)
                 if seen is not None and bool((seen != expected).any()):
                     return True
     return False
@@ -94,11 +94,10 @@ def _table(counts: Tensor, indices: Tensor, like: Tensor) -> Tensor:
     return table.scatter_(-1, place, True)[..., :columns]
 
 
-def _block(at, lengths, sizes, mask_mod, captures) -> Tensor | None:
+def _block(at, lengths, sizes, mask_mod, captures, device) -> Tensor | None:
     """The mask at evenly spaced places of one block; None if the block is outside the mask."""
     from fa3_compile.frontend.flex import Mod
 
-    device = next((x.device for x in captures if isinstance(x, Tensor)), torch.device("cpu"))
     places = []
     for block, size, length in zip(at[2:], sizes, lengths):
         begin, end = block * size, min((block + 1) * size, length)
