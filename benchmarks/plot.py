@@ -24,20 +24,18 @@ sys.path.insert(0, str(ROOT))
 import matplotlib
 
 matplotlib.use("svg")
-# The same picture from the same numbers, byte for byte.
-STYLE = {
-    "svg.hashsalt": "fa3",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "figure.constrained_layout.use": True,
-}
-matplotlib.rcParams.update(STYLE)
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from benchmarks.rows import read
+
+# The same picture from the same numbers, byte for byte.
+plt.rc("svg", hashsalt="fa3")
+plt.rc("font", size=9)
+plt.rc("axes.spines", top=False, right=False)
+plt.rc("figure.constrained_layout", use=True)
 
 Rows = Sequence[dict[str, str]]
 # Told apart without colour vision too (Okabe and Ito); ours stands out.
@@ -54,7 +52,7 @@ COLOURS = {
 NAME = re.compile(r"(?P<variant>.*)-B(?P<batch>\d+)-S(?P<length>\d+)(?P<k>k?)-D(?P<dim>\d+)$")
 
 
-def lengths(rows: Rows) -> plt.Figure | None:
+def lengths(rows: Rows) -> Figure | None:
     lines: dict[tuple[str, str], dict[int, float]] = {}
     for row in rows:
         place = _place(row)
@@ -78,7 +76,7 @@ def lengths(rows: Rows) -> plt.Figure | None:
     return figure
 
 
-def variants(rows: Rows) -> plt.Figure | None:
+def variants(rows: Rows) -> Figure | None:
     bars: dict[str, dict[str, dict[str, float]]] = {}
     for row in rows:
         place = _place(row)
@@ -94,7 +92,7 @@ def variants(rows: Rows) -> plt.Figure | None:
     return figure
 
 
-def models(rows: Rows) -> plt.Figure | None:
+def models(rows: Rows) -> Figure | None:
     bars: dict[str, dict[str, dict[str, float]]] = {}
     for direction, name, measured in _models(rows):
         times = {contender: float(row["ms"]) for contender, row in measured.items() if row["ms"]}
@@ -112,7 +110,7 @@ def models(rows: Rows) -> plt.Figure | None:
     return figure
 
 
-def memory(rows: Rows) -> plt.Figure | None:
+def memory(rows: Rows) -> Figure | None:
     bars: dict[str, dict[str, dict[str, float]]] = {}
     for direction, name, measured in _models(rows):
         peaks = {n: float(row["peak_gib"]) for n, row in measured.items() if row["peak_gib"]}
@@ -147,7 +145,7 @@ def _models(rows: Rows) -> Iterable[tuple[str, str, dict[str, dict[str, str]]]]:
         yield direction, name, measured
 
 
-def _panels(directions: Sequence[str]) -> tuple[plt.Figure, dict[str, Axes]]:
+def _panels(directions: Sequence[str]) -> tuple[Figure, dict[str, Axes]]:
     figure, axes = plt.subplots(1, len(directions), figsize=(5.2 * len(directions), 3.2))
     return figure, dict(zip(directions, [axes] if len(directions) == 1 else list(axes)))
 

@@ -4,6 +4,7 @@ Each takes q, k, v [B, H, S, D] and the tensors it names by annotation in `CAPTU
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +109,7 @@ def dropout(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 # Title and what it is, in the page's order.
-FORMS = {
+FORMS: dict[Callable[..., Tensor], tuple[str, str]] = {
     plain: ("Plain", "Encoders, cross attention, vision."),
     causal: ("Causal", "Decoders (GPT-2, Llama): half of the tiles are skipped."),
     sliding_window: ("Sliding window", "Mistral, Gemma 2 and 3, gpt-oss."),

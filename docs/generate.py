@@ -100,7 +100,7 @@ def _support(spec_text: str) -> str:
     spec = AttentionSpec.parse(spec_text)
     lines = ["| | " + " | ".join(DEVICES) + " |", "|---|" + "---|" * len(DEVICES)]
     for row, backward in (("forward", False), ("gradients", True)):
-        cells = [_first(spec, *device, backward) for device in DEVICES.values()]
+        cells = [_first(spec, d, c, dtype, backward) for d, c, dtype in DEVICES.values()]
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
