@@ -3,43 +3,33 @@
 // exponentials; warpgroups take turns to issue (PingPong).
 #pragma once
 #include "fa3/barriers.cuh"
-#include "fa3/softmax.cuh"
 #include "sm90/forward_epilogue.cuh"
+#include "sm90/forward_weigher.cuh"
 
 namespace fa3 {
 
 template <class Config, class Variant>
-struct ForwardConsumer : ForwardBlock<Config, Variant> {
+struct ForwardConsumer : ForwardWeigher<Config, Variant> {
   using Base = ForwardBlock<Config, Variant>;
+  using Weigher = ForwardWeigher<Config, Variant>;
   using typename Base::Dtype, typename Base::KTile, typename Base::Pipe, typename Base::QTile,
-      typename Base::Terms, typename Base::VTile;
+      typename Base::Terms, typename Base::VTile, typename Weigher::Scores;
   using Base::kM, Base::kN, Base::kQStages, Base::kStages, Base::p, Base::shared;
+  using Weigher::lane, Weigher::release, Weigher::softmax, Weigher::warpgroup;
   using Turns = PingPong<Config::kWarpgroups, Config::kPingPong>;
-  using Weights = Softmax<kN, Config::kLazy>;
-  using Scores = float[kN / 2];
 
   // Whether warpgroups of a tile may see different key blocks.
   static constexpr bool kOwnBlocks =
       Config::kWarpgroups > 1 && (Variant::kRowEnd || Variant::kRowBegin) && !Variant::kBlockMap;
 
-  int warpgroup, lane;
   PipelineState<kQStages> q;
-  Pipe k, v, dense;
+  Pipe k, v;
   float out[Config::kDimV / 2];
   uint32_t weights[kN / 4];  // P as the A operand of the values product
-  Weights softmax;
 
-  FA3_DEVICE ForwardConsumer(const Base& block)
-      : Base(block),
-        warpgroup(__shfl_sync(~0u, threadIdx.x / 128 - 1, 0)),
-        lane(threadIdx.x % 32) {}
+  FA3_DEVICE ForwardConsumer(const Base& block) : Weigher(block) {}
 
   // ---- barriers ----
-
-  FA3_DEVICE void release(int which) const {
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(this->barrier(which));
-  }
 
   FA3_DEVICE void wait_q() const {
     mbarrier_wait(this->barrier(Base::kQFull + q.stage()), q.parity());
@@ -51,10 +41,6 @@ struct ForwardConsumer : ForwardBlock<Config, Variant> {
 
   FA3_DEVICE void wait_v() const {
     mbarrier_wait(this->barrier(Base::kVFull + v.stage()), v.parity());
-  }
-
-  FA3_DEVICE void wait_dense() const {
-    mbarrier_wait(this->barrier(Base::kDenseFull + dense.stage()), dense.parity());
   }
 
   // The scores have left shared memory; with the last block of a tile its queries have too.
@@ -70,11 +56,6 @@ struct ForwardConsumer : ForwardBlock<Config, Variant> {
   FA3_DEVICE void release_v() {
     release(Base::kVEmpty + v.stage());
     v.advance();
-  }
-
-  FA3_DEVICE void release_dense() {
-    release(Base::kDenseEmpty + dense.stage());
-    dense.advance();
   }
 
   // ---- products ----
@@ -116,146 +97,6 @@ struct ForwardConsumer : ForwardBlock<Config, Variant> {
     for (int i = 0; i < kN / 4; ++i) weights[i] = pack<Dtype>(s[2 * i], s[2 * i + 1]);
   }
 
-  // ---- score modifier, mask, softmax ----
-
-  // The bounds of each row's keys, from this thread's first column; and a bit for each of the
-  // block's keys, from the same.
-  struct MaskTerms {
-    int end[2], begin[2];
-    uint32_t columns[ceil_div(kN, 32)];
-  };
-
-  FA3_DEVICE MaskTerms mask_terms(const Terms& t, int block) const {
-    MaskTerms m;
-    int kv0 = block * kN + 2 * (lane % 4);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      int h = Terms::head_of(r);
-      m.end[r] = p.keys - kv0;
-      if constexpr (Variant::kRowEnd)
-        m.end[r] = min(m.end[r], Variant::row_end(t.at[h], t.head[h], t.row[r], t.q[r]) - kv0);
-      if constexpr (Variant::kRowBegin)
-        m.begin[r] = Variant::row_begin(t.at[h], t.head[h], t.row[r], t.q[r]) - kv0;
-    }
-    if constexpr (Variant::kColumnMask) {
-#pragma unroll
-      for (int i = 0; i < ceil_div(kN, 32); ++i) {
-        int kv = min(block * kN + 32 * i + lane, p.keys - 1);
-        auto col = Variant::col(t.at[0], t.head[0], kv);
-        bool seen = Variant::column_mask(t.at[0], t.head[0], col, kv);
-        m.columns[i] = __ballot_sync(~0u, seen) >> 2 * (lane % 4);
-      }
-    }
-    return m;
-  }
-
-  // This thread's two elements of each row in columns 8 j of the dense input.
-  FA3_DEVICE float2 dense_pair(int r, int j) const {
-    int row = warpgroup * 64 + threadIdx.x / 32 % 4 * 16 + lane / 4, swizzle = lane / 4;
-    uint32_t at = shared + Base::kAtDense + dense.stage() * Base::kDenseBytes + row * 128 +
-                  lane % 4 * 4 + j / 8 * Base::kDensePanelBytes + r * 1024 +
-                  ((j % 8 ^ swizzle) << 4);
-    uint32_t bits;
-    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(bits) : "r"(at));
-    return unpack<typename Variant::TileDtype>(bits);
-  }
-
-  // Score modifier and mask of one key block, then the softmax. Returns whether O must be scaled.
-  template <bool Masked>
-  FA3_DEVICE bool weigh(const Terms& t, Scores& s, int block, float (&alpha)[2]) {
-    int kv0 = block * kN + 2 * (lane % 4);  // this thread's first column
-    float base[2] = {0.0f, 0.0f};
-    if constexpr (Variant::kDenseTile) wait_dense();
-    if constexpr (Variant::kAffine) {
-      float block_start = static_cast<float>(block * kN);
-#pragma unroll
-      for (int r = 0; r < 2; ++r) base[r] = t.slope[r] * (block_start + t.distance[r]);
-    }
-    MaskTerms m;
-    if constexpr (Masked) m = mask_terms(t, block);
-#pragma unroll
-    for (int j = 0; j < kN / 8; ++j) {
-      float2 tile[2];
-      if constexpr (Variant::kDenseTile) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) tile[r] = dense_pair(r, j);
-      }
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        int column = 8 * j + e, kv = kv0 + column;
-        if constexpr (Masked) kv = min(kv, p.keys - 1);
-        typename Variant::Col col[Terms::kHeads];
-#pragma unroll
-        for (int h = 0; h < Terms::kHeads; ++h) col[h] = Variant::col(t.at[h], t.head[h], kv);
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          int h = Terms::head_of(r);
-          float& x = s[4 * j + 2 * r + e];
-          float extra = Variant::kDenseTile ? (e == 0 ? tile[r].x : tile[r].y) : 0.0f;
-          if constexpr (Variant::kAffine) x = fmaf(t.slope[r], static_cast<float>(column), x);
-          if constexpr (Variant::kScore)
-            x = Variant::score(x, t.at[h], t.head[h], t.row[r], col[h], t.q[r], kv, extra);
-          if constexpr (Masked) {
-            bool seen = column < m.end[r];
-            if constexpr (Variant::kRowBegin) seen = seen && column >= m.begin[r];
-            if constexpr (Variant::kColumnMask)
-              seen = seen && (m.columns[j / 4] & 1u << (8 * (j % 4) + e));
-            if constexpr (Variant::kMask)
-              seen = seen &&
-                     Variant::mask(t.at[h], t.head[h], t.row[r], col[h], t.q[r], kv, extra);
-            if (!seen) x = -inf();
-          }
-        }
-      }
-    }
-    if constexpr (Variant::kDenseTile) release_dense();
-    constexpr bool guard = Masked || !Variant::kFiniteScores;
-    bool rescale = softmax.template update<guard, Variant::kWideScores>(s, base, t.scale, alpha);
-    if constexpr (Variant::kWeight) reweigh<Masked>(t, s, block);
-    return rescale;
-  }
-
-  // The factor after the softmax, which the row sum knows nothing of.
-  template <bool Masked>
-  FA3_DEVICE void reweigh(const Terms& t, Scores& s, int block) const {
-#pragma unroll
-    for (int j = 0; j < kN / 8; ++j) {
-      int kv0 = block * kN + 8 * j;
-      float random[2][2] = {};
-      if constexpr (Variant::kUniform) uniforms(t, kv0, random);
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        int kv = kv0 + 2 * (lane % 4) + e;
-        if constexpr (Masked) kv = min(kv, p.keys - 1);
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          int h = Terms::head_of(r);
-          auto col = Variant::col(t.at[h], t.head[h], kv);
-          s[4 * j + 2 * r + e] *= Variant::weight(t.at[h], t.head[h], t.row[r], col, t.q[r], kv,
-                                                  random[r][e]);
-        }
-      }
-    }
-  }
-
-  // Of this thread's two columns from kv0 on, in both rows. Two lanes hold four columns side by
-  // side, which are the words of one counter: each lane draws one row's and passes half of it on.
-  FA3_DEVICE void uniforms(const Terms& t, int kv0, float (&random)[2][2]) const {
-    int own = lane % 2;
-    const auto& at = t.at[own == 0 ? 0 : Terms::head_of(1)];
-    int64_t seed = Variant::seed(t.at[0], t.head[0]);
-    RandomWords words =
-        philox(seed, at.batch, at.head, own == 0 ? t.q[0] : t.q[1], kv0 / 4 + lane % 4 / 2);
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      uint32_t low = words.word[e], high = words.word[2 + e];
-      uint32_t kept = own == 0 ? low : high;
-      uint32_t passed = __shfl_xor_sync(~0u, own == 0 ? high : low, 1);
-      random[0][e] = unit_interval(own == 0 ? kept : passed);
-      random[1][e] = unit_interval(own == 0 ? passed : kept);
-    }
-  }
-
   // ---- blocks of a tile ----
 
   // Scores of this block and values of the one before run while the weights are computed.
@@ -272,7 +113,7 @@ struct ForwardConsumer : ForwardBlock<Config, Variant> {
     wgmma_wait<1>();
     wgmma_pin(s);
     release_k(last);
-    bool rescale = weigh<Masked>(t, s, block, alpha);
+    bool rescale = this->template weigh<Masked>(t, s, block, alpha);
     wgmma_wait<0>();
     wgmma_pin(out);
     release_v();
@@ -312,7 +153,7 @@ struct ForwardConsumer : ForwardBlock<Config, Variant> {
     wgmma_pin(s);
     release_k(last);
     clear();
-    weigh<true>(t, s, block, alpha);
+    this->template weigh<true>(t, s, block, alpha);
     pack_weights(s);
   }
 
@@ -325,8 +166,8 @@ struct ForwardConsumer : ForwardBlock<Config, Variant> {
       Turns::pass(warpgroup);
       release_k(i + 1 == count);
       if constexpr (Variant::kDenseTile) {
-        wait_dense();
-        release_dense();
+        this->wait_dense();
+        this->release_dense();
       }
       if (values && i > first) skip_values(1);
     }
@@ -352,7 +193,7 @@ struct ForwardConsumer : ForwardBlock<Config, Variant> {
   }
 
   FA3_DEVICE void clear() {
-    softmax = Weights();
+    softmax = typename Weigher::Weights();
 #pragma unroll
     for (int i = 0; i < Config::kDimV / 2; ++i) out[i] = 0.0f;
   }
