@@ -15,8 +15,8 @@ SOFTMAX_NAMES = re.compile(r"softmax|exp|scaled_dot_product_attention|flex_atten
 
 # Functions that attention is never made of: the shadow takes their results as given.
 OPAQUE_NAMES = frozenset(
-    """linear layer_norm rms_norm group_norm batch_norm instance_norm conv1d conv2d conv3d gelu
-    silu relu6 mish hardswish cross_entropy nll_loss mse_loss interpolate avg_pool2d max_pool2d
+    """linear layer_norm rms_norm group_norm batch_norm instance_norm conv1d conv2d conv3d
+    cross_entropy nll_loss mse_loss interpolate avg_pool2d max_pool2d
     max_pool1d adaptive_avg_pool2d adaptive_avg_pool1d embedding_bag lstm gru topk sort argsort
     multinomial unique nonzero bincount histc searchsorted cdist grouped_mm _grouped_mm
     bernoulli rand randn randint rand_like randn_like normal grid_sample pad_sequence""".split()

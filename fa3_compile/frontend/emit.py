@@ -9,6 +9,7 @@ from collections.abc import Callable
 import sympy
 import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from fa3_compile.errors import Decline
 from fa3_compile.frontend.captured import Captured, Seed
@@ -51,6 +52,9 @@ class Emitter:
             return int(size)
         if size.is_Symbol:
             return self._symbol(size)
+        if isinstance(size, sympy.Pow) and size.exp.is_Integer and size.exp > 0:
+            # Two dynamic dimensions that were equal while tracing.
+            return self.size(sympy.Mul(*[size.base] * int(size.exp), evaluate=False))
         if isinstance(size, (sympy.Add, sympy.Mul)):
             combine = operator.add if isinstance(size, sympy.Add) else operator.mul
             total = self.size(size.args[0])
@@ -97,7 +101,11 @@ class Emitter:
         before = {n: i for i, n in enumerate(self.graph.nodes)}
         early = seed.dropout is not None and before[seed.dropout] < before[self.before]
         with self.graph.inserting_before(seed.dropout if early else self.before):
-            return self.function(torch.randint, MOST_SEEDS, (1,), dtype=torch.int64, device=device)
+            drawn = self.function(torch.randint, MOST_SEEDS, (1,), dtype=torch.int64, device=device)
+        # Otherwise the partitioner may draw another one in the backward, where a memory budget
+        # makes it compute again whatever is cheap.
+        drawn.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        return drawn
 
     def operand(self, operand: Operand, target: tuple[list, ...], sizes) -> fx.Node:
         """The operand as a tensor whose dimensions are the target's groups of axes."""

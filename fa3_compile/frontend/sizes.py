@@ -43,6 +43,8 @@ SCALAR_OPERATORS = {
     operator.neg: lambda a: -a,
     torch.sym_float: lambda a: a,
     torch.sym_sqrt: sympy.sqrt,
+    torch.sym_max: sympy.Max,
+    torch.sym_min: sympy.Min,
 }
 
 

@@ -10,6 +10,7 @@ without a rule) counts as "may hold, may not": sound by construction.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,8 @@ from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.expr import KV, SKV, SQ, Expr, Q, floordiv, load, mod, where
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
+# The values of a `load` at every (q, kv): an array [Sq|1, Skv|1].
+Values = Callable[[Expr], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -38,22 +41,31 @@ def tile_map(
     block_q: int,
     block_kv: int,
     sizes: tuple[int, ...] = (),
+    *,
+    head: tuple[int, int] | None = None,
+    values: Values | None = None,
 ) -> np.ndarray | None:
     """EMPTY, PARTIAL or FULL for each tile of block_q queries (rows) by block_kv keys (columns).
+
+    head    the (batch, head) whose tiles they are; None for what holds of all
+    values  what the mask's captured tensors hold, for that head
 
     None where no tile can be told, because the mask depends on captured tensors.
     """
     q_low, q_high = _tiles(q_len, block_q)
     kv_low, kv_high = _tiles(kv_len, block_kv)
+    b, h = ((0.0, np.inf), (0.0, np.inf)) if head is None else ((x, x) for x in map(float, head))
     symbols: dict[Expr, tuple] = {
         Q: (q_low[:, None], q_high[:, None]),
         KV: (kv_low[None, :], kv_high[None, :]),
-        E.B: (0.0, np.inf),
-        E.H: (0.0, np.inf),
+        E.B: b,
+        E.H: h,
         SQ: (float(q_len), float(q_len)),
         SKV: (float(kv_len), float(kv_len)),
     }
     symbols |= {E.size_symbol(i): (float(n), float(n)) for i, n in enumerate(sizes)}
+    for x in spec.mask.atoms(load) if values is not None else ():
+        symbols[x] = _extremes(values(x), block_q, block_kv)
     with np.errstate(all="ignore"):
         may, must = _Tiles(symbols).truth(spec.mask)
     tiles = np.broadcast_to(may, (len(q_low), len(kv_low))).astype(np.int8) + must
@@ -69,9 +81,12 @@ def tile_counts(
     block_q: int,
     block_kv: int,
     sizes: tuple[int, ...] = (),
+    *,
+    head: tuple[int, int] | None = None,
+    values: Values | None = None,
 ) -> TileCounts | None:
     """How many tiles `tile_map` finds of each kind."""
-    tiles = tile_map(spec, q_len, kv_len, block_q, block_kv, sizes)
+    tiles = tile_map(spec, q_len, kv_len, block_q, block_kv, sizes, head=head, values=values)
     if tiles is None:
         return None
     return TileCounts(*(int((tiles == kind).sum()) for kind in (EMPTY, PARTIAL, FULL)))
@@ -80,6 +95,17 @@ def tile_counts(
 def _tiles(length: int, block: int) -> tuple[np.ndarray, np.ndarray]:
     low = np.arange(0, length, block, dtype=np.float64)
     return low, np.minimum(low + block, length) - 1
+
+
+def _extremes(values: np.ndarray, block_q: int, block_kv: int) -> tuple[np.ndarray, np.ndarray]:
+    """The least and the largest value in each tile, [tiles|1, tiles|1]."""
+    low = high = values
+    for axis, block in enumerate((block_q, block_kv)):
+        if values.shape[axis] > 1:
+            starts = np.arange(0, values.shape[axis], block)
+            low = np.minimum.reduceat(low, starts, axis)
+            high = np.maximum.reduceat(high, starts, axis)
+    return low, high
 
 
 class _Tiles:

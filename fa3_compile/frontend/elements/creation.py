@@ -7,51 +7,52 @@ import torch
 from torch import fx
 
 from fa3_compile.frontend.elements.pointwise import rounded
-from fa3_compile.frontend.lift import Element, Lifter, Opaque, element_of, number, sym, truth
+from fa3_compile.frontend.lift import Element, Lifter, Opaque, element_of, number, truth
 from fa3_compile.spec.expr import where
 
 aten = torch.ops.aten
 
 
-def _value(x):
-    return sym(x.meta["val"] if isinstance(x, fx.Node) else x)
+def _value(x, ctx: Lifter):
+    # A Python float of a program with dynamic shapes is the element of a tensor.
+    return ctx.broadcast(x, ())
 
 
-def _constant(node: fx.Node, value) -> Element:
+def _constant(node: fx.Node, value, ctx: Lifter) -> Element:
     dtype = node.meta["val"].dtype
     if dtype == torch.bool:
         return sympy.true if value else sympy.false
-    value = _value(value)
+    value = _value(value, ctx)
     return rounded(value, dtype) if dtype.is_floating_point else value
 
 
 @element_of(aten.full.default, aten.full_like.default)
 def _(node, index, ctx: Lifter) -> Element:
-    return _constant(node, node.args[1])
+    return _constant(node, node.args[1], ctx)
 
 
 @element_of(aten.scalar_tensor.default)
 def _(node, index, ctx: Lifter) -> Element:
-    return _constant(node, node.args[0])
+    return _constant(node, node.args[0], ctx)
 
 
 @element_of(aten.zeros.default, aten.zeros_like.default)
 def _(node, index, ctx: Lifter) -> Element:
-    return _constant(node, 0)
+    return _constant(node, 0, ctx)
 
 
 @element_of(aten.ones.default, aten.ones_like.default)
 def _(node, index, ctx: Lifter) -> Element:
-    return _constant(node, 1)
+    return _constant(node, 1, ctx)
 
 
 @element_of(aten.arange.start_step, torch.ops.prims.iota.default)
 def _(node, index, ctx: Lifter) -> Element:
     if node.target is torch.ops.prims.iota.default:
-        start, step = _value(node.kwargs["start"]), _value(node.kwargs["step"])
+        start, step = _value(node.kwargs["start"], ctx), _value(node.kwargs["step"], ctx)
     else:
-        start = _value(node.args[0])
-        step = _value(node.args[2] if len(node.args) > 2 else 1)
+        start = _value(node.args[0], ctx)
+        step = _value(node.args[2] if len(node.args) > 2 else 1, ctx)
     dtype = node.meta["val"].dtype
     if dtype in (torch.float16, torch.bfloat16):
         raise Opaque(node, f"positions rounded to {dtype}")
@@ -74,7 +75,7 @@ def _(node, index, ctx: Lifter) -> Element:
 
 
 def _triangle(node, index, ctx: Lifter, keeps) -> Element:
-    diagonal = _value(node.args[1] if len(node.args) > 1 else 0)
+    diagonal = _value(node.args[1] if len(node.args) > 1 else 0, ctx)
     inside = keeps(index[-1] - index[-2], diagonal)
     element = ctx.element(node.args[0], index)
     if node.meta["val"].dtype == torch.bool:

@@ -82,7 +82,13 @@ def _(node, index, ctx: Lifter) -> Element:
     if _is_bool(node):
         return sympy.And(*(truth(ctx.operand(x, index)) for x in node.args[:2]))
     a, b = (ctx.broadcast(x, index) for x in node.args[:2])
-    return through_where(lambda x, y: _times(x, y), a, b)
+    if any(_may_be_zero(x) and y.has(sympy.oo, -sympy.oo) for x, y in ((a, b), (b, a))):
+        raise Opaque(node, "an infinite score times zero is NaN")
+    return through_where(_times, a, b)
+
+
+def _may_be_zero(x: Expr) -> bool:
+    return x == 0 or isinstance(x, where) and any(map(_may_be_zero, x.args[1:]))
 
 
 def _times(a: Expr, b: Expr) -> Expr:
@@ -148,14 +154,16 @@ def _(node, index, ctx: Lifter) -> Element:
 def _(node, index, ctx: Lifter) -> Element:
     base, exponent = (ctx.broadcast(x, index) for x in node.args[:2])
     if not (exponent.is_number and (exponent.is_Integer or float(exponent) in (0.5, -0.5, 2.0))):
-        _transcendental(node, base, exponent)
+        _transcendental(node, ctx, base, exponent)
     if exponent.is_Float and float(exponent).is_integer():
         exponent = sympy.Integer(int(exponent))
     return base**exponent
 
 
-def _transcendental(node: fx.Node, *args: Expr) -> None:
+def _transcendental(node: fx.Node, ctx: Lifter, *args: Expr) -> None:
     """Functions of coordinates alone are cheaper read than computed, and then exactly eager's."""
+    if node in ctx.inside:
+        return  # a sink beside the scores: exp(cat(sink, s)) is in memory nowhere
     computed = any(E.S in x.free_symbols or x.has(row_stat) for x in args)
     if not computed and any(x.free_symbols for x in args):
         raise Opaque(node, "a function of the position alone")
@@ -197,10 +205,32 @@ def _(node, index, ctx: Lifter) -> Element:
         if x.is_number:
             # Torch's own answer: log(0) is -inf.
             return sym(node.target(torch.tensor(float(x), dtype=torch.float64)).item())
-        _transcendental(node, x)
+        _transcendental(node, ctx, x)
         return UNARY[node.target](x)
 
     return through_where(function, ctx.broadcast(node.args[0], index))
+
+
+@element_of(aten.gelu.default)
+def _(node, index, ctx: Lifter) -> Element:
+    def gelu(x: Expr) -> Expr:
+        _transcendental(node, ctx, x)
+        if node.kwargs.get("approximate", "none") == "none":
+            return x * (1 + E.erf(x * math.sqrt(0.5))) / 2
+        return x * (1 + sympy.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+
+    return through_where(gelu, ctx.broadcast(node.args[0], index))
+
+
+@element_of(aten.elu.default)
+def _(node, index, ctx: Lifter) -> Element:
+    alpha, scale, inner = (sym(x) for x in (*node.args[1:], 1, 1, 1)[:3])
+
+    def elu(x: Expr) -> Expr:
+        _transcendental(node, ctx, x)
+        return scale * where(x > 0, x, alpha * (sympy.exp(inner * sympy.Min(x, 0)) - 1))
+
+    return through_where(elu, ctx.broadcast(node.args[0], index))
 
 
 @element_of(aten.abs.default)

@@ -19,7 +19,7 @@ from torch import Tensor
 from fa3_compile.lower.choose import Gradients, Kernel, Problem, register
 from fa3_compile.lower.elements import Shape, elements
 from fa3_compile.spec.attention import AttentionSpec
-from fa3_compile.spec.expr import KV, Boolean, Expr, Q, S, depends_on, loads_in
+from fa3_compile.spec.expr import KV, Boolean, Expr, Q, S, depends_on, load, loads_in, where
 
 CAUSAL = sympy.Le(KV, Q)
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -46,9 +46,11 @@ class _Plan:
 
     @property
     def bias_may_mask(self) -> bool:
-        """Whether the bias can be an additive mask: a load by q or kv (slopes are by b or h)."""
+        """Whether the bias can be an additive mask: a load by q or kv (slopes are by b or h), or
+        one that a condition chooses, as a fill that is known only when it runs."""
         by_position = any(depends_on(x, [Q, KV]) for x in loads_in(self.bias))
-        return by_position or self.bias.has(sympy.oo, -sympy.oo)
+        chosen = any(x.has(load) for x in self.bias.atoms(where))
+        return by_position or chosen or self.bias.has(sympy.oo, -sympy.oo)
 
     @property
     def masked_scale(self) -> float:
