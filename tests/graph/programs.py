@@ -1,172 +1,166 @@
-"""A grammar of attention programs: spellings x scores x masks x layouts x uses.
+"""A grammar of attention programs: layouts x scales x modifiers x masks x softmaxes x uses.
 
-`programs()` draws one; `Program.mutant` says what was done to make it no attention any more. A
-program is plain PyTorch, put together from closures, so that Dynamo traces what a user would have
-written.
+`programs()` draws one. A program is plain PyTorch, put together from closures, so that Dynamo
+traces what a user would have written. A mutant is a program to which something was done: it may
+be attention no more, which must not be fused, or attention of which more is used than the output.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
-Scores = Callable[[Tensor], Tensor]
+from tests.graph import program_parts as parts
+from tests.graph.program_parts import Scores
+
+Expected = Literal["fused", "left", "either"]
 
 
 class Program:
-    """A function of tensors, its arguments, and what it was made of."""
+    """A function of tensors, its arguments, how it is run, and what it was made of.
 
-    def __init__(self, function: Callable, arguments: tuple[Tensor, ...], parts, mutant: str):
-        self.function, self.arguments = function, arguments
-        self.parts: dict[str, str] = parts
-        self.mutant = mutant
+    expected   "either" where fusing is a matter of taste: only the numbers count
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        arguments: tuple[Tensor, ...],
+        made_of: dict[str, str],
+        expected: Expected,
+        run: dict[str, Any],
+    ):
+        self.function, self.arguments, self.made_of = function, arguments, made_of
+        self.expected, self.run = expected, run
 
     def __repr__(self) -> str:
-        return f"Program({self.parts}, mutant={self.mutant!r})"
+        return f"Program({self.made_of}, expected={self.expected!r}, run={self.run})"
 
 
-BATCH, HEADS, DIM = 2, 4, 8
-
-
-def _normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def positions(n: int, m: int) -> tuple[Tensor, Tensor]:
-    return torch.arange(n)[:, None], torch.arange(m)[None, :]
-
-
-# name -> (n, m) -> boolean [.., n, m], True where a key is seen
-MASKS: dict[str, Callable[[int, int], Tensor]] = {
-    "causal": lambda n, m: positions(n, m)[1] <= positions(n, m)[0],
-    "tril": lambda n, m: torch.ones(n, m, dtype=torch.bool).tril(),
-    "tril float": lambda n, m: torch.tril(torch.ones(n, m)) != 0,
-    "bottom right": lambda n, m: torch.ones(n, m, dtype=torch.bool).tril(m - n),
-    "window": lambda n, m: (positions(n, m)[0] - positions(n, m)[1]).abs() < 4,
-    "band": lambda n, m: (
-        (positions(n, m)[1] <= positions(n, m)[0]) & (positions(n, m)[0] - positions(n, m)[1] < 5)
-    ),
-    "prefix": lambda n, m: (positions(n, m)[1] <= positions(n, m)[0]) | (positions(n, m)[1] < 3),
-    "chunks": lambda n, m: positions(n, m)[0] // 4 == positions(n, m)[1] // 4,
-    "dilated": lambda n, m: (positions(n, m)[0] - positions(n, m)[1]) % 3 == 0,
-    "strict": lambda n, m: positions(n, m)[1] < positions(n, m)[0],
-    "block": lambda n, m: torch.block_diag(torch.ones(3, 5), torch.ones(n - 3, m - 5)).bool(),
-}
-
-FILLS = {"-inf": -math.inf, "finfo.min": torch.finfo(torch.float32).min, "-1e9": -1e9, "-1e4": -1e4}
-
-
-def _fill(scores: Tensor, seen: Tensor, how: str, value: float) -> Tensor:
-    if how == "masked_fill":
-        return scores.masked_fill(~seen, value)
-    if how == "masked_fill_":
-        return (scores * 1).masked_fill_(seen.logical_not(), value)
-    if how == "where":
-        return torch.where(seen, scores, value)
-    if how == "where tensor":
-        return torch.where(seen, scores, torch.full((), value))
-    if how == "added":
-        return scores + torch.zeros(seen.shape).masked_fill(~seen, value)
-    if how == "added where":
-        return scores + torch.where(seen, 0.0, value)
-    return scores + (1.0 - seen.to(scores.dtype)) * value
-
-
-HOWS = ("masked_fill", "masked_fill_", "where", "where tensor", "added", "added where", "product")
-
-MODIFIERS: dict[str, Scores] = {
-    "softcap": lambda s: 5 * torch.tanh(s / 5),
-    "clamp": lambda s: s.clamp(-3, 3),
-    "abs": lambda s: s.abs(),
-    "cube": lambda s: s + 0.1 * s**3,
-    "sigmoid": lambda s: 4 * torch.sigmoid(s),
-    "ALiBi": lambda s: (
-        s
-        + torch.tensor([0.5, 0.25, 0.125, 0.0625])[:, None, None]
-        * (torch.arange(s.shape[-1])[None, :] - torch.arange(s.shape[-2])[:, None])
-    ),
-    "distance": lambda s: (
-        s - 0.1 * (torch.arange(s.shape[-1]) - torch.arange(s.shape[-2])[:, None]).abs()
-    ),
-    "key bias": lambda s: s + torch.arange(s.shape[-1]) * 0.03,
-    "half": lambda s: s / 2 + 1,
-    "leaky": lambda s: torch.where(s > 0, s, 0.1 * s),
-    "relu": lambda s: torch.relu(s) - s * 0.5,
-}
-
-
-def _softmax(how: str) -> Scores:
-    def by_hand(s: Tensor) -> Tensor:
-        e = (s - s.amax(-1, keepdim=True)).exp()
-        return e / e.sum(-1, keepdim=True)
-
-    return {
-        "function": lambda s: F.softmax(s, dim=-1),
-        "method": lambda s: s.softmax(-1),
-        "dtype": lambda s: F.softmax(s, dim=-1, dtype=torch.float32).to(s.dtype),
-        "log": lambda s: F.log_softmax(s, -1).exp(),
-        "by hand": by_hand,
-        "last dim": lambda s: torch.softmax(s, s.dim() - 1),
-    }[how]
-
-
-SOFTMAXES = ("function", "method", "dtype", "log", "by hand", "last dim")
-SCALES = ("after", "on q", "on k", "both", "divided", "none")
-LAYOUTS = ("bhsd", "bshd einsum", "3-D bmm", "fused qkv", "gqa repeat", "gqa einsum", "mqa")
-MUTANTS = ("", "", "", "weights", "transposed", "axis", "after", "cumsum", "heads", "sorted")
+# What is done to the scores, the weights, the product or the operands.
+NO_ATTENTION = (
+    "softmax over queries",
+    "cumulative scores",
+    "heads mixed",
+    "sorted",
+    "rolled scores",
+    "top keys",
+    "two softmaxes",
+    "squared weights",
+    "thresholded weights",
+    "weights transposed",
+    "weights rolled",
+    "weights flipped",
+    "mean of heads",
+    "a key left out",
+    "running weights",
+)
+MORE_THAN_ATTENTION = (
+    "renormalised weights",
+    "weights returned",
+    "scores returned",
+    "weights multiplied",
+    "weights masked",
+    "weights detached",
+    "scores detached",
+    "V written after the softmax",
+    "K written after the scores",
+    "first score written",
+    "second product",
+    "dropout of nothing",
+    "row mean off",
+)
 
 
 @st.composite
 def programs(draw: st.DrawFn) -> Program:
     """One program with its arguments."""
-    layout = draw(st.sampled_from(LAYOUTS))
-    n = draw(st.sampled_from((6, 9, 16)))
-    m = n if layout == "fused qkv" else draw(st.sampled_from((n, n, 7, 12)))
-    masks = draw(st.lists(st.sampled_from(sorted(MASKS)), max_size=2))
-    how, fill = draw(st.sampled_from(HOWS)), draw(st.sampled_from(sorted(FILLS)))
-    if how == "product" and fill == "-inf":
+
+    def one_of(*values):
+        return draw(st.sampled_from(values))
+
+    layout = one_of(*parts.LAYOUTS)
+    n = one_of(1, 6, 9, 16)
+    m = one_of(7, 12) if n == 1 else one_of(n, n, 7, 12)
+    n = m if layout == "fused qkv" else n
+    masks = draw(st.lists(st.sampled_from(sorted(parts.MASKS)), max_size=2))
+    how, fill = one_of(*parts.HOWS), one_of(*parts.FILLS)
+    if how in parts.NEEDS_FINITE and fill == "-inf":
         fill = "finfo.min"  # 0 * -inf is NaN in eager, everywhere
-    combine = draw(st.sampled_from(("and", "or", "twice")))
-    modifiers = draw(st.lists(st.sampled_from(sorted(MODIFIERS)), max_size=2))
-    captured = draw(st.sampled_from(("", "", "bias", "padding", "documents", "temperature")))
-    scale, softmax = draw(st.sampled_from(SCALES)), draw(st.sampled_from(SOFTMAXES))
-    mutant = draw(st.sampled_from(MUTANTS))
+    combine = one_of("and", "or", "twice")
+    modifiers = draw(st.lists(st.sampled_from(sorted(parts.MODIFIERS)), max_size=2, unique=True))
+    captured = one_of(*parts.CAPTURED)
+    scale, softmax = one_of(*parts.SCALES), one_of(*parts.SOFTMAXES)
+    sink = one_of("", "", "", "", *parts.SINKS)
+    use = one_of("", "", "residual", "twice", "slice", "sum", "in place", "flat")
+    dtype = one_of(None, None, None, torch.bfloat16, torch.float16, torch.float64)
+    mutant = one_of(*[""] * 24, *NO_ATTENTION, *MORE_THAN_ATTENTION)
     seed = draw(st.integers(0, 3))
-    arguments, project = _layout(layout, n, m, seed)
-    extra, capture = _captured(captured, n, m, seed)
-    masked = _masking(masks, combine, how, FILLS[fill], n, m)
-    normalise = _softmax(softmax)
+    if softmax == "unshifted" and dtype in (torch.bfloat16, torch.float16):
+        softmax = "by hand"
+    if mutant == "softmax over queries":
+        sink = ""
+    if captured == "additive padding" and dtype == torch.float16:
+        dtype = (
+            torch.bfloat16
+        )  # eager's -65504 absorbs a score in float16, ours in float32 does not
+    # Where NaN is added to a row, eager's gradients of it are NaN too; ours are 0.
+    dead = _has_dead_rows(masks, combine, n, m) or captured in MAY_HIDE_ALL
+    additive = how == "logarithm" or how.startswith("added") and fill == "-inf"
+    run: dict[str, Any] = {
+        "dtype": dtype,
+        # "flat batch" names every size but the length.
+        "dynamic": one_of(None, None, None, True) if layout != "flat batch" else None,
+        # Autograd refuses a K that is written after it was multiplied.
+        "training": one_of(True, True, False)
+        and mutant != "K written after the scores"
+        and not (dead and additive),
+        "kernels": one_of(("reference",), ("cpu", "reference")),
+    }
+
+    arguments, project = parts.layout(layout, n, m, seed)
+    extra, capture = parts.captured(captured, n, m, seed)
+    sinks = (parts.normal(seed + 60, parts.HEADS).requires_grad_(),) if sink else ()
+    own, more = len(arguments), len(arguments) + len(extra)
+    masked = _masking(masks, combine, how, fill)
+    normalise = parts.SOFTMAXES[softmax]
 
     def function(*tensors: Tensor):
-        q, k, v, finish = project(*tensors[: len(arguments)])
-        q, k = _scaled(q, k, scale)
-        s = q @ k.transpose(-2, -1)
-        s = s / math.sqrt(DIM) if scale == "divided" else s * (DIM**-0.5 if scale == "after" else 1)
+        q, k, v, finish = project(*tensors[:own])
+        q, k = parts.scaled(q, k, scale)
+        if mutant == "K written after the scores":
+            k = k * 1
+        s = parts.rescaled(q @ k.transpose(-2, -1), scale)
+        if mutant == "K written after the scores":
+            k.add_(1)
         for name in modifiers:
-            s = MODIFIERS[name](s)
-        s = capture(s, *tensors[len(arguments) :])
-        s = masked(s)
-        if mutant == "cumsum":
-            s = s.clamp(min=-50).cumsum(-1)
-        if mutant == "sorted":
-            s = s.sort(-1).values
-        if mutant == "heads":
-            s = s + s.clamp(min=-50).mean(1, keepdim=True)
-        p = torch.softmax(s, -2) if mutant == "axis" else normalise(s)
-        if mutant == "transposed":
-            p = p.transpose(-2, -1)
-            return p @ (v.mean(-2, keepdim=True) * torch.arange(n)[:, None])
-        if mutant == "after":
-            p = p * (torch.arange(p.shape[-1]) % 2)
-        out = finish(p @ v)
-        return (out, p) if mutant == "weights" else out
+            s = parts.MODIFIERS[name](s)
+        s = masked(capture(s, *tensors[own:more]))
+        s = _other_scores(s, mutant)
+        if sink:
+            p = parts.SINKS[sink][1](normalise(parts.SINKS[sink][0](s, tensors[more])))
+        else:
+            p = s.softmax(-2) if mutant == "softmax over queries" else normalise(s)
+        if mutant == "V written after the softmax":
+            v = (v * 1).mul_(2)
+        p = _other_weights(p.to(v.dtype), mutant)
+        if mutant == "a key left out":
+            p, v = p[..., 1:], v[..., 1:, :]
+        if mutant == "weights transposed":
+            p, v = p.transpose(-2, -1), q
+        if mutant == "mean of heads":
+            p = p.mean(-3, keepdim=True)
+        out = _used(finish(p @ v), use)
+        if mutant == "second product":
+            return out, p @ (v + 1)
+        returned = {"weights returned": p, "scores returned": s, "K written after the scores": k}
+        return (out, returned[mutant]) if mutant in returned else out
 
-    parts = {
+    made_of = {
         "layout": layout,
         "lengths": f"{n} {m}",
         "masks": f"{combine} of {masks} by {how} of {fill}" if masks else "",
@@ -174,101 +168,106 @@ def programs(draw: st.DrawFn) -> Program:
         "captured": captured,
         "scale": scale,
         "softmax": softmax,
+        "sink": sink,
+        "use": use,
+        "mutant": mutant,
     }
-    if layout == "3-D bmm" and mutant == "heads":
-        mutant = "weights-free"  # there is no head axis to mix
-    return Program(function, (*arguments, *extra), parts, mutant)
+    expected: Expected = "left" if mutant in NO_ATTENTION else "fused"
+    # Batches that only the mask has: K and V are shared by rows of different masks.
+    shared = layout == "no batch" and captured in BY_BATCH
+    # No key is seen at all.
+    nothing = n == 1 and "strict" in masks
+    # Only the softmax of the scores themselves, added to at most, is blind to the maximum.
+    maximum = "CogView" in modifiers and (modifiers[-1] != "CogView" or masks or captured)
+    # 0 * -inf is NaN, and fusing would lose that.
+    infinite = how == "both" and masks and captured in ("padding", "lengths")
+    if expected == "fused" and (mutant or shared or nothing or maximum or infinite):
+        expected = "either"
+    return Program(function, (*arguments, *extra, *sinks), made_of, expected, run)
 
 
-def _layout(layout: str, n: int, m: int, seed: int):
-    b, h, d = BATCH, HEADS, DIM
-
-    def plain(q, k, v):
-        return q, k, v, lambda out: out.transpose(1, 2).reshape(b, n, h * d)
-
-    def leaf(i, *shape):
-        return _normal(10 * seed + i, *shape).requires_grad_()
-
-    if layout == "bhsd":
-        return (leaf(0, b, h, n, d), leaf(1, b, h, m, d), leaf(2, b, h, m, d)), plain
-    if layout == "bshd einsum":
-
-        def einsum(q, k, v):
-            q, k, v = (torch.einsum("bshd->bhsd", x) for x in (q, k, v))
-            return q, k, v, lambda out: torch.einsum("bhsd->bshd", out)
-
-        return (leaf(0, b, n, h, d), leaf(1, b, m, h, d), leaf(2, b, m, h, d)), einsum
-    if layout == "3-D bmm":
-
-        def flat(q, k, v):
-            q, k, v = (x.reshape(b * h, -1, d) for x in (q, k, v))
-            # Scores are [b, h, n, m] again while they are modified.
-            return q.view(b, h, n, d), k.view(b, h, m, d), v.view(b, h, m, d), lambda out: out
-
-        return (leaf(0, b, h, n, d), leaf(1, b, h, m, d), leaf(2, b, h, m, d)), flat
-    if layout == "fused qkv":
-
-        def fused(x):
-            q, k, v = x.view(b, n, 3, h, d).permute(2, 0, 3, 1, 4).unbind(0)
-            return q, k, v, lambda out: out.transpose(1, 2).contiguous().view(b, n, h * d)
-
-        return (leaf(0, b, n, 3 * h * d),), fused
-    groups = 1 if layout == "mqa" else 2
-    tensors = (leaf(0, b, h, n, d), leaf(1, b, groups, m, d), leaf(2, b, groups, m, d))
-    if layout == "mqa":
-        return tensors, plain
-
-    def grouped(q, k, v):
-        if layout == "gqa repeat":
-            k, v = (x.repeat_interleave(h // groups, 1) for x in (k, v))
-        else:
-            k, v = (
-                x[:, :, None].expand(b, groups, h // groups, m, d).reshape(b, h, m, d)
-                for x in (k, v)
-            )
-        return plain(q, k, v)
-
-    return tensors, grouped
+MAY_HIDE_ALL = ("padding", "additive padding", "random mask", "documents", "lengths")
+BY_BATCH = (*MAY_HIDE_ALL, "bias")
 
 
-def _captured(name: str, n: int, m: int, seed: int):
-    if name == "bias":
-        bias = _normal(seed + 50, 1, HEADS, n, m).requires_grad_()
-        return (bias,), lambda s, x: s + x
-    if name == "temperature":
-        return (_normal(seed + 51, HEADS, 1, 1).requires_grad_(),), lambda s, x: s * x.exp()
-    if name == "padding":
-        keep = torch.ones(BATCH, m, dtype=torch.long)
-        keep[0, m // 2 :] = 0
-        return (keep,), lambda s, x: s.masked_fill(x[:, None, None, :] == 0, -math.inf)
-    if name == "documents" and n == m:
-        ids = (torch.arange(n) // 5).expand(BATCH, n).contiguous()
-        return (ids,), lambda s, x: torch.where(
-            x[:, None, :, None] == x[:, None, None, :], s, torch.finfo(s.dtype).min
-        )
-    return (), lambda s: s
+def _has_dead_rows(masks: list[str], combine: str, n: int, m: int) -> bool:
+    if not masks:
+        return False
+    first, *rest = (parts.MASKS[mask](n, m) for mask in masks)
+    for other in rest:
+        first = first | other if combine == "or" else first & other
+    return not bool(first.any(-1).all())
 
 
-def _masking(masks: list[str], combine: str, how: str, value: float, n: int, m: int) -> Scores:
+def _masking(masks: list[str], combine: str, how: str, value: str) -> Scores:
     def apply(s: Tensor) -> Tensor:
-        if not masks:
-            return s
-        first = MASKS[masks[0]](n, m)
-        if len(masks) == 1:
-            return _fill(s, first, how, value)
-        second = MASKS[masks[1]](n, m)
-        if combine == "twice":
-            return _fill(_fill(s, first, how, value), second, how, value)
-        return _fill(s, first & second if combine == "and" else first | second, how, value)
+        seen = [parts.MASKS[mask](*s.shape[-2:]) for mask in masks]
+        if len(seen) == 2 and combine != "twice":
+            seen = [seen[0] & seen[1] if combine == "and" else seen[0] | seen[1]]
+        for each in seen:
+            s = parts.fill(s, each, how, value)
+        return s
 
     return apply
 
 
-def _scaled(q: Tensor, k: Tensor, scale: str) -> tuple[Tensor, Tensor]:
-    if scale == "on q":
-        return q * DIM**-0.5, k
-    if scale == "on k":
-        return q, k / math.sqrt(DIM)
-    if scale == "both":
-        return q * DIM**-0.25, k * DIM**-0.25
-    return q, k
+def _other_scores(s: Tensor, mutant: str) -> Tensor:
+    if mutant == "cumulative scores":
+        return s.clamp(min=-50).cumsum(-1)
+    if mutant == "sorted":
+        return s.sort(-1).values
+    if mutant == "heads mixed":
+        return s + s.clamp(min=-50).mean(-3, keepdim=True)
+    if mutant == "rolled scores":
+        return s.roll(1, -1)
+    if mutant == "top keys":
+        return s.masked_fill(s < s.topk(3, -1).values[..., -1:], -1e4)
+    if mutant == "scores detached":
+        return s.detach()
+    if mutant == "row mean off":
+        return s - s.clamp(min=-50).mean(-1, keepdim=True)
+    if mutant == "first score written":
+        s = s * 1
+        s[..., 0] = 0.5
+    return s
+
+
+def _other_weights(p: Tensor, mutant: str) -> Tensor:
+    if mutant == "two softmaxes":
+        return p.nan_to_num().softmax(-1)
+    if mutant == "squared weights":
+        return p * p
+    if mutant == "renormalised weights":
+        p = p * (torch.arange(p.shape[-1]) % 3 + 1).to(p.dtype)
+        return p / p.sum(-1, keepdim=True)
+    if mutant == "thresholded weights":
+        return torch.relu(p - 0.05)
+    if mutant == "weights rolled":
+        return p.roll(1, -1)
+    if mutant == "weights flipped":
+        return p.flip(-1)
+    if mutant == "running weights":
+        return p.cumsum(-1)
+    if mutant == "weights multiplied":
+        return p * (torch.arange(p.shape[-1]) % 3).to(p.dtype)
+    if mutant == "weights masked":
+        return p.masked_fill(torch.arange(p.shape[-1]) % 2 == 1, 0.0)
+    if mutant == "weights detached":
+        return p.detach()
+    if mutant == "dropout of nothing":
+        return torch.nn.functional.dropout(p, 0.0, training=True)
+    return p
+
+
+def _used(out: Tensor, use: str):
+    if use == "residual":
+        return out + torch.ones_like(out)
+    if use == "twice":
+        return out, out * 2
+    if use == "slice":
+        return out[..., :3]
+    if use == "sum":
+        return out.sum(-1), out
+    if use == "in place":
+        return (out * 1).mul_(2)
+    return out.flatten() if use == "flat" else out

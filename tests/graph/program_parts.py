@@ -1,0 +1,347 @@
+"""What random attention programs are made of: layouts, masks, score modifiers, softmaxes.
+
+Everything takes its sizes from the tensors it is given, so that a program may run with dynamic
+shapes, and its dtype from the scores, so that float64 eager is the same program.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BATCH, HEADS, DIM = 2, 4, 8
+Scores = Callable[[Tensor], Tensor]
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def positions(n: int, m: int) -> tuple[Tensor, Tensor]:
+    return torch.arange(n)[:, None], torch.arange(m)[None, :]
+
+
+def _blocks(n: int, m: int) -> Tensor:
+    return torch.block_diag(torch.ones(3, 5), torch.ones(13, 11)).bool()[:n, :m]
+
+
+# name -> (n, m) -> boolean [.., n, m], True where a key is seen
+MASKS: dict[str, Callable[[int, int], Tensor]] = {
+    "causal": lambda n, m: positions(n, m)[1] <= positions(n, m)[0],
+    "tril": lambda n, m: torch.ones(n, m, dtype=torch.bool).tril(),
+    "tril float": lambda n, m: torch.tril(torch.ones(n, m)) != 0,
+    "bottom right": lambda n, m: torch.ones(n, m, dtype=torch.bool).tril(m - n),
+    "window": lambda n, m: (positions(n, m)[0] - positions(n, m)[1]).abs() < 4,
+    "band": lambda n, m: (
+        (positions(n, m)[1] <= positions(n, m)[0]) & (positions(n, m)[0] - positions(n, m)[1] < 5)
+    ),
+    "prefix": lambda n, m: (positions(n, m)[1] <= positions(n, m)[0]) | (positions(n, m)[1] < 3),
+    "chunks": lambda n, m: positions(n, m)[0] // 4 == positions(n, m)[1] // 4,
+    "dilated": lambda n, m: (positions(n, m)[0] - positions(n, m)[1]) % 3 == 0,
+    "strict": lambda n, m: positions(n, m)[1] < positions(n, m)[0],
+    "block": _blocks,
+    "first and near": lambda n, m: (
+        (positions(n, m)[1] == 0) | ((positions(n, m)[0] - positions(n, m)[1]).abs() <= 2)
+    ),
+    "by head": lambda n, m: (
+        positions(n, m)[0] - positions(n, m)[1] < 3 * torch.arange(1, HEADS + 1)[:, None, None]
+    ),
+    "not own": lambda n, m: ~torch.eye(n, m, dtype=torch.bool),
+}
+
+FILLS = {
+    "-inf": -math.inf,
+    "finfo.min": None,
+    "-1e30": -1e30,
+    "-1e9": -1e9,
+    "-65504": -65504.0,
+    "-1e4": -1e4,
+    "-100": -100.0,
+}
+
+
+def _value(fill: str, like: Tensor) -> float:
+    lowest = max(torch.finfo(like.dtype).min, torch.finfo(torch.float32).min)
+    value = FILLS[fill]
+    return lowest if value is None else value if value == -math.inf else max(value, lowest)
+
+
+HOWS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "masked_fill": lambda s, seen, x: s.masked_fill(~seen, x),
+    "masked_fill_": lambda s, seen, x: (s * 1).masked_fill_(seen.logical_not(), x),
+    "where": lambda s, seen, x: torch.where(seen, s, x),
+    "where tensor": lambda s, seen, x: torch.where(seen, s, torch.full((), x, dtype=s.dtype)),
+    "where other way": lambda s, seen, x: torch.where(~seen, x, s),
+    "added": lambda s, seen, x: s + torch.zeros(seen.shape, dtype=s.dtype).masked_fill(~seen, x),
+    "added where": lambda s, seen, x: s + torch.where(seen, 0.0, x).to(s.dtype),
+    "added in place": lambda s, seen, x: (s * 1).add_(torch.where(seen, 0.0, x).to(s.dtype)),
+    "product": lambda s, seen, x: s + (1.0 - seen.to(s.dtype)) * x,
+    "both": lambda s, seen, x: s * seen + (1 - seen.to(s.dtype)) * x,
+    "logarithm": lambda s, seen, x: s + seen.to(s.dtype).log(),
+    "minimum": lambda s, seen, x: torch.minimum(s, torch.where(seen, math.inf, x).to(s.dtype)),
+}
+NEEDS_FINITE = ("product", "both")
+
+
+def fill(s: Tensor, seen: Tensor, how: str, name: str) -> Tensor:
+    return HOWS[how](s, seen, _value(name, s))
+
+
+def _distance(s: Tensor) -> Tensor:
+    return torch.arange(s.shape[-1])[None, :] - torch.arange(s.shape[-2])[:, None]
+
+
+MODIFIERS: dict[str, Scores] = {
+    "softcap": lambda s: 5 * torch.tanh(s / 5),
+    "clamp": lambda s: s.clamp(-3, 3),
+    "abs": lambda s: s.abs(),
+    "cube": lambda s: s + 0.1 * s**3,
+    "sigmoid": lambda s: 4 * torch.sigmoid(s),
+    "ALiBi": lambda s: (
+        s + (torch.tensor([0.5, 0.25, 0.125, 0.0625])[:, None, None] * _distance(s)).to(s.dtype)
+    ),
+    "distance": lambda s: s - 0.1 * _distance(s).abs(),
+    "key bias": lambda s: s + torch.arange(s.shape[-1]) * 0.03,
+    "query bias": lambda s: s + torch.arange(s.shape[-2])[:, None] * 0.1,
+    "half": lambda s: s / 2 + 1,
+    "leaky": lambda s: torch.where(s > 0, s, 0.1 * s),
+    "relu": lambda s: torch.relu(s) - s * 0.5,
+    "in place": lambda s: (s * 1).mul_(0.7).add_(0.2),
+    "softplus": lambda s: F.softplus(s),
+    "silu": lambda s: s + F.silu(s),
+    "gelu": lambda s: F.gelu(s) - 0.3 * s,
+    "elu": lambda s: F.elu(s, 0.5),
+    "CogView": lambda s: (s / 4 - (s / 4).amax(-1, keepdim=True)) * 4,
+    "square root": lambda s: torch.sign(s) * (s.abs() + 0.01).sqrt(),
+    "decay": lambda s: s * torch.exp(-0.05 * _distance(s).abs()).to(s.dtype),
+}
+
+
+def _by_hand(s: Tensor) -> Tensor:
+    e = (s - s.amax(-1, keepdim=True)).exp()
+    return e / e.sum(-1, keepdim=True)
+
+
+def _unshifted(s: Tensor) -> Tensor:
+    e = torch.exp(s)
+    return e / e.sum(-1).unsqueeze(-1)
+
+
+def _detached_maximum(s: Tensor) -> Tensor:
+    e = torch.exp(s - torch.max(s, dim=-1, keepdim=True).values.detach())
+    return e / torch.sum(e, dim=-1, keepdim=True)
+
+
+SOFTMAXES: dict[str, Scores] = {
+    "function": lambda s: F.softmax(s, dim=-1),
+    "method": lambda s: s.softmax(-1),
+    "dtype": lambda s: F.softmax(s, dim=-1, dtype=torch.float32).to(s.dtype),
+    "float": lambda s: s.float().softmax(-1).to(s.dtype),
+    "log": lambda s: F.log_softmax(s, -1).exp(),
+    "by hand": _by_hand,
+    "detached maximum": _detached_maximum,
+    "logsumexp": lambda s: (s - s.logsumexp(-1, keepdim=True)).exp(),
+    "last dim": lambda s: torch.softmax(s, s.dim() - 1),
+    # In float32 only: exp overflows half precision.
+    "unshifted": _unshifted,
+}
+
+
+def _sink_beside(s: Tensor, sink: Tensor, first: bool) -> Tensor:
+    column = sink[:, None, None].expand(*s.shape[:-1], 1)
+    return torch.cat((column, s) if first else (s, column), -1)
+
+
+# name -> (scores, parameter [H]) -> scores with more columns, and how to drop them
+SINKS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "last": (lambda s, x: _sink_beside(s, x, False), lambda p: p[..., :-1]),
+    "first": (lambda s, x: _sink_beside(s, x, True), lambda p: p[..., 1:]),
+    "zero": (lambda s, x: F.pad(s, (1, 0)), lambda p: p[..., 1:]),
+}
+
+
+def scaled(q: Tensor, k: Tensor, scale: str) -> tuple[Tensor, Tensor]:
+    if scale == "on q":
+        return q * DIM**-0.5, k
+    if scale == "on q in place":
+        return (q * 1).mul_(DIM**-0.5), k
+    if scale == "on k":
+        return q, k / math.sqrt(DIM)
+    if scale == "both":
+        return q * DIM**-0.25, k * DIM**-0.25
+    return q, k
+
+
+SCALES = ("after", "on q", "on q in place", "on k", "both", "divided", "tensor", "none")
+
+
+def rescaled(s: Tensor, scale: str) -> Tensor:
+    if scale == "divided":
+        return s / math.sqrt(DIM)
+    if scale == "tensor":
+        return s / torch.sqrt(torch.tensor(DIM, dtype=s.dtype))
+    return s * DIM**-0.5 if scale == "after" else s
+
+
+def layout(name: str, n: int, m: int, seed: int):
+    """(tensors, tensors -> (q, k, v, what is done with the output))."""
+    b, h, d = BATCH, HEADS, DIM
+
+    def leaf(i, *shape):
+        return normal(10 * seed + i, *shape).requires_grad_()
+
+    def plain(q, k, v):
+        return q, k, v, lambda out: out.transpose(1, 2).reshape(b, -1, h * d)
+
+    def as_it_is(q, k, v):
+        return q, k, v, lambda out: out
+
+    def four(kv_heads=h):
+        return leaf(0, b, h, n, d), leaf(1, b, kv_heads, m, d), leaf(2, b, kv_heads, m, d)
+
+    if name == "bhsd":
+        return four(), plain
+    if name == "bshd einsum":
+
+        def einsum(q, k, v):
+            q, k, v = (torch.einsum("bshd->bhsd", x) for x in (q, k, v))
+            return q, k, v, lambda out: torch.einsum("bhsd->bshd", out)
+
+        return (leaf(0, b, n, h, d), leaf(1, b, m, h, d), leaf(2, b, m, h, d)), einsum
+    if name == "sbhd":
+
+        def sequence_first(q, k, v):
+            q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+            return q, k, v, lambda out: out.permute(2, 0, 1, 3).contiguous()
+
+        return (leaf(0, n, b, h, d), leaf(1, m, b, h, d), leaf(2, m, b, h, d)), sequence_first
+    if name == "flat batch":
+
+        def flat(q, k, v):
+            q, k, v = (x.reshape(b * h, -1, d) for x in (q, k, v))
+            # Scores are [b, h, n, m] again while they are modified.
+            return q.view(b, h, -1, d), k.view(b, h, -1, d), v.view(b, h, -1, d), lambda out: out
+
+        return four(), flat
+    if name == "fused qkv":
+
+        def fused(x):
+            q, k, v = x.view(b, -1, 3, h, d).permute(2, 0, 3, 1, 4).unbind(0)
+            return q, k, v, lambda out: out.transpose(1, 2).contiguous().view(b, -1, h * d)
+
+        return (leaf(0, b, n, 3 * h * d),), fused
+    if name == "strided":
+
+        def strided(q, k, v):
+            return q[..., ::2], k[..., 3 : 3 + d], v[:, :, 1:-1], lambda out: out
+
+        shapes = ((b, h, n, 2 * d), (b, h, m, 2 * d), (b, h, m + 2, d))
+        return tuple(leaf(i, *shape) for i, shape in enumerate(shapes)), strided
+    if name == "K transposed":
+
+        def transposed(q, k, v):
+            return q, k.transpose(-1, -2), v, lambda out: out.flatten(1)
+
+        return (leaf(0, b, h, n, d), leaf(1, b, h, d, m), leaf(2, b, h, m, d)), transposed
+    if name == "windows":
+        return tuple(leaf(i, b, 2, h, x, d) for i, x in enumerate((n, m, m))), as_it_is
+    if name == "one batch of K":
+
+        def expanded(q, k, v):
+            return q, k.expand(b, -1, -1, -1), v.expand(b, -1, -1, -1), lambda out: out
+
+        return (leaf(0, b, h, n, d), leaf(1, 1, h, m, d), leaf(2, 1, h, m, d)), expanded
+    if name == "K is V":
+        return (leaf(0, b, h, n, d), leaf(1, b, h, m, d)), lambda q, k: (q, k, k, lambda o: o)
+    if name == "no batch":
+        return (leaf(0, h, n, d), leaf(1, h, m, d), leaf(2, h, m, d)), as_it_is
+    if name == "wide V":
+        tensors = leaf(0, b, h, n, d), leaf(1, b, h, m, d), leaf(2, b, h, m, 2 * d)
+        return tensors, as_it_is
+    groups = 1 if name == "mqa" else 2
+
+    def grouped(q, k, v):
+        if name == "gqa repeat":
+            k, v = (x.repeat_interleave(h // groups, 1) for x in (k, v))
+        elif name == "gqa expand":
+            k, v = (
+                x[:, :, None].expand(b, groups, h // groups, -1, d).reshape(b, h, -1, d)
+                for x in (k, v)
+            )
+        elif name == "gqa tiled":
+            k, v = (x.repeat(1, h // groups, 1, 1) for x in (k, v))
+        return plain(q, k, v)
+
+    return four(groups), grouped
+
+
+LAYOUTS = (
+    "bhsd",
+    "bshd einsum",
+    "sbhd",
+    "flat batch",
+    "fused qkv",
+    "strided",
+    "K transposed",
+    "windows",
+    "one batch of K",
+    "K is V",
+    "no batch",
+    "wide V",
+    "gqa repeat",
+    "gqa expand",
+    "gqa tiled",
+    "mqa",
+)
+
+
+def captured(name: str, n: int, m: int, seed: int):
+    """(tensors, (scores, *tensors) -> scores)"""
+    if name == "bias":
+        return (normal(seed + 50, 1, HEADS, n, m).requires_grad_(),), lambda s, x: s + x
+    if name == "temperature":
+        return (normal(seed + 51, HEADS, 1, 1).requires_grad_(),), lambda s, x: s * x.exp()
+    if name == "padding":
+        keep = torch.ones(BATCH, m, dtype=torch.long)
+        keep[0, m // 2 :] = 0
+        return (keep,), lambda s, x: s.masked_fill(x[:, None, None, :] == 0, -math.inf)
+    if name == "additive padding":
+        keep = torch.ones(BATCH, m)
+        keep[1, : m // 3] = 0
+        return (
+            keep,
+        ), lambda s, x: s + (1.0 - x[:, None, None, :].to(s.dtype)) * torch.finfo(s.dtype).min
+    if name == "random mask":
+        seen = normal(seed + 52, BATCH, 1, n, m) > 0
+        return (seen,), lambda s, x: s.masked_fill(~x, -1e4)
+    if name == "documents" and n == m:
+        ids = (torch.arange(n) // 5).expand(BATCH, n).contiguous()
+        return (ids,), lambda s, x: torch.where(
+            x[:, None, :, None] == x[:, None, None, :], s, torch.finfo(s.dtype).min
+        )
+    if name == "table":
+        table = normal(seed + 53, 9, HEADS).requires_grad_()
+        return (table,), lambda s, x: s + x[_distance(s).clamp(-4, 4) + 4].permute(2, 0, 1)
+    if name == "lengths":
+        return (torch.tensor([m, m // 2]),), lambda s, x: s.masked_fill(
+            torch.arange(s.shape[-1]) >= x[:, None, None, None], -math.inf
+        )
+    return (), lambda s: s
+
+
+CAPTURED = (
+    "",
+    "",
+    "bias",
+    "temperature",
+    "padding",
+    "additive padding",
+    "random mask",
+    "documents",
+    "table",
+    "lengths",
+)
