@@ -1,7 +1,8 @@
-"""Draws the CSVs of `benchmarks/run.py` into docs/images; needs the extra `plot` (matplotlib).
+"""Draws the CSVs of `benchmarks/run.py` into docs/images, and writes the tables of
+docs/benchmarks.md; needs the extra `docs` (matplotlib).
 
     python benchmarks/plot.py benchmarks/results/2026-11-21_h100_*.csv
-    python benchmarks/plot.py --out /tmp/images mine.csv
+    python benchmarks/plot.py --out /tmp/images --page "" mine.csv
 
 lengths.svg   TFLOP/s of causal attention by sequence length, forward and backward
 variants.svg  TFLOP/s by score modifier and mask, forward and backward
@@ -30,6 +31,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.rows import read
+from benchmarks.tables import fill
 
 # The same picture from the same numbers, byte for byte.
 plt.rc("svg", hashsalt="fa3")
@@ -188,8 +190,14 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("csv", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images")
+    parser.add_argument("--page", default=str(ROOT / "docs" / "benchmarks.md"))
     arguments = parser.parse_args(words)
-    written = draw(read(arguments.csv), arguments.out)
+    rows = read(arguments.csv)
+    written = draw(rows, arguments.out)
+    if arguments.page:
+        page = Path(arguments.page)
+        page.write_text(fill(page.read_text(), rows))
+        written.append(page)
     print(*written, sep="\n")
     return 0 if written else 1
 

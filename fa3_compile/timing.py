@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-SECONDS, LEAST_ROUNDS, MOST_ROUNDS = 0.6, 7, 40
+SECONDS, LEAST_ROUNDS, MOST_ROUNDS = 0.4, 9, 30
 
 
 def interleaved(calls: Mapping[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:

@@ -1,0 +1,123 @@
+"""The tables of docs/benchmarks.md, from the rows of `benchmarks/run.py`.
+
+A page has a place for each, `<!-- table NAME -->` to `<!-- end -->`; `fill` writes what stands
+between.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+Rows = Sequence[dict[str, str]]
+CASE = re.compile(r"(?P<variant>.*)-B(?P<batch>\d+)-S(?P<length>\w+)-D(?P<dim>\d+)$")
+PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+DENSE = [(f"{v}-B{b}-S{s}-D{d}") for v in ("full", "causal") for d in (64, 128, 256)
+         for b, s in ((8, "2k"), (1, "16k"))]  # fmt: skip
+PEERS = {"cudnn": "cuDNN", "flash2": "FlashAttention-2", "flex": "FlexAttention",
+         "inductor": "Inductor, eager", "inductor sdpa": "Inductor, SDPA"}  # fmt: skip
+
+
+def attention(
+    rows: Rows, direction: str, wanted: Callable[[str], bool], peers: Iterable[str]
+) -> str:
+    """TFLOP/s of ours and the others, a line a case, the share of the best other in brackets."""
+    found = _by_case(rows, direction)
+    peers = [p for p in peers if any(p in of for c, of in found.items() if wanted(c))]
+    lines = [_line(["case", "fa3", *(PEERS[p] for p in peers)]), _line(["---"] * (2 + len(peers)))]
+    for case in sorted((c for c in found if wanted(c)), key=_order):
+        ours, of = _number(found[case], "fa3", "tflops"), found[case]
+        cells = [_cell(ours, None)]
+        cells += [_cell(_number(of, peer, "tflops"), ours, of.get(peer)) for peer in peers]
+        lines.append(_line([case, *cells]))
+    return "\n".join(lines)
+
+
+def _cell(speed: float | None, ours: float | None, row: dict[str, str] | None = None) -> str:
+    if speed is None:
+        return row["note"][:40] if row is not None else ""
+    share = f" ({ours / speed:.2f}x)" if ours else ""
+    return f"{speed:.0f}{share}"
+
+
+def decode(rows: Rows) -> str:
+    """GB/s of the least traffic, a line a case."""
+    found = {c: of for c, of in _by_case(rows, "forward").items() if _number(of, "fa3", "gbytes_s")}
+    peers = [p for p in PEERS if any(p in of for of in found.values())]
+    lines = [_line(["case", "fa3", *(PEERS[p] for p in peers)]), _line(["---"] * (2 + len(peers)))]
+    for case in sorted(found, key=_order):
+        speeds = [_number(found[case], name, "gbytes_s") for name in ("fa3", *peers)]
+        lines.append(_line([case, *("" if s is None else f"{s:.0f}" for s in speeds)]))
+    return "\n".join(lines)
+
+
+def models(rows: Rows) -> str:
+    """Milliseconds and GiB of ours and of Inductor: on SDPA where it has been run, or on eager."""
+    titles = ["model", "", "fa3 ms", "Inductor ms", "", "fa3 GiB", "Inductor GiB", "kernels"]
+    lines = [_line(titles), _line(["---"] * len(titles))]
+    for direction in ("forward", "training"):
+        for name, of in _by_case(rows, direction).items():
+            other = next((n for n in ("inductor sdpa", "inductor") if _number(of, n, "ms")), None)
+            if CASE.match(name) or other is None or not _number(of, "fa3", "ms"):
+                continue
+            ours, theirs = of["fa3"], of[other]
+            ms, their_ms = float(ours["ms"]), float(theirs["ms"])
+            spelling = "SDPA" if other == "inductor sdpa" else "eager"
+            peaks = [f"{float(row['peak_gib']):.2f}" for row in (ours, theirs)]
+            times = [f"{ms:.1f}", f"{their_ms:.1f} ({spelling})", f"{their_ms / ms:.2f}x"]
+            lines.append(_line([name, direction, *times, *peaks, ours["kernel"]]))
+    return "\n".join(lines)
+
+
+def tables(rows: Rows) -> dict[str, str]:
+    """Every table by its name."""
+    native = ("cudnn", "flash2")
+    others = ("flex", "cudnn", "inductor")
+
+    def variant(case: str) -> bool:
+        return "-B2-S8k-D128" in case
+
+    return {
+        "machine": _machine(rows),
+        "dense_forward": attention(rows, "forward", DENSE.__contains__, native),
+        "dense_backward": attention(rows, "backward", DENSE.__contains__, native),
+        "variants_forward": attention(rows, "forward", variant, others),
+        "variants_backward": attention(rows, "backward", variant, others),
+        "decode": decode(rows),
+        "models": models(rows),
+    }
+
+
+def fill(page: str, rows: Rows) -> str:
+    """The page with every place filled in. KeyError for a place of an unknown table."""
+    made = tables(rows)
+    return PLACE.sub(lambda place: f"{place[1]}{made[place[2]]}\n{place[3]}", page)
+
+
+def _machine(rows: Rows) -> str:
+    said = {f"{r['device']}, driver {r['driver']}, torch {r['torch']}, triton {r['triton']}, "
+            f"commit {r['commit']}, {r['date']}" for r in rows}  # fmt: skip
+    return "; ".join(sorted(said))
+
+
+def _by_case(rows: Rows, direction: str) -> dict[str, dict[str, dict[str, str]]]:
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for row in rows:
+        if row["direction"] == direction:
+            found.setdefault(row["case"], {})[row["contender"]] = row
+    return found
+
+
+def _number(of: dict[str, dict[str, str]], contender: str, column: str) -> float | None:
+    text = of.get(contender, {}).get(column, "")
+    return float(text) if text else None
+
+
+def _order(case: str) -> tuple[str, int, int]:
+    found = CASE.match(case)
+    assert found is not None
+    return found["variant"], int(found["dim"]), -int(found["batch"])
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
