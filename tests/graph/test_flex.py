@@ -490,6 +490,33 @@ class TestLeftAlone:
         report = check(attention, *(x.detach() for x in qkv()), bias, training=False)
         assert_expected_inline(specs(report), """lift: not-pointwise""")
 
+    def test_score_without_the_product(self):
+        def attention(q, k, v, bias):
+            return flex_attention(q, k, v, lambda s, b, h, q, kv: bias[q, kv])
+
+        inputs = (*qkv(), normal(S, S))
+        report = check(attention, *(x.detach() for x in inputs), training=False)
+        assert_expected_inline(specs(report), """""")
+
+    def test_capture_written_afterwards(self):
+        def attention(q, k, v, slopes):
+            y = flex_attention(q, k, v, lambda s, b, h, q, kv: s + slopes[h] * kv)
+            slopes.zero_()
+            return y.transpose(1, 2).flatten(2)
+
+        inputs = (*qkv(), normal(H))
+        report = check(attention, *(x.detach() for x in inputs), training=False)
+        assert_expected_inline(specs(report), """check: mutation-between""")
+
+    def test_scores_computed_again(self):
+        def attention(q, k, v):
+            y = flex_attention(q, k, v)
+            return y, (q @ k.mT).amax(-1)
+
+        q, k, v = (x.detach() for x in qkv())
+        report = check(attention, q, k, v, training=False)
+        assert_expected_inline(specs(report), """attention(score=0.25*s)""")
+
     def test_mixed_dtypes(self):
         q, k, v = (x.detach() for x in qkv())
 
