@@ -64,8 +64,9 @@ def tile_map(
         SKV: (float(kv_len), float(kv_len)),
     }
     symbols |= {E.size_symbol(i): (float(n), float(n)) for i, n in enumerate(sizes)}
-    for x in spec.mask.atoms(load) if values is not None else ():
-        symbols[x] = _extremes(values(x), block_q, block_kv)
+    if values is not None:
+        for x in spec.mask.atoms(load):
+            symbols[x] = _extremes(values(x), block_q, block_kv)
     with np.errstate(all="ignore"):
         may, must = _Tiles(symbols).truth(spec.mask)
     tiles = np.broadcast_to(may, (len(q_low), len(kv_low))).astype(np.int8) + must
