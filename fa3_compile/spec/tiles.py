@@ -70,7 +70,7 @@ def tile_map(
     with np.errstate(all="ignore"):
         may, must = _Tiles(symbols).truth(spec.mask)
     tiles = np.broadcast_to(may, (len(q_low), len(kv_low))).astype(np.int8) + must
-    if spec.mask.has(load) and bool((tiles == PARTIAL).all()):
+    if spec.mask.has(load) and bool(np.all(tiles == PARTIAL)):
         return None
     return tiles
 
