@@ -2,6 +2,8 @@
 
     python benchmarks/sm90_tiles.py build [DIM ...]   anywhere: builds, and says what spills
     python benchmarks/sm90_tiles.py time [DIM ...]    on a Hopper GPU: builds, then times
+    python benchmarks/sm90_tiles.py forms             anywhere: forms that spill in the first tile
+    python benchmarks/sm90_tiles.py table FILE.csv    anywhere: tiles.json from those times
 
 bf16, B*S = 16384, H*D = 2048, S = 2048 and 8192, the calls of all tiles in turn. Prints the tiles
 of each head dim and column in order of the product of their times; all times go to $OUT.
@@ -10,6 +12,7 @@ of each head dim and column in order of the product of their times; all times go
 from __future__ import annotations
 
 import csv
+import json
 import math
 import os
 import sys
@@ -23,12 +26,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from fa3_compile import resources
 from fa3_compile.lower.build_nvrtc import BuildError, load
 from fa3_compile.lower.choose import Problem
 from fa3_compile.lower.config_sm90 import Sm90Config, variations
 from fa3_compile.lower.kernels import cuda_sm90
 from fa3_compile.lower.render_cuda import CudaKey
 from fa3_compile.spec.attention import AttentionSpec
+from tests.numerics.forms import FORMS as FORMS_TESTED
+from tests.numerics.forms import inputs, shape_for
 
 OUT = Path(os.environ.get("OUT", "."))
 WORKERS = int(os.environ.get("WORKERS", str(min(16, os.cpu_count() or 1))))
@@ -124,8 +130,73 @@ def timed(case: Case, keys: Sequence[CudaKey], length: int, rounds: int = 9) -> 
     return [sorted(a.elapsed_time(b) for a, b in x)[len(x) // 2] for x in events]
 
 
+SMALLER = ((128, 96), (128, 64), (128, 48), (128, 32), (128, 16))
+FASTEST, LONGEST = 3, 6
+
+
+def table(file: str) -> None:
+    """Rewrites kernels/sm90/tiles.json with the order of a CSV of times."""
+    path = resources.kernels() / "sm90" / "tiles.json"
+    content = json.loads(path.read_text())
+    products: dict[str, dict[str, dict[str, float]]] = {}
+    with open(file, newline="") as lines:
+        for dim, column, tile, *times in list(csv.reader(lines))[1:]:
+            found = products.setdefault(dim, {}).setdefault(column, {})
+            found[tile] = math.prod(map(float, times))
+    rows = {}
+    for dim, columns in products.items():
+        rows[dim] = {}
+        for column, found in columns.items():
+            order = sorted(found, key=lambda x: found[x])
+            tiles = order[:FASTEST]
+            # Few queries do not take tiles of 192.
+            tiles += [x for x in order if x.startswith("128")][:1]
+            tiles = list(dict.fromkeys(tiles))
+            least = math.prod(map(int, tiles[0].split("x")))
+            for m, n in SMALLER:
+                if len(tiles) == LONGEST:
+                    break
+                fits = Sm90Config(m, n).fits(int(dim), int(dim), column == "dense")
+                if fits and m * n < least and f"{m}x{n}" not in tiles:
+                    tiles.append(f"{m}x{n}")
+            rows[dim][column] = " ".join(tiles)
+    content["tiles by largest value head dim"] = rows
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def first_tiles(dim: int) -> list[tuple[str, list[str]]]:
+    """In a worker: of each form the tiles that were built, up to one that is healthy."""
+    found = []
+    for form in FORMS_TESTED:
+        shape = shape_for(form, dim, dim, 1027, 1027, 1)
+        _, _, _, aux = inputs(form, shape, torch.bfloat16, "cpu", "bshd")
+        lengths = vars(shape).values()
+        dtypes = tuple(x.dtype for x in aux)
+        device = torch.device("cuda:0")
+        spec = form.spec()
+        problem = Problem(spec, torch.bfloat16, device, (9, 0), *lengths, aux_dtypes=dtypes)
+        tried = []
+        for key in cuda_sm90._keys(problem, cuda_sm90._layout(spec, aux)):
+            tried.append(name(key.config))
+            if healthy(key):
+                break
+        found.append((form.name, tried))
+    return found
+
+
+def forms() -> None:
+    with ProcessPoolExecutor(min(WORKERS, len(DIMS))) as pool:
+        for dim, found in zip(DIMS, pool.map(first_tiles, DIMS)):
+            spilled = [f"{name}: {' '.join(tried)}" for name, tried in found if len(tried) > 1]
+            print(dim, len(found), "forms;", "; ".join(spilled), flush=True)
+
+
 def main() -> None:
     mode, *dims = sys.argv[1:]
+    if mode == "table":
+        return table(*dims)
+    if mode == "forms":
+        return forms()
     cases = [Case(d, c) for d in (map(int, dims) if dims else DIMS) for c in FORMS]
     rows: list[tuple] = [("dim", "column", "tile", *(f"ms at {n}" for n in LENGTHS))]
     for case, keys in built(cases).items():

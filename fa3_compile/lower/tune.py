@@ -34,8 +34,10 @@ def effort(problem: Problem) -> str:
     Another choice may round differently, so that none is made where the same bits are wanted in
     every run; and a CUDA graph that is being captured must not be waited for.
     """
+    if problem.autotune == "none" or problem.deterministic:
+        return "none"
     capturing = problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return "none" if problem.deterministic or capturing else problem.autotune
+    return "none" if capturing else problem.autotune
 
 
 def tuned(
