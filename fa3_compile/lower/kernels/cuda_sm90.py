@@ -166,13 +166,16 @@ class Layout:
 
 def _likely_layout(problem: Problem) -> Layout:
     """As if every captured tensor were contiguous."""
-    spec = problem.spec
+    return _contiguous_layout(problem.spec, problem.aux_dtypes)
+
+
+@functools.lru_cache(maxsize=1024)
+def _contiguous_layout(spec: AttentionSpec, dtypes: tuple[torch.dtype, ...]) -> Layout:
     ranks = {x.tensor: len(x.index) for x in E.loads_in(*spec.expressions)}
     used = {x.tensor: x.strides for x in aux_parameters(spec)}
     unit = tuple(
         tuple(d for d in used.get(i, ()) if d == ranks[i] - 1) for i in range(len(spec.aux))
     )
-    dtypes = problem.aux_dtypes
     elements = tuple(ELEMENTS[x] for x in dtypes)
     tile = _tile_candidate(spec)
     if tile is not None and dtypes[tile.tensor] not in DTYPES:
