@@ -56,7 +56,7 @@ def test_a_wrong_kernel_is_seen(
         dispatch.built.cache_clear()
     records = [r for r in caplog.records if r.name == LOGGER]
     assert [r.levelname for r in records] == ["WARNING"]
-    assert "cpu: largest error" in records[0].getMessage()
+    assert "cpu: output of plain: largest error" in records[0].getMessage()
 
 
 def test_a_kernel_that_does_not_build_is_replaced_in_the_report(
@@ -78,3 +78,34 @@ def test_a_kernel_that_does_not_build_is_replaced_in_the_report(
     finally:
         dispatch.built.cache_clear()
     assert [region.kernel for region in report.regions] == ["reference"]
+
+
+class WrongGradient(Cpu):
+    """The cpu kernel, the gradient of its keys 2% too large."""
+
+    def run_backward(self, *arguments):
+        dq, dk, dv, daux = super().run_backward(*arguments)
+        return dq, dk * 1.02, dv, daux
+
+
+@pytest.mark.parametrize("kernel, wrong", [(Cpu(), []), (WrongGradient(), ["dk"])])
+def test_gradients_are_verified_and_the_report_notes_a_wrong_one(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, kernel: Cpu, wrong: list
+) -> None:
+    from fa3_compile.explaining import explain
+    from fa3_compile.lower import dispatch
+
+    choose.kernels()
+    monkeypatch.setitem(choose._kernels, "cpu", kernel)
+    for cached in (dispatch.built, dispatch.built_backward):
+        cached.cache_clear()
+    inputs = [torch.randn(2, 4, 9, 16, requires_grad=True) for _ in range(3)]
+    try:
+        with caplog.at_level(logging.INFO, LOGGER):
+            report = explain(attention, *inputs, options={"verify": True}, training=True)
+    finally:
+        for cached in (dispatch.built, dispatch.built_backward):
+            cached.cache_clear()
+    said = [r.getMessage() for r in caplog.records if r.name == LOGGER]
+    assert [line.split(" ")[1] for line in said] == ["output", "dq", "dk", "dv"]
+    assert [note.split(" ")[2] for note in report.notes] == wrong

@@ -24,7 +24,7 @@ from fa3_compile.lower.choose import (
     next_after,
     reference,
 )
-from fa3_compile.lower.verify import verify
+from fa3_compile.lower.verify import verify, verify_gradients
 from fa3_compile.runtime.launch import Call
 from fa3_compile.runtime.op import split_text
 
@@ -163,5 +163,10 @@ def backward(dout, dlse, q, k, v, out, lse, aux, sizes, text: str, needs) -> Gra
     """`fa3::attention_backward`."""
     aux = widened(aux)
     problem = make_problem(text, q, k, v, aux, needs)
-    kernel = built_backward(problem, allowed_kernels(split_text(text)[1]))
-    return kernel.run_backward(problem, dout, dlse, q, k, v, out, lse, aux, sizes, needs)
+    options = split_text(text)[1]
+    kernel = built_backward(problem, allowed_kernels(options))
+    arguments = (dout, dlse, q, k, v, out, lse, aux, sizes, needs)
+    found = kernel.run_backward(problem, *arguments)
+    if wants_verification(options):
+        verify_gradients(kernel, problem, *arguments, found)
+    return found

@@ -83,7 +83,10 @@ def _lower_backward(dout, dlse, q, k, v, out, lse, aux, sizes, text, needs):
     fakes = _fake_arguments()
     _, _, fake_q, fake_k, fake_v, _, _, fake_aux, _, _, _ = fakes
     problem = _problem(text, fake_q, fake_k, fake_v, fake_aux, needs)
-    kernel = built_backward(problem, allowed_kernels(split_text(text)[1]))
+    options = split_text(text)[1]
+    kernel = built_backward(problem, allowed_kernels(options))
+    if wants_verification(options):
+        return None
     if not kernel.inline:
         op = torch.ops.fa3.attention_backward.default
         return _direct(op, dout, dlse, q, k, v, out, lse, aux, sizes, text, needs)
