@@ -12,9 +12,9 @@ eager32  eager in float32, which the others are held against
 eager    eager under bfloat16 autocast
 fa3      the same, compiled
 
-The CSV has a row a step; `--plot` draws it (matplotlib, the extra `docs`). The exit status is 1 if
-fa3 is on average more than twice as far from eager32 as eager is, plus 0.005, or left an attention
-alone.
+The CSV has a row a step; `--plot` draws it (matplotlib, the extra `docs`), with `--read CSV` an
+earlier one without training. The exit status is 1 if fa3 is on average more than twice as far from
+eager32 as eager is, plus 0.005, or left an attention alone.
 """
 
 from __future__ import annotations
@@ -154,14 +154,29 @@ def distance(curve: list[float], other: list[float]) -> float:
 
 
 def draw(curves: dict[str, list[float]], path: Path) -> None:
-    import matplotlib.pyplot as plt
+    """The curves, and how far two of them are from the first."""
+    from matplotlib import pyplot
 
-    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    for (name, curve), line in zip(curves.items(), (":", "-", "--")):
-        axes.plot(curve, line, label=name)
-    axes.set(xlabel="step", ylabel="loss (nats a token)", ylim=(0, None))
-    axes.legend()
-    figure.savefig(path)
+    pyplot.rcParams["svg.hashsalt"] = "fa3"
+    figure, (losses, differences) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    exact = curves["eager32"]
+    for (name, curve), line in zip(curves.items(), ("-", "--", ":"), strict=True):
+        losses.plot(curve, line, label=name)
+        if name != "eager32":
+            off = [abs(a - b) for a, b in zip(curve, exact, strict=True)]
+            differences.plot(off, lw=0.8, label=name)
+    losses.set(xlabel="step", ylabel="loss (nats a token)", ylim=(0, None))
+    differences.set(xlabel="step", ylabel="distance from eager32", ylim=(0, None))
+    for axes in (losses, differences):
+        axes.legend(frameon=False)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def read(path: Path) -> dict[str, list[float]]:
+    """The curves of a CSV that `main` wrote."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: [float(row[name]) for row in rows] for name in RUNS}
 
 
 def main() -> int:
@@ -173,8 +188,12 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--kernels", help="as the option; a CPU has only the reference")
     parser.add_argument("--out", type=Path, default=Path("train_gpt.csv"))
-    parser.add_argument("--plot", type=Path, help="an image of the curves")
+    parser.add_argument("--plot", type=Path, help="an image of the curves, such as curves.svg")
+    parser.add_argument("--read", type=Path, help="the curves of an earlier run, to be drawn")
     arguments = parser.parse_args()
+    if arguments.read:
+        draw(read(arguments.read), arguments.plot or arguments.read.with_suffix(".svg"))
+        return 0
     device = torch.device(arguments.device)
     shape = SMALL if arguments.small else Shape()
     data = batches(shape, arguments.steps)
