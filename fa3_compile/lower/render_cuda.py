@@ -477,7 +477,7 @@ class _Writer:
             text = self.text(seed, hoist.ELEMENT).body
             lines += ["static constexpr bool kUniform = true;"]
             lines += [_method("int64_t", "seed", "const At& at, const auto& head", text)]
-        site = _SITE["element"].replace("float tile", "float number")
+        site = _SITE["element"].replace("float tile", "auto number")
         return lines + self.element_method("float", "weight", site, weight, False, number)
 
     def fill(self) -> list[str]:

@@ -137,11 +137,13 @@ struct ForwardWeigher : ForwardBlock<Config, Variant> {
   // The factor after the softmax, which the row sum knows nothing of.
   template <bool Masked>
   FA3_DEVICE void reweigh(const Terms& t, Scores& s, int block) const {
+    RandomKeys keys(Variant::kUniform ? Variant::seed(t.at[0], t.head[0]) : 0);
+    if constexpr (Variant::kUniform) keys.hold();
 #pragma unroll
     for (int j = 0; j < kN / 8; ++j) {
       int kv0 = block * kN + 8 * j;
-      float random[2][2] = {};
-      if constexpr (Variant::kUniform) uniforms(t, kv0, random);
+      Uniform random[2][2] = {};
+      if constexpr (Variant::kUniform) uniforms(t, keys, kv0, random);
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         int kv = kv0 + 2 * (lane % 4) + e;
@@ -159,19 +161,19 @@ struct ForwardWeigher : ForwardBlock<Config, Variant> {
 
   // Of this thread's two columns from kv0 on, in both rows. Two lanes hold four columns side by
   // side, which are the words of one counter: each lane draws one row's and passes half of it on.
-  FA3_DEVICE void uniforms(const Terms& t, int kv0, float (&random)[2][2]) const {
+  FA3_DEVICE void uniforms(const Terms& t, const RandomKeys& keys, int kv0,
+                           Uniform (&random)[2][2]) const {
     int own = lane % 2;
     const auto& at = t.at[own == 0 ? 0 : Terms::head_of(1)];
-    int64_t seed = Variant::seed(t.at[0], t.head[0]);
     RandomWords words =
-        philox(seed, at.batch, at.head, own == 0 ? t.q[0] : t.q[1], kv0 / 4 + lane % 4 / 2);
+        philox(keys, at.batch, at.head, own == 0 ? t.q[0] : t.q[1], kv0 / 4 + lane % 4 / 2);
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       uint32_t low = words.word[e], high = words.word[2 + e];
       uint32_t kept = own == 0 ? low : high;
       uint32_t passed = __shfl_xor_sync(~0u, own == 0 ? high : low, 1);
-      random[0][e] = unit_interval(own == 0 ? kept : passed);
-      random[1][e] = unit_interval(own == 0 ? passed : kept);
+      random[0][e] = {own == 0 ? kept : passed};
+      random[1][e] = {own == 0 ? passed : kept};
     }
   }
 };

@@ -75,7 +75,7 @@ struct PlainVariant {
   FA3_DEVICE static float sink(const At&, const auto&, const auto&, int q) { return 0.0f; }
   FA3_DEVICE static int64_t seed(const At&, const auto&) { return 0; }
   FA3_DEVICE static float weight(const At&, const auto&, const auto&, const auto&, int q, int kv,
-                                 float number) {
+                                 auto number) {
     return 1.0f;
   }
   // Uniform: fill() is the same for all keys of a row, at least in float32.
@@ -106,7 +106,7 @@ FA3_DEVICE bool sees(const typename Variant::At& at, const auto& head, const aut
 template <class Variant>
 FA3_DEVICE float weight_of(const typename Variant::At& at, const auto& head, const auto& row,
                            const auto& col, int q, int kv) {
-  float random = 0.0f;
+  Uniform random = {};
   if constexpr (Variant::kUniform)
     random = uniform(Variant::seed(at, head), at.batch, at.head, q, kv);
   return Variant::weight(at, head, row, col, q, kv, random);
