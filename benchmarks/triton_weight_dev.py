@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import fa3_compile.runtime.op  # noqa: F401  defines the operators
+from fa3_compile.lower import render_blocks
 from fa3_compile.lower.choose import KernelBuildError, Problem
 from fa3_compile.lower.config import TritonConfig
 from fa3_compile.lower.kernels import triton_backward, triton_captured, triton_forward
@@ -46,10 +47,13 @@ FORMS = {
     "swin": ("score=0.1*s + load(0, h, load(1, q, kv))", ("table", "index"), 0),
     "decomposed": ("score=0.1*s + load(0, b, h, q, floordiv(kv, 16))", ("decomposed",), 0),
     "twice": ("score=0.1*s + load(0, 0, h, q, kv) + load(0, 0, h, kv, q)", ("bias",), 0),
+    "documents": ("score=0.1*s, mask=(load(0, b, q) == load(0, b, kv)) & (kv <= q)", ("documents",),
+                  0),
+    "padding": ("score=0.1*s, mask=load(0, b, kv) != 0, dead=zero", ("padding",), 0),
     "fill by key": (f"score=0.1*s, {WINDOW}, dead=score, fill=-kv*0.01", (), 200),
     "fill with s": (f"score=0.1*s, {WINDOW}, dead=score, fill=0.1*s - 99.0", (), 200),
 }  # fmt: skip
-KINDS = {"seed": "int", "index": "int"}
+KINDS = {"seed": "int", "index": "int", "documents": "int", "padding": "bool"}
 
 
 def spec_of(form: str) -> AttentionSpec:
@@ -81,6 +85,11 @@ def made(form: str, batch, heads, kv_heads, length, dim, dtype):
                 aux.append(normal(heads, 63).float())
             case "index":
                 aux.append(torch.randint(63, (q_len, kv_len), device="cuda", generator=generator))
+            case "documents":
+                aux.append((torch.arange(kv_len, device="cuda") * 8 // kv_len).expand(batch, -1))
+            case "padding":
+                ends = torch.arange(1, batch + 1, device="cuda").view(-1, 1) * kv_len // batch
+                aux.append(torch.arange(kv_len, device="cuda") < ends)
             case "decomposed":
                 aux.append(normal(batch, heads, q_len, -(-kv_len // 16)))
     needs = [True] * 3 + [x.is_floating_point() for x in aux]
@@ -120,7 +129,7 @@ def check_masks() -> str:
 
 def check(form: str, dim: int, dtype: torch.dtype, scratch: int) -> str:
     """What is wrong with the gradients, or with a second computation of them."""
-    triton_captured.SCRATCH = scratch
+    triton_captured.SCRATCH, render_blocks.WORTHWHILE = scratch, 0
     kernel = triton_forward.TritonForward()
     problem, q, k, v, aux, needs = made(form, 2, 4, 2, 384, dim, dtype)
     if reason := kernel.supports_backward(problem):
@@ -212,12 +221,12 @@ def build(form: str, dim: int) -> str:
     return ""
 
 
-def time(form: str, dim: int, only_build: bool = False) -> None:
+def time(form: str, dim: int, only_build: bool = False, length: int = 2048) -> None:
     """Prints the times of a form's forward and backward by configuration."""
-    length, heads = (2048, 2048 // dim)
+    heads = 2048 // dim
     problem, q, k, v, aux, needs = made(form, 4, heads, heads, length, dim, torch.bfloat16)
     labels = []
-    for config in FORWARD[dim]:
+    for config in FORWARD[dim][: 2 if length > 2048 else None]:
         try:
             bound = triton_forward.bind_config(problem, TritonConfig(*config), q, k, v, aux, [])
         except KernelBuildError:
@@ -230,7 +239,9 @@ def time(form: str, dim: int, only_build: bool = False) -> None:
     out, lse = triton_forward.TritonForward().run(problem, q, k, v, aux, [])
     dout = torch.randn_like(out)
     arguments = (dout, None, q, k, v, out, lse, aux, [], needs)
-    listed = [Configs(TritonConfig(*x), TritonConfig(*y)) for x, y in BACKWARD[dim]]
+    listed = [Configs(TritonConfig(*x), TritonConfig(*y)) for x, y in BACKWARD[dim]][
+        : 0 if length > 2048 else None
+    ]
     for configs in [table_configs(problem), *listed]:
         launches = triton_backward.bind(problem, configs, None, q, k, v, dout, out, aux, [], needs)
         if not only_build:
@@ -265,6 +276,10 @@ def main() -> None:
             if job is not None and job.result():
                 print(*case, job.result())
             time(*case)
+        for form in ("documents", "padding"):
+            for worthwhile in (2**20, 2**60):
+                render_blocks.WORTHWHILE = worthwhile
+                time(form, 128, length=4096)
         return
     bf16, fp16 = torch.bfloat16, torch.float16
     cases = [(f, d, bf16, 2**28) for f in FORMS for d in (64, 128)]

@@ -16,6 +16,7 @@ import sympy
 from fa3_compile.lower import hoist, render
 from fa3_compile.lower.printer import Text, shared_parts
 from fa3_compile.lower.render import Common, Writer, common
+from fa3_compile.lower.render_blocks import owner
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.blocks import kv_bounds, kv_full_bounds, q_bounds, q_full_bounds
@@ -34,6 +35,7 @@ class BackwardKey:
     wanted: tuple[int, ...] = ()
     fast_tanh: bool = False
     upcast: bool = False
+    lists: bool = False
 
     @property
     def digest(self) -> str:
@@ -148,6 +150,7 @@ class Rendered(Common):
     fill: bool
     fill_rows: bool
     norm: bool
+    lists: str
 
 
 def render_backward(key: BackwardKey) -> str:
@@ -176,6 +179,7 @@ def render_backward(key: BackwardKey) -> str:
         fill=spec.has_mask and spec.dead == "score",
         fill_rows=has_fill_rows(spec),
         norm=not logits.log2 or has_fill_rows(spec),
+        lists=owner(spec) if key.lists else "",
     )
     return render.render_template("attention_backward.py.jinja", rendered)
 

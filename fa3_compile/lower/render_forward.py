@@ -8,6 +8,7 @@ import sympy
 
 from fa3_compile.lower import hoist, render
 from fa3_compile.lower.render import Common, Writer, common
+from fa3_compile.lower.render_blocks import owner
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.blocks import kv_bounds, kv_full_bounds
@@ -23,6 +24,7 @@ class ForwardKey:
     fast_tanh        the hardware's approximate tanh (16-bit inputs on a GPU)
     tma              K and V by tensor descriptors: last stride 1, others multiples of 16 bytes
     warp_specialize  loads, products and softmax in warps of their own, where the target can
+    lists            the blocks to walk come from `render_blocks`
     upcast           products of float32 operands: Triton's interpreter has none of bfloat16
     """
 
@@ -33,6 +35,7 @@ class ForwardKey:
     tma: bool = False
     warp_specialize: bool = False
     upcast: bool = False
+    lists: bool = False
 
     @property
     def digest(self) -> str:
@@ -69,6 +72,7 @@ class Rendered(Common):
     shift: str
     dead: str
     track: bool
+    lists: str
     has_full: bool
     kv_lo: str
     kv_hi: str
@@ -103,6 +107,7 @@ def render_forward(key: ForwardKey) -> str:
         shift=shift.text,
         dead=spec.dead,
         track=tracks_live_rows(spec),
+        lists=owner(spec) if key.lists else "",
         has_full=full_lo != full_hi,
         kv_lo=writer.bound_text(sympy.Max(lo, 0)),
         kv_hi=writer.bound_text(sympy.Min(hi, E.SKV)),

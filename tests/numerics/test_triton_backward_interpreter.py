@@ -44,6 +44,7 @@ class Case:
     # Of triton_captured: scratch memory, and programs below which sums are split.
     scratch: int = 2**28
     enough: int = 1
+    lists: bool = False  # of blocks, which lengths like these are not worth
 
 
 CASES = [
@@ -102,6 +103,10 @@ CASES = [
     Case("head dim 96", "score=0.25*s", (1, 1, 1, 9, 20, 96, 192), BF16),
     Case("only k", f"score=0.25*s, mask={CAUSAL}", needs=(False, True, False)),
     Case("only q", f"score=0.25*s, mask={CAUSAL}", needs=(True, False, False)),
+    Case("documents, lists", f"score=0.25*s, mask=(load(0, b, q) == load(0, b, kv)) & {CAUSAL}", (2, 2, 1, 50, 50, 16, 16), aux=("documents",), lists=True),
+    Case("documents, lists, wide queries, bias", "score=0.25*s + load(1, b, h, q, kv), mask=(load(0, b, q) == load(0, b, kv))", (1, 2, 1, 37, 37, 16, 16), aux=("documents", "bias"), block=(32, 16), lists=True),
+    Case("key mask, lists, dropout", f"score=0.25*s, mask=load(1, b, 0, 0, kv) != 0, dead=zero, weight={DROP}", (2, 2, 1, 9, 37, 16, 16), aux=("seed", "padding"), lists=True),
+    Case("dense mask by head, fill with s, lists", f"score=0.25*s, mask=(load(0, h, q, kv) != 0) & {CAUSAL}, dead=score, fill=0.25*s - 9.0", (1, 2, 1, 40, 30, 16, 16), aux=("dense_by_head",), lists=True),
     Case("dropout", f"score=0.25*s, weight={DROP}", TWO, aux=("seed",), dlse=True),
     Case("dropout, causal, bf16", f"score=0.25*s, mask={CAUSAL}, weight={DROP}", (1, 2, 1, 48, 48, 16, 16), BF16, aux=("seed",)),
     Case("dropout, window, zero", f"score=0.25*s, mask={WINDOW}, dead=zero, weight={DROP}", LONG, aux=("seed",)),
@@ -162,6 +167,7 @@ def test_matches_float64(case: Case, records) -> None:
 
 
 def run(case: Case) -> dict:
+    from fa3_compile.lower import render_blocks
     from fa3_compile.lower.choose import Problem
     from fa3_compile.lower.config import TritonConfig
     from fa3_compile.lower.kernels import triton_backward as ours
@@ -170,11 +176,13 @@ def run(case: Case) -> dict:
     from fa3_compile.lower.tune_backward import Configs
     from fa3_compile.spec.attention import AttentionSpec
 
+    render_blocks.WORTHWHILE = 0 if case.lists else 2**20
     triton_captured.SCRATCH, triton_captured.ENOUGH_PROGRAMS = case.scratch, case.enough
     torch.manual_seed(0)
     kinds = {
         "documents": "int",
         "seed": "int",
+        "dense_by_head": "bool",
         "index": "int",
         "padding": "bool",
         "nothing": "bool",
@@ -276,6 +284,8 @@ def captured(kind: str, shape: tuple[int, ...]) -> torch.Tensor:
             return torch.randn(batch, heads, q_len, max(8, kv_len // 8 + 1))
         case "positions":
             return torch.randn(max(q_len, kv_len))
+        case "dense_by_head":
+            return torch.rand(heads, q_len, kv_len) > torch.arange(heads).view(-1, 1, 1) * 0.98
         case "seed":
             return torch.tensor([-(2**40) - 12345])
         case "dense":

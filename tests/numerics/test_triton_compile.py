@@ -61,10 +61,10 @@ def problem(text: str, dim: int, arch: int, dtype=torch.bfloat16, length=4096) -
     return Problem(AttentionSpec.parse(text), dtype, torch.device("cuda"), capability, *shape)
 
 
-def compiled(asked: Problem, config: TritonConfig):
+def compiled(asked: Problem, config: TritonConfig, lists: bool = False):
     """Triton's CompiledKernel for contiguous inputs of an even length."""
     spec = asked.spec
-    kernel = build.load(_render_key(asked, config)).attention_forward
+    kernel = build.load(_render_key(asked, config, lists)).attention_forward
     element = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
     kinds = {"float": "*fp32", "int": "*i64", "bool": "*i1"}
     constants = {
@@ -81,6 +81,8 @@ def compiled(asked: Problem, config: TritonConfig):
             constants[name] = 1
         if name in constants:
             signature[name] = "constexpr"
+        elif name in ("lists_ptr", "counts_ptr"):
+            signature[name] = "*i32"
         elif name.endswith("_ptr"):
             signature[name] = "*fp32" if name == "lse_ptr" else element[asked.dtype]
         elif re.fullmatch(r"aux\d+", name):
@@ -135,6 +137,16 @@ def test_forms_compile_for_hopper(form: str, tmp_path) -> None:
     ptx = check(problem(FORMS[form], 128, 90), 90, tmp_path)
     assert "wgmma.mma_async" in ptx
     assert ("tanh.approx.f32" in ptx) == (form == "softcap")
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_walking_lists_is_as_cheap(arch: int, tmp_path) -> None:
+    asked = problem(FORMS["documents"], 128, arch)
+    config = tune_forward.table_config(asked)
+    kernel = compiled(asked, config, lists=True)
+    assert spilled_bytes(kernel, arch, tmp_path) == 0
+    assert kernel.metadata.shared <= SHARED_MEMORY[divmod(arch, 10)]
+    assert ("cp.async" in kernel.asm["ptx"]) or arch == 100
 
 
 @pytest.mark.parametrize("dim", [64, 256])

@@ -34,6 +34,7 @@ class Case:
     sizes: tuple[int, ...] = ()
     layout: str = "bhsd"
     block: tuple[int, int] | None = (16, 16)
+    lists: bool = False  # of blocks, which lengths like these are not worth
 
 
 LONG = (1, 2, 1, 60, 33, 16, 16)  # more queries than keys: rows that a window leaves empty
@@ -101,6 +102,11 @@ CASES = [
     Case("shipped tiles", f"score=0.25*s, mask={WINDOW}", (1, 2, 1, 150, 150, 16, 16), block=None),
     Case("large scores", "score=40.0*s"),
     Case("inf in q", "score=0.25*s", layout="infinite"),
+    Case("documents, lists", f"score=0.25*s, mask=(load(0, b, q) == load(0, b, kv)) & {CAUSAL}", (2, 2, 1, 75, 75, 16, 16), aux=("documents",), lists=True),
+    Case("documents, lists, wide keys", "score=0.25*s, mask=(load(0, b, q) == load(0, b, kv))", (1, 2, 1, 64, 64, 16, 16), aux=("documents",), block=(16, 32), lists=True),
+    Case("key mask, lists", "score=0.25*s, mask=load(0, b, 0, 0, kv) != 0, dead=zero", (2, 2, 1, 9, 45, 16, 16), aux=("padding",), lists=True),
+    Case("dense mask by head, least fill, lists", f"score=0.25*s, mask=(load(0, h, q, kv) != 0) & {CAUSAL}, dead=score, fill={MIN}", (2, 2, 1, 50, 40, 16, 16), aux=("dense_by_head",), lists=True),
+    Case("masks of heads and batches, lists", "score=0.25*s, mask=(load(0, b, h) > kv) & (kv < n0)", (2, 2, 1, 37, 45, 16, 16), aux=("lengths",), sizes=(40,), lists=True),
     Case("dropout", f"score=0.25*s, weight={DROP}", (2, 2, 1, 37, 45, 16, 16), aux=("seed",)),
     Case("dropout, causal, bf16", f"score=0.25*s, mask={CAUSAL}, weight={DROP}", (2, 2, 1, 64, 64, 16, 16), BF16, aux=("seed",)),
     Case("dropout, window, zero", f"score=0.25*s, mask={WINDOW}, dead=zero, weight={DROP}", LONG, aux=("seed",)),
@@ -142,6 +148,7 @@ def test_dead_rows_are_what_eager_makes_of_them(records) -> None:
 
 
 def run(case: Case) -> dict:
+    from fa3_compile.lower import render_blocks
     from fa3_compile.lower.choose import Problem
     from fa3_compile.lower.config import TritonConfig
     from fa3_compile.lower.kernels.reference import attention
@@ -149,10 +156,13 @@ def run(case: Case) -> dict:
     from fa3_compile.runtime.op import empty_out
     from fa3_compile.spec.attention import AttentionSpec
 
+    render_blocks.WORTHWHILE = 0 if case.lists else 2**20
     torch.manual_seed(0)
     kinds = {
         "documents": "int",
         "seed": "int",
+        "lengths": "int",
+        "dense_by_head": "bool",
         "padding": "bool",
         "nothing": "bool",
         "dense": "bool",
@@ -248,6 +258,10 @@ def captured(kind: str, shape: tuple[int, ...]) -> torch.Tensor:
             return torch.zeros(batch, 1, 1, kv_len, dtype=torch.bool)
         case "documents":
             return (torch.arange(max(q_len, kv_len)) // 13).expand(batch, -1)
+        case "dense_by_head":
+            return torch.rand(heads, q_len, kv_len) > torch.arange(heads).view(-1, 1, 1) * 0.98
+        case "lengths":
+            return torch.tensor([[kv_len, 3], [17, 50]])
         case "seed":
             return torch.tensor([-(2**40) - 12345])
         case "dense":

@@ -23,6 +23,7 @@ from fa3_compile.lower.choose import Gradients, KernelBuildError, Problem, refer
 from fa3_compile.lower.config import TritonConfig
 from fa3_compile.lower.elements import Shape, elements
 from fa3_compile.lower.kernels import triton_forward as forward
+from fa3_compile.lower.kernels.triton_blocks import Lists, bind_lists
 from fa3_compile.lower.kernels.triton_captured import Gathered, Layout, chained
 from fa3_compile.lower.kernels.triton_launch import Launch, bind_kernel, first_that_builds
 from fa3_compile.lower.printer import UnprintableError
@@ -36,12 +37,15 @@ from fa3_compile.lower.render_backward import (
     key_sums,
     row_sums,
 )
+from fa3_compile.lower.render_blocks import uses_lists
 from fa3_compile.lower.tune_backward import Configs, table_configs
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
 
 log = logging.getLogger(__name__)
 
+# What the kernels that take lists of blocks walk over.
+WALKS = {"key_blocks": "q", "query_blocks": "kv"}
 ROW_TERMS = TritonConfig(64, 64, 4, 2)
 
 
@@ -80,7 +84,7 @@ def _unsupported(spec: AttentionSpec, wanted: tuple[int, ...]) -> str | None:
     return None
 
 
-_launches: dict[tuple, dict[str, Launch | Gathered] | None] = {}
+_launches: dict[tuple, dict[str, Launch | Gathered | Lists] | None] = {}
 
 
 def run_backward(
@@ -143,7 +147,7 @@ def _launches_or_none(problem, dlse, q, k, v, dout, out, aux, sizes, needs):
 
 def compute(
     problem: Problem,
-    launches: Mapping[str, Launch | Gathered],
+    launches: Mapping[str, Launch | Gathered | Lists],
     dout: Tensor,
     dlse: Tensor | None,
     q: Tensor,
@@ -286,18 +290,20 @@ def bind(
     aux: Sequence[Tensor],
     sizes: Sequence[int],
     needs: Sequence[bool],
-) -> dict[str, Launch | Gathered]:
+) -> dict[str, Launch | Gathered | Lists]:
     """The kernels for the shapes and strides of these tensors, by name, in order of launching.
 
     A configuration that does not build gives way to smaller ones; KernelBuildError where none
     is left.
     """
     spec, wanted = problem.spec, Wanted.of(needs)
-    module = load(render_key(problem, wanted.aux))
+    lists = uses_lists(spec, q.shape[2], k.shape[2])
+    module = load(render_key(problem, wanted.aux, lists))
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     tensors = _outputs(problem, q, k, v, aux, wanted)
     tensors |= {"q_ptr": q, "k_ptr": k, "v_ptr": v, "out_ptr": out, "dout_ptr": dout}
     tensors |= {"lse_ptr": lse, "dlse_ptr": lse}
+    tensors |= {x: q.new_empty(1, dtype=torch.int32) for x in ("lists_ptr", "counts_ptr")}
     tensors |= {f"aux{i}": x for i, x in enumerate(aux)}
     integers = _integers(problem, tensors, q, k, aux, sizes)
     constants = {
@@ -315,10 +321,20 @@ def bind(
     if wanted.q or row_sums(spec, wanted.aux):
         plan.append(("query_blocks", configs.queries, queries))
     given = functools.partial(bind_kernel, tensors=tensors, integers=integers, constants=constants)
-    found: dict[str, Launch | Gathered] = {}
+    found: dict[str, Launch | Gathered | Lists] = {}
     for name, config, grid in plan:
         kernel = getattr(module, name)
-        found[name] = first_that_builds(lambda c, k=kernel, n=grid: given(k, c, n(c)), config)
+
+        def bind_it(config: TritonConfig, kernel=kernel, name=name, grid=grid):
+            before = None
+            if lists and name in WALKS:
+                before = bind_lists(spec, WALKS[name], config, q, k, aux, sizes)
+            return before, given(kernel, config, grid(config))
+
+        before, launch = first_that_builds(bind_it, config)
+        if before is not None:
+            found[f"{name} lists"] = before
+        found[name] = launch
     shape = Shape(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     for i, x in enumerate(dense_loads(spec, wanted.aux)):
         name = f"dense{i}"
@@ -332,7 +348,7 @@ def bind(
 
 def _bind_dense(
     kernel, name: str, x: E.load, spec, shape: Shape, sizes, tensors, integers, constants, config
-) -> Launch | Gathered:
+) -> Launch | Gathered | Lists:
     layout = Layout(x, shape, config.block_q, config.block_kv)
     extents = layout.extents(spec)
     if extents[0].place != "own":  # any float32 tensor: the scratch memory is made for each run
@@ -349,7 +365,7 @@ def _bind_dense(
     return Gathered(name, layout, spec, sizes, tuple(zip(extents, launches)))
 
 
-def render_key(problem: Problem, wanted: tuple[int, ...]) -> BackwardKey:
+def render_key(problem: Problem, wanted: tuple[int, ...], lists: bool = False) -> BackwardKey:
     """The source that a problem needs; `wanted` are the captured tensors with a gradient."""
     return BackwardKey(
         problem.spec,
@@ -358,6 +374,7 @@ def render_key(problem: Problem, wanted: tuple[int, ...]) -> BackwardKey:
         wanted,
         fast_tanh=problem.dtype.itemsize == 2 and not forward.interpreted(),
         upcast=problem.dtype == torch.bfloat16 and forward.interpreted(),
+        lists=lists,
     )
 
 

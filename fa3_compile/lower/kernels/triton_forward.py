@@ -24,6 +24,7 @@ from fa3_compile.lower.choose import Gradients, KernelBuildError, Problem, regis
 from fa3_compile.lower.config import TritonConfig
 from fa3_compile.lower.printer import UnprintableError
 from fa3_compile.lower.render import Aux, aux_parameters
+from fa3_compile.lower.render_blocks import uses_lists
 from fa3_compile.lower.render_forward import ForwardKey, render_forward
 from fa3_compile.runtime.launch import Call
 from fa3_compile.runtime.op import empty_out
@@ -137,7 +138,7 @@ def _unprintable(spec: AttentionSpec) -> str | None:
     return None
 
 
-def _render_key(problem: Problem, config: TritonConfig) -> ForwardKey:
+def _render_key(problem: Problem, config: TritonConfig, lists: bool = False) -> ForwardKey:
     return ForwardKey(
         problem.spec,
         problem.dim,
@@ -146,6 +147,7 @@ def _render_key(problem: Problem, config: TritonConfig) -> ForwardKey:
         tma=config.tma,
         warp_specialize=config.warp_specialize,
         upcast=problem.dtype == torch.bfloat16 and interpreted(),
+        lists=lists,
     )
 
 
@@ -228,7 +230,13 @@ def bind_config(problem: Problem, config: TritonConfig, q, k, v, aux, sizes) -> 
     spec = problem.spec
     if config.tma and not _take_descriptors(k, v):
         config = replace(config, tma=False, warp_specialize=False)
-    kernel = load(_render_key(problem, config)).attention_forward
+    lists = None
+    if uses_lists(spec, q.shape[2], k.shape[2]):
+        # There: it needs what this module says of building.
+        from fa3_compile.lower.kernels.triton_blocks import bind_lists
+
+        lists = bind_lists(spec, "kv", config, q, k, aux, sizes)
+    kernel = load(_render_key(problem, config, lists is not None)).attention_forward
     used = aux_parameters(spec)
     out, lse = outputs(problem, q, v)
     strides = [s for x in (q, k, v, out) for s in x.stride()]
@@ -253,9 +261,10 @@ def bind_config(problem: Problem, config: TritonConfig, q, k, v, aux, sizes) -> 
         def interpret(tensors: Sequence[Tensor]) -> None:
             kernel[grid](*tensors, *integers, *constants, **options)
 
-        return Bound(config, chosen, interpret)
+        return Bound(config, chosen, _with_lists(lists, chosen, interpret))
 
     tensors = [q, k, v, out, lse, *(aux[i] for i in chosen)]
+    tensors += [torch.empty(1, dtype=torch.int32, device=q.device)] * (2 * (lists is not None))
     with torch.cuda.device(q.device):
         try:
             compiled = kernel.warmup(*tensors, *integers, *constants, grid=grid, **options)
@@ -263,7 +272,20 @@ def bind_config(problem: Problem, config: TritonConfig, q, k, v, aux, sizes) -> 
         except Exception as error:
             raise KernelBuildError(f"{config} does not build: {error}") from error
     launch = _launcher(runner, q.device, (*integers, *constants), config.tma)
-    return Bound(config, chosen, launch, compiled.n_spills)
+    return Bound(config, chosen, _with_lists(lists, chosen, launch), compiled.n_spills)
+
+
+def _with_lists(lists, chosen: tuple[int, ...], launch):
+    """The launch, given lists of blocks made for the same captured tensors."""
+    if lists is None:
+        return launch
+
+    def launch_both(tensors: Sequence[Tensor]) -> None:
+        named = {f"aux{i}": x for i, x in zip(chosen, tensors[5:])} | {"q_ptr": tensors[0]}
+        lists(named)
+        launch([*tensors, named["lists_ptr"], named["counts_ptr"]])
+
+    return launch_both
 
 
 def _launcher(runner, device: torch.device, arguments: tuple, tma: bool):
