@@ -2,6 +2,7 @@
 
 python benchmarks/triton_weight_dev.py check   # masks bit by bit, gradients, repetitions
 python benchmarks/triton_weight_dev.py time    # dropout, tables: beside the same without
+    python benchmarks/triton_weight_dev.py lists   # documents, padding: with lists and without
 """
 
 from __future__ import annotations
@@ -263,7 +264,7 @@ def backward_times(problem, configs: Configs, launches, arguments) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Dropout and tables in the Triton kernels")
-    parser.add_argument("job", choices=("check", "time"))
+    parser.add_argument("job", choices=("check", "time", "lists"))
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks/triton_weight_dev.py needs a CUDA device")
@@ -276,6 +277,8 @@ def main() -> None:
             if job is not None and job.result():
                 print(*case, job.result())
             time(*case)
+        return
+    if args.job == "lists":
         for form in ("documents", "padding"):
             for worthwhile in (2**20, 2**60):
                 render_blocks.WORTHWHILE = worthwhile

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import fa3_compile.runtime.op  # noqa: F401  defines the operator
-
 from fa3_compile.lower.kernels.reference import attention, attention_backward
 from fa3_compile.lower.philox import uniform
 from fa3_compile.spec.attention import AttentionSpec
