@@ -24,6 +24,7 @@ from fa3_compile.spec import expr as E
 from fa3_compile.spec.expr import Expr, load, where
 from fa3_compile.spec.forms import dropout_weight
 from fa3_compile.spec.index import bounds, divide, remainder
+from fa3_compile.spec.simplify import exact_at_one
 
 aten = torch.ops.aten
 
@@ -61,20 +62,28 @@ def _(node, index, ctx: Lifter) -> Element:
     if _is_bool(node):
         return sympy.Or(*(truth(ctx.operand(x, index)) for x in node.args[:2]))
     alpha = ctx.broadcast(node.kwargs.get("alpha", 1), index)
-    return through_where(lambda x, y: x + alpha * y, a, b)
+    return through_where(lambda x, y: _sum(x, alpha * y), a, b)
+
+
+def _sum(a: Expr, b: Expr) -> Expr:
+    constants = [abs(x.as_coeff_Add()[0]) for x in (a, b)]
+    if min(constants) > 0 and max(constants) >= 1000:
+        # 0.2 + (1e9*mask - 1e9): one constant would absorb the other before the mask cancels it.
+        a, b = exact_at_one(a), exact_at_one(b)
+    return a + b
 
 
 @element_of(aten.sub.Tensor, aten.sub.Scalar)
 def _(node, index, ctx: Lifter) -> Element:
     a, b = (ctx.broadcast(x, index) for x in node.args[:2])
     alpha = ctx.broadcast(node.kwargs.get("alpha", 1), index)
-    return through_where(lambda x, y: x - alpha * y, a, b)
+    return through_where(lambda x, y: _sum(x, -alpha * y), a, b)
 
 
 @element_of(aten.rsub.Tensor, aten.rsub.Scalar)
 def _(node, index, ctx: Lifter) -> Element:
     a, b = (ctx.broadcast(x, index) for x in node.args[:2])
-    return through_where(lambda x, y: y - x, a, b)
+    return through_where(lambda x, y: _sum(y, -x), a, b)
 
 
 @element_of(aten.mul.Tensor, aten.mul.Scalar)
