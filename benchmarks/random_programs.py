@@ -3,8 +3,10 @@
     python benchmarks/random_programs.py --count 5000 --seed 1 --out benchmarks/results/FILE.csv
 
 Runs on the CPU: outputs, gradients and what was fused are checked, not the GPU kernels. A wrong
-program is printed as it is found, and the rest still run; the exit status is then 1. Rows of the
-CSV: a part of the grammar, its value, programs with it, fused, left as they were, wrong.
+program is printed as it is found, and the rest still run; the exit status is then 1. With
+`--processes n` each of n processes draws its share with a seed of its own, counted up from
+`--seed`. Rows of the CSV: a part of the grammar, its value, programs with it, fused, left as they
+were, wrong.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import argparse
 import collections
 import csv
-import platform
+import multiprocessing
 import sys
 import time
 import warnings
@@ -30,11 +32,15 @@ from tests.graph.programs import Program, programs
 COLUMNS = ("part", "value", "programs", "fused", "left", "wrong")
 
 
+def _zeros() -> list[int]:
+    return [0] * 4
+
+
 class Tally:
     """Programs, fused, left and wrong, for each part of the grammar and its value."""
 
     def __init__(self) -> None:
-        self.counts: dict[tuple[str, str], list[int]] = collections.defaultdict(lambda: [0] * 4)
+        self.counts: dict[tuple[str, str], list[int]] = collections.defaultdict(_zeros)
         self.wrong: list[str] = []
 
     def add(self, program: Program, fused: int, wrong: str) -> None:
@@ -47,12 +53,19 @@ class Tally:
             for i, yes in enumerate((True, fused > 0, fused == 0, bool(wrong))):
                 count[i] += yes
 
+    def merge(self, other: Tally) -> None:
+        self.wrong += other.wrong
+        for part, counts in other.counts.items():
+            self.counts[part] = [a + b for a, b in zip(self.counts[part], counts)]
+
     def rows(self) -> list[tuple]:
         return [(*part, *count) for part, count in sorted(self.counts.items())]
 
 
 def run(count: int, first_seed: int, report_every: int) -> Tally:
     """Draws and checks `count` programs; a seed always gives the same ones."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
     tally, start = Tally(), time.perf_counter()
 
     @seed(first_seed)
@@ -86,14 +99,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--report-every", type=int, default=250)
     arguments = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    tally = run(arguments.count, arguments.seed, arguments.report_every)
-    about = f"seed {arguments.seed}, torch {torch.__version__}, {platform.machine()} CPU"
-    print(f"{tally.counts['all', ''][0]} programs, {len(tally.wrong)} wrong ({about})")
+    share = -(-arguments.count // arguments.processes)
+    seeds = range(arguments.seed, arguments.seed + arguments.processes)
+    calls = [(share, seed, arguments.report_every) for seed in seeds]
+    tally = Tally()
+    if len(calls) == 1:
+        tally.merge(run(*calls[0]))
+    else:
+        with multiprocessing.get_context("spawn").Pool(len(calls)) as pool:
+            for part in pool.starmap(run, calls):
+                tally.merge(part)
+    about = f"seeds {seeds[0]} to {seeds[-1]}, {share} programs each, torch {torch.__version__}"
+    print(f"{tally.counts['all', ''][0]} programs, {len(tally.wrong)} wrong ({about}, CPU)")
     if arguments.out:
         with arguments.out.open("w", newline="") as file:
             file.write(f"# {about}; python {' '.join(sys.argv)}\n")
