@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from torch.fx import Node
 
 
+# The hint of a decline that is as it should be.
+NOTHING = "There is nothing to change: PyTorch does this as well."
+
+
 class Fa3Error(Exception):
     """An error whose text says what happened, where, and what to do about it."""
 
@@ -72,7 +76,7 @@ class Decline(Exception):
     code     the reason as an identifier in kebab-case: "weights-used"
     node     the node of the graph at which it was decided, or None for the whole region
     message  the reason as a sentence; by default the words of `code`
-    hint     what the user could change to have the region fused; "" when there is nothing
+    hint     what the user could change to have the region fused
     """
 
     def __init__(

@@ -20,6 +20,7 @@ from torch import fx
 from fa3_compile import report, selection
 from fa3_compile.errors import Decline, InternalError
 from fa3_compile.frontend import check, detect, expand, flex, layout, rewrite, trace
+from fa3_compile.frontend.hints import hints
 from fa3_compile.frontend.liveness import remove_dead
 from fa3_compile.frontend.region import Region
 from fa3_compile.frontend.skeletons import skeletons
@@ -68,7 +69,13 @@ def _rewrite_graph(gm: fx.GraphModule, options: Options, graph_name: str, fused:
         known: dict[str, Any] = {"where": where(skeleton.softmax_holder(shadow))}
         try:
             if options.fuel is not None and fused + len(rewritten) >= options.fuel:
-                raise Decline("fuel", None, "Raise options={'fuel': n}.", stage="rewrite")
+                raise Decline(
+                    "fuel",
+                    None,
+                    "Raise options={'fuel': n}.",
+                    message=f"the option fuel allows {options.fuel} fused regions",
+                    stage="rewrite",
+                )
             found = _analyse(gm.graph, shadow, skeleton, replaced, options, known)
             regions = [region for region, _ in found]
             texts = [selection.spec_text(region, options) for region in regions]
@@ -85,7 +92,13 @@ def _rewrite_graph(gm: fx.GraphModule, options: Options, graph_name: str, fused:
             if options.strict:
                 raise
             log.warning("%s left as it was: %s", skeleton.output, error, exc_info=True)
-            declined = Decline("internal-error", None, message=f"{type(error).__name__}: {error}")
+            declined = Decline(
+                "internal-error",
+                skeleton.output,
+                "Please report it with the log of TORCH_LOGS=+fa3_compile.",
+                message=f"{type(error).__name__}: {error}",
+                stage="analysis",
+            )
         if skeleton.nearest:
             entry = RegionReport.declined(len(entries), graph_name, declined, **known)
             entries.append((entry, None))
@@ -94,8 +107,10 @@ def _rewrite_graph(gm: fx.GraphModule, options: Options, graph_name: str, fused:
         gm.graph.lint()
         gm.recompile()
     for entry, region in entries:
-        hint = check.hint(gm.graph, region) if region is not None else entry.hint
-        report.record(dataclasses.replace(entry, hint=hint))
+        if region is not None:
+            said = [check.hint(gm.graph, region), *hints(region.spec)]
+            entry = dataclasses.replace(entry, hint=" ".join(x for x in said if x))
+        report.record(entry)
     return len(rewritten)
 
 

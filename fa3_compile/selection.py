@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fa3_compile.errors import Decline
+from fa3_compile.errors import NOTHING, Decline
 from fa3_compile.frontend.dynamo_graph import example_value
 from fa3_compile.frontend.region import Operand, Region
 from fa3_compile.lower.choose import Choice, Problem, choose
@@ -55,12 +55,13 @@ def kernel_for(region: Region, options: Options) -> Choice:
     """The chosen kernel family. `Decline` if none takes the region."""
     problem = problem_of(region)
     if 0 in (problem.batch, problem.heads, problem.q_len, problem.kv_len, problem.dim):
-        raise Decline("empty", region.output, message="there is nothing to compute")
+        raise Decline("empty", region.output, NOTHING, message="there is nothing to compute")
     choice = choose(problem, options.kernels)
     if choice.kernel is None:
         shown = {n: r for n, r in choice.reasons.items() if n != "reference"} or choice.reasons
         reasons = "; ".join(f"{name}: {reason}" for name, reason in shown.items())
-        raise Decline("no-kernel", region.output, message=reasons)
+        hint = "Change what a sentence names, or allow other families: options={'kernels': ...}."
+        raise Decline("no-kernel", region.output, hint, message=reasons)
     return choice
 
 

@@ -88,6 +88,7 @@ class _Writer:
             raise Decline(
                 "coefficient-unclear",
                 self.region.output,
+                "Multiply the attention's output instead of its weights.",
                 message=f"no tensor operation for {type(expr).__name__} in {expr}",
             )
         function = FUNCTIONS[type(expr)]

@@ -14,7 +14,7 @@ import sympy
 from torch import fx
 
 import fa3_compile.frontend.elements  # noqa: F401  (registers the element rules)
-from fa3_compile.errors import Decline
+from fa3_compile.errors import NOTHING, Decline
 from fa3_compile.frontend.captured import Captured, Seed
 from fa3_compile.frontend.dynamo_graph import overwrite
 from fa3_compile.frontend.lift import (
@@ -27,7 +27,14 @@ from fa3_compile.frontend.lift import (
 )
 from fa3_compile.frontend.logsumexp import Lse, statistics
 from fa3_compile.frontend.normalize import Softmax
-from fa3_compile.frontend.operands import is_movement, origins, step_back, view_of
+from fa3_compile.frontend.operands import (
+    UNIT_PRODUCT,
+    is_movement,
+    origins,
+    step_back,
+    unit_rows,
+    view_of,
+)
 from fa3_compile.frontend.placeholders import D
 from fa3_compile.frontend.product import factors_of, sides_of
 from fa3_compile.frontend.region import Operand
@@ -61,6 +68,12 @@ class Reading:
     dropouts: list[fx.Node] = field(default_factory=list)
     statistics: list[Lse] = field(default_factory=list)
 
+    @property
+    def largest_s(self) -> float | None:
+        """What |s| cannot exceed, where both operands are normalised."""
+        unit = unit_rows(self.query.place, D) and unit_rows(self.key.place, D)
+        return UNIT_PRODUCT if unit else None
+
 
 class _Split(Exception):
     """An axis has to be split before the skeleton can be read."""
@@ -87,7 +100,7 @@ def _read(shadow: Shadow, skeleton: Skeleton, softmaxes: Sequence[Softmax]) -> l
     output = shadow.aten_of[skeleton.output]
     shape = shape_of(output)
     if any(size == 0 for s in softmaxes for size in (*shape, *shape_of(s.scores))):
-        raise Decline("empty", skeleton.output, message="there is nothing to compute")
+        raise Decline("empty", skeleton.output, NOTHING, message="there is nothing to compute")
     axes: list[list[sympy.Symbol]] = []
     sizes: dict[sympy.Symbol, Expr] = {}
     for i, size in enumerate(shape):
@@ -165,7 +178,9 @@ class _Reader:
         side, values = (self.right, self.left) if keys_first else (self.left, self.right)
         key_length = shape_of(side)[-2 if keys_first else -1]
         if key_length == 1:
-            raise Decline("single-key", self.skeleton.output, message="there is only one key")
+            raise Decline(
+                "single-key", self.skeleton.output, NOTHING, message="there is only one key"
+            )
         self.ranges[KV] = key_length
         row, column = product_index[-2], product_index[-1]
         if keys_first:
@@ -233,6 +248,7 @@ class _Reader:
                 raise Decline(
                     "output-unclear",
                     self.skeleton.output,
+                    "Take the product with V as a whole before it is changed.",
                     message="the output is not made of the product with V by views alone",
                 )
             node, index = step_back(node, index, self.ranges)
@@ -245,6 +261,7 @@ class _Reader:
             raise Decline(
                 "weights-on-both-sides",
                 self.skeleton.output,
+                "V may not depend on the weights that it is weighed by.",
                 message="both sides of the product are made of the softmax",
             )
         return right

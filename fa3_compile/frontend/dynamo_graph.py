@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from typing import Any
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import fx
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
-SOFTMAX_NAMES = re.compile(r"softmax|exp|scaled_dot_product_attention|flex_attention")
+SOFTMAX_NAMES = re.compile(r"softmax|softmin|exp|scaled_dot_product_attention|flex_attention")
 
 # Functions that attention is never made of: the shadow takes their results as given.
 OPAQUE_NAMES = frozenset(
@@ -154,6 +155,34 @@ def overwrite(source: fx.Node, since: fx.Node, until: fx.Node) -> fx.Node | None
                     return node
         node = node.next
     return None
+
+
+def may_be_infinite(node: fx.Node) -> bool:
+    """Whether a float may be -inf or inf: one that is given, or made with an infinite constant.
+
+    Parameters, integers, and what is computed of them by finite numbers count as finite.
+    """
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        value = example_value(current)
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            continue
+        if current.op in ("placeholder", "get_attr"):
+            if not isinstance(value, torch.nn.Parameter):
+                return True
+            continue
+        numbers = _flat([*current.args, *current.kwargs.values()])
+        if any(isinstance(x, float) and math.isinf(x) for x in numbers):
+            return True
+        if target_name(current) in ("log", "log2", "log10", "reciprocal"):
+            return True
+        stack.extend(current.all_input_nodes)
+    return False
 
 
 def _flat(value) -> list:

@@ -67,7 +67,12 @@ class Emitter:
             return total
         if isinstance(size, floordiv):
             return self.function(operator.floordiv, *map(self.size, size.args))
-        raise Decline("size-unclear", self.before, "", message=f"no tensor has the size {size}")
+        raise Decline(
+            "size-unclear",
+            self.before,
+            "Take sizes from the shapes of tensors.",
+            message=f"no tensor has the size {size}",
+        )
 
     def _symbol(self, symbol):
         for node in self.graph.nodes:
@@ -80,7 +85,12 @@ class Emitter:
                 for d, size in enumerate(value.shape):
                     if isinstance(size, torch.SymInt) and sym(size) == symbol:
                         return self.call("size", node, d)
-        raise Decline("size-unclear", self.before, "", message=f"no tensor has the size {symbol}")
+        raise Decline(
+            "size-unclear",
+            self.before,
+            "Take sizes from the shapes of tensors.",
+            message=f"no tensor has the size {symbol}",
+        )
 
     def captured(self, x: Captured | Seed, device: torch.device) -> fx.Node:
         """What a load reads, on the attention's device."""
@@ -94,7 +104,12 @@ class Emitter:
             return x.source
         if value.dim() == 0 and value.device.type == "cpu":
             return self.call("to", x.source, device)
-        raise Decline("mixed-devices", x.source, f"Move it to {device}.")
+        raise Decline(
+            "mixed-devices",
+            x.source,
+            f"Move it to {device}.",
+            message=f"{x.source} is on {value.device}, q on {device}",
+        )
 
     def seed(self, seed: Seed, device: torch.device) -> fx.Node:
         """An int64 [1], drawn where the program drew its dropout."""

@@ -6,12 +6,12 @@ import sympy
 import torch
 from torch import fx
 
-from fa3_compile.errors import Decline
+from fa3_compile.errors import NOTHING, Decline
 from fa3_compile.frontend import after_softmax
 from fa3_compile.frontend.captured import Captured, Seed
 from fa3_compile.frontend.detect import Reading, Skeleton
-from fa3_compile.frontend.dynamo_graph import example_value
-from fa3_compile.frontend.lift import descendants
+from fa3_compile.frontend.dynamo_graph import example_value, may_be_infinite
+from fa3_compile.frontend.lift import descendants, shape_of
 from fa3_compile.frontend.placeholders import D
 from fa3_compile.frontend.region import Layout, Operand, Region
 from fa3_compile.frontend.sizes import hint
@@ -51,11 +51,15 @@ def region(shadow: Shadow, reading: Reading) -> Region:
     softmax = reading.term.softmax
     score = in_coordinates(reading.score)
     sinks = tuple(simplify.tidy(in_coordinates(x)) for x in reading.scores.sinks)
-    separated = simplify.separate(
-        score,
-        half_fill=_scores_dtype(reading) == torch.float16,
-        dead_rows_zero=softmax.dead_rows_zero or reading.term.zeroed,
-    )
+    how = {
+        "half_fill": _scores_dtype(reading) == torch.float16,
+        "dead_rows_zero": softmax.dead_rows_zero or reading.term.zeroed,
+        "largest_s": reading.largest_s,
+    }
+    separated = simplify.separate(score, **how)
+    if separated.dead == "score" and _may_be_infinite(separated.score, reading.loads):
+        # Where every visible key is at -inf, eager weighs the filled ones.
+        separated = simplify.separate(score, **how, finite_fills=False)
     if not reading.scores.shifted and separated.dead == "score":
         separated = simplify.Separated(separated.score, separated.mask, "nan", None)
     witnesses = [sympy.S.Zero, reading.key_length - 1]
@@ -76,6 +80,7 @@ def region(shadow: Shadow, reading: Reading) -> Region:
         raise Decline(
             "no-product",
             skeleton.output,
+            NOTHING,
             message=f"the score of a visible key is {separated.score}, whatever Q and K are",
         )
     fields = [separated.score, separated.mask, separated.fill, weight, *sinks]
@@ -114,6 +119,13 @@ def region(shadow: Shadow, reading: Reading) -> Region:
     )
 
 
+def _may_be_infinite(score: Expr, loads: list[Captured | Seed]) -> bool:
+    """Whether the score reads something, key by key, that may hold -inf."""
+    keyed = [x for x in loads_in(score) if KV in x.free_symbols]
+    sources = [loads[x.tensor] for x in keyed]
+    return any(isinstance(x, Captured) and may_be_infinite(x.source) for x in sources)
+
+
 def _read_outside(reading: Reading, interior: list[fx.Node]) -> bool:
     """Whether the program uses the LSE for more than the softmax itself."""
     return any(user not in interior for x in reading.statistics for user in x.node.users)
@@ -145,7 +157,12 @@ def _checked_operands(reading: Reading, skeleton: Skeleton) -> None:
     operands = (reading.query, reading.key, reading.value)
     for operand in operands:
         if operand.view is None:
-            raise Decline("operand-unclear", skeleton.output, "")
+            raise Decline(
+                "operand-unclear",
+                skeleton.output,
+                "Give the products tensors whose axes are heads, positions and head dimension.",
+                message=f"{operand.source} cannot be seen as [batch, heads, length, head dim]",
+            )
     values = [example_value(x.source) for x in operands]
     dtypes = [x.dtype for x in operands]
     if len(set(dtypes)) > 1:
@@ -156,9 +173,19 @@ def _checked_operands(reading: Reading, skeleton: Skeleton) -> None:
             message="q, k, v are " + ", ".join(map(str, dtypes)),
         )
     if dtypes[0] not in DTYPES:
-        raise Decline("dtype", skeleton.output, "Use bfloat16, float16 or float32.")
+        raise Decline(
+            "dtype",
+            skeleton.output,
+            "Use bfloat16, float16 or float32.",
+            message=f"q, k and v are {dtypes[0]}",
+        )
     if len({v.device for v in values}) > 1:
-        raise Decline("mixed-devices", skeleton.output, "Move q, k and v to one device.")
+        raise Decline(
+            "mixed-devices",
+            skeleton.output,
+            "Move q, k and v to one device.",
+            message="q, k and v are on " + ", ".join(sorted({str(v.device) for v in values})),
+        )
     out = example_value(skeleton.output)
     if isinstance(out, torch.Tensor) and out.dtype != dtypes[0]:
         raise Decline(
@@ -177,6 +204,7 @@ def _check_not_router(reading: Reading, skeleton: Skeleton) -> None:
         raise Decline(
             "router",
             skeleton.output,
+            NOTHING,
             message="a softmax over a table of parameters: a router or a codebook",
         )
 
@@ -192,18 +220,27 @@ def _layout(reading: Reading, skeleton: Skeleton) -> Layout:
     every = [a for dim in reading.axes for a in dim]
     in_query, in_key, in_value = (_axes_of(x) for x in (reading.query, reading.key, reading.value))
     head_dim = [a for a in every if a in reading.head_dim.free_symbols]
-    if len(head_dim) > 1:
-        raise Decline("axes-unclear", skeleton.output, "")
-    if set(head_dim) & (in_query | in_key):
-        raise Decline("axes-unclear", skeleton.output, "")
+    if len(head_dim) > 1 or set(head_dim) & (in_query | in_key):
+        raise Decline(
+            "axes-unclear",
+            skeleton.output,
+            "Give V a last axis of its own, which neither Q nor K has.",
+            message="the head dimension of V is also an axis of Q or K, or several axes",
+        )
     order = _order(reading, every)
     rest = [a for a in order if a not in head_dim]
     shared = [a for a in rest if a in in_key | in_value]
     free = [a for a in rest if a not in shared]
     row = reading.rows[-1].free_symbols
     queries = [a for a in free if a in row][-1:] or [a for a in free if a in in_query][-1:]
-    if KV not in in_key or KV not in in_value or D not in in_key or D not in in_query:
-        raise Decline("operand-unclear", skeleton.output, "")
+    contracted = set() if shape_of(reading.scores.product.left)[-1] == 1 else {D}
+    if not ({KV} | contracted <= in_key and KV in in_value and contracted <= in_query):
+        raise Decline(
+            "operand-unclear",
+            skeleton.output,
+            "Give the products tensors with an axis of keys and an axis of the head dimension.",
+            message="K or V is the same for every key, or Q or K along the head dimension",
+        )
     free = [a for a in free if a not in queries]
     if len(shared) >= 2:
         batch, kv_heads = shared[:-1], shared[-1:]
@@ -267,7 +304,12 @@ def _check_axes_known(reading: Reading, substitution, skeleton: Skeleton) -> Non
     for expr in (reading.score, *reading.scores.sinks, term.weight, term.kept, term.coefficient):
         strange = [x for x in expr.free_symbols if x in reading.sizes and x not in known]
         if strange or D in expr.free_symbols:
-            raise Decline("axes-unclear", skeleton.output, "")
+            raise Decline(
+                "axes-unclear",
+                skeleton.output,
+                "Let scores depend on batch, head, query and key alone.",
+                message=f"a score depends on another axis of the output: {expr}",
+            )
 
 
 def _renumbered(fields: list, loads: list):

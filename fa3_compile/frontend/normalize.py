@@ -137,6 +137,9 @@ def _summed_dim(summed: fx.Node) -> int:
 def _reciprocal_of(node) -> fx.Node | None:
     """y of 1 / y."""
     node, _ = unexpanded(node)
+    if _is(node, aten.mul.Tensor) and 1 in node.args:
+        # 1 / y of a tensor y.
+        node = node.args[0] if node.args[1] == 1 else node.args[1]
     if _is(node, aten.reciprocal.default):
         return node.args[0]
     if _is(node, aten.div.Tensor) and node.args[0] == 1:

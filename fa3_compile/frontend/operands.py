@@ -15,7 +15,8 @@ import torch
 from torch import fx
 
 from fa3_compile.errors import Decline
-from fa3_compile.frontend.lift import RULES, Index, Lifter, Opaque, shape_of
+from fa3_compile.frontend.lift import RULES, Index, Lifter, Opaque, shape_of, sym
+from fa3_compile.frontend.same import same_value
 from fa3_compile.spec.expr import Expr, depends_on
 from fa3_compile.spec.index import Ranges, quotient, same
 
@@ -44,6 +45,11 @@ MOVEMENT = frozenset(
     }
 )
 WIDER = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 2, torch.float64: 3}
+
+# What a norm may pass on its way to the division: it only grows.
+NORM_KEEPERS = (aten.clamp.default, aten.clamp_min.default, aten.expand.default)
+# The size of the product of two rows of norm 1, rounded in bfloat16.
+UNIT_PRODUCT = 1.05
 
 
 @dataclass
@@ -160,7 +166,9 @@ def _scale(node: fx.Node, index: Index, lifter: Lifter, varying: set[sympy.Symbo
         factor = lifter.broadcast(other, index)
         if depends_on(factor, varying) or not factor.is_finite and factor.is_number:
             continue
-        return tensor, index, (1 / factor if divides else factor)
+        if divides:
+            factor = sym(1 / float(factor)) if factor.is_number else 1 / factor
+        return tensor, index, factor
     return None
 
 
@@ -252,3 +260,27 @@ def _outermost(terms: dict[sympy.Symbol, Expr]) -> sympy.Symbol | None:
         elif quotient(terms[largest], stride) is None or stride == terms[largest]:
             return None
     return largest
+
+
+def unit_rows(place: Place, inner: sympy.Symbol) -> bool:
+    """Whether an operand is divided by its own norm along `inner`, so that no row is longer
+    than 1: `F.normalize`, or written by hand."""
+    node = place.node
+    if node.target is not aten.div.Tensor or place.cast is not None:
+        return False
+    along = [d for d, i in enumerate(place.index) if depends_on(i, [inner])]
+    whole, norm = node.args[:2]
+    while isinstance(norm, fx.Node) and norm.target in NORM_KEEPERS:
+        norm = norm.args[0]
+    if not isinstance(norm, fx.Node) or norm.target is not aten.linalg_vector_norm.default:
+        return False
+    source, order, dims, keeps = (*norm.args, *(2, None, False)[len(norm.args) - 1 :])
+    rank = len(place.index)
+    return (
+        same_value(source, whole)
+        and order == 2
+        and bool(keeps)
+        and dims is not None
+        and [d % rank for d in dims] == along
+        and place.index[along[0]] == inner
+    )

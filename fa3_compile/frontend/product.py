@@ -77,7 +77,10 @@ class Product:
         """`Decline` if the product is not of one query and one key an element."""
         if self.index is None:
             raise Decline(
-                "no-product", at, message="the scores are not made of the product before them"
+                "no-product",
+                at,
+                "Take the softmax of a product of queries and keys.",
+                message="the scores are not made of the product before them",
             )
         row, column = self.index[-2:]
         keys = [x for x in (row, column) if depends_on(x, [KV])]

@@ -12,6 +12,7 @@ from fa3_compile.frontend.captured import Captured, Seed
 from fa3_compile.frontend.dynamo_graph import example_value
 from fa3_compile.frontend.logsumexp import Lse
 from fa3_compile.frontend.operands import Place, View
+from fa3_compile.frontend.placeholders import D
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.expr import Expr
 
@@ -76,3 +77,9 @@ class Region:
     dropouts: list[fx.Node] = field(default_factory=list)
     # What else the op replaces: its LSE.
     statistics: list[Lse] = field(default_factory=list)
+
+    @property
+    def has_width(self) -> bool:
+        """Whether the head dimension of Q and K is an axis; it is none where it is 1."""
+        parts = self.query.view.parts if self.query.view else ()
+        return any(part[0] == "axis" and part[1].symbol == D for part in parts)

@@ -48,8 +48,10 @@ def _attention(
     """One region's share of the output; what else it replaces is added to `replacements`."""
     layout = region.layout
     heads = [*layout.kv_heads, *layout.group]
-    rows = ([*layout.batch], heads, [*layout.query], [D])
-    keys = ([*layout.batch], [*layout.kv_heads], [KV], [D])
+    # An axis of length 1 is no axis of the view: it is added.
+    contracted = [D] if region.has_width else []
+    rows = ([*layout.batch], heads, [*layout.query], contracted)
+    keys = ([*layout.batch], [*layout.kv_heads], [KV], contracted)
     values = ([*layout.batch], [*layout.kv_heads], [KV], [*layout.head_dim])
     sizes = {**layout.size, KV: region.key_length}
     q = emit.operand(region.query, rows, sizes)

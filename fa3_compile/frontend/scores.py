@@ -79,7 +79,10 @@ def _around_a_product(softmax: Softmax, holder, read, shadow: Shadow) -> Scores:
         except Decline as decline:
             first = first or decline
     raise first or Decline(
-        "no-product", holder(softmax.scores), message="the softmax is not of a product's result"
+        "no-product",
+        holder(softmax.scores),
+        "Take the softmax of a product of queries and keys.",
+        message="the softmax is not of a product's result",
     )
 
 

@@ -65,6 +65,7 @@ MARK = torch.ops.fa3_shadow.mark.default
 STOP = torch.ops.fa3_shadow.stop.default
 
 
+READABLE = "Write score_mod and mask_mod with element-wise operations and reads of tensors."
 aten = torch.ops.aten
 KEPT_WHOLE = (
     aten.baddbmm.default,
@@ -206,7 +207,7 @@ class _Scope:
         if node in self.batched:
             self._cut(self.batched[node], why)
         else:
-            self._refuse(node, Decline("flex-unreadable", None, message=why))
+            self._refuse(node, Decline("flex-unreadable", None, READABLE, message=why))
 
     def _cut(self, span: transforms.Span, why: str) -> None:
         for node in span.nodes:

@@ -8,6 +8,7 @@ that a large score could meet (-10000, -1e9) stays a bias, unless the score is b
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import sympy
@@ -36,16 +37,27 @@ class Separated:
     certain: bool = False
 
 
-def separate(expr: Expr, *, half_fill: bool = False, dead_rows_zero: bool = False) -> Separated:
+def separate(
+    expr: Expr,
+    *,
+    half_fill: bool = False,
+    dead_rows_zero: bool = False,
+    finite_fills: bool = True,
+    largest_s: float | None = None,
+) -> Separated:
     """Score, mask and fill of an element's expression.
 
     half_fill       the scores are float16, so that its lowest number -65504 is out of reach
     dead_rows_zero  rows with no key are replaced by zeros afterwards (nan_to_num, SDPA)
+    finite_fills    whether another fill than -inf may be a mask
+    largest_s       what the size of the product s cannot exceed, where that is known
     """
     expr = merge_conditions(expr)
-    reach = -65000.0 if half_fill else OUT_OF_REACH
-    bounded = _bounded_reach(expr)
-    reach = max(reach, bounded) if bounded is not None else reach
+    reach = -float("inf")
+    if finite_fills:
+        reach = -65000.0 if half_fill else OUT_OF_REACH
+        bounded = _bounded_reach(expr, largest_s)
+        reach = max(reach, bounded) if bounded is not None else reach
     dead = killed(expr, reach)
     if dead == sympy.false:
         return unmasked(expr, dead_rows_zero=dead_rows_zero)
@@ -79,9 +91,12 @@ def without_dead_rows(separated: Separated, witnesses: list[Expr]) -> Separated:
     return separated
 
 
-def _bounded_reach(expr: Expr) -> float | None:
+def _bounded_reach(expr: Expr, largest_s: float | None) -> float | None:
     """Below which a fill is out of reach of a bounded score (softcap, clamp); None if unbounded."""
     within = live(expr, -1e3)
+    if largest_s is not None:
+        # An s between the bounds, whatever S is.
+        within = within.subs(S, largest_s * sympy.tanh(S))
     limits = value_bounds(within)
     if limits is None:
         return None
@@ -108,12 +123,16 @@ def value_bounds(expr: Expr) -> tuple[float, float] | None:
             return None
         return sum(p[0] for p in known), sum(p[1] for p in known)
     if isinstance(expr, sympy.Mul):
-        coefficient, rest = expr.as_coeff_Mul()
-        inner = value_bounds(rest) if coefficient != 1 else None
-        if inner is None:
-            return None
-        a, b = float(coefficient) * inner[0], float(coefficient) * inner[1]
-        return (min(a, b), max(a, b))
+        low = high = 1.0
+        for inner in map(value_bounds, expr.args):
+            if inner is None:
+                return None
+            corners = [x * y for x in (low, high) for y in inner]
+            low, high = min(corners), max(corners)
+        return low, high
+    if isinstance(expr, sympy.exp):
+        inner = value_bounds(expr.args[0]) or _half_bounds(expr.args[0])
+        return (0.0, math.exp(inner[1])) if inner and inner[1] < 700 else None
     if isinstance(expr, (sympy.Max, sympy.Min)):
         return _clamp_bounds(expr)
     return None
@@ -391,7 +410,9 @@ def tidy_mask(mask: Boolean) -> Boolean:
 
 
 def _tidy_mask(mask):
-    if isinstance(mask, (sympy.And, sympy.Or, sympy.Not)):
+    if isinstance(mask, sympy.And):
+        return _absorbed(sympy.And(*map(_tidy_mask, mask.args)))
+    if isinstance(mask, (sympy.Or, sympy.Not)):
         return mask.func(*map(_tidy_mask, mask.args))
     if not isinstance(mask, sympy.core.relational.Relational):
         return mask
@@ -425,6 +446,20 @@ def _tidy_mask(mask):
             if coefficient == -1:
                 return _decide(sympy.Ge(symbol, rest), symbol, rest, upper=False)
     return relation
+
+
+def _absorbed(mask):
+    """a & (not a | b) -> a & b."""
+    conjuncts = {*sympy.And.make_args(mask)}
+    if not any(isinstance(x, sympy.Or) for x in conjuncts):
+        return mask
+    refuted = {_tidy_mask(sympy.Not(x)) for x in conjuncts if not isinstance(x, sympy.Or)}
+    return sympy.And(
+        *(
+            sympy.Or(*(y for y in x.args if y not in refuted)) if isinstance(x, sympy.Or) else x
+            for x in conjuncts
+        )
+    )
 
 
 def _without_select(relation) -> Boolean | None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+import ast
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from torch import nn
 
+import fa3_compile
 from tests.graph.harness import check, rewrite_only, specs
 from tests.graph.inputs import (
     INF,
@@ -296,7 +299,6 @@ class TestNotAttention:
     def test_sigmoid_attention(self):
         assert_expected_inline(declined(lambda q, k, v: scores_of(q, k).sigmoid() @ v), """""")
 
-    @pytest.mark.xfail(strict=True, reason="softmin is not among the names that are looked for")
     def test_softmin(self):
         # A softmax of the negative scores is attention all the same.
         report = check(lambda q, k, v: F.softmin(scores_of(q, k), -1) @ v, *qkv())
@@ -489,3 +491,16 @@ def test_scalars():
         specs(report),
         """attention(score=load(0)*tanh(load(1)*pow(load(0), -1)*s), aux=[float, float])""",
     )
+
+
+def test_every_decline_says_why_and_what_to_change():
+    package = Path(fa3_compile.__file__).parent
+    short = []
+    for file in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Decline":
+                named = {k.arg: k.value for k in node.keywords}
+                hint = node.args[2] if len(node.args) > 2 else named.get("hint", ast.Constant(""))
+                if "message" not in named or getattr(hint, "value", "?") == "":
+                    short.append(f"{file.name}:{node.lineno}")
+    assert short == []

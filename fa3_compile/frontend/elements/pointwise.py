@@ -180,10 +180,21 @@ def _transcendental(node: fx.Node, ctx: Lifter, *args: Expr) -> None:
 
 def _log1p(x: Expr) -> Expr:
     if isinstance(x, sympy.exp):
-        # softplus, as it does not overflow
-        y = x.args[0]
-        return sympy.Max(y, 0) + sympy.log(1 + sympy.exp(-sympy.Abs(y)))
+        return _softplus(x.args[0])
     return sympy.log(1 + x)
+
+
+def _softplus(x: Expr) -> Expr:
+    return sympy.Max(x, 0) + sympy.log(1 + sympy.exp(-sympy.Abs(x)))
+
+
+def _sigmoid(x: Expr) -> Expr:
+    return (1 + sympy.tanh(x / 2)) / 2
+
+
+def _asinh(x: Expr) -> Expr:
+    size = sympy.Abs(x)
+    return sympy.sign(x) * sympy.log(size + sympy.sqrt(size**2 + 1))
 
 
 # As functions that overflow neither themselves nor in their derivative.
@@ -200,7 +211,11 @@ UNARY = {
     aten.erf.default: E.erf,
     aten.sqrt.default: sympy.sqrt,
     aten.rsqrt.default: lambda x: 1 / sympy.sqrt(x),
-    aten.sigmoid.default: lambda x: (1 + sympy.tanh(x / 2)) / 2,
+    aten.sigmoid.default: _sigmoid,
+    aten.silu.default: lambda x: x * _sigmoid(x),
+    aten.mish.default: lambda x: x * sympy.tanh(_softplus(x)),
+    aten.erfc.default: lambda x: 1 - E.erf(x),
+    aten.asinh.default: _asinh,
     aten.exp2.default: lambda x: sympy.exp(x * math.log(2)),
     aten.expm1.default: lambda x: sympy.exp(x) - 1,
     aten.log2.default: lambda x: sympy.log(x) / math.log(2),
@@ -240,6 +255,12 @@ def _(node, index, ctx: Lifter) -> Element:
         return scale * where(x > 0, x, alpha * (sympy.exp(inner * sympy.Min(x, 0)) - 1))
 
     return through_where(elu, ctx.broadcast(node.args[0], index))
+
+
+@element_of(aten.hypot.default)
+def _(node, index, ctx: Lifter) -> Element:
+    a, b = (ctx.broadcast(x, index) for x in node.args)
+    return sympy.sqrt(a**2 + b**2)
 
 
 @element_of(aten.abs.default)

@@ -1,0 +1,234 @@
+"""Softmaxes written by hand, with sinks and masks of their own, and rarer nonlinearities."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from expecttest import assert_expected_inline
+
+from tests.graph.harness import check, specs
+from tests.graph.inputs import LOWEST, B, H, S, attend, chance, qkv, scores_of
+
+CAUSAL = "attention(score=0.25*s, mask=kv <= q, dead=nan)"
+ONE = "attention(score=0.25*s, sinks=[0])"
+
+
+def became(function, *args) -> str:
+    return specs(check(function, *qkv(), *args))
+
+
+def of_weights(normalise):
+    return lambda q, k, v: normalise(scores_of(q, k)) @ v
+
+
+def shifted(s):
+    top = s.amax(-1, keepdim=True)
+    return (s - top).exp(), top
+
+
+class TestSoftmaxOne:
+    """A 1 beside the exponentials is a sink of 0, where it is shifted as they are."""
+
+    def test_unshifted(self):
+        def normalise(s):
+            e = s.exp()
+            return e / (1 + e.sum(-1, keepdim=True))
+
+        assert became(of_weights(normalise)) == ONE
+
+    def test_shifted(self):
+        def normalise(s):
+            e, top = shifted(s)
+            return e / ((-top).exp() + e.sum(-1, keepdim=True))
+
+        assert became(of_weights(normalise)) == ONE
+
+    def test_shifted_by_no_less_than_zero(self):
+        def normalise(s):
+            top = s.amax(-1, keepdim=True).clamp(min=0)
+            e = (s - top).exp()
+            return e / ((-top).exp() + e.sum(-1, keepdim=True))
+
+        assert became(of_weights(normalise)) == ONE
+
+    def test_as_it_is_pasted(self):
+        # Its sink is the largest score of the row.
+        def normalise(s):
+            e, _ = shifted(s)
+            return e / (1 + e.sum(-1, keepdim=True))
+
+        [region] = check(of_weights(normalise), *qkv()).regions
+        assert (region.code, region.stage) == ("sink-of-the-row", "detect")
+        assert "exp(sink - m)" in region.hint
+
+    def test_any_other_number(self):
+        def normalise(s):
+            e = s.exp()
+            return e / (e.sum(-1, keepdim=True) + 2.5)
+
+        assert became(of_weights(normalise)) == (
+            f"attention(score=0.25*s, sinks=[{math.log(2.5)!r}])"
+        )
+
+
+class TestSums:
+    """What the exponentials are divided by."""
+
+    def test_reciprocal(self):
+        def normalise(s):
+            e, _ = shifted(s)
+            return e * (1 / e.sum(-1, keepdim=True))
+
+        assert became(of_weights(normalise)) == "attention(score=0.25*s)"
+
+    def test_kept_from_zero(self):
+        # The largest exponential is 1: in float32 the sum does not see 1e-9.
+        def added(s):
+            e, _ = shifted(s)
+            return e / (e.sum(-1, keepdim=True) + 1e-9)
+
+        def clamped(s):
+            e, _ = shifted(s)
+            return e / e.sum(-1, keepdim=True).clamp(min=1e-6)
+
+        assert became(of_weights(added)) == "attention(score=0.25*s)"
+        assert became(of_weights(clamped)) == "attention(score=0.25*s)"
+
+    def test_kept_from_zero_noticeably(self):
+        def normalise(s):
+            e, _ = shifted(s)
+            return e / (e.sum(-1, keepdim=True) + 1e-2)
+
+        assert became(of_weights(normalise)) == "detect: sink-of-the-row"
+
+    def test_exponentials_written_twice(self):
+        def normalise(s):
+            return s.exp() / s.exp().sum(-1, keepdim=True)
+
+        assert became(of_weights(normalise)) == "attention(score=0.25*s)"
+
+    def test_powers_of_two(self):
+        def normalise(s):
+            e = torch.exp2(s)
+            return e / e.sum(-1, keepdim=True)
+
+        assert became(of_weights(normalise)) == (f"attention(score={0.25 * math.log(2)!r}*s)")
+
+    def test_sum_of_another_axis(self):
+        def normalise(s):
+            e = s.exp()
+            return e / e.sum(-2, keepdim=True)
+
+        assert became(of_weights(normalise)) == "detect: softmax-axis"
+
+    def test_sum_not_kept(self):
+        # Broadcast along the keys: S sums of other rows.
+        def normalise(s):
+            e = s.exp()
+            return e / e.sum(-1)[..., None, :]
+
+        assert not any(r.fused for r in check(of_weights(normalise), *qkv()).regions)
+
+
+class TestMasks:
+    """Multiplied to the exponentials, or to the weights before they are normalised again."""
+
+    def test_exponentials(self):
+        def normalise(s):
+            e = s.exp() * torch.ones(S, S).tril()
+            return e / e.sum(-1, keepdim=True)
+
+        assert became(of_weights(normalise)) == CAUSAL
+
+    def test_shifted_exponentials(self):
+        def normalise(s):
+            e = shifted(s)[0].tril()
+            return e / e.sum(-1, keepdim=True)
+
+        assert became(of_weights(normalise)) == CAUSAL
+
+    def test_boolean_padding(self):
+        def attention(q, k, v, padding):
+            e = shifted(scores_of(q, k))[0] * padding[:, None, None]
+            return e / e.sum(-1, keepdim=True) @ v
+
+        seen = chance(0.7, B, S)
+        seen[:, 0] = True
+        assert_expected_inline(
+            became(attention, seen),
+            """attention(score=0.25*s, mask=load(0, b, kv) != 0, dead=nan, aux=[bool])""",
+        )
+
+    def test_factor_that_may_be_negative(self):
+        def attention(q, k, v, gate):
+            e = scores_of(q, k).exp() * gate
+            return e / e.sum(-1, keepdim=True) @ v
+
+        report = check(attention, *qkv(), torch.linspace(-1, 2, S))
+        assert specs(report) == "detect: not-exponential"
+
+    def test_masked_twice(self):
+        def normalise(s):
+            p = s.masked_fill(torch.ones(S, S).triu(1).bool(), LOWEST).softmax(-1)
+            p = p * (torch.arange(S) >= torch.arange(S)[:, None] - 5)
+            return p / p.sum(-1, keepdim=True)
+
+        assert became(of_weights(normalise)) == (
+            "attention(score=0.25*s, mask=(kv <= q) & (kv >= q - 5), dead=nan)"
+        )
+
+
+NONLINEAR = {
+    "gelu": F.gelu,
+    "gelu tanh": lambda s: F.gelu(s, approximate="tanh"),
+    "silu": F.silu,
+    "mish": F.mish,
+    "relu6": F.relu6,
+    "hardswish": F.hardswish,
+    "elu": F.elu,
+    "selu": F.selu,
+    "erfc": torch.erfc,
+    "asinh": torch.asinh,
+    "hypot": lambda s: torch.hypot(s, torch.ones_like(s)),
+    "celu": F.celu,
+    "softsign": F.softsign,
+    "logsigmoid": F.logsigmoid,
+}
+
+
+@pytest.mark.parametrize("function", NONLINEAR.values(), ids=NONLINEAR)
+def test_nonlinear_scores(function):
+    def attention(q, k, v):
+        return attend(function(scores_of(q, k)), v)
+
+    assert [r.fused for r in check(attention, *qkv()).regions] == [True]
+
+
+def test_softmin():
+    assert became(of_weights(lambda s: F.softmin(s, -1))) == "attention(score=-0.25*s)"
+
+
+def test_temperature_in_a_logarithm():
+    report = became(of_weights(lambda s: F.log_softmax(s / 0.5, -1).exp()))
+    assert report == "attention(score=0.5*s)"
+
+
+def test_power_of_a_softmax_is_none():
+    report = check(of_weights(lambda s: (F.log_softmax(s, -1) * 0.5).exp()), *qkv())
+    assert not any(r.fused for r in report.regions)
+
+
+def test_head_dimension_of_one():
+    report = check(lambda q, k, v: attend(q @ k.mT, v), *qkv(B, H, S, 1))
+    assert specs(report) == "attention(score=s)"
+
+
+def test_tensordot():
+    def attention(q, k, v):
+        s = torch.tensordot(q, k, dims=([1], [1]))
+        return torch.tensordot(s.softmax(-1), v, dims=1)
+
+    assert [r.fused for r in check(attention, *qkv(S, 16)).regions] == [True]
