@@ -11,13 +11,14 @@ from torch import fx
 from torch.utils._sympy import functions as torch_sympy
 
 from fa3_compile.spec.expr import Expr, floordiv, mod
+from fa3_compile.spec.index import quotient
 
 # Torch's own sympy functions, by class name since some are made on demand.
 MEANING = {
     "ToFloat": lambda x: x,
     "TruncToInt": None,
-    "FloorDiv": floordiv,
-    "CleanDiv": floordiv,
+    "FloorDiv": lambda a, b: _divided(a, b),
+    "CleanDiv": lambda a, b: _divided(a, b),
     "CeilDiv": lambda a, b: -floordiv(-a, b),
     "Mod": mod,
     "PythonMod": mod,
@@ -33,6 +34,12 @@ MEANING = {
     "OpaqueUnaryFn_log": sympy.log,
     "Identity": lambda x: x,
 }
+
+
+def _divided(a: Expr, b: Expr) -> Expr:
+    exact = quotient(a, b)
+    return floordiv(a, b) if exact is None else exact
+
 
 SCALAR_OPERATORS = {
     operator.add: lambda a, b: a + b,

@@ -9,8 +9,8 @@ from expecttest import assert_expected_inline
 from torch import nn
 
 from fa3_compile.report import collect
-from tests.graph.harness import rewrite_only, specs
-from tests.graph.inputs import INF, SCALE, B, D, H, attend, normal, scores_of
+from tests.graph.harness import check, rewrite_only, specs
+from tests.graph.inputs import INF, SCALE, B, D, H, attend, normal, qkv, scores_of
 
 
 def runs(function, inputs, *, dynamic: bool | None = True, training: bool = True) -> str:
@@ -303,3 +303,16 @@ def test_one_compilation_for_every_length():
         for args in of_lengths(24, 7, 40, 100, 3):
             compiled(*args)
     assert len(report.regions) == 1
+
+
+def test_repeated_heads_of_dynamic_number():
+    # Two of a size share a symbol, so that the heads are 2 * b**2 / b.
+    def repeated(x):
+        b, h, n, d = x.shape
+        return x[:, :, None].expand(b, h, 2, n, d).reshape(b, 2 * h, n, d)
+
+    def attention(q, k, v):
+        return attend(scores_of(q, repeated(k)), repeated(v))
+
+    report = check(attention, normal(2, 4, 9, 16), *(x[:, :2] for x in qkv()[1:]), dynamic=True)
+    assert [r.fused for r in report.regions] == [True]

@@ -64,9 +64,9 @@ def alibi(term: Expr) -> str | None:
     if S in term.free_symbols or KV not in term.free_symbols or not {H, B} & term.free_symbols:
         return None
     factors = sympy.Mul.make_args(term)
-    slopes = [f for f in factors if {H, B} & f.free_symbols]
+    slopes = [f for f in factors if {H, B} & f.free_symbols and KV not in f.free_symbols]
     places = [f for f in factors if KV in f.free_symbols]
-    if len(slopes) == 1 and places and KV not in slopes[0].free_symbols:
+    if len(slopes) == 1 and places:
         return "ALiBi"
     return None
 
