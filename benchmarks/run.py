@@ -64,7 +64,7 @@ def case_rows(
     for name in wanted:
         row = Row(case.name, direction, name)
         try:
-            function = contenders.contender(name, case, inputs)
+            function = contenders.contender(name, case, leaves)
             if function is None:
                 continue
             start = time.perf_counter()

@@ -35,7 +35,9 @@ def attention(
 
 def _cell(speed: float | None, ours: float | None, row: dict[str, str] | None = None) -> str:
     if speed is None:
-        return row["note"][:40] if row is not None else ""
+        if row is None:
+            return ""
+        return row["note"] if row["note"] == "out of memory" else "failed"
     share = f" ({ours / speed:.2f}x)" if ours else ""
     return f"{speed:.0f}{share}"
 

@@ -101,18 +101,24 @@ def candidates(
     dense_tile: bool,
     group: int = 1,
     split: bool = False,
+    asks_mask: bool = False,
 ) -> tuple[Sm90Config, ...]:
     """What to build, the best first.
 
-    plain  the score is linear in s, and no element has to be asked for its mask
-    group  query heads that may share a tile
-    split  key blocks are dealt out; always possible with few queries, whatever their keys are,
-           so that a growing cache needs one kernel
+    plain      the score is linear in s, and no element has to be asked for its mask
+    group      query heads that may share a tile
+    split      key blocks are dealt out; always possible with few queries, whatever their keys
+               are, so that a growing cache needs one kernel
+    asks_mask  the mask reads captured tensors or is asked for each element, or weights are
     """
     if q_len <= 64:
         return tuple(_few_queries(dim_qk, dim_v, dense_tile, packs(group, q_len)))
     row = table()[next(x for x in table() if dim_v <= x)]
-    column = "dense" if dense_tile else "elements" if not plain else "rows" if masked else "full"
+    column = "rows" if masked else "full"
+    if not plain:
+        column = "masks" if asks_mask else "scores"
+    if dense_tile:
+        column = "dense"
     configs = []
     for block_m, block_n in row[column]:
         if block_m == 192 and q_len <= 128:

@@ -9,7 +9,7 @@ from fa3_compile.lower.choose import Problem
 from fa3_compile.lower.config import TritonConfig, bits, head_class, nearest_arch
 from fa3_compile.lower.hoist import arrange
 from fa3_compile.spec.attention import AttentionSpec
-from fa3_compile.spec.expr import S
+from fa3_compile.spec.expr import KV, Q, S, loads_in
 
 # Beside the table's choice.
 QUICK = 4
@@ -28,11 +28,11 @@ TABLE: dict[tuple[tuple[int, int], int], tuple[TritonConfig, TritonConfig]] = {
     ((8, 9), 128): (C(128, 32, 8, 2), C(128, 32, 8, 2)),
     ((8, 9), 192): (C(128, 16, 8, 2), C(128, 16, 8, 2)),
     ((8, 9), 256): (C(64, 32, 8, 2), C(64, 32, 8, 2)),
-    ((9, 0), 64): (C(128, 128, 4, 3), C(128, 64, 4, 3)),
-    ((9, 0), 96): (C(128, 128, 8, 2), C(128, 64, 8, 3)),
-    ((9, 0), 128): (C(128, 128, 8, 2), C(128, 64, 8, 3)),
-    ((9, 0), 192): (C(128, 64, 8, 2), C(128, 64, 8, 2)),
-    ((9, 0), 256): (C(128, 64, 8, 2), C(128, 32, 8, 3)),
+    ((9, 0), 64): (C(128, 128, 4, 3), C(128, 64, 4, 4)),
+    ((9, 0), 96): (C(128, 128, 8, 2), C(64, 64, 4, 3)),
+    ((9, 0), 128): (C(128, 128, 8, 3), C(64, 64, 4, 3)),
+    ((9, 0), 192): (C(128, 64, 8, 2), C(64, 32, 4, 3)),
+    ((9, 0), 256): (C(128, 64, 8, 2, tma=True), C(128, 64, 8, 2)),
     ((10, 0), 64): (C(128, 128, 8, 3, tma=True), C(128, 128, 8, 3, tma=True)),
     ((10, 0), 96): (C(128, 64, 8, 3, tma=True), C(128, 64, 8, 3, tma=True)),
     ((10, 0), 128): (C(128, 128, 8, 2, tma=True), C(128, 64, 8, 3, tma=True)),
@@ -43,10 +43,12 @@ TABLE |= {((12, 0), d): x for (arch, d), x in list(TABLE.items()) if arch == (8,
 # With a factor after the softmax, where the numbers of dropout need registers of their own: causal
 # on an H100 0.52 ms, the others' tile 0.63.
 WEIGHTED = {((9, 0), 64): C(64, 64, 4, 3)}
+# Instead of `other` where a tensor is loaded for each query and key.
+DENSE = {((9, 0), 128): C(128, 64, 8, 3)}
 # float32 multiplies without tensor cores ("ieee"): small tiles, the same everywhere.
 FLOAT32 = {
-    64: C(64, 32, 8, 2),
-    96: C(64, 32, 8, 2),
+    64: C(32, 32, 4, 2),
+    96: C(32, 32, 4, 2),
     128: C(32, 32, 8, 2),
     192: C(32, 16, 8, 2),
     256: C(32, 16, 8, 2),
@@ -62,13 +64,21 @@ def is_plain(spec: AttentionSpec) -> bool:
     return plain and arrange(spec.score).x == S
 
 
+@functools.lru_cache(maxsize=4096)
+def _is_dense(spec: AttentionSpec) -> bool:
+    return any({Q, KV} <= x.free_symbols for x in loads_in(spec.score))
+
+
 def table_config(problem: Problem) -> TritonConfig:
     """The shipped configuration."""
     if bits(problem.dtype) == 32:
         return FLOAT32[head_class(problem)].for_queries(problem.q_len)
     arch = nearest_arch(problem.capability or (8, 0))
-    plain, other = TABLE[ROW.get(arch, arch), head_class(problem)]
+    row = ROW.get(arch, arch), head_class(problem)
+    plain, other = TABLE[row]
     config = plain if is_plain(problem.spec) else other
+    if _is_dense(problem.spec):
+        config = DENSE.get(row, config)
     if problem.spec.weight is not None:
         config = WEIGHTED.get((arch, head_class(problem)), config)
     return config.for_queries(problem.q_len)

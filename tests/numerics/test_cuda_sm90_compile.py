@@ -92,7 +92,7 @@ def test_every_head_dim_has_tiles_that_fit(dim: int) -> None:
 
 def test_tiles_of_the_table_fit() -> None:
     for dim, row in table().items():
-        assert list(row) == ["full", "rows", "elements", "dense"]
+        assert list(row) == ["full", "rows", "scores", "masks", "dense"]
         for column, tiles in row.items():
             for tile in tiles:
                 assert Sm90Config(*tile).fits(dim, dim), (dim, column, tile)

@@ -210,9 +210,14 @@ def _tile_candidate(spec: AttentionSpec) -> E.load | None:
 @functools.lru_cache(maxsize=1024)
 def _is_plain(spec: AttentionSpec) -> bool:
     """Whether the score is linear in s, and no element is asked for its mask or its weight."""
-    plain = arrange(spec.score).x == E.S and not map_kind(spec)
-    plain = plain and mask_parts(named_mask(spec)).element == sympy.true
-    return plain and spec.weight is None
+    return arrange(spec.score).x == E.S and not _asks_mask(spec)
+
+
+@functools.lru_cache(maxsize=1024)
+def _asks_mask(spec: AttentionSpec) -> bool:
+    """Whether elements or columns are asked for their mask, or elements for their weight."""
+    element = mask_parts(named_mask(spec)).element != sympy.true
+    return bool(map_kind(spec)) or element or spec.weight is not None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -231,7 +236,7 @@ def _keys(problem: Problem, layout: Layout) -> list[CudaKey]:
     for tile in dict.fromkeys((layout.tile, None)):
         choose = functools.partial(
             candidates, problem.dim, problem.v_dim, problem.q_len, spec.has_mask, _is_plain(spec),
-            tile is not None, group,
+            tile is not None, group, asks_mask=_asks_mask(spec),
         )  # fmt: skip
         configs, dealt = choose(), choose(split=True)
         if dealt and _splits(problem, dealt[0]) > 1:

@@ -22,12 +22,13 @@ from fa3_compile.lower.bound import BindingKernel, precision
 from fa3_compile.lower.build import load
 from fa3_compile.lower.choose import Gradients, KernelBuildError, Problem, register
 from fa3_compile.lower.config import TritonConfig
+from fa3_compile.lower.launch_cuda import empty_cuda
 from fa3_compile.lower.printer import UnprintableError
 from fa3_compile.lower.render import Aux, aux_parameters
 from fa3_compile.lower.render_blocks import uses_lists
 from fa3_compile.lower.render_forward import ForwardKey, render_forward
 from fa3_compile.runtime.launch import Call
-from fa3_compile.runtime.op import empty_out
+from fa3_compile.runtime.op import empty_out, out_strides
 from fa3_compile.spec.attention import AttentionSpec
 
 log = logging.getLogger(__name__)
@@ -110,9 +111,19 @@ class TritonForward(BindingKernel):
             )  # fmt: skip
             return None
 
+        device, dtype, chosen, launch = q.device.index, q.dtype, bound.aux, bound.launch
+        shape = (*q.shape[:3], v.shape[3])
+        strides = out_strides(shape, problem.spec.out_order)
+        rows = (shape[1] * shape[2], shape[2], 1)
+        empty = empty_cuda if q.is_cuda else _empty_cpu
+
         def call(q, k, v, aux):
-            out, lse = outputs(problem, q, v)
-            bound.launch([q, k, v, out, lse, *(aux[i] for i in bound.aux)])
+            if device is not None and torch._C._cuda_getDevice() != device:
+                with torch.cuda.device(device):
+                    return call(q, k, v, aux)
+            out = empty(shape, strides, dtype)
+            lse = empty(shape[:3], rows, torch.float32)
+            launch([q, k, v, out, lse, *[aux[i] for i in chosen]])
             return out, lse
 
         return call
@@ -127,6 +138,11 @@ class TritonForward(BindingKernel):
         from fa3_compile.lower.kernels import triton_backward
 
         return triton_backward.run_backward(*arguments)
+
+
+def _empty_cpu(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """What the interpreter writes to."""
+    return torch.empty_strided(shape, strides, dtype=dtype)
 
 
 @functools.lru_cache(maxsize=1024)
