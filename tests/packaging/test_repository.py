@@ -13,8 +13,6 @@ MOST_LINES = 400
 # Longer, each for one reason: a table of rules, a walk in many cases, or one kernel's whole host
 # side. Nothing joins them without a reason of its own.
 LONGER = {
-    "fa3_compile/frontend/detect.py",
-    "fa3_compile/frontend/elements/pointwise.py",
     "fa3_compile/lower/kernels/cuda_sm90.py",
     "fa3_compile/lower/render_cuda.py",
     "fa3_compile/spec/simplify.py",

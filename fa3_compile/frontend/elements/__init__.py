@@ -1,5 +1,23 @@
 """Element rules, one file a family of operators; importing this package registers them all."""
 
-from fa3_compile.frontend.elements import creation, gather, movement, pointwise
+from fa3_compile.frontend.elements import (
+    arithmetic,
+    casts,
+    creation,
+    functions,
+    gather,
+    logic,
+    movement,
+    weights,
+)
 
-__all__ = ["creation", "gather", "movement", "pointwise"]
+__all__ = [
+    "arithmetic",
+    "casts",
+    "creation",
+    "functions",
+    "gather",
+    "logic",
+    "movement",
+    "weights",
+]

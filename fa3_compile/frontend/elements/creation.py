@@ -6,7 +6,7 @@ import sympy
 import torch
 from torch import fx
 
-from fa3_compile.frontend.elements.pointwise import rounded
+from fa3_compile.frontend.elements.casts import rounded
 from fa3_compile.frontend.lift import Element, Lifter, Opaque, element_of, number, truth
 from fa3_compile.spec.expr import where
 

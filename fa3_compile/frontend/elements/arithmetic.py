@@ -1,0 +1,188 @@
+"""Element rules: sums, products, quotients, rounding, extremes."""
+
+from __future__ import annotations
+
+import sympy
+import torch
+
+from fa3_compile.frontend.elements.pointwise import is_bool, is_float, through_where
+from fa3_compile.frontend.lift import (
+    Element,
+    Lifter,
+    Opaque,
+    element_of,
+    sym,
+    truth,
+)
+from fa3_compile.frontend.placeholders import prob
+from fa3_compile.spec import expr as E
+from fa3_compile.spec.expr import Expr, where
+from fa3_compile.spec.index import bounds, divide, remainder
+from fa3_compile.spec.simplify import exact_at_one
+
+aten = torch.ops.aten
+
+
+@element_of(aten.add.Tensor, aten.add.Scalar)
+def _(node, index, ctx: Lifter) -> Element:
+    a, b = (ctx.broadcast(x, index) for x in node.args[:2])
+    if is_bool(node):
+        return sympy.Or(*(truth(ctx.operand(x, index)) for x in node.args[:2]))
+    alpha = ctx.broadcast(node.kwargs.get("alpha", 1), index)
+    return through_where(lambda x, y: _sum(x, alpha * y), a, b)
+
+
+def _sum(a: Expr, b: Expr) -> Expr:
+    constants = [abs(x.as_coeff_Add()[0]) for x in (a, b)]
+    if min(constants) > 0 and max(constants) >= 1000:
+        # 0.2 + (1e9*mask - 1e9): one constant would absorb the other before the mask cancels it.
+        a, b = exact_at_one(a), exact_at_one(b)
+    return a + b
+
+
+@element_of(aten.sub.Tensor, aten.sub.Scalar)
+def _(node, index, ctx: Lifter) -> Element:
+    a, b = (ctx.broadcast(x, index) for x in node.args[:2])
+    alpha = ctx.broadcast(node.kwargs.get("alpha", 1), index)
+    return through_where(lambda x, y: _sum(x, -alpha * y), a, b)
+
+
+@element_of(aten.rsub.Tensor, aten.rsub.Scalar)
+def _(node, index, ctx: Lifter) -> Element:
+    a, b = (ctx.broadcast(x, index) for x in node.args[:2])
+    return through_where(lambda x, y: _sum(y, -x), a, b)
+
+
+@element_of(aten.mul.Tensor, aten.mul.Scalar)
+def _(node, index, ctx: Lifter) -> Element:
+    if is_bool(node):
+        return sympy.And(*(truth(ctx.operand(x, index)) for x in node.args[:2]))
+    a, b = (ctx.broadcast(x, index) for x in node.args[:2])
+    if any(_may_be_zero(x) and y.has(sympy.oo, -sympy.oo) for x, y in ((a, b), (b, a))):
+        raise Opaque(node, "an infinite score times zero is NaN")
+    return through_where(_times, a, b)
+
+
+def _may_be_zero(x: Expr) -> bool:
+    return x == 0 or isinstance(x, where) and any(map(_may_be_zero, x.args[1:]))
+
+
+def _times(a: Expr, b: Expr) -> Expr:
+    # s * where(c, 1, 0) -> where(c, s, 0): the mask that multiplies, as GPT-1 has it.
+    for x, y in ((a, b), (b, a)):
+        chooses = isinstance(x, where) and set(x.args[1:]) <= {0, 1}
+        # NaN of a softmax times 0 is NaN.
+        if chooses and not y.is_number and not y.has(prob):
+            return where(x.args[0], *(y if branch == 1 else branch for branch in x.args[1:]))
+    return a * b
+
+
+@element_of(aten.div.Tensor, aten.div.Scalar, aten.true_divide.Tensor)
+def _(node, index, ctx: Lifter) -> Element:
+    a, b = (ctx.broadcast(x, index) for x in node.args[:2])
+    return through_where(_quotient, a, b)
+
+
+def _quotient(a: Expr, b: Expr) -> Expr:
+    if b == 0:
+        raise ZeroDivisionError("a score divided by the constant 0")
+    return a * sym(1 / float(b)) if b.is_number else a / b
+
+
+@element_of(aten.div.Tensor_mode, aten.div.Scalar_mode, aten.floor_divide.default)
+def _(node, index, ctx: Lifter) -> Element:
+    a, b = (ctx.broadcast(x, index) for x in node.args[:2])
+    mode = node.kwargs.get("rounding_mode", "floor" if node.target is not None else None)
+    if mode is None:
+        return through_where(_quotient, a, b)
+    if is_float(node):
+        return sympy.floor(a / b) if mode == "floor" else E.trunc(a / b)
+    if mode == "floor" and b.is_positive:
+        return divide(a, b, ctx.ranges)
+    limits = bounds(a, ctx.ranges)
+    if b.is_positive and limits is not None and limits[0].is_nonnegative:
+        return divide(a, b, ctx.ranges)
+    raise Opaque(node, "an integer division whose rounding is not known")
+
+
+@element_of(aten.remainder.Scalar, aten.remainder.Tensor, aten.fmod.Scalar, aten.fmod.Tensor)
+def _(node, index, ctx: Lifter) -> Element:
+    a, b = (ctx.broadcast(x, index) for x in node.args[:2])
+    limits = bounds(a, ctx.ranges)
+    positive = limits is not None and limits[0].is_nonnegative
+    rounds_down = node.target in (aten.remainder.Scalar, aten.remainder.Tensor)
+    if not is_float(node) and b.is_positive and (rounds_down or positive):
+        return remainder(a, b, ctx.ranges)
+    raise Opaque(node, "a remainder whose rounding is not known")
+
+
+@element_of(aten.neg.default)
+def _(node, index, ctx: Lifter) -> Element:
+    return through_where(lambda x: -x, ctx.broadcast(node.args[0], index))
+
+
+@element_of(aten.reciprocal.default)
+def _(node, index, ctx: Lifter) -> Element:
+    return 1 / ctx.broadcast(node.args[0], index)
+
+
+@element_of(aten.abs.default)
+def _(node, index, ctx: Lifter) -> Element:
+    return through_where(sympy.Abs, ctx.broadcast(node.args[0], index))
+
+
+@element_of(aten.sign.default, aten.sgn.default)
+def _(node, index, ctx: Lifter) -> Element:
+    return through_where(sympy.sign, ctx.broadcast(node.args[0], index))
+
+
+@element_of(aten.floor.default)
+def _(node, index, ctx: Lifter) -> Element:
+    return through_where(sympy.floor, ctx.broadcast(node.args[0], index))
+
+
+@element_of(aten.ceil.default)
+def _(node, index, ctx: Lifter) -> Element:
+    return through_where(sympy.ceiling, ctx.broadcast(node.args[0], index))
+
+
+@element_of(aten.trunc.default)
+def _(node, index, ctx: Lifter) -> Element:
+    return E.trunc(ctx.broadcast(node.args[0], index))
+
+
+@element_of(aten.round.default)
+def _(node, index, ctx: Lifter) -> Element:
+    return E.round_half_even(ctx.broadcast(node.args[0], index))
+
+
+@element_of(aten.minimum.default)
+def _(node, index, ctx: Lifter) -> Element:
+    return through_where(sympy.Min, *(ctx.broadcast(x, index) for x in node.args))
+
+
+@element_of(aten.maximum.default)
+def _(node, index, ctx: Lifter) -> Element:
+    return through_where(sympy.Max, *(ctx.broadcast(x, index) for x in node.args))
+
+
+@element_of(aten.clamp.default, aten.clamp.Tensor)
+def _(node, index, ctx: Lifter) -> Element:
+    low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min")
+    high = node.args[2] if len(node.args) > 2 else node.kwargs.get("max")
+    x = ctx.broadcast(node.args[0], index)
+    if low is not None:
+        x = through_where(sympy.Max, x, ctx.broadcast(low, index))
+    if high is not None:
+        x = through_where(sympy.Min, x, ctx.broadcast(high, index))
+    return x
+
+
+@element_of(aten.clamp_min.default, aten.clamp_min.Tensor)
+def _(node, index, ctx: Lifter) -> Element:
+    return through_where(sympy.Max, *(ctx.broadcast(x, index) for x in node.args[:2]))
+
+
+@element_of(aten.clamp_max.default, aten.clamp_max.Tensor)
+def _(node, index, ctx: Lifter) -> Element:
+    return through_where(sympy.Min, *(ctx.broadcast(x, index) for x in node.args[:2]))

@@ -1,0 +1,145 @@
+"""Element rules: elementary functions and activations."""
+
+from __future__ import annotations
+
+import math
+
+import sympy
+import torch
+from torch import fx
+
+from fa3_compile.frontend.elements.pointwise import through_where
+from fa3_compile.frontend.lift import (
+    Element,
+    Lifter,
+    Opaque,
+    element_of,
+    sym,
+)
+from fa3_compile.frontend.placeholders import row_stat
+from fa3_compile.spec import expr as E
+from fa3_compile.spec.expr import Expr, where
+
+aten = torch.ops.aten
+
+
+@element_of(aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor, aten.pow.Scalar)
+def _(node, index, ctx: Lifter) -> Element:
+    base, exponent = (ctx.broadcast(x, index) for x in node.args[:2])
+    if not (exponent.is_number and (exponent.is_Integer or float(exponent) in (0.5, -0.5, 2.0))):
+        _transcendental(node, ctx, base, exponent)
+    if exponent.is_Float and float(exponent).is_integer():
+        exponent = sympy.Integer(int(exponent))
+    return base**exponent
+
+
+def _transcendental(node: fx.Node, ctx: Lifter, *args: Expr) -> None:
+    """Functions of coordinates alone are cheaper read than computed, and then exactly eager's."""
+    if node in ctx.inside:
+        return  # a sink beside the scores: exp(cat(sink, s)) is in memory nowhere
+    computed = any(E.S in x.free_symbols or x.has(row_stat) for x in args)
+    if not computed and any(x.free_symbols for x in args):
+        raise Opaque(node, "a function of the position alone")
+
+
+def _log1p(x: Expr) -> Expr:
+    if isinstance(x, sympy.exp):
+        return _softplus(x.args[0])
+    return sympy.log(1 + x)
+
+
+def _softplus(x: Expr) -> Expr:
+    return sympy.Max(x, 0) + sympy.log(1 + sympy.exp(-sympy.Abs(x)))
+
+
+def _sigmoid(x: Expr) -> Expr:
+    return (1 + sympy.tanh(x / 2)) / 2
+
+
+def _asinh(x: Expr) -> Expr:
+    size = sympy.Abs(x)
+    return sympy.sign(x) * sympy.log(size + sympy.sqrt(size**2 + 1))
+
+
+# As functions that overflow neither themselves nor in their derivative.
+UNARY = {
+    aten.exp.default: sympy.exp,
+    aten.log.default: sympy.log,
+    aten.tanh.default: sympy.tanh,
+    aten.sin.default: sympy.sin,
+    aten.cos.default: sympy.cos,
+    aten.tan.default: sympy.tan,
+    aten.sinh.default: sympy.sinh,
+    aten.cosh.default: sympy.cosh,
+    aten.atan.default: sympy.atan,
+    aten.erf.default: E.erf,
+    aten.sqrt.default: sympy.sqrt,
+    aten.rsqrt.default: lambda x: 1 / sympy.sqrt(x),
+    aten.sigmoid.default: _sigmoid,
+    aten.silu.default: lambda x: x * _sigmoid(x),
+    aten.mish.default: lambda x: x * sympy.tanh(_softplus(x)),
+    aten.erfc.default: lambda x: 1 - E.erf(x),
+    aten.asinh.default: _asinh,
+    aten.exp2.default: lambda x: sympy.exp(x * math.log(2)),
+    aten.expm1.default: lambda x: sympy.exp(x) - 1,
+    aten.log2.default: lambda x: sympy.log(x) / math.log(2),
+    aten.log1p.default: lambda x: _log1p(x),
+}
+
+
+@element_of(*UNARY)
+def _(node, index, ctx: Lifter) -> Element:
+    def function(x: Expr) -> Expr:
+        if x.is_number:
+            # Torch's own answer: log(0) is -inf.
+            return sym(node.target(torch.tensor(float(x), dtype=torch.float64)).item())
+        _transcendental(node, ctx, x)
+        return UNARY[node.target](x)
+
+    return through_where(function, ctx.broadcast(node.args[0], index))
+
+
+@element_of(aten.gelu.default)
+def _(node, index, ctx: Lifter) -> Element:
+    def gelu(x: Expr) -> Expr:
+        _transcendental(node, ctx, x)
+        if node.kwargs.get("approximate", "none") == "none":
+            return x * (1 + E.erf(x * math.sqrt(0.5))) / 2
+        return x * (1 + sympy.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+
+    return through_where(gelu, ctx.broadcast(node.args[0], index))
+
+
+@element_of(aten.elu.default)
+def _(node, index, ctx: Lifter) -> Element:
+    alpha, scale, inner = (sym(x) for x in (*node.args[1:], 1, 1, 1)[:3])
+
+    def elu(x: Expr) -> Expr:
+        _transcendental(node, ctx, x)
+        return scale * where(x > 0, x, alpha * (sympy.exp(inner * sympy.Min(x, 0)) - 1))
+
+    return through_where(elu, ctx.broadcast(node.args[0], index))
+
+
+@element_of(aten.hypot.default)
+def _(node, index, ctx: Lifter) -> Element:
+    a, b = (ctx.broadcast(x, index) for x in node.args)
+    return sympy.sqrt(a**2 + b**2)
+
+
+@element_of(aten.relu.default)
+def _(node, index, ctx: Lifter) -> Element:
+    return sympy.Max(ctx.broadcast(node.args[0], index), 0)
+
+
+@element_of(aten.leaky_relu.default)
+def _(node, index, ctx: Lifter) -> Element:
+    slope = sym(node.args[1] if len(node.args) > 1 else 0.01)
+    x = ctx.broadcast(node.args[0], index)
+    return where(x > 0, x, slope * x)
+
+
+@element_of(aten.hardtanh.default)
+def _(node, index, ctx: Lifter) -> Element:
+    low, high = map(sym, (*node.args[1:], *(-1.0, 1.0)[len(node.args) - 1 :]))
+    return sympy.Min(sympy.Max(ctx.broadcast(node.args[0], index), low), high)

@@ -1,0 +1,132 @@
+"""Element rules: comparisons, logic, selection."""
+
+from __future__ import annotations
+
+import sympy
+import torch
+from torch import fx
+
+from fa3_compile.frontend.elements.pointwise import is_bool
+from fa3_compile.frontend.elements.weights import is_weight, without_nan
+from fa3_compile.frontend.lift import (
+    Element,
+    Lifter,
+    Opaque,
+    element_of,
+    number,
+    truth,
+)
+from fa3_compile.spec import expr as E
+from fa3_compile.spec.expr import Expr, where
+
+aten = torch.ops.aten
+
+
+COMPARISONS = {
+    "eq": sympy.Eq,
+    "ne": sympy.Ne,
+    "lt": sympy.Lt,
+    "le": sympy.Le,
+    "gt": sympy.Gt,
+    "ge": sympy.Ge,
+}
+
+
+@element_of(*(getattr(getattr(aten, n), o) for n in COMPARISONS for o in ("Tensor", "Scalar")))
+def _(node, index, ctx: Lifter) -> Element:
+    compare = COMPARISONS[node.target.__name__.split(".")[0]]
+    operands = [ctx.operand(x, index) for x in node.args[:2]]
+    a, b = map(number, operands)
+    if compare in (sympy.Eq, sympy.Ne) and b in (0, 1):
+        # `mask == 0` of a boolean or of where(c, 1, 0) is the mask's negation.
+        for x in operands[:1]:
+            if x is not a or (isinstance(a, where) and set(a.args[1:]) == {0, 1}):
+                logic = truth(x)
+                wants_true = (compare is sympy.Eq) == (b == 1)
+                return logic if wants_true else sympy.Not(logic)
+    if isinstance(a, where) and b.is_number and all(x.is_number for x in a.args[1:]):
+        condition, yes, no = a.args
+        return _choose(condition, compare(yes, b), compare(no, b))
+    if any(E.S in x.free_symbols and _has_fill(x) for x in (a, b)):
+        raise Opaque(node, "a comparison of masked scores")
+    return compare(a, b)
+
+
+def _has_fill(x: Expr) -> bool:
+    return any(n.is_infinite or abs(n) > 1e3 for n in x.atoms(sympy.Number))
+
+
+def _choose(condition, a, b):
+    return sympy.Or(sympy.And(condition, a), sympy.And(sympy.Not(condition), b))
+
+
+@element_of(aten.isnan.default)
+def _(node, index, ctx: Lifter) -> Element:
+    return sympy.false if not _reads_floats(ctx.broadcast(node.args[0], index), ctx) else _no(node)
+
+
+@element_of(aten.isinf.default)
+def _(node, index, ctx: Lifter) -> Element:
+    x = ctx.broadcast(node.args[0], index)
+    return compare_infinite(x) if not _reads_floats(x, ctx) else _no(node)
+
+
+def compare_infinite(x: Expr) -> Element:
+    if isinstance(x, where):
+        return _choose(x.args[0], compare_infinite(x.args[1]), compare_infinite(x.args[2]))
+    return sympy.true if x.is_infinite else sympy.false
+
+
+def _reads_floats(x: Expr, ctx: Lifter) -> bool:
+    names = {f.func.__name__ for f in x.atoms(sympy.Function)}
+    return E.S in x.free_symbols or bool(names & {"load", "prob", "row_stat"})
+
+
+def _no(node: fx.Node):
+    raise Opaque(node, "whether a loaded value is finite is known only when it runs")
+
+
+def _logic(combine):
+    def rule(node, index, ctx: Lifter) -> Element:
+        operands = [ctx.operand(x, index) for x in node.args[:2]]
+        if not is_bool(node):
+            raise Opaque(node, "bitwise arithmetic of integers")
+        return combine(*map(truth, operands))
+
+    return rule
+
+
+element_of(aten.logical_and.default, aten.bitwise_and.Tensor, aten.bitwise_and.Scalar)(
+    _logic(sympy.And)
+)
+element_of(aten.logical_or.default, aten.bitwise_or.Tensor, aten.bitwise_or.Scalar)(
+    _logic(sympy.Or)
+)
+element_of(aten.logical_xor.default, aten.bitwise_xor.Tensor, aten.bitwise_xor.Scalar)(
+    _logic(lambda a, b: sympy.Or(sympy.And(a, sympy.Not(b)), sympy.And(sympy.Not(a), b)))
+)
+element_of(aten.logical_not.default, aten.bitwise_not.default)(_logic(lambda a: sympy.Not(a)))
+
+
+@element_of(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
+def _(node, index, ctx: Lifter) -> Element:
+    condition, a, b = node.args
+    if is_weight(replaced := without_nan(condition, a, b, index, ctx)):
+        return replaced
+    condition, a, b = (ctx.operand(x, index) for x in (condition, a, b))
+    condition = truth(condition)
+    if is_bool(node):
+        return _choose(condition, truth(a), truth(b))
+    return where(condition, number(a), number(b))
+
+
+@element_of(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+def _(node, index, ctx: Lifter) -> Element:
+    x, condition, value = node.args
+    if is_weight(replaced := without_nan(condition, value, x, index, ctx)):
+        return replaced
+    x, condition, value = (ctx.operand(a, index) for a in (x, condition, value))
+    condition = truth(condition)
+    if is_bool(node):
+        return _choose(condition, truth(value), truth(x))
+    return where(condition, number(value), number(x))
