@@ -4,7 +4,7 @@
     python benchmarks/sm90_backward_dev.py check [NAME ...]     on a Hopper GPU: against float64
     python benchmarks/sm90_backward_dev.py bench [NAME ...]     on a Hopper GPU: against cuDNN SDPA
 
-NAME is part of a form's name. Full numbers go to $OUT (default: the current directory).
+NAME is part of a form's name; EVERY=n checks one in n. Full numbers go to $OUT (default: the current directory).
 """
 
 from __future__ import annotations
@@ -40,15 +40,20 @@ from fa3_compile.lower.kernels.cuda_sm90 import CudaSm90, _keys, _layout
 from fa3_compile.lower.kernels.reference import attention_backward
 from tests.numerics.forms import BY_NAME
 
-DIMS = ((64, 64), (128, 128), (40, 40), (96, 96), (128, 64), (64, 128), (8, 24), (80, 80))
+DIMS = ((64, 64), (128, 128), (256, 256), (40, 40), (96, 96), (128, 64), (64, 128), (8, 24), (80, 80),
+        (192, 128), (160, 160))  # fmt: skip
 EVERYWHERE = ("full", "causal", "window", "softcap", "documents")
 
 
 def needs_of(form, aux) -> list[bool]:
-    """Gradients of q, k, v and of the captured tensors that only sinks read."""
+    """Gradients of q, k, v, of dense inputs, and of captured tensors that only sinks read."""
     spec = form.spec()
+    tile = backward._tile_candidate(spec)
     scored = {x.tensor for x in backward.E.loads_in(spec.score)}
-    return [True] * 3 + [x.is_floating_point() and i not in scored for i, x in enumerate(aux)]
+    wanted = [x.is_floating_point() and i not in scored for i, x in enumerate(aux)]
+    if tile is not None and form.name != "dense bias, fp32":
+        wanted[tile.tensor] = True
+    return [True] * 3 + wanted
 
 
 def asked(check: Check, device: str):
@@ -66,6 +71,7 @@ def checks(wanted: list[str]) -> list[Check]:
                 lengths = LENGTHS[(n + m) % len(LENGTHS)]
                 layout = "bhds" if (n + m) % 7 == 3 else "bshd"
                 found.append(Check(name, dtype, dims, lengths, (1, 2, 4)[(n + m) % 3], layout))
+    found = found[:: int(os.environ.get("EVERY", "1"))]
     return [x for x in found if not wanted or any(part in x.form for part in wanted)]
 
 
@@ -80,7 +86,7 @@ def build(check: Check) -> tuple[Check, str, float]:
     try:
         if torch.cuda.is_available():
             load_first(_keys(problem, layout))
-        key, built = load_first(backward.keys_of(problem, layout.elements, layout.unit))
+        key, built = load_first(backward.keys_of(problem, layout))
     except KernelBuildError as error:
         return check, f"does not build: {error}"[:600], 0.0
     c = key.config
@@ -177,7 +183,7 @@ def bench(wanted: list[str]) -> None:
             continue
         out, lse = kernel.run(problem, q, k, v, aux, ())
         dout = torch.randn_like(out)
-        needs = [True] * 3 + [False] * len(aux)
+        needs = [True] * 3 + [x.dim() == 4 and x.shape[3] > 1 for x in aux]
 
         def ours():
             return backward.run_backward(problem, dout, None, q, k, v, out, lse, aux, (), needs)
@@ -200,7 +206,7 @@ def bench(wanted: list[str]) -> None:
             stream = torch.cuda.current_stream().cuda_stream
             counter = bound._counter(stream)
             addresses = [x.data_ptr() for x in (q, k, v, out, lse, dout)] + [0]
-            addresses += [x.data_ptr() for x in grads] + [counter, scratch.data_ptr(), 0, 0]
+            addresses += [x.data_ptr() for x in grads] + [counter, scratch.data_ptr(), 0, 0, 0]
             addresses += [x.data_ptr() for x in aux]
             parts = [lambda f=f: f(stream, addresses) for f in bound.launches]
         theirs, mine, *of_parts = interleaved([cudnn, ours, *parts])
@@ -222,7 +228,8 @@ def backward_problem(spec, q, k, v, aux):
     from benchmarks.sm90_dev import problem_of
 
     problem = problem_of(spec, q, k, v, aux)
-    return replace(problem, needs_grad=True, aux_needs_grad=(False,) * len(aux))
+    wanted = tuple(x.dim() == 4 and x.shape[3] > 1 for x in aux)
+    return replace(problem, needs_grad=True, aux_needs_grad=wanted)
 
 
 def main() -> None:

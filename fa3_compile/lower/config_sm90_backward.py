@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+SHARED_MEMORY = 232448
+
 
 @dataclass(frozen=True)
 class Sm90BackwardConfig:
@@ -15,14 +17,18 @@ class Sm90BackwardConfig:
     block_m        queries of a step: 64, or 64 for each consumer warpgroup
     block_n        keys of a tile: 64 for each consumer warpgroup
     longest_first  tiles are taken from a counter, the longest first, rather than in order
+    grouped        several query heads share a KV head
     early_values   dV is issued before dS is computed, where registers allow that
+    late_dq        dQ is computed a step later, so that no warpgroup waits for the other's dS
     wide           two warpgroups take a product each of the same 64 keys (head dims beyond 128)
     """
 
     block_m: int
     block_n: int
     longest_first: bool = True
+    grouped: bool = False
     early_values: bool = True
+    late_dq: bool = False
     wide: bool = False
 
     @property
@@ -54,14 +60,43 @@ class Sm90BackwardConfig:
         """The width of Q and K in shared memory."""
         return 64 * self.warpgroups if self.splits_columns else dim_qk
 
+    def shared_memory(self, dim_qk: int, dim_v: int, dense_tile: bool) -> int:
+        """Bytes, as kernels/sm90/backward_block.cuh lays them out."""
+        width = _padded(self.tile_dim(dim_qk)) + _padded(dim_v)
+        panel = 2 * self.block_m * self.block_n
+        scores = panel * (2 if self.wide or self.late_dq else 1) + (8192 if self.wide else 0)
+        dense = 2 * panel if dense_tile else 0
+        return (
+            2 * (self.block_n + 2 * self.block_m) * width
+            + scores
+            + dense
+            + 24 * self.block_m
+            + 1536
+        )
 
-def candidates(dim_qk: int, dim_v: int, masked: bool) -> list[Sm90BackwardConfig]:
-    """What to build, the best first."""
+    def fits(self, dim_qk: int, dim_v: int, dense_tile: bool) -> bool:
+        return self.shared_memory(dim_qk, dim_v, dense_tile) <= SHARED_MEMORY
+
+
+def _padded(dim: int) -> int:
+    return -(-dim // 32) * 32
+
+
+def candidates(
+    dim_qk: int, dim_v: int, masked: bool, grouped: bool, stores_scores: bool = False
+) -> list[Sm90BackwardConfig]:
+    """What to build, the best first.
+
+    stores_scores  dS is the gradient of a dense input, and stored as it is shared
+    """
     if max(dim_qk, dim_v) > 128:
-        return [Sm90BackwardConfig(64, 64, longest_first=masked, wide=True)]
-    rows = (128, 64) if max(dim_qk, dim_v) <= 64 else (64,)
+        return [Sm90BackwardConfig(64, 64, masked, grouped, wide=True)]
+    # (rows, early values, late dQ); at 128 rows early values never fit.
+    found = [(64, True, True), (64, False, True), (64, True, False), (64, False, False)]
+    if max(dim_qk, dim_v) <= 64:
+        found = [(128, False, True), (128, False, False), *found]
     return [
-        Sm90BackwardConfig(block_m, 128, longest_first=masked, early_values=early)
-        for block_m in rows
-        for early in (True, False)
+        Sm90BackwardConfig(rows, 128, masked, grouped, early, late)
+        for rows, early, late in found
+        if not (late and stores_scores)
     ]

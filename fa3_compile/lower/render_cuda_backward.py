@@ -16,9 +16,16 @@ from dataclasses import dataclass
 import sympy
 
 from fa3_compile import resources
-from fa3_compile.lower import hoist
 from fa3_compile.lower.config_sm90_backward import Sm90BackwardConfig
-from fa3_compile.lower.render_cuda import _SITE, _method, _Writer, arrange, named_mask, template
+from fa3_compile.lower.render_cuda import (
+    _SITE,
+    _method,
+    _Writer,
+    arrange,
+    map_kind,
+    named_mask,
+    template,
+)
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.blocks import q_bounds, q_full_bounds
@@ -29,7 +36,12 @@ KV_BEGIN, KV_LAST = sympy.symbols("kv_begin kv_last", integer=True, nonnegative=
 
 @dataclass(frozen=True)
 class CudaBackwardKey:
-    """As CudaKey. `dead_rows`: whether rows without a key have to be found."""
+    """As CudaKey.
+
+    dead_rows      whether rows without a key have to be found
+    tile_gradient  "", or how dS becomes the gradient of the tile's tensor: "store", or "add" where
+                   it broadcasts
+    """
 
     spec: AttentionSpec
     dtype: str
@@ -40,6 +52,7 @@ class CudaBackwardKey:
     unit: tuple[tuple[int, ...], ...] = ()
     dead_rows: bool = False
     tile: int | None = None
+    tile_gradient: str = ""
 
     def source(self) -> str:
         """The kernels' text. UnprintableError or TypeError where there is none."""
@@ -49,7 +62,7 @@ class CudaBackwardKey:
     def digest(self) -> str:
         """Names the kernels on disk; other sources of ours give another name."""
         rest = (self.dtype, self.dim_qk, self.dim_v, self.config, self.elements, self.unit)
-        fields = ("backward", str(self.spec), rest, self.dead_rows, self.tile)
+        fields = ("backward", str(self.spec), rest, self.dead_rows, self.tile, self.tile_gradient)
         return hashlib.sha256(repr((fields, resources.source_hash())).encode()).hexdigest()[:24]
 
 
@@ -60,6 +73,11 @@ def slope(score: E.Expr) -> tuple[float, E.Expr]:
     return (float(factor), rest) if rest != 0 else (0.0, sympy.S.One)
 
 
+def query_map_kind(spec: AttentionSpec, grouped: bool) -> str:
+    """As map_kind; heads that share a KV head share its list too."""
+    return "" if grouped and E.H in spec.mask.free_symbols else map_kind(spec)
+
+
 def render_backward(key: CudaBackwardKey) -> str:
     """The kernels' source."""
     writer = _BackwardWriter(key)
@@ -68,6 +86,7 @@ def render_backward(key: CudaBackwardKey) -> str:
         dtype=key.dtype,
         dim_qk=key.dim_qk,
         dim_v=key.dim_v,
+        block_map=query_map_kind(key.spec, key.config.grouped),
         aux_fields="\n".join(writer.aux_members()),
         variant="\n".join(writer.variant()),
     )
@@ -78,12 +97,19 @@ def render_backward(key: CudaBackwardKey) -> str:
 class _BackwardWriter(_Writer):
     """Prints the forward's hooks, and what PlainBackward adds to them."""
 
+    key: CudaBackwardKey  # pyright: ignore[reportIncompatibleVariableOverride]
+
     def __init__(self, key: CudaBackwardKey) -> None:
-        super().__init__(key)
+        super().__init__(key)  # pyright: ignore[reportArgumentType]
         self.names |= {"kv_last": "(kv_end - 1)"}
 
     def variant(self) -> list[str]:
-        body = [*self.score(arrange(self.spec.score)), *self.mask(), *self.derivative()]
+        body = [
+            *self.score(arrange(self.spec.score)),
+            *self.mask(),
+            *self.weight(),
+            *self.derivative(),
+        ]
         return [*self.structs(), *body]
 
     def derivative(self) -> list[str]:
@@ -94,11 +120,22 @@ class _BackwardWriter(_Writer):
         if rest != 1:
             lines += ["static constexpr bool kDerivative = true;"]
             site = "float s, " + _SITE["element"]
-            lines += self.element_method("float", "derivative", site, rest, tile=False)
+            lines += self.element_method("float", "derivative", site, rest)
+        if self.key.tile is not None:
+            site = _SITE["element"]
+            [load] = [x for x in E.loads_in(self.spec.score) if x.tensor == self.key.tile]
+            lines += self.element_method("float", "dense", site, load, tile=False)
+        if self.key.tile_gradient:
+            lines += ["static constexpr bool kTileGradient = true;"]
+        if self.key.tile_gradient == "add":
+            lines += ["static constexpr bool kTileSum = true;"]
         return lines
 
     def blocks(self) -> list[str]:
-        """The query blocks of a KV block, where they are known in closed form."""
+        """The query blocks of a KV block: listed before the launch, or in closed form."""
+        if kind := query_map_kind(self.spec, self.key.config.grouped):
+            intervals = self.intervals() if kind == "Interval" else []
+            return ["static constexpr bool kBlockMap = true;", *intervals]
         mask = named_mask(self.spec)
         bounds = (*q_bounds(mask, KV_BEGIN, KV_LAST), *q_full_bounds(mask, KV_BEGIN, KV_LAST))
         texts = ", ".join(f"int({self.query_bound(x)})" for x in bounds)

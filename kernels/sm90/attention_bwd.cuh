@@ -13,13 +13,15 @@
 namespace fa3 {
 
 // BlockM is 64, and the warpgroups share out the columns of dQ; or 64 for each of them, and they
-// share out its rows. EarlyValues issues dV while dS is computed, where registers allow that.
+// share out its rows. EarlyValues issues dV while dS is computed, where registers allow that. LateDq
+// computes dQ a step later, so that no warpgroup waits for the other's dS.
 template <class DtypeT, int DimQK, int DimV, int BlockM_, int BlockN_, bool LongestFirst_,
-          bool EarlyValues_>
+          bool Grouped_, bool EarlyValues_, bool LateDq_>
 struct BackwardConfig {
   using Dtype = DtypeT;
   static constexpr int kDimQK = DimQK, kDimV = DimV, kBlockM = BlockM_, kBlockN = BlockN_;
-  static constexpr bool kLongestFirst = LongestFirst_, kEarlyValues = EarlyValues_;
+  static constexpr bool kLongestFirst = LongestFirst_, kGrouped = Grouped_;
+  static constexpr bool kEarlyValues = EarlyValues_, kLateDq = LateDq_;
   static constexpr int kWarpgroups = BlockN_ / 64;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 24;
@@ -30,7 +32,7 @@ struct BackwardConfig {
   static constexpr int kSumThreads = 128 * kWarpgroups;
   static constexpr int kSumFloats = kSumThreads * kFirstColumns / 2;
   static constexpr int kTileDimQK = kSplitColumns ? 64 * kWarpgroups : DimQK;
-  static constexpr int kScoreStages = 1, kScoreWarps = 4 * kWarpgroups, kWeightBytes = 0;
+  static constexpr int kScoreStages = LateDq_ ? 2 : 1, kScoreWarps = 4 * kWarpgroups, kWeightBytes = 0;
   FA3_DEVICE static int key_row(int warpgroup) { return 64 * warpgroup; }
   FA3_DEVICE static int sum_row(int part) { return kSplitColumns ? 0 : 64 * part; }
   FA3_DEVICE static int sum_column(int part) { return kSplitColumns ? 64 * part : 0; }
@@ -47,9 +49,14 @@ struct AttentionBackward : BackwardBlock<Config, Variant> {
   using Block::barrier, Block::kM, Block::kN, Block::o_tile, Block::p, Block::q_tile,
       Block::release, Block::shared;
   static constexpr int kColumns = Config::kFirstColumns;
+  using ScorePipe = PipelineState<Config::kScoreStages>;
+  static_assert(!(Variant::kTileGradient && Config::kLateDq), "dS is stored as it is shared");
 
   // Row terms of dS are loaded under dP where there are registers for them.
   static constexpr bool kEarlyRows = kM == 64;
+  // Additions to dQ, eight columns each, that are made under dK rather than under the next scores:
+  // all at once fill the queue of the load-store unit.
+  static constexpr int kEarlyAdds = Config::kSplitColumns ? 6 : 0;
 
   // dS^T in place of dP^T, from P^T.
   FA3_DEVICE void differentiate(const Consumer& c, const float (&weights)[kM / 2],
@@ -74,30 +81,25 @@ struct AttentionBackward : BackwardBlock<Config, Variant> {
                           int block, bool masked) const {
     wgmma_pin(s);
     this->issue_dp(c, dp, 64 * c.warpgroup);
-    if constexpr (Variant::kDerivative) {
+    if constexpr (Block::kTogether) {
       wgmma_wait<0>();
       wgmma_pin(dp);
     }
     if (masked) this->template weigh<true, true>(c, t, s, dp, lse, block);
     else this->template weigh<false, true>(c, t, s, dp, lse, block);
     Block::pack_all(weights, s);
-    if constexpr (!Variant::kDerivative) {
+    if constexpr (!Block::kTogether) {
       if constexpr (kEarlyRows) this->load_rows(c, 1, delta);
       wgmma_wait<0>();
       wgmma_pin(dp);
     }
   }
 
-  // Columns past the head dim are no part of the sums.
-  FA3_DEVICE void add_part(const Consumer& c, const float (&dq)[kColumns / 2], int block) const {
-    this->template add_dq<kColumns>(c, dq, block);
-  }
-
   FA3_DEVICE void attend(Consumer& c, const TileCoord& tile, const QuerySequence& seq) const {
     TileTerms t = this->terms(c, tile);
     int sums = this->block_index(0, t.at.head, tile.batch);
-    int block = seq.first, last = seq.first + seq.count - 1;
-    int left = seq.count * p.group;
+    int i = 0, block = seq.block(0);
+    int left = this->steps(seq);
     float s[kM / 2], dp[kM / 2];
     float dk[Config::kDimQK / 2], dv[Config::kDimV / 2];
     uint32_t weights[kM / 4];
@@ -109,54 +111,84 @@ struct AttentionBackward : BackwardBlock<Config, Variant> {
     mbarrier_wait(barrier(Block::kKVFull), c.kv.parity());
     this->wait_full(c);
     this->issue_scores(c, s, 64 * c.warpgroup);
-    this->load_rows(c, 0, lse);
+    this->load_lse(c, lse);
     wgmma_wait<0>();
     float dq[kColumns / 2];
-    uint32_t scores = shared + Block::kAtScores;
     int column = 0;
     if constexpr (Config::kSplitColumns) column = 64 * c.warpgroup;
-    uint32_t own_scores = scores;
-    if constexpr (!Config::kSplitColumns) own_scores += c.warpgroup * Block::kScorePanelBytes;
+    int own_rows = Block::kAtScores + (Config::kSplitColumns ? 0 : c.warpgroup * 64 * 128);
+    int previous = -1;  // the sums that dQ of the step before goes to, once there is one
     for (;;) {
       uint32_t ds[kM / 4];
-      prepare(c, t, s, dp, weights, lse, delta, block, seq.masked(block));
+      prepare(c, t, s, dp, weights, lse, delta, block, seq.masked(i, block));
       if constexpr (Config::kEarlyValues)
         Block::template issue_outer<OTile, Config::kDimV>(dv, weights, o_tile(c));
-      if constexpr (!Variant::kDerivative) differentiate(c, s, dp, delta);
+      if constexpr (!Block::kTogether) differentiate(c, s, dp, delta);
       Block::pack_all(ds, dp);
       if constexpr (!Config::kEarlyValues)
         Block::template issue_outer<OTile, Config::kDimV>(dv, weights, o_tile(c));
-      mbarrier_wait(barrier(Block::kScoresEmpty), ~c.at.passed & 1);
-      Block::share(c, ds, scores, 64 * c.warpgroup);
-      release(Block::kScoresFull, c.lane);
+      ScorePipe written{c.at.passed}, read{c.at.passed - (Config::kLateDq ? 1 : 0)};
+      mbarrier_wait(barrier(Block::kScoresEmpty + written.stage()), written.parity() ^ 1);
+      this->share(c, ds, Block::kAtScores + written.stage() * Block::kScoreBytes);
+      release(Block::kScoresFull + written.stage(), c.lane);
       wgmma_wait<0>();
       wgmma_hold(weights);
-      Block::template issue_outer<QTile, Config::kDimQK>(dk, ds, q_tile(c));
-      mbarrier_wait(barrier(Block::kScoresFull), c.at.passed & 1);
-      this->template issue_dq<kColumns>(dq, own_scores, column);
-      wgmma_wait<0>();
-      wgmma_pin(dq);
+      // At first there may be no dS to read: the product of what lies there is not used.
+      if constexpr (!Config::kLateDq) previous = sums + block;
+      bool any = !Config::kLateDq || previous >= 0;
+      uint32_t scores = shared + own_rows + read.stage() * Block::kScoreBytes;
+      if constexpr (kEarlyAdds == 0)
+        Block::template issue_outer<QTile, Config::kDimQK>(dk, ds, q_tile(c));
+      if (any) mbarrier_wait(barrier(Block::kScoresFull + read.stage()), read.parity());
+      if (Variant::kTileGradient && threadIdx.x == 128)
+        this->store_tile(Block::kAtScores, tile.query_block, block, t.at);
+      if constexpr (kEarlyAdds > 0) {
+        this->template issue_dq<kColumns>(dq, scores, column);
+        Block::template issue_outer<QTile, Config::kDimQK>(dk, ds, q_tile(c));
+        wgmma_wait<1>();
+        wgmma_pin(dq);
+        if (any) this->template add_dq<kColumns, 0, kEarlyAdds>(c, dq, previous);
+        wgmma_wait<0>();
+      } else {
+        this->template issue_dq<kColumns>(dq, scores, column);
+        wgmma_wait<0>();
+        wgmma_pin(dq);
+      }
       wgmma_hold(ds);
       __syncwarp();
       if (c.lane == 0) {
+        if (Variant::kTileGradient && c.warpgroup == 0) bulk_wait_read();
         mbarrier_arrive(barrier(Block::kEmpty + c.at.stage()));
-        mbarrier_arrive(barrier(Block::kScoresEmpty));
+        if (any) mbarrier_arrive(barrier(Block::kScoresEmpty + read.stage()));
       }
       c.at.advance();
       if (--left == 0) break;
       this->wait_full(c);
       this->issue_scores(c, s, 64 * c.warpgroup);
-      this->load_rows(c, 0, lse);
-      add_part(c, dq, sums + block);
+      this->load_lse(c, lse);
+      if (any) this->template add_dq<kColumns, kEarlyAdds, kColumns / 8>(c, dq, previous);
       wgmma_wait<0>();
-      if (block++ == last) {
-        block = seq.first;
+      if constexpr (Config::kLateDq) previous = sums + block;
+      if (++i == seq.count && Config::kGrouped) {
+        i = 0;
         sums += p.query_blocks;
         ++t.at.head;
         Block::refresh(t);
       }
+      block = seq.block(i);
     }
-    add_part(c, dq, sums + block);
+    if (previous >= 0)
+      this->template add_dq<kColumns, kEarlyAdds, kColumns / 8>(c, dq, previous);
+    if constexpr (Config::kLateDq) {
+      ScorePipe read{c.at.passed - 1};
+      mbarrier_wait(barrier(Block::kScoresFull + read.stage()), read.parity());
+      this->template issue_dq<kColumns>(
+          dq, shared + own_rows + read.stage() * Block::kScoreBytes, column);
+      wgmma_wait<0>();
+      wgmma_pin(dq);
+      release(Block::kScoresEmpty + read.stage(), c.lane);
+      this->template add_dq<kColumns>(c, dq, sums + block);
+    }
     release(Block::kKVEmpty, c.lane);
     c.kv.advance();
     wgmma_pin(dk);
@@ -171,11 +203,11 @@ struct AttentionBackward : BackwardBlock<Config, Variant> {
     for (;;) {
       TileCoord tile = tiles.receive();
       if (tile.query_block < 0) break;
-      QuerySequence seq =
-          query_sequence<Variant, kM, kN>(this->site(tile), tile.query_block);
+      QuerySequence seq = this->sequence(tile);
       if (seq.count > 0) attend(c, tile, seq);
       else this->store_zeros(tile);
     }
+    if (Variant::kTileGradient) bulk_wait();
   }
 
   FA3_DEVICE static void run(const Params& p) {

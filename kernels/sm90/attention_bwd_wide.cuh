@@ -9,11 +9,11 @@
 
 namespace fa3 {
 
-template <class DtypeT, int DimQK, int DimV, bool LongestFirst_>
+template <class DtypeT, int DimQK, int DimV, bool LongestFirst_, bool Grouped_>
 struct WideBackwardConfig {
   using Dtype = DtypeT;
   static constexpr int kDimQK = DimQK, kDimV = DimV, kBlockM = 64, kBlockN = 64;
-  static constexpr bool kLongestFirst = LongestFirst_;
+  static constexpr bool kLongestFirst = LongestFirst_, kGrouped = Grouped_;
   static constexpr int kWarpgroups = 2;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
@@ -75,23 +75,24 @@ struct WideAttentionBackward : BackwardBlock<Config, Variant> {
                                  const QuerySequence& seq) const {
     TileTerms t = this->terms(c, tile);
     int sums = this->block_index(0, t.at.head, tile.batch);
-    int block = seq.first, last = seq.first + seq.count - 1;
+    int i = 0;
     int before = -1;
     float dv[Config::kDimV / 2];
 #pragma unroll
     for (int i = 0; i < Config::kDimV / 2; ++i) dv[i] = 0.0f;
     mbarrier_wait(barrier(Block::kKVFull), c.kv.parity());
 #pragma unroll 1
-    for (int left = seq.count * p.group; left > 0; --left) {
+    for (int left = this->steps(seq); left > 0; --left) {
       float s[kM / 2], slopes[kM / 2], dq[Config::kFirstColumns / 2];
       uint32_t weights[kM / 4];
       RowValues lse;
       this->wait_full(c);
       this->issue_scores(c, s, 0);
-      this->load_rows(c, 0, lse);
+      this->load_lse(c, lse);
       wgmma_wait<0>();
       wgmma_pin(s);
-      if (seq.masked(block)) this->template weigh<true, false>(c, t, s, slopes, lse, block);
+      int block = seq.block(i);
+      if (seq.masked(i, block)) this->template weigh<true, false>(c, t, s, slopes, lse, block);
       else this->template weigh<false, false>(c, t, s, slopes, lse, block);
       Block::pack_all(weights, s);
       if constexpr (Variant::kDerivative) {
@@ -117,8 +118,8 @@ struct WideAttentionBackward : BackwardBlock<Config, Variant> {
       }
       c.at.advance();
       before = sums + block;
-      if (block++ == last) {
-        block = seq.first;
+      if (++i == seq.count && Config::kGrouped) {
+        i = 0;
         sums += p.query_blocks;
         ++t.at.head;
         Block::refresh(t);
@@ -140,17 +141,19 @@ struct WideAttentionBackward : BackwardBlock<Config, Variant> {
   // The warpgroup of dS and dK.
   FA3_DEVICE void attend_scores(Consumer& c, const TileCoord& tile,
                                 const QuerySequence& seq) const {
-    int sums = this->block_index(0, tile.head * p.group, tile.batch);
-    int block = seq.first, last = seq.first + seq.count - 1;
+    typename Block::At at = this->site(tile);
+    int sums = this->block_index(0, at.head, tile.batch);
+    int i = 0;
     float dk[Config::kDimQK / 2];
 #pragma unroll
     for (int i = 0; i < Config::kDimQK / 2; ++i) dk[i] = 0.0f;
     mbarrier_wait(barrier(Block::kKVFull), c.kv.parity());
 #pragma unroll 1
-    for (int left = seq.count * p.group; left > 0; --left) {
+    for (int left = this->steps(seq); left > 0; --left) {
       float dp[kM / 2], dq[Config::kLastColumns / 2];
       uint32_t weights[kM / 4], ds[kM / 4];
       RowValues delta;
+      int block = seq.block(i);
       this->wait_full(c);
       this->issue_dp(c, dp, 0);
       this->load_rows(c, 1, delta);
@@ -166,24 +169,28 @@ struct WideAttentionBackward : BackwardBlock<Config, Variant> {
       }
       int stage = c.at.stage();
       mbarrier_wait(barrier(Block::kScoresEmpty + stage), c.at.parity() ^ 1);
-      Block::share(c, ds, scores(c.at), 0);
+      this->share(c, ds, Block::kAtScores + stage * Block::kScoreBytes);
       release(Block::kScoresFull + stage, c.lane);
       Block::template issue_outer<QTile, Config::kDimQK>(dk, ds, q_tile(c));
       mbarrier_wait(barrier(Block::kScoresFull + stage), c.at.parity());
+      if (Variant::kTileGradient && threadIdx.x == 256)
+        this->store_tile(Block::kAtScores + stage * Block::kScoreBytes, tile.query_block, block, at);
       this->template issue_dq<Config::kLastColumns>(dq, scores(c.at), Config::kFirstColumns);
       wgmma_wait<0>();
       wgmma_pin(dq);
       wgmma_hold(ds);
       __syncwarp();
       if (c.lane == 0) {
+        if (Variant::kTileGradient) bulk_wait_read();
         mbarrier_arrive(barrier(Block::kEmpty + stage));
         mbarrier_arrive(barrier(Block::kScoresEmpty + stage));
       }
       this->template add_dq<Config::kLastColumns>(c, dq, sums + block);
       c.at.advance();
-      if (block++ == last) {
-        block = seq.first;
+      if (++i == seq.count && Config::kGrouped) {
+        i = 0;
         sums += p.query_blocks;
+        ++at.head;
       }
     }
     release(Block::kKVEmpty, c.lane);
@@ -197,7 +204,7 @@ struct WideAttentionBackward : BackwardBlock<Config, Variant> {
     for (;;) {
       TileCoord tile = tiles.receive();
       if (tile.query_block < 0) break;
-      QuerySequence seq = query_sequence<Variant, kM, kN>(this->site(tile), tile.query_block);
+      QuerySequence seq = this->sequence(tile);
       if (seq.count > 0) {
         if (c.warpgroup == 0) attend_weights(c, tile, seq);
         else attend_scores(c, tile, seq);
@@ -206,6 +213,7 @@ struct WideAttentionBackward : BackwardBlock<Config, Variant> {
         this->store_zeros(tile);
       }
     }
+    if (Variant::kTileGradient) bulk_wait();
   }
 
   FA3_DEVICE static void run(const Params& p) {

@@ -13,14 +13,16 @@ namespace fa3 {
 
 template <class AuxT>
 struct BackwardParams {
-  TensorMap q, k, v, dout;
+  TensorMap q, k, v, dout, tile, dtile;
   float* dq_sums;
   const float* rows;
   char *dk, *dv;
   RowStrides dk_at, dv_at;
   TileOrder order;  // its query blocks are KV blocks here, its heads KV heads
+  BlockMap map;     // of the query blocks of each KV block
   int group, queries, keys;
   int query_blocks;
+  int tile_batch, tile_head;  // 1, or 0 where the dense input broadcasts
   AuxT aux;
 };
 
@@ -40,21 +42,27 @@ struct BackwardBlock {
   using KTile = OperandTile<Config::kTileDimQK, kN>;
   using VTile = OperandTile<Config::kDimV, kN>;
 
-  // dS^T in shared memory: panels of 64 queries, rows of a key each.
-  static constexpr int kScorePanelBytes = kN * 128;
-  static constexpr int kScoreBytes = kM / 64 * kScorePanelBytes;
+  // dS in shared memory, and the dense (q, kv) input of a 16-bit type: panels of 64 keys, rows of a
+  // query each.
+  static constexpr int kPanelBytes = kM * 128;
+  static constexpr int kScoreBytes = kN / 64 * kPanelBytes;
+  static constexpr int kDenseBytes = Variant::kDenseTile ? kScoreBytes : 0;
   static constexpr int kRowBytes = 4 * kRowTerms<Variant> * kM;
+
+  // Whether dS is computed with P, not after it: from what both need of an element.
+  static constexpr bool kTogether = Variant::kDerivative || Variant::kWeight;
 
   // A stage holds a query block's Q, dO and row terms.
   static constexpr int kStages = 2;
   using Pipe = PipelineState<kStages>;
-  static constexpr int kStageBytes = QTile::kBytes + OTile::kBytes + kRowBytes;
+  static constexpr int kStageBytes = QTile::kBytes + OTile::kBytes + kDenseBytes + kRowBytes;
 
   static constexpr int kAtK = 0;
   static constexpr int kAtV = kAtK + KTile::kBytes;
   static constexpr int kAtQ = kAtV + VTile::kBytes;
   static constexpr int kAtO = kAtQ + kStages * QTile::kBytes;
-  static constexpr int kAtScores = kAtO + kStages * OTile::kBytes;
+  static constexpr int kAtDense = kAtO + kStages * OTile::kBytes;
+  static constexpr int kAtScores = kAtDense + kStages * kDenseBytes;
   static constexpr int kAtWeights = kAtScores + Config::kScoreStages * kScoreBytes;
   static constexpr int kAtRows = kAtWeights + Config::kWeightBytes;
   static constexpr int kAtBarriers = kAtRows + kStages * kRowBytes;
@@ -86,6 +94,15 @@ struct BackwardBlock {
     return (batch * (p.order.heads * p.group) + head) * p.query_blocks + block;
   }
 
+  FA3_DEVICE QuerySequence sequence(const TileCoord& tile) const {
+    return query_sequence<Variant, kM, kN>(site(tile), p.map, tile.query_block);
+  }
+
+  // Query blocks of all heads of the group.
+  FA3_DEVICE int steps(const QuerySequence& seq) const {
+    return Config::kGrouped ? seq.count * p.group : seq.count;
+  }
+
   FA3_DEVICE TileRing ring() const {
     return {shared + kAtTiles, barrier(kTileFull), barrier(kTileEmpty)};
   }
@@ -106,7 +123,7 @@ struct BackwardBlock {
 
   // ---- producer: one thread ----
 
-  FA3_DEVICE void load(Pipe at, int block, int head, int batch) const {
+  FA3_DEVICE void load(Pipe at, int block, int head, int batch, int kv_block) const {
     mbarrier_wait(barrier(kEmpty + at.stage()), at.parity() ^ 1);
     uint32_t full = barrier(kFull + at.stage());
     mbarrier_expect(full, kStageBytes);
@@ -114,6 +131,13 @@ struct BackwardBlock {
                 head, batch);
     OTile::load(shared + kAtO + at.stage() * OTile::kBytes, p.dout, full, kEvictLast, block * kM,
                 head, batch);
+    if constexpr (Variant::kDenseTile) {
+#pragma unroll
+      for (int i = 0; i < kN / 64; ++i)
+        tma_load(shared + kAtDense + at.stage() * kDenseBytes + i * kPanelBytes, p.tile, full,
+                 kEvictFirst, kv_block * kN + i * 64, block * kM, head * p.tile_head,
+                 batch * p.tile_batch);
+    }
     bulk_load(shared + kAtRows + at.stage() * kRowBytes,
               p.rows + static_cast<int64_t>(block_index(block, head, batch)) * (kRowBytes / 4),
               kRowBytes, full);
@@ -132,10 +156,17 @@ struct BackwardBlock {
         if (Config::kLongestFirst)
           tile.query_block = p.order.query_blocks - 1 - tile.query_block;
       }
+      // Batches that share a dense input take turns, so that it is read once.
+      if (Variant::kDenseTile && more && p.tile_batch == 0) {
+        int batches = p.order.tiles / (p.order.query_blocks * p.order.heads);
+        int flat = tile.batch * p.order.heads + tile.head;
+        tile.head = flat / batches;
+        tile.batch = flat % batches;
+      }
       tiles.publish(tile);
       if (!more) break;
       queue.take(p.order);
-      QuerySequence seq = query_sequence<Variant, kM, kN>(site(tile), tile.query_block);
+      QuerySequence seq = sequence(tile);
       if (seq.count == 0) continue;
       mbarrier_wait(barrier(kKVEmpty), kv.parity() ^ 1);
       uint32_t full = barrier(kKVFull);
@@ -147,8 +178,8 @@ struct BackwardBlock {
       kv.advance();
       for (int head = tile.head * p.group; head < (tile.head + 1) * p.group; ++head) {
 #pragma unroll 1
-        for (int block = seq.first; block < seq.first + seq.count; ++block) {
-          load(at, block, head, tile.batch);
+        for (int i = 0; i < seq.count; ++i) {
+          load(at, seq.block(i), head, tile.batch, tile.query_block);
           at.advance();
         }
       }
@@ -167,10 +198,17 @@ struct BackwardBlock {
     At at;
     typename Variant::Head head;
     typename Variant::Col col[2];
-    int kv[2];  // past the last key: the last
+    int first_kv;  // of this thread's two, eight apart
     bool exists[2], inside[2];  // whether it is a key, and one that the column mask allows
     float scale, slope;
   };
+
+  // One of this thread's two keys; past the last key that one, where the variant reads it.
+  FA3_DEVICE static int key(const TileTerms& t, int r) {
+    int kv = t.first_kv + 8 * r;
+    bool read = Variant::kScore || Variant::kMask || Variant::kColumnMask || Variant::kDerivative;
+    return read ? min(kv, t.at.keys - 1) : kv;
+  }
 
   FA3_DEVICE static Consumer consumer() {
     return {__shfl_sync(~0u, static_cast<int>(threadIdx.x / 128) - 1, 0),
@@ -237,13 +275,14 @@ struct BackwardBlock {
   // Some rows and columns of dQ = dS K; left running.
   template <int Columns>
   FA3_DEVICE void issue_dq(float (&dq)[Columns / 2], uint32_t scores, int column) const {
-    uint32_t a = Descriptor<128>::low(scores, kScorePanelBytes);
+    uint32_t a = Descriptor<128>::low(scores, 16);
     uint32_t b = KTile::Desc::low(
         shared + kAtK + column / KTile::kPanelColumns * KTile::kPanelBytes, KTile::kPanelBytes);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kN / 16; ++i)
-      Wgmma<Dtype, Columns>::tt(dq, Descriptor<128>::make(a + i * 16 * 128 / 16),
+      Wgmma<Dtype, Columns>::st(dq,
+                                Descriptor<128>::make(a + (i / 4 * kPanelBytes + i % 4 * 32) / 16),
                                 KTile::Desc::make(b + i * 16 * KTile::kSwizzle / 16), i > 0);
     wgmma_commit();
   }
@@ -253,64 +292,100 @@ struct BackwardBlock {
   FA3_DEVICE uint32_t row_address(const Consumer& c, int term) const {
     return shared + kAtRows + c.at.stage() * kRowBytes + 4 * kM * term + 16 * (c.lane % 4);
   }
+  // The LSE is loaded under the scores, unless both S^T and dP^T are there at once.
+  static constexpr bool kEarlyLse = !kTogether;
+  FA3_DEVICE void load_lse(const Consumer& c, RowValues& x) const {
+    if constexpr (kEarlyLse) load_rows(c, 0, x);
+  }
   FA3_DEVICE void load_rows(const Consumer& c, int term, RowValues& x) const {
 #pragma unroll
     for (int i = 0; i < kM / 16; ++i) load_shared(x + 4 * i, row_address(c, term) + 64 * i);
   }
 
-  // P^T of one query block in place of S^T. Where the derivative is not constant: Fused puts dS^T in
-  // place of dP^T, otherwise P^T times the derivative goes there.
+  // uniform(seed, b, h, q, kv) of four columns from `q` of each of this thread's rows. Four lanes
+  // have the keys that a Philox call gives words for: each calls for one of the columns.
+  FA3_DEVICE static void draw(const Consumer& c, const TileTerms& t, int q, float (&numbers)[2][4]) {
+    int64_t seed = Variant::seed(t.at, t.head);
+    int own = c.lane / 4 % 4;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      RandomWords x = philox(seed, t.at.batch, t.at.head, q + own / 2 * 8 + own % 2,
+                             (t.first_kv + 8 * r) / 4);
+      lane_transpose(x.word, own, 4);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) numbers[r][i] = unit_interval(x.word[i]);
+    }
+  }
+
+  // P^T of one query block, times its factor, in place of S^T. Where both are computed together:
+  // Fused puts dS^T in place of dP^T, otherwise P^T times the derivative goes there.
   template <bool Masked, bool Fused>
   FA3_DEVICE void weigh(const Consumer& c, const TileTerms& t, float (&s)[kM / 2],
                         float (&dp)[kM / 2], const RowValues& lse, int block) const {
-    constexpr bool clamped = Masked || Variant::kScore;
+    constexpr bool clamped = Masked || Variant::kScore || Variant::kWeight;
     int q0 = block * kM + 2 * (c.lane % 4);
-    RowValues delta, norm;
-    if constexpr (Variant::kDerivative && Fused) load_rows(c, 1, delta);
-    if constexpr (Variant::kWideScores) load_rows(c, 2, norm);
     float base[2] = {0.0f, 0.0f};
     if constexpr (Variant::kAffine) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) base[r] = t.slope * static_cast<float>(t.kv[r] - q0);
+      for (int r = 0; r < 2; ++r) base[r] = t.slope * static_cast<float>(key(t, r) - q0);
     }
+    float late_lse[4], delta[4], norm[4];
+    uint32_t dense[4];
+    float numbers[2][4];
 #pragma unroll
     for (int j = 0; j < kM / 8; ++j) {
+      if (j % 2 == 0) {
+        if constexpr (!kEarlyLse) load_shared(late_lse, row_address(c, 0) + 32 * j);
+        if constexpr (Variant::kUniform) draw(c, t, q0 + 8 * j, numbers);
+        if constexpr (kTogether && Fused) load_shared(delta, row_address(c, 1) + 32 * j);
+        if constexpr (Variant::kDenseTile)
+          load_transposed(dense, piece(c, kAtDense + c.at.stage() * kDenseBytes, j / 2));
+        if constexpr (Variant::kWideScores) load_shared(norm, row_address(c, 2) + 32 * j);
+      }
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         int q = q0 + 8 * j + e;
         if constexpr (clamped) q = min(q, p.queries - 1);
         auto row = Variant::row(t.at, t.head, q);
-        float offset = lse[2 * j + e];
+        float offset = kEarlyLse ? lse[2 * j + e] : late_lse[j % 2 * 2 + e];
         if constexpr (Variant::kAffine)
           offset = fmaf(t.slope * t.scale, static_cast<float>(8 * j + e), offset);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           int i = 4 * j + 2 * r + e;
-          float x = s[i];
+          float x = s[i], extra = 0.0f;
           float d = 1.0f;
+          if constexpr (Variant::kDenseTile) {
+            float2 pair = unpack<typename Variant::TileDtype>(dense[j % 2 * 2 + r]);
+            extra = e == 0 ? pair.x : pair.y;
+          }
           if constexpr (Variant::kDerivative)
-            d = Variant::derivative(x, t.at, t.head, row, t.col[r], q, t.kv[r], 0.0f);
+            d = Variant::derivative(x, t.at, t.head, row, t.col[r], q, key(t, r), extra);
           if constexpr (Variant::kScore)
-            x = Variant::score(x, t.at, t.head, row, t.col[r], q, t.kv[r], 0.0f);
+            x = Variant::score(x, t.at, t.head, row, t.col[r], q, key(t, r), extra);
           if constexpr (Variant::kAffine) x += base[r];
           float exponent = fmaf(x, t.scale, -offset);
           if constexpr (Variant::kWideScores)
-            exponent = fmaf(x - offset, t.scale, -norm[2 * j + e]);
+            exponent = fmaf(x - offset, t.scale, -norm[j % 2 * 2 + e]);
           float weight = exp2_approx(exponent);
           if constexpr (Masked) {
             bool seen = t.inside[r];
             if constexpr (Variant::kRowEnd)
-              seen = seen && t.kv[r] < Variant::row_end(t.at, t.head, row, q);
+              seen = seen && key(t, r) < Variant::row_end(t.at, t.head, row, q);
             if constexpr (Variant::kRowBegin)
-              seen = seen && t.kv[r] >= Variant::row_begin(t.at, t.head, row, q);
+              seen = seen && key(t, r) >= Variant::row_begin(t.at, t.head, row, q);
             if constexpr (Variant::kMask)
-              seen = seen && Variant::mask(t.at, t.head, row, t.col[r], q, t.kv[r], 0.0f);
+              seen = seen && Variant::mask(t.at, t.head, row, t.col[r], q, key(t, r), 0.0f);
             if (!seen) weight = 0.0f;
           }
-          s[i] = weight;
-          if constexpr (Variant::kDerivative) {
+          float factor = 1.0f;
+          if constexpr (Variant::kWeight)
+            factor = Variant::weight(t.at, t.head, row, t.col[r], q, key(t, r),
+                                     Variant::kUniform ? numbers[r][j % 2 * 2 + e] : 0.0f);
+          s[i] = weight * factor;
+          if constexpr (kTogether) {
             float ds = weight * d;
-            if constexpr (Fused) ds *= dp[i] - delta[2 * j + e];
+            if constexpr (Fused) ds *= dp[i] * factor - delta[j % 2 * 2 + e];
             if constexpr (Masked) ds = weight == 0.0f ? 0.0f : ds;
             dp[i] = ds;
           }
@@ -324,41 +399,49 @@ struct BackwardBlock {
     for (int i = 0; i < kM / 4; ++i) to[i] = pack<Dtype>(x[2 * i], x[2 * i + 1]);
   }
 
-  // This warpgroup's keys of dS^T, for all of them to multiply with K.
-  FA3_DEVICE static void share(const Consumer& c, const uint32_t (&ds)[kM / 4], uint32_t scores,
-                               int first_row) {
+  // Where this lane's row of sixteen queries by sixteen keys lies in panels at `offset`: one of four
+  // 8x8 tiles, as this warp's part of a transposed accumulator is stored and loaded.
+  FA3_DEVICE uint32_t piece(const Consumer& c, int offset, int sixteen) const {
     int matrix = c.lane / 8, line = c.lane % 8;
-    int row = first_row + threadIdx.x / 32 % 4 * 16 + matrix % 2 * 8 + line;
-    uint32_t to = scores + row * 128;
+    int keys = Config::key_row(c.warpgroup) / 8 + threadIdx.x / 32 % 4 * 2 + matrix % 2;
+    return shared + offset + keys / 8 * kPanelBytes +
+           (16 * sixteen + matrix / 2 * 8 + line) * 128 + ((keys % 8 ^ line) << 4);
+  }
+
+  // This warpgroup's keys of dS, at `offset`, for all of them to multiply with K.
+  FA3_DEVICE void share(const Consumer& c, const uint32_t (&ds)[kM / 4], int offset) const {
 #pragma unroll
-    for (int i = 0; i < kM / 16; ++i) {
-      int piece = 2 * i + matrix / 2;  // of eight queries
-      store_matrices(to + i / 4 * kScorePanelBytes + ((piece % 8 ^ line) << 4), ds[4 * i],
-                     ds[4 * i + 1], ds[4 * i + 2], ds[4 * i + 3]);
-    }
+    for (int i = 0; i < kM / 16; ++i) store_transposed(piece(c, offset, i), ds + 4 * i);
     fence_proxy_async();
   }
 
-  // Adds this warpgroup's part of dQ, of `Columns` columns, to the sums of a query block.
-  template <int Columns>
+  // One thread: dS as the gradient of the dense input. The stage may be written again after
+  // bulk_wait_read().
+  FA3_DEVICE void store_tile(int offset, int kv_block, int block, const At& at) const {
+#pragma unroll
+    for (int i = 0; i < kN / 64; ++i)
+      tma_store<Variant::kTileSum>(p.dtile, shared + offset + i * kPanelBytes, kv_block * kN + i * 64,
+                                   block * kM, at.head * p.tile_head, at.batch * p.tile_batch);
+    bulk_commit();
+  }
+
+  // Adds pieces of this warpgroup's part of dQ, of `Columns` columns, to the sums of a query block.
+  template <int Columns, int First = 0, int Last = Columns / 8>
   FA3_DEVICE void add_dq(const Consumer& c, const float (&dq)[Columns / 2], int block) const {
     constexpr int count = Columns / 2;
     float* to = p.dq_sums + static_cast<int64_t>(block) * Config::kSumFloats +
                 c.warpgroup * Config::kFirstColumns * 64 + threadIdx.x / 32 % 4 * count * 32 +
                 c.lane * 4;
 #pragma unroll
-    for (int j = 0; j < count / 4; ++j)
+    for (int j = First; j < Last; ++j)
       add_global(to + j * 128, dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
   }
 
   FA3_DEVICE TileTerms terms(const Consumer& c, const TileCoord& tile) const {
     TileTerms t{site(tile)};
+    t.first_kv = first_key(c, tile);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      int kv = first_key(c, tile) + 8 * r;
-      t.exists[r] = t.inside[r] = kv < p.keys;
-      t.kv[r] = min(kv, p.keys - 1);
-    }
+    for (int r = 0; r < 2; ++r) t.exists[r] = t.inside[r] = t.first_kv + 8 * r < p.keys;
     refresh(t);
     return t;
   }
@@ -370,9 +453,9 @@ struct BackwardBlock {
     t.slope = Variant::slope(t.head);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      t.col[r] = Variant::col(t.at, t.head, t.kv[r]);
+      t.col[r] = Variant::col(t.at, t.head, key(t, r));
       if constexpr (Variant::kColumnMask)
-        t.inside[r] = t.exists[r] && Variant::column_mask(t.at, t.head, t.col[r], t.kv[r]);
+        t.inside[r] = t.exists[r] && Variant::column_mask(t.at, t.head, t.col[r], key(t, r));
     }
   }
 

@@ -24,10 +24,13 @@ from fa3_compile.lower.config_sm90_backward import Sm90BackwardConfig, candidate
 from fa3_compile.lower.kernels import triton_backward
 from fa3_compile.lower.kernels.cuda_sm90 import (
     DTYPES,
+    INTERVAL_ROWS,
     SECTION_BYTES,
+    Layout,
     _layout,
     _likely_layout,
     _processors,
+    _tile_candidate,
 )
 from fa3_compile.lower.kernels.triton_forward import may_have_dead_rows
 from fa3_compile.lower.launch_cuda import (
@@ -39,19 +42,23 @@ from fa3_compile.lower.launch_cuda import (
     tensor_map,
 )
 from fa3_compile.lower.printer import UnprintableError
+from fa3_compile.lower.render_backward import fill_slope, has_fill_rows
 from fa3_compile.lower.render_cuda import aux_fields
-from fa3_compile.lower.render_cuda_backward import CudaBackwardKey
+from fa3_compile.lower.render_cuda_backward import CudaBackwardKey, query_map_kind, slope
 from fa3_compile.runtime.launch import layout_key, make_room
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
+from fa3_compile.spec.derivative import derivative
 
 log = logging.getLogger(__name__)
 
 NAME = "cuda_sm90"
 LARGEST_BOUND = 2048
+# Heads or batches that may add to one gradient in 16 bits.
+LARGEST_SUM = 4
 NAMES = (
     "q", "k", "v", "out", "lse", "dout", "dlse", "dq", "dk", "dv", "counter", "scratch", "delta",
-    "dead",
+    "dead", "dtile",
 )  # fmt: skip
 
 
@@ -62,15 +69,37 @@ def supports_backward(problem: Problem) -> str | None:
         return "its dQ is summed in no fixed order"
     if problem.dim <= 64 and problem.v_dim > 128:
         return f"its backward takes no head dim {problem.dim} with {problem.v_dim} for values"
-    if spec.weight is not None:
-        return "its backward has no factor after the softmax"
-    wanted = [i for i, n in enumerate(problem.aux_needs_grad) if n]
-    if found := [x.tensor for x in E.loads_in(spec.score) if x.tensor in wanted]:
-        return f"it computes no gradient of captured tensor {found[0]}"
+    if spec.weight is not None and max(problem.dim, problem.v_dim) > 128:
+        return "with a factor after the softmax its backward takes head dims up to 128"
+    if reason := _score_gradient(problem)[1]:
+        return reason
     if finds_dead_rows(spec, problem.q_len, problem.kv_len):
-        if triton_backward.fill_slope(spec) is None or spec.sinks:
+        if has_fill_rows(spec) or spec.sinks:
             return "a row without a key has scores of its own"
     return _unprintable(spec)
+
+
+@functools.lru_cache(maxsize=1024)
+def _score_gradient(problem: Problem) -> tuple[str, str | None]:
+    """(tile_gradient of CudaBackwardKey, why not): the gradients of what the score reads."""
+    spec = problem.spec
+    wanted = [i for i, n in enumerate(problem.aux_needs_grad) if n]
+    read = [spec.score] + ([] if spec.weight is None else [spec.weight])
+    found = [x for x in E.loads_in(*read) if x.tensor in wanted]
+    if not found:
+        return "", None
+    load, which = _tile_candidate(spec), found[0].tensor
+    if load is None or len(found) > 1 or load != found[0] or load.index[-1] != E.KV:
+        return "", f"it computes no gradient of captured tensor {which}"
+    if derivative(spec.score, load) != 1 or slope(spec.score)[1] != 1:
+        return "", f"captured tensor {which} is not just added to a multiple of s"
+    if problem.aux_dtypes[which] != problem.dtype:
+        return "", f"captured tensor {which} is {problem.aux_dtypes[which]}, not {problem.dtype}"
+    copies = 1 if E.B in load.index else problem.batch
+    copies *= 1 if E.H in load.index else problem.heads
+    if copies > LARGEST_SUM:
+        return "", f"the gradient of captured tensor {which} is a sum of {copies} in 16 bits"
+    return ("store" if copies == 1 else "add"), None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -84,22 +113,27 @@ def _unprintable(spec: AttentionSpec) -> str | None:
     return None
 
 
-def keys_of(problem: Problem, elements, unit) -> list[CudaBackwardKey]:
+def keys_of(problem: Problem, layout: Layout) -> list[CudaBackwardKey]:
     """What to build, the best first."""
-    spec = problem.spec
+    spec, dim, v_dim = problem.spec, problem.dim, problem.v_dim
+    gradient, _ = _score_gradient(problem)
+    dead = finds_dead_rows(spec, problem.q_len, problem.kv_len)
+    configs = candidates(dim, v_dim, spec.has_mask, problem.group > 1, bool(gradient))
+    tiles = [layout.tile] if gradient else dict.fromkeys((layout.tile, None))
     return [
         CudaBackwardKey(
-            spec, DTYPES[problem.dtype], problem.dim, problem.v_dim, config, elements, unit,
-            finds_dead_rows(spec, problem.q_len, problem.kv_len),
+            spec, DTYPES[problem.dtype], dim, v_dim, config, layout.elements, layout.unit, dead,
+            tile, gradient,
         )
-        for config in candidates(problem.dim, problem.v_dim, spec.has_mask)
+        for tile in tiles
+        for config in configs
+        if config.fits(dim, v_dim, tile is not None) and not (gradient and tile is None)
     ]  # fmt: skip
 
 
 def likely_keys(problem: Problem) -> list[CudaBackwardKey]:
     """As if every captured tensor were contiguous."""
-    layout = _likely_layout(problem)
-    return keys_of(problem, layout.elements, layout.unit)
+    return keys_of(problem, _likely_layout(problem))
 
 
 def finds_dead_rows(spec: AttentionSpec, q_len: int, kv_len: int) -> bool:
@@ -119,6 +153,7 @@ class BoundBackward:
     scratch_floats: int
     keeps_delta: bool
     finds_dead: bool
+    tile: int | None
     launches: tuple[Launch, ...]
 
     def __call__(self, problem, dout, dlse, q, k, v, out, lse, aux, sizes, needs) -> Gradients:
@@ -136,7 +171,8 @@ class BoundBackward:
             for x in (q, k, v, out, lse, dout, dlse, dq, dk, dv)
         ]  # fmt: skip
         addresses += [counter, scratch.data_ptr()]
-        addresses += [0 if x is None else x.data_ptr() for x in (delta, dead, *aux)]
+        dtile = None if self.tile is None else tile_gradient(problem.spec, aux[self.tile])
+        addresses += [0 if x is None else x.data_ptr() for x in (delta, dead, dtile, *aux)]
         for launch in self.launches:
             launch(stream, addresses)
         tensors = {"dq_ptr": dq, "dk_ptr": dk, "dv_ptr": dv}
@@ -144,7 +180,12 @@ class BoundBackward:
             tensors["delta_ptr"] = delta
         if dead is not None:
             tensors["dead_ptr"] = dead
-        triton_backward._finish_rows(problem, tensors, q, k, v, dout, lse)
+        if dtile is not None:
+            tensors["dense0_ptr"] = dtile  # the only dense gradient
+        if dead is not None and delta is not None:
+            add_uniform_rows(problem.spec, dead, delta, (dq, dk, dv), q, k, v, dout)
+        elif _may_be_nan(problem.spec, q.shape[2], k.shape[2]):
+            triton_backward._set_nan_rows(dv, lse)
         captured = triton_backward._captured(problem, tensors, q, k, lse, aux, sizes, needs)
         wanted = [x if n else None for x, n in zip((dq, dk, dv), needs[:3])]
         return wanted[0], wanted[1], wanted[2], captured
@@ -210,6 +251,8 @@ def _next(problem: Problem):
 def _bind_or_none(problem, dlse, q, k, v, dout, out, aux, sizes, needs) -> BoundBackward | None:
     if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
         return None
+    if not keys_of(problem, _layout(problem.spec, aux)):
+        return None  # a dense input that TMA cannot describe
     try:
         with torch.cuda.device(q.device):
             return bind(problem, dlse, q, k, v, dout, out, aux, sizes, needs)
@@ -233,21 +276,80 @@ def bind(
     """
     spec = problem.spec
     layout = _layout(spec, aux)
-    keys = keys_of(problem, layout.elements, layout.unit) if key is None else [key]
+    keys = keys_of(problem, layout) if key is None else [key]
     key, built = load_first(keys)
     module = _module(key, built.cubin, q.device.index)
     wanted = [i for i, n in enumerate(needs[3:]) if n]
     keeps_delta = key.dead_rows or any(x.tensor in wanted for x in E.loads_in(*spec.sinks))
     binder = _BackwardBinder(key, module, q, k, v, dout, out, aux, sizes)
     launches = (
+        *binder.query_map(),
         binder.row_terms(dlse is not None, keeps_delta),
         binder.attention(),
         binder.query_gradient(),
     )
-    floats = binder.row_floats + binder.sum_floats
+    floats = binder.row_floats + binder.sum_floats + binder.map_words
     return BoundBackward(
-        q.device.index, key.config, module, floats, keeps_delta, key.dead_rows, launches
+        q.device.index,
+        key.config,
+        module,
+        floats,
+        keeps_delta,
+        key.dead_rows,
+        key.tile if key.tile_gradient else None,
+        launches,
     )
+
+
+def _may_be_nan(spec: AttentionSpec, q_len: int, kv_len: int) -> bool:
+    """Whether a row may have no key, or nothing but scores of -inf, and the softmax of that."""
+    if spec.dead != "nan" or spec.sinks:
+        return False
+    return may_have_dead_rows(spec, q_len, kv_len)
+
+
+def add_uniform_rows(
+    spec: AttentionSpec,
+    dead: Tensor,
+    delta: Tensor,
+    grads: tuple[Tensor, Tensor, Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+) -> None:
+    """Adds the share of rows without a key, in which every key has the weight 1 / Skv.
+
+    With P uniform, ds = slope / Skv * (dO.v - delta) is linear in dO, so that the sums over keys
+    and rows factor into products of [D, S] and [S, Dv]. They are taken in bfloat16, as the other
+    products of such a row would be: on a causal S = 8192 without such rows they cost a tenth of
+    the backward, in float32 as much as all of it.
+    """
+    dq, dk, dv = grads
+    batch, kv_heads, kv_len, _ = k.shape
+    rows = (batch, kv_heads, -1)
+    is_dead = dead.bool()
+    dout = torch.where(is_dead.unsqueeze(-1), dout, 0.0).to(torch.bfloat16)
+    dout = dout.reshape(*rows, dout.shape[-1])
+    dv.add_(dout.sum(2, keepdim=True, dtype=torch.float32) / kv_len)
+    if not (slope_of_fill := fill_slope(spec)):
+        return
+    weight = slope_of_fill / kv_len
+    q_rows, k, v = (x.to(torch.bfloat16) for x in (q.reshape(*rows, q.shape[-1]), k, v))
+    of_rows = (torch.where(is_dead, delta, 0.0) * weight).to(torch.bfloat16).reshape(*rows, 1)
+    own = dout @ (v.transpose(-1, -2) @ k * weight)
+    dq.add_((own - of_rows * k.sum(2, keepdim=True, dtype=torch.float32)).view(q.shape))
+    dk.add_(v @ (dout.transpose(-1, -2) @ q_rows * weight))
+    dk.sub_(of_rows.transpose(-1, -2) @ q_rows)
+
+
+def tile_gradient(spec: AttentionSpec, tensor: Tensor) -> Tensor:
+    """Zeros like the tensor, in a layout that TMA can describe."""
+    grad = torch.zeros_like(tensor)
+    if describable(grad):
+        return grad
+    *outer, last = tensor.shape
+    return tensor.new_zeros((*outer, -(-last // 8) * 8))[..., :last]
 
 
 def panel_columns(dim: int) -> int:
@@ -271,6 +373,16 @@ class _BackwardBinder:
         self.row_floats = blocks * 3 * config.block_m
         self.sum_floats = blocks * config.sum_floats(self.dim)
         self.grid = (self.query_blocks, self.heads, self.batch)
+        self.kv_blocks = -(-self.keys // config.block_n)
+        self.map_kind = query_map_kind(key.spec, config.grouped)
+        symbols = key.spec.mask.free_symbols
+        self.map_batches = self.batch if E.B in symbols else 1
+        self.map_heads = self.heads if E.H in symbols else 1
+        self.map_rows = self.map_batches * self.map_heads * self.kv_blocks
+        self.map_words = self.map_rows * (2 + self.query_blocks) if self.map_kind else 0
+        # In scratch memory, behind the row terms and the sums.
+        self.map_counts = 4 * (self.row_floats + self.sum_floats)
+        self.map_indices = self.map_counts + 8 * self.map_rows
 
     def with_captured(self, content: bytes, places: list) -> tuple[bytes, list]:
         assert len(content) % 8 == 0
@@ -290,6 +402,22 @@ class _BackwardBinder:
                 sizes = self.aux[x.index].shape if x.kind == "size" else self.sizes
                 content += struct.pack("i", sizes[x.axis if x.kind == "size" else x.index])
         return content + bytes(-len(content) % 8), places
+
+    def query_map(self) -> list[Launch]:
+        """The lists of query blocks, where the mask wants some: queries and keys change places."""
+        if not self.map_kind:
+            return []
+        content = struct.pack(
+            "QQiiiiiii4x", 0, 0, self.map_batches, self.map_heads, self.kv_blocks,
+            self.query_blocks, self.key.config.block_n, self.keys, self.queries,
+        )  # fmt: skip
+        places: list = [(0, "scratch", self.map_indices), (8, "scratch", self.map_counts)]
+        rows = INTERVAL_ROWS if self.map_kind == "Interval" else 1
+        threads = 32 * INTERVAL_ROWS if self.map_kind == "Interval" else 256
+        grid = (-(-self.kv_blocks // rows), self.map_heads, self.map_batches)
+        kernel = self.module.kernel("block_map")
+        content, places = self.with_captured(content, places)
+        return [Launch(kernel, grid, threads, 0, content, places, names=NAMES)]
 
     def row_terms(self, has_dlse: bool, keeps_delta: bool) -> Launch:
         used = ["out", "dout", "lse"] + (["dlse"] if has_dlse else [])
@@ -317,27 +445,55 @@ class _BackwardBinder:
         ):
             places.append((len(content), name, 0))
             content += tensor_map(x, x.shape, x.stride(), (1, rows, panel_columns(dim)))
-        assert len(content) == 4 * MAP_BYTES
+        content, broadcast = content + bytes(2 * MAP_BYTES), (0, 0)
+        if (tile := self.key.tile) is not None:
+            given, broadcast = self._tile(self.aux[tile])
+            places.append((4 * MAP_BYTES, tile, 0))
+            content = content[: 4 * MAP_BYTES] + given
+            if self.key.tile_gradient:
+                places.append((5 * MAP_BYTES, "dtile", 0))
+                content += self._tile(tile_gradient(self.key.spec, self.aux[tile]))[0]
+            content += bytes(6 * MAP_BYTES - len(content))
         at = len(content)
         places += [(at, "scratch", 4 * self.row_floats), (at + 8, "scratch", 0)]
         places += [(at + 16, "dk", 0), (at + 24, "dv", 0)]
         content += bytes(32)
         for x in (self.k, self.v):
             content += struct.pack("qqq", *torch.empty_like(x, device="meta").stride()[:3])
-        kv_blocks = -(-self.keys // config.block_n)
-        tiles = kv_blocks * self.kv_heads * self.batch
+        tiles = self.kv_blocks * self.kv_heads * self.batch
         grid = min(tiles, _processors(self.q.device))
-        content += struct.pack("iiiiii", tiles, kv_blocks, self.kv_heads, self._section(), 1, grid)
+        content += struct.pack(
+            "iiiiii", tiles, self.kv_blocks, self.kv_heads, self._section(), 1, grid
+        )
         if config.longest_first:
             places.append((len(content), "counter", 0))
+        content += bytes(8)
+        if self.map_kind:
+            places += [(len(content), "scratch", self.map_indices)]
+            places += [(len(content) + 8, "scratch", self.map_counts)]
+        content += struct.pack(
+            "QQiii4x", 0, 0, self.map_heads * self.kv_blocks if self.map_batches > 1 else 0,
+            self.kv_blocks if self.map_heads > 1 else 0, self.query_blocks,
+        )  # fmt: skip
         group = self.heads // self.kv_heads
-        content += struct.pack("Qiiii", 0, group, self.queries, self.keys, self.query_blocks)
+        content += struct.pack("iiii", group, self.queries, self.keys, self.query_blocks)
+        content += struct.pack("ii", *broadcast)
         content, places = self.with_captured(content, places)
         content += bytes(-len(content) % 64)
         return Launch(
             self.module.kernel("attention_bwd"), (grid, 1, 1), config.threads,
             self.module.shared_bytes, content, places, names=NAMES,
         )  # fmt: skip
+
+    def _tile(self, x: Tensor) -> tuple[bytes, tuple[int, int]]:
+        """A map of the dense tensor or its gradient, and whether it has batches and heads."""
+        load = _tile_candidate(self.key.spec)
+        assert load is not None
+        place = {axis: d for d, axis in enumerate(load.index) if axis != 0}
+        sizes = [x.shape[place[a]] if a in place else 1 for a in E.COORDINATES]
+        strides = [x.stride(place[a]) if a in place else 1 for a in E.COORDINATES]
+        content = tensor_map(x, sizes, strides, (1, self.key.config.block_m, 64))
+        return content, (int(E.B in place), int(E.H in place))
 
     def _section(self) -> int:
         """KV heads whose queries, dO and dQ may be in L2 together."""

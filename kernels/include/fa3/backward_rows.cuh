@@ -1,5 +1,6 @@
 // Before and after the backward's main kernel: what each query row needs of LSE and dO, and dQ from
-// its fp32 sums. Both read and write each of their tensors once.
+// its fp32 sums. Both read and write each of their tensors once, and take the heads in the reverse
+// of the main kernel's order: those that it begins with are then in L2, and those it ends with.
 #pragma once
 #include "fa3/fragment.cuh"
 #include "fa3/query_blocks.cuh"
@@ -51,7 +52,7 @@ struct RowTerms {
 
   // Grid (query blocks, heads, batches).
   FA3_DEVICE static void run(const Params& p) {
-    int head = blockIdx.y, batch = blockIdx.z;
+    int head = gridDim.y - 1 - blockIdx.y, batch = gridDim.z - 1 - blockIdx.z;
     int64_t block = (static_cast<int64_t>(batch) * p.heads + head) * gridDim.x + blockIdx.x;
     float4* sums = reinterpret_cast<float4*>(p.dq_sums + block * Config::kSumFloats);
     for (int i = threadIdx.x; i < Config::kSumFloats / 4; i += kThreads)
@@ -114,7 +115,8 @@ struct RowTerms {
     float total = 0.0f;
     for (int kv = threadIdx.x % 32; kv < at.keys; kv += 32) {
       auto col = Variant::col(at, head, kv);
-      float x = Variant::score(0.0f, at, head, row, col, q, kv, 0.0f);
+      float tile = Variant::dense(at, head, row, col, q, kv, 0.0f);
+      float x = Variant::score(0.0f, at, head, row, col, q, kv, tile);
       if (sees<Variant>(at, head, row, col, q, kv)) total += exp2_approx((x - lse) * kLog2e);
     }
 #pragma unroll
@@ -166,7 +168,7 @@ struct QueryGradient {
   template <int Columns>
   FA3_DEVICE static void store(const QueryGradientParams& p) {
     constexpr int count = Columns / 2;
-    int head = blockIdx.y, batch = blockIdx.z;
+    int head = gridDim.y - 1 - blockIdx.y, batch = gridDim.z - 1 - blockIdx.z;
     int64_t block = (static_cast<int64_t>(batch) * p.heads + head) * gridDim.x + blockIdx.x;
     int part = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const float4* sums = reinterpret_cast<const float4*>(p.dq_sums + block * Config::kSumFloats +

@@ -13,8 +13,9 @@ FA3_DEVICE void store_if(bool wanted, char* to, const uint32_t (&x)[4]) {
       : "memory");
 }
 
-// x[i] of lane l becomes x[l] of lane i, within each four lanes.
-FA3_DEVICE void quad_transpose(uint32_t (&x)[4], int lane) {
+// x[i] of lane l becomes x[l] of lane i, for the four lanes that are `stride` apart; `lane` is this
+// one's place among them.
+FA3_DEVICE void lane_transpose(uint32_t (&x)[4], int lane, int stride) {
 #pragma unroll
   for (int bit = 1; bit <= 2; bit *= 2) {
     bool upper = lane & bit;
@@ -22,7 +23,7 @@ FA3_DEVICE void quad_transpose(uint32_t (&x)[4], int lane) {
     for (int i = 0; i < 4; ++i) {
       if (i & bit) continue;
       uint32_t sent = upper ? x[i] : x[i | bit];
-      uint32_t received = __shfl_xor_sync(~0u, sent, bit);
+      uint32_t received = __shfl_xor_sync(~0u, sent, bit * stride);
       if (upper) x[i] = received;
       else x[i | bit] = received;
     }
@@ -45,7 +46,7 @@ FA3_DEVICE void store_row(const float (&x)[N], int r, float factor, bool inside,
       int at = j + i < pieces ? 4 * (j + i) + 2 * r : 0;
       y[i] = pack<Dtype>(x[at] * factor, x[at + 1] * factor);
     }
-    quad_transpose(y, quad_lane);
+    lane_transpose(y, quad_lane, 1);
     store_if(inside && j + quad_lane < pieces && 8 * (j + quad_lane) < end, to + 16 * (j + quad_lane), y);
   }
 }
@@ -61,11 +62,19 @@ FA3_DEVICE void store_shared(uint32_t to, float a, float b, float c, float d) {
                : "memory");
 }
 
-// Four 8x8 tiles of packed accumulators; lane l says where row l % 8 of tile l / 8 goes.
-FA3_DEVICE void store_matrices(uint32_t row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
-               "r"(a), "r"(b), "r"(c), "r"(d)
+// Four 8x8 tiles of packed accumulators, transposed: lane l says where column l % 8 of tile l / 8
+// goes as a row.
+FA3_DEVICE void store_transposed(uint32_t row, const uint32_t* x) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
+               "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
                : "memory");
+}
+
+// The inverse.
+FA3_DEVICE void load_transposed(uint32_t* x, uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(row));
 }
 
 FA3_DEVICE void add_global(float* to, float a, float b, float c, float d) {

@@ -37,13 +37,26 @@ FA3_DEVICE void bulk_load(uint32_t dst, const void* from, int bytes, uint32_t ba
       : "memory");
 }
 
-// Adds contiguous floats of shared memory to global ones; part of this thread's bulk group.
-FA3_DEVICE void bulk_add(float* to, uint32_t from, int bytes) {
-  asm volatile(
-      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
-      "r"(from), "r"(bytes)
-      : "memory");
+// A box of shared memory to the tensor, or added to it; elements outside are left out. Part of this
+// thread's bulk group.
+template <bool Add>
+FA3_DEVICE void tma_store(const TensorMap& map, uint32_t from, int d, int row, int head,
+                          int batch) {
+  if constexpr (Add) {
+    asm volatile(
+        "cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group"
+        " [%0, {%1, %2, %3, %4}], [%5];" ::"l"(&map),
+        "r"(d), "r"(row), "r"(head), "r"(batch), "r"(from)
+        : "memory");
+  } else {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group"
+        " [%0, {%1, %2, %3, %4}], [%5];" ::"l"(&map),
+        "r"(d), "r"(row), "r"(head), "r"(batch), "r"(from)
+        : "memory");
+  }
 }
+
 FA3_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // Until the shared memory that this thread's groups read may be written again.
 FA3_DEVICE void bulk_wait_read() {

@@ -1,0 +1,114 @@
+"""The backward of `cuda_sm90` compiled for sm_90a where there is no GPU: no spills, no serialised
+products; and what it leaves to other families."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fa3_compile.lower import build_nvrtc
+from fa3_compile.lower.choose import Problem
+from fa3_compile.lower.config_sm90_backward import candidates
+from fa3_compile.lower.kernels import cuda_sm90_backward as backward
+from fa3_compile.lower.render_cuda_backward import render_backward
+from tests.numerics.forms import FORMS
+from tests.numerics.test_cuda_sm90_compile import needs_nvrtc, own_cache, problem
+
+__all__ = ["own_cache"]
+
+# Each hook of the variant, each structure of kernel and each way of listing query blocks.
+BUILT = [
+    ("causal", 128, 128),
+    ("causal", 256, 256),
+    ("window", 64, 64),
+    ("softcap", 96, 96),
+    ("left padding", 128, 64),
+]
+# What these spill in bytes, and no more: their elements read 64-bit addresses or draw numbers.
+SPILLING = [("documents", 128, 128, 40), ("dense bias", 128, 128, 40)]
+
+
+def training(name: str, dim: int, v_dim: int, needs: tuple[bool, ...] = ()) -> Problem:
+    asked = problem(name, dim, v_dim)
+    needs = needs or (False,) * len(asked.aux_dtypes)
+    return replace(asked, kv_heads=asked.heads, needs_grad=True, aux_needs_grad=needs)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(("name", "dim", "v_dim"), BUILT)
+def test_builds_without_spills(name: str, dim: int, v_dim: int) -> None:
+    _, built = build_nvrtc.load_first(backward.likely_keys(training(name, dim, v_dim)))
+    assert built.healthy, built.log
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(("name", "dim", "v_dim", "allowed"), SPILLING)
+def test_spills_little(name: str, dim: int, v_dim: int, allowed: int) -> None:
+    _, built = build_nvrtc.load_first(backward.likely_keys(training(name, dim, v_dim)))
+    assert not built.serialised and built.spill_bytes <= allowed, built.log
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda x: x.name)
+def test_every_form_has_a_text_or_a_reason(form) -> None:
+    asked = training(form.name, 64, 64)
+    reason = backward.supports_backward(asked)
+    if reason is None:
+        source = render_backward(backward.likely_keys(asked)[0])
+        assert source.count("{") == source.count("}")
+        assert source.startswith(f"// backward of {asked.spec}\n")
+    else:
+        assert "row without a key" in reason
+
+
+@pytest.mark.parametrize("dim", range(8, 257, 8))
+def test_every_head_dim_has_a_tile_that_fits(dim: int) -> None:
+    assert any(x.fits(dim, dim, False) for x in candidates(dim, dim, True, False))
+    assert all(sum(x.sum_columns(dim)) >= dim for x in candidates(dim, dim, True, False))
+
+
+@pytest.mark.parametrize(
+    ("form", "needs", "how"),
+    [
+        ("dense bias", (False,), ""),
+        ("dense bias", (True,), "store"),
+        ("dense bias, one batch", (True,), "add"),
+    ],
+)
+def test_gradient_of_a_dense_bias(form: str, needs: tuple[bool, ...], how: str) -> None:
+    asked = training(form, 128, 128, needs)
+    assert backward.supports_backward(asked) is None
+    keys = backward.likely_keys(asked)
+    assert {x.tile_gradient for x in keys} == {how}
+    source = render_backward(keys[0])
+    assert ("kTileGradient = true" in source) == bool(how)
+    assert ("kTileSum = true" in source) == (how == "add")
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "reason"),
+    [
+        ("causal", {"deterministic": True}, "no fixed order"),
+        ("alibi", {"aux_needs_grad": (True,)}, "no gradient of captured tensor 0"),
+        ("dense bias, fp32", {"aux_needs_grad": (True,)}, "float32"),
+        ("dense bias, one batch", {"aux_needs_grad": (True,), "batch": 8}, "a sum of 8 in 16 bits"),
+        ("dense bias, transposed", {"aux_needs_grad": (True,)}, None),
+        ("window, added", {}, "row without a key"),
+        ("dropout", {"dim": 192}, "head dims up to 128"),
+        ("sink", {"aux_needs_grad": (True,)}, None),
+        ("causal", {"dim": 64, "v_dim": 192}, "no head dim 64 with 192"),
+    ],
+)
+def test_says_what_it_does_not_take(form: str, change: dict, reason: str | None) -> None:
+    said = backward.supports_backward(replace(training(form, 128, 128), **change))
+    assert said is None if reason is None else said is not None and reason in said
+
+
+def test_deterministic_algorithms_leave_it_to_others() -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        said = backward.supports_backward(training("causal", 128, 128))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert said is not None and "no fixed order" in said
