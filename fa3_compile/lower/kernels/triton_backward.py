@@ -25,13 +25,13 @@ from fa3_compile.lower.elements import Shape, elements
 from fa3_compile.lower.kernels import triton_forward as forward
 from fa3_compile.lower.kernels.triton_blocks import Lists, bind_lists
 from fa3_compile.lower.kernels.triton_captured import Gathered, Layout, chained
+from fa3_compile.lower.kernels.triton_dead_rows import finish_rows
 from fa3_compile.lower.kernels.triton_launch import Launch, bind_kernel, first_that_builds
 from fa3_compile.lower.printer import UnprintableError
 from fa3_compile.lower.render import aux_parameters
 from fa3_compile.lower.render_backward import (
     BackwardKey,
     dense_loads,
-    fill_slope,
     has_fill_rows,
     is_plain,
     key_sums,
@@ -168,55 +168,9 @@ def compute(
     for launch in launches.values():
         launch(tensors)
     if wanted.kv or wanted.q:
-        _finish_rows(problem, tensors, q, k, v, dout, lse)
+        finish_rows(problem, tensors, q, k, v, dout, lse)
     dq, dk, dv = (tensors[f"{x}_ptr"] if n else None for x, n in zip(("dq", "dk", "dv"), needs[:3]))
     return dq, dk, dv, _captured(problem, tensors, q, k, lse, aux, sizes, needs)
-
-
-def _finish_rows(problem, tensors, q, k, v, dout, lse) -> None:
-    """Adds to dQ, dK and dV what the kernels leave out: rows without a key or without weight."""
-    spec, dv = problem.spec, tensors["dv_ptr"]
-    if forward.may_have_dead_rows(spec, q.shape[2], k.shape[2]):
-        if spec.dead == "score" and not has_fill_rows(spec):
-            _add_uniform_rows(spec, tensors, q, k, v, dout)
-        elif spec.dead == "nan" and not spec.sinks:
-            _set_nan_rows(dv, lse)
-    elif spec.dead == "nan" and not spec.sinks and _may_lose_rows(spec):
-        _set_nan_rows(dv, lse)
-
-
-def _may_lose_rows(spec: AttentionSpec) -> bool:
-    """Whether every score of a row that has keys may be -inf."""
-    return hoist.may_be_minus_inf(spec.score) and spec.has_mask
-
-
-def _add_uniform_rows(spec: AttentionSpec, tensors, q, k, v, dout) -> None:
-    """The share of rows without a key, in which every key has the weight 1 / Skv.
-
-    With P uniform, ds = slope / Skv * (dO.v - delta) is linear in dO, so that the sums over keys
-    and rows factor into products of [D, S] and [S, Dv].
-    """
-    batch, kv_heads, kv_len, _ = k.shape
-    rows = (batch, kv_heads, -1)
-    dead = tensors["dead_ptr"].bool()
-    dout = torch.where(dead.unsqueeze(-1), dout, 0.0).float().reshape(*rows, dout.shape[-1])
-    tensors["dv_ptr"].add_((dout.sum(2, keepdim=True) / kv_len).to(v.dtype))
-    if not (slope := fill_slope(spec)):
-        return
-    delta = torch.where(dead, tensors["delta_ptr"], 0.0).reshape(*rows, 1)
-    weight = slope / kv_len
-    q_rows, k, v = q.float().reshape(*rows, q.shape[-1]), k.float(), v.float()
-    dq = dout @ (v.transpose(-1, -2) @ k) - delta * k.sum(2, keepdim=True)
-    dk = v @ (dout.transpose(-1, -2) @ q_rows) - (delta * q_rows).sum(2, keepdim=True)
-    tensors["dq_ptr"].add_((dq * weight).view(q.shape).to(q.dtype))
-    tensors["dk_ptr"].add_((dk * weight).to(q.dtype))
-
-
-def _set_nan_rows(dv: Tensor, lse: Tensor) -> None:
-    """P of a row whose scores are all -inf is NaN for every key."""
-    batch, kv_heads = dv.shape[:2]
-    lost = (lse == float("-inf")).view(batch, kv_heads, -1).any(-1)
-    dv.masked_fill_(lost[:, :, None, None], float("nan"))
 
 
 def _outputs(problem, q, k, v, aux, wanted: Wanted) -> dict[str, Tensor]:
@@ -338,11 +292,11 @@ def bind(
     shape = Shape(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     for i, x in enumerate(dense_loads(spec, wanted.aux)):
         name = f"dense{i}"
-        bind_it = functools.partial(
+        bind_dense = functools.partial(
             _bind_dense, getattr(module, name), name, x, spec, shape, tuple(sizes), tensors,
             integers, constants,
         )  # fmt: skip
-        found[name] = first_that_builds(bind_it, configs.queries)
+        found[name] = first_that_builds(bind_dense, configs.queries)
     return found
 
 
