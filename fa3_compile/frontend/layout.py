@@ -66,6 +66,14 @@ def region(shadow: Shadow, reading: Reading) -> Region:
     if is_nonnegative(reading.key_length - ranges[Q]):
         witnesses += [Q, Q + reading.key_length - ranges[Q]]
     separated = simplify.without_dead_rows(separated, witnesses)
+    if softmax.less_logsumexp and _has_large_fill(separated):
+        raise Decline(
+            "rows-of-fill",
+            skeleton.output,
+            "Use softmax, which normalises such a row, or fill with -inf.",
+            message="a row may be masked everywhere, and exp(x - logsumexp(x)) of one finite fill "
+            "is 1 for every key",
+        )
     interior = _interior(shadow, reading)
     if separated.dead == "score" and _read_outside(reading, interior):
         # Kernels have no LSE for a row that is all fill, unless the fill is part of the score.
@@ -124,6 +132,14 @@ def _may_be_infinite(score: Expr, loads: list[Captured | Seed]) -> bool:
     keyed = [x for x in loads_in(score) if KV in x.free_symbols]
     sources = [loads[x.tensor] for x in keyed]
     return any(isinstance(x, Captured) and may_be_infinite(x.source) for x in sources)
+
+
+def _has_large_fill(separated: simplify.Separated) -> bool:
+    """Whether a row may be so low that the logarithm of a sum is lost in it."""
+    numbers = separated.score.atoms(sympy.Number)
+    if separated.fill is not None:
+        numbers |= separated.fill.atoms(sympy.Number)
+    return any(x.is_finite and abs(x) > 1e5 for x in numbers)
 
 
 def _read_outside(reading: Reading, interior: list[fx.Node]) -> bool:

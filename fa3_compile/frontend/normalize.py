@@ -42,6 +42,9 @@ class Softmax:
     divisor: fx.Node | None = None
     summed: fx.Node | None = None
     division: Division | None = None
+    # exp(x - logsumexp(x)): a row of one large fill has the fill as its logsumexp, rounded, so
+    # that its weights are 1 and not 1 / n.
+    less_logsumexp: bool = False
 
     @property
     def by_hand(self) -> bool:
@@ -84,7 +87,9 @@ def _less_logsumexp(node: fx.Node, scores, normaliser) -> Softmax | None:
     if not same_value(source, scores) or len(dims) != 1:
         return None
     at = dimension(dims[0], scores.meta["val"].dim())
-    return _of(node, scores, at) if added == ([] if keeps else [at]) else None
+    if added != ([] if keeps else [at]):
+        return None
+    return Softmax(node, scores, at, less_logsumexp=True)
 
 
 def _by_hand(node: fx.Node) -> Softmax | None:
