@@ -121,7 +121,7 @@ def test_gradients_go_directly_too(family):
 def test_what_needs_more_than_a_launch_stays_the_operator(family, options, aux):
     text = SPEC if not aux else "attention(score=s, mask=load(0, b, kv) != 0, dead=nan, aux=[int])"
     captured = [torch.ones(2, 16, dtype=x) for x in aux]
-    compiled = torch.compile(lambda *x: attention(*x, text=text, options=options))
+    compiled = torch.compile(functools.partial(attention, text=text, options=options))
     code = code_of(compiled, *inputs(), *captured)
     assert "torch.ops.fa3.attention.default(" in code and "fa3_launch" not in code
 
@@ -179,10 +179,10 @@ def test_a_growing_cache_leaves_nothing_behind(family, monkeypatch):
 def test_another_kernel_runs_where_none_can_be_bound(family, monkeypatch):
     monkeypatch.setattr(family, "bind", lambda *_: None)
     monkeypatch.setattr("fa3_compile.lower.bound.next_after", lambda *_: choose.reference())
-    arguments = inputs()
-    want = torch.ops.fa3.attention(*arguments, [], [], f"{SPEC} #;kernels=reference")[0]
+    q, k, v = inputs()
+    want = torch.ops.fa3.attention(q, k, v, [], [], f"{SPEC} #;kernels=reference")[0]
     call = launch.Attention(f"{SPEC} #;kernels=counting", fixed=True)
-    torch.testing.assert_close(call(*arguments, [], [])[0], want)
+    torch.testing.assert_close(call(q, k, v, [], [])[0], want)
 
 
 PROGRAM = """
