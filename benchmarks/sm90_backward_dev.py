@@ -204,7 +204,7 @@ def bench(wanted: list[str]) -> None:
             scratch = torch.empty(bound.scratch_floats, device="cuda")
             grads = [torch.empty_like(x) for x in (q, k, v)]
             stream = torch.cuda.current_stream().cuda_stream
-            counter = bound._counter(stream)
+            counter, _ = bound._counter(stream)
             addresses = [x.data_ptr() for x in (q, k, v, out, lse, dout)] + [0]
             addresses += [x.data_ptr() for x in grads] + [counter, scratch.data_ptr(), 0, 0, 0]
             addresses += [x.data_ptr() for x in aux]

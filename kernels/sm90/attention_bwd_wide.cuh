@@ -53,9 +53,7 @@ struct WideAttentionBackward : BackwardBlock<Config, Variant> {
     mbarrier_wait(barrier(Block::kWeightsEmpty), ~c.at.passed & 1);
 #pragma unroll
     for (int i = 0; i < kM / 16; ++i)
-      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(handed() + i * 2048),
-                   "r"(x[4 * i]), "r"(x[4 * i + 1]), "r"(x[4 * i + 2]), "r"(x[4 * i + 3])
-                   : "memory");
+      store_words(handed() + i * 2048, x + 4 * i);
     release(Block::kWeightsFull, c.lane);
   }
 
@@ -63,10 +61,7 @@ struct WideAttentionBackward : BackwardBlock<Config, Variant> {
     mbarrier_wait(barrier(Block::kWeightsFull), c.at.passed & 1);
 #pragma unroll
     for (int i = 0; i < kM / 16; ++i)
-      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(x[4 * i]), "=r"(x[4 * i + 1]), "=r"(x[4 * i + 2]), "=r"(x[4 * i + 3])
-                   : "r"(handed() + i * 2048)
-                   : "memory");
+      load_words(x + 4 * i, handed() + i * 2048);
     release(Block::kWeightsEmpty, c.lane);
   }
 

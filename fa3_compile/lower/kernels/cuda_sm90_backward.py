@@ -21,6 +21,7 @@ from torch import Tensor
 from fa3_compile.lower.build_nvrtc import load_first
 from fa3_compile.lower.choose import Gradients, KernelBuildError, Problem, kernels, reference
 from fa3_compile.lower.config_sm90_backward import Sm90BackwardConfig, candidates
+from fa3_compile.lower.cuda_terms import aux_fields
 from fa3_compile.lower.kernels import triton_backward
 from fa3_compile.lower.kernels.cuda_sm90 import (
     DTYPES,
@@ -43,7 +44,6 @@ from fa3_compile.lower.launch_cuda import (
 )
 from fa3_compile.lower.printer import UnprintableError
 from fa3_compile.lower.render_backward import fill_slope, has_fill_rows
-from fa3_compile.lower.render_cuda import aux_fields
 from fa3_compile.lower.render_cuda_backward import CudaBackwardKey, query_map_kind, slope
 from fa3_compile.runtime.launch import layout_key, make_room
 from fa3_compile.spec import expr as E
@@ -163,7 +163,7 @@ class BoundBackward:
         stream = torch._C._cuda_getCurrentRawStream(self.device)
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         scratch = torch.empty(self.scratch_floats, dtype=torch.float32, device=q.device)
-        counter = self._counter(stream) if self.config.longest_first else 0
+        counter, kept = self._counter(stream) if self.config.longest_first else (0, None)
         delta = torch.empty_like(lse) if self.keeps_delta else None
         dead = torch.empty_like(lse, dtype=torch.int8) if self.finds_dead else None
         addresses = [
@@ -175,6 +175,7 @@ class BoundBackward:
         addresses += [0 if x is None else x.data_ptr() for x in (delta, dead, dtile, *aux)]
         for launch in self.launches:
             launch(stream, addresses)
+        del kept
         tensors = {"dq_ptr": dq, "dk_ptr": dk, "dv_ptr": dv}
         if delta is not None:
             tensors["delta_ptr"] = delta
@@ -190,14 +191,15 @@ class BoundBackward:
         wanted = [x if n else None for x, n in zip((dq, dk, dv), needs[:3])]
         return wanted[0], wanted[1], wanted[2], captured
 
-    def _counter(self, stream: int) -> int:
-        """The address of an int that is zero between launches."""
+    def _counter(self, stream: int) -> tuple[int, Tensor | None]:
+        """The address of an int that is zero between launches, and what holds it until then."""
         if not torch._C._cuda_isCurrentStreamCapturing():
             found = self.module.counter(stream)
             if found is not None:
-                return found
+                return found, None
         # A graph may be replayed beside anything: it has, and clears, its own.
-        return torch.zeros(1, dtype=torch.int32, device=f"cuda:{self.device}").data_ptr()
+        counter = torch.zeros(1, dtype=torch.int32, device=f"cuda:{self.device}")
+        return counter.data_ptr(), counter
 
 
 _bound: dict[tuple, BoundBackward | None] = {}

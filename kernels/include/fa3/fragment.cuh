@@ -62,6 +62,18 @@ FA3_DEVICE void store_shared(uint32_t to, float a, float b, float c, float d) {
                : "memory");
 }
 
+FA3_DEVICE void store_words(uint32_t to, const uint32_t* x) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x[0]), "r"(x[1]),
+               "r"(x[2]), "r"(x[3])
+               : "memory");
+}
+FA3_DEVICE void load_words(uint32_t* x, uint32_t from) {
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(from)
+               : "memory");
+}
+
 // Four 8x8 tiles of packed accumulators, transposed: lane l says where column l % 8 of tile l / 8
 // goes as a row.
 FA3_DEVICE void store_transposed(uint32_t row, const uint32_t* x) {
