@@ -17,15 +17,9 @@ import sympy
 
 from fa3_compile import resources
 from fa3_compile.lower.config_sm90_backward import Sm90BackwardConfig
-from fa3_compile.lower.render_cuda import (
-    _SITE,
-    _method,
-    _Writer,
-    arrange,
-    map_kind,
-    named_mask,
-    template,
-)
+from fa3_compile.lower.cuda_terms import arrange, map_kind, named_mask
+from fa3_compile.lower.cuda_variant import SITE, VariantWriter, method
+from fa3_compile.lower.render_cuda import template
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.blocks import q_bounds, q_full_bounds
@@ -94,7 +88,7 @@ def render_backward(key: CudaBackwardKey) -> str:
     return f"// backward of {key.spec}\n" + "\n".join(lines) + "\n"
 
 
-class _BackwardWriter(_Writer):
+class _BackwardWriter(VariantWriter):
     """Prints the forward's hooks, and what PlainBackward adds to them."""
 
     key: CudaBackwardKey  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -119,10 +113,10 @@ class _BackwardWriter(_Writer):
             lines += ["static constexpr bool kFindDead = true;"]
         if rest != 1:
             lines += ["static constexpr bool kDerivative = true;"]
-            site = "float s, " + _SITE["element"]
+            site = "float s, " + SITE["element"]
             lines += self.element_method("float", "derivative", site, rest)
         if self.key.tile is not None:
-            site = _SITE["element"]
+            site = SITE["element"]
             [load] = [x for x in E.loads_in(self.spec.score) if x.tensor == self.key.tile]
             lines += self.element_method("float", "dense", site, load, tile=False)
         if self.key.tile_gradient:
@@ -140,7 +134,7 @@ class _BackwardWriter(_Writer):
         bounds = (*q_bounds(mask, KV_BEGIN, KV_LAST), *q_full_bounds(mask, KV_BEGIN, KV_LAST))
         texts = ", ".join(f"int({self.query_bound(x)})" for x in bounds)
         site = "const At& at, int kv_begin, int kv_end"
-        return [_method("QueryBounds", "query_bounds", site, f"{{{texts}}}")]
+        return [method("QueryBounds", "query_bounds", site, f"{{{texts}}}")]
 
     def query_bound(self, bound: E.Expr) -> str:
         """A number of queries; what a captured integer gives has 64 bits until it is one."""

@@ -17,9 +17,10 @@ from fa3_compile.lower.config_sm90 import (
     split_count,
     table,
 )
+from fa3_compile.lower.cuda_terms import map_kind, mask_parts
 from fa3_compile.lower.kernels import cuda_sm90
 from fa3_compile.lower.kernels.cuda_sm90 import CudaSm90, _keys, _likely_layout
-from fa3_compile.lower.render_cuda import CudaKey, map_kind, mask_parts, render
+from fa3_compile.lower.render_cuda import CudaKey, render
 from fa3_compile.spec.attention import AttentionSpec
 from tests.numerics.forms import BY_NAME, FORMS, inputs, shape_for
 

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from fa3_compile import resources
 from fa3_compile.lower.choose import Problem
+from fa3_compile.lower.cuda_terms import aux_fields, map_kind, uniform_fill
 from fa3_compile.lower.elements import Shape, elements
 from fa3_compile.lower.kernels.cuda_sm90 import _keys, _layout, _tile_candidate
-from fa3_compile.lower.render_cuda import aux_fields, map_kind, render, uniform_fill
+from fa3_compile.lower.render_cuda import render
 from tests.numerics.forms import FORMS, Form, inputs, shape_for
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")

@@ -14,10 +14,8 @@ MOST_LINES = 400
 # side. Nothing joins them without a reason of its own.
 LONGER = {
     "fa3_compile/lower/kernels/cuda_sm90.py",
-    "fa3_compile/lower/render_cuda.py",
     "fa3_compile/spec/simplify.py",
     "kernels/sm90/backward_block.cuh",
-    "kernels/sm90/forward_consumer.cuh",
     "templates/triton/attention_backward.py.jinja",
 }
 TEMPLATES = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))

@@ -30,6 +30,16 @@ from fa3_compile.lower.config_sm90 import (
     split_count,
     variations,
 )
+from fa3_compile.lower.cuda_terms import (
+    Field,
+    arrange,
+    aux_fields,
+    fills_dead_rows,
+    map_kind,
+    mask_parts,
+    named_mask,
+    uniform_fill,
+)
 from fa3_compile.lower.launch_cuda import (
     MAP_BYTES,
     Launch,
@@ -41,18 +51,7 @@ from fa3_compile.lower.launch_cuda import (
 )
 from fa3_compile.lower.printer import UnprintableError
 from fa3_compile.lower.render import aux_parameters
-from fa3_compile.lower.render_cuda import (
-    CudaKey,
-    Field,
-    arrange,
-    aux_fields,
-    fills_dead_rows,
-    map_kind,
-    mask_parts,
-    named_mask,
-    render,
-    uniform_fill,
-)
+from fa3_compile.lower.render_cuda import CudaKey, render
 from fa3_compile.runtime.launch import Call
 from fa3_compile.runtime.op import out_strides
 from fa3_compile.spec import expr as E
