@@ -97,13 +97,16 @@ def programs(draw: st.DrawFn) -> Program:
     scale, softmax = one_of(*parts.SCALES), one_of(*parts.SOFTMAXES)
     sink = one_of("", "", "", "", *parts.SINKS)
     use = one_of("", "", "residual", "twice", "slice", "sum", "in place", "flat")
-    dtype = one_of(None, None, None, torch.bfloat16, torch.float16, torch.float64)
+    # Not float64: the oracle is eager itself there, to the last rounding.
+    dtype = one_of(None, None, None, torch.bfloat16, torch.float16)
     mutant = one_of(*[""] * 24, *NO_ATTENTION, *MORE_THAN_ATTENTION)
     seed = draw(st.integers(0, 3))
     if softmax == "unshifted" and dtype in (torch.bfloat16, torch.float16):
         softmax = "by hand"
     if mutant == "softmax over queries":
         sink = ""
+    if mutant == "mean of heads" and layout == "mqa":
+        mutant = ""
     lowest_added = combine == "twice" and (how == "product" or how.startswith("added"))
     if dtype == torch.float16 and (captured == "additive padding" or lowest_added):
         # In float16 eager's -65504 absorbs a score, and twice that is -inf; ours is in float32.
@@ -116,7 +119,6 @@ def programs(draw: st.DrawFn) -> Program:
         "dynamic": one_of(None, None, None, True) if layout not in STATIC else None,
         # Autograd refuses a K that is written after it was multiplied.
         "training": one_of(True, True, False)
-        and dtype != torch.float64  # the oracle is eager itself there, and every rounding counts
         and mutant != "K written after the scores"
         and not (dead and additive),
         "kernels": one_of(("reference",), ("cpu", "reference")),
