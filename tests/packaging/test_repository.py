@@ -14,6 +14,7 @@ MOST_LINES = 400
 # side. Nothing joins them without a reason of its own.
 LONGER = {
     "fa3_compile/lower/kernels/cuda_sm90.py",
+    "fa3_compile/lower/kernels/cuda_sm90_backward.py",
     "fa3_compile/spec/simplify.py",
     "kernels/sm90/backward_block.cuh",
     "templates/triton/attention_backward.py.jinja",
