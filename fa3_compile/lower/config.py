@@ -32,6 +32,8 @@ class TritonConfig:
     num_stages         depth of the software pipeline over KV blocks
     tma                K and V by tensor descriptors (sm_90 and later)
     warp_specialize    loads, products and softmax in warps of their own (sm_100, with tma)
+    lazy_rescale       the running maximum is raised, and O scaled, only where a row exceeds it by
+                       2^8 (FlashAttention-4's conditional rescaling; not on sm_100)
     """
 
     block_q: int
@@ -40,6 +42,7 @@ class TritonConfig:
     num_stages: int
     tma: bool = False
     warp_specialize: bool = False
+    lazy_rescale: bool = False
 
     def shared_memory(self, problem: Problem) -> int:
         """Bytes of shared memory, estimated from above: Q, and each stage of K and V."""
@@ -60,6 +63,9 @@ class TritonConfig:
         # On sm_90 Triton 3.6's warp specialisation pass fails on this kernel.
         if self.warp_specialize and not (self.tma and arch[0] >= 10):
             return False
+        # A branch around an accumulator in tensor memory: Triton 3.7's layout pass fails on it.
+        if self.lazy_rescale and arch[0] == 10:
+            return False
         if self.shared_memory(problem) > SHARED_MEMORY[arch]:
             return False
         # On sm_100 the products accumulate in tensor memory.
@@ -71,7 +77,8 @@ class TritonConfig:
         if rows >= self.block_q:
             return self
         warps = min(self.num_warps, 4)
-        return TritonConfig(rows, self.block_kv, warps, self.num_stages)
+        lazy = self.lazy_rescale
+        return TritonConfig(rows, self.block_kv, warps, self.num_stages, lazy_rescale=lazy)
 
 
 def nearest_arch(capability: tuple[int, int]) -> tuple[int, int]:

@@ -25,6 +25,7 @@ class ForwardKey:
     tma              K and V by tensor descriptors: last stride 1, others multiples of 16 bytes
     warp_specialize  loads, products and softmax in warps of their own, where the target can
     lists            the blocks to walk come from `render_blocks`
+    lazy_rescale     O is scaled only where the maximum of a row grows by 2^8
     upcast           products of float32 operands: Triton's interpreter has none of bfloat16
     """
 
@@ -36,6 +37,7 @@ class ForwardKey:
     warp_specialize: bool = False
     upcast: bool = False
     lists: bool = False
+    lazy_rescale: bool = False
 
     @property
     def digest(self) -> str:
@@ -62,6 +64,7 @@ class Rendered(Common):
 
     tma: bool
     warp_specialize: bool
+    lazy: str
     preamble: list[str]
     carried: list[str]
     score: Piece
@@ -97,6 +100,7 @@ def render_forward(key: ForwardKey) -> str:
         **common(key, logits, writer),
         tma=key.tma,
         warp_specialize=key.warp_specialize,
+        lazy=_lazy_limit(logits.log2) if key.lazy_rescale else "",
         preamble=writer.preamble,
         carried=writer.aux_pointers + writer.integers + writer.carried,
         score=Piece(score.text, score.loop + shift.loop, score.needs_s),
@@ -115,6 +119,11 @@ def render_forward(key: ForwardKey) -> str:
         full_hi=writer.bound_text(sympy.Max(sympy.Min(full_hi, E.SKV), 0)),
     )
     return render.render_template("attention_forward.py.jinja", rendered)
+
+
+def _lazy_limit(log2: bool) -> str:
+    """By how much a score may exceed the maximum in use: weights up to 2^8."""
+    return "8.0" if log2 else "8.0 * LN2"
 
 
 def _piece(writer: Writer, expr, prefix: str) -> Piece:

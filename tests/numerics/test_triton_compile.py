@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,14 @@ def test_walking_lists_is_as_cheap(arch: int, tmp_path) -> None:
     assert spilled_bytes(kernel, arch, tmp_path) == 0
     assert kernel.metadata.shared <= SHARED_MEMORY[divmod(arch, 10)]
     assert ("cp.async" in kernel.asm["ptx"]) or arch == 100
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_conditional_rescaling_compiles(arch: int, tmp_path) -> None:
+    asked = problem(CAUSAL, 128, arch)
+    config = replace(tune_forward.table_config(asked), lazy_rescale=True)
+    assert config.fits(asked, divmod(arch, 10)) and not config.fits(asked, (10, 0))
+    assert spilled_bytes(compiled(asked, config), arch, tmp_path) == 0
 
 
 @pytest.mark.parametrize("dim", [64, 256])

@@ -35,6 +35,7 @@ class Case:
     layout: str = "bhsd"
     block: tuple[int, int] | None = (16, 16)
     lists: bool = False  # of blocks, which lengths like these are not worth
+    lazy: bool = False  # O scaled only where a maximum grows by 2^8
 
 
 LONG = (1, 2, 1, 60, 33, 16, 16)  # more queries than keys: rows that a window leaves empty
@@ -107,6 +108,13 @@ CASES = [
     Case("key mask, lists", "score=0.25*s, mask=load(0, b, 0, 0, kv) != 0, dead=zero", (2, 2, 1, 9, 45, 16, 16), aux=("padding",), lists=True),
     Case("dense mask by head, least fill, lists", f"score=0.25*s, mask=(load(0, h, q, kv) != 0) & {CAUSAL}, dead=score, fill={MIN}", (2, 2, 1, 50, 40, 16, 16), aux=("dense_by_head",), lists=True),
     Case("masks of heads and batches, lists", "score=0.25*s, mask=(load(0, b, h) > kv) & (kv < n0)", (2, 2, 1, 37, 45, 16, 16), aux=("lengths",), sizes=(40,), lists=True),
+    Case("lazy", "score=0.25*s", lazy=True),
+    Case("lazy, large scores", "score=40.0*s", lazy=True),
+    Case("lazy, fp16, growing by keys", "score=0.25*s + 3.0*kv", dtype=F16, lazy=True),
+    Case("lazy, -inf and the least", "score=0.25*s + load(0, b, h, q, kv)", aux=("masked_bias",), lazy=True),
+    Case("lazy, window, least fill", f"score=0.25*s, mask={WINDOW}, dead=score, fill={MIN}", LONG, lazy=True),
+    Case("lazy, sink, dead rows", f"score=0.25*s, mask={WINDOW}, sinks=[{SLOPES}]", LONG, aux=("slopes",), lazy=True),
+    Case("lazy, inf in q", "score=0.25*s", layout="infinite", lazy=True),
     Case("dropout", f"score=0.25*s, weight={DROP}", (2, 2, 1, 37, 45, 16, 16), aux=("seed",)),
     Case("dropout, causal, bf16", f"score=0.25*s, mask={CAUSAL}, weight={DROP}", (2, 2, 1, 64, 64, 16, 16), BF16, aux=("seed",)),
     Case("dropout, window, zero", f"score=0.25*s, mask={WINDOW}, dead=zero, weight={DROP}", LONG, aux=("seed",)),
@@ -188,7 +196,7 @@ def run(case: Case) -> dict:
     if case.block is None:
         out, lse = kernel.run(problem, q, k, v, aux, case.sizes)
     else:
-        config = TritonConfig(*case.block, num_warps=4, num_stages=1)
+        config = TritonConfig(*case.block, num_warps=4, num_stages=1, lazy_rescale=case.lazy)
         bound = bind_config(problem, config, q, k, v, aux, case.sizes)
         out, lse = outputs(problem, q, v)
         bound.launch([q, k, v, out, lse, *(aux[i] for i in bound.aux)])

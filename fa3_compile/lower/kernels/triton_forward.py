@@ -164,6 +164,7 @@ def _render_key(problem: Problem, config: TritonConfig, lists: bool = False) -> 
         warp_specialize=config.warp_specialize,
         upcast=problem.dtype == torch.bfloat16 and interpreted(),
         lists=lists,
+        lazy_rescale=config.lazy_rescale,
     )
 
 
