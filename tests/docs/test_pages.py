@@ -65,6 +65,16 @@ def test_links_between_pages_lead_somewhere(page):
         assert (page.parent / target).exists() or target in GENERATED, f"{page.name}: {link}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_the_files_that_a_page_names_exist(page):
+    """`fa3_compile/frontend/lift.py`, `tests/numerics`; from the checkout or from the package."""
+    if page.name == "CHANGELOG.md":
+        return
+    for name in re.findall(r"`((?:[\w.-]+/)+[\w.*-]*)`", page.read_text()):
+        roots = [ROOT, ROOT / "fa3_compile", page.parent, ROOT / "kernels" / "include"]
+        assert any([*root.glob(name.rstrip("/"))] for root in roots), f"{page.name}: {name}"
+
+
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs")
     done = subprocess.run(
