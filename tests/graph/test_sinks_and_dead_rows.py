@@ -221,7 +221,7 @@ def test_two_fills_of_different_depth():
     padding = torch.arange(S) >= torch.tensor([[0], [6]])
     assert_expected_inline(
         specs(check(attention, *qkv(), padding)),
-        """attention(score=0.25*s, mask=((kv <= q - 1) | (load(0, b, kv) == 0)) & (load(0, b, kv) != 0), dead=score, fill=where(load(0, b, kv) == 0, -inf, -3.4028234663852886e+38), aux=[bool])""",
+        """attention(score=0.25*s, mask=(kv <= q - 1) & (load(0, b, kv) != 0), dead=score, fill=where(load(0, b, kv) == 0, -inf, -3.4028234663852886e+38), aux=[bool])""",
     )
 
 
@@ -233,7 +233,7 @@ def test_two_fills_in_the_other_order():
     padding = torch.arange(S) >= torch.tensor([[0], [6]])
     assert_expected_inline(
         specs(check(attention, *qkv(), padding)),
-        """attention(score=0.25*s, mask=((kv >= q) | (load(0, b, kv) != 0)) & (kv <= q - 1), dead=score, fill=where(kv >= q, -3.4028234663852886e+38, -inf), aux=[bool])""",
+        """attention(score=0.25*s, mask=(kv <= q - 1) & (load(0, b, kv) != 0), dead=score, fill=where(kv >= q, -3.4028234663852886e+38, -inf), aux=[bool])""",
     )
 
 
@@ -316,7 +316,11 @@ def test_dead_rows_of_exp_times_mask():
         e = scores_of(q, k).exp() * ~hidden()
         return e / e.sum(-1, keepdim=True) @ v
 
-    assert_expected_inline(specs(check(attention, *qkv())), """""")
+    # Eager's gradients are NaN in rows that are NaN.
+    assert_expected_inline(
+        specs(check(attention, *qkv(), training=False)),
+        """attention(score=0.25*s, mask=kv <= q - 1, dead=nan)""",
+    )
 
 
 def test_sum_kept_from_zero():
