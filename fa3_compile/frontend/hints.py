@@ -30,7 +30,7 @@ def hints(spec: AttentionSpec) -> list[str]:
 
 def _fills(select: where) -> list[float]:
     condition, *branches = select.args
-    numbers = [float(x) for x in branches if x.is_number and x <= HIDES]
+    numbers = [float(x) for x in branches if x.is_number and float(x) <= HIDES]
     by_place = depends_on(condition, [KV]) and S not in condition.free_symbols
     return numbers if by_place and any(_is_score(x) for x in branches) else []
 

@@ -57,7 +57,7 @@ def region(shadow: Shadow, reading: Reading) -> Region:
         "largest_s": reading.largest_s,
     }
     separated = simplify.separate(score, **how)
-    if separated.dead == "score" and _may_be_infinite(separated.score, reading.loads):
+    if separated.dead == "score" and _may_be_infinite(separated, reading.loads):
         # Where every visible key is at -inf, eager weighs the filled ones.
         separated = simplify.separate(score, **how, finite_fills=False)
     if not reading.scores.shifted and separated.dead == "score":
@@ -127,19 +127,13 @@ def region(shadow: Shadow, reading: Reading) -> Region:
     )
 
 
-def _may_be_infinite(score: Expr, loads: list[Captured | Seed]) -> bool:
-    """Whether the score reads something, key by key, that may hold -inf."""
-    keyed = [x for x in loads_in(score) if KV in x.free_symbols]
+def _may_be_infinite(separated: simplify.Separated, loads: list[Captured | Seed]) -> bool:
+    """Whether the score of a visible key reads something, key by key, that may be -inf."""
+    conditions = sympy.And.make_args(separated.mask)
+    above = {x.lhs for x in conditions if isinstance(x, (sympy.Gt, sympy.Ge))}
+    keyed = [x for x in loads_in(separated.score) if KV in x.free_symbols and x not in above]
     sources = [loads[x.tensor] for x in keyed]
     return any(isinstance(x, Captured) and may_be_infinite(x.source) for x in sources)
-
-
-def _has_large_fill(separated: simplify.Separated) -> bool:
-    """Whether a row may be so low that the logarithm of a sum is lost in it."""
-    numbers = separated.score.atoms(sympy.Number)
-    if separated.fill is not None:
-        numbers |= separated.fill.atoms(sympy.Number)
-    return any(x.is_finite and abs(x) > 1e5 for x in numbers)
 
 
 def _read_outside(reading: Reading, interior: list[fx.Node]) -> bool:
