@@ -22,7 +22,7 @@ from fa3_compile.lower.build_nvrtc import load_first
 from fa3_compile.lower.choose import Gradients, KernelBuildError, Problem, kernels, reference
 from fa3_compile.lower.config_sm90_backward import Sm90BackwardConfig, candidates
 from fa3_compile.lower.cuda_terms import aux_fields
-from fa3_compile.lower.kernels import triton_backward
+from fa3_compile.lower.elements import Shape
 from fa3_compile.lower.kernels.cuda_sm90 import (
     DTYPES,
     INTERVAL_ROWS,
@@ -32,6 +32,12 @@ from fa3_compile.lower.kernels.cuda_sm90 import (
     _likely_layout,
     _processors,
     _tile_candidate,
+)
+from fa3_compile.lower.kernels.cuda_sm90_rows import (
+    add_uniform_rows,
+    may_be_nan,
+    set_nan_rows,
+    sink_gradients,
 )
 from fa3_compile.lower.kernels.triton_forward import may_have_dead_rows
 from fa3_compile.lower.launch_cuda import (
@@ -43,7 +49,7 @@ from fa3_compile.lower.launch_cuda import (
     tensor_map,
 )
 from fa3_compile.lower.printer import UnprintableError
-from fa3_compile.lower.render_backward import fill_slope, has_fill_rows
+from fa3_compile.lower.render_backward import has_fill_rows
 from fa3_compile.lower.render_cuda_backward import CudaBackwardKey, query_map_kind, slope
 from fa3_compile.runtime.launch import layout_key, make_room
 from fa3_compile.spec import expr as E
@@ -176,20 +182,20 @@ class BoundBackward:
         for launch in self.launches:
             launch(stream, addresses)
         del kept
-        tensors = {"dq_ptr": dq, "dk_ptr": dk, "dv_ptr": dv}
-        if delta is not None:
-            tensors["delta_ptr"] = delta
-        if dead is not None:
-            tensors["dead_ptr"] = dead
-        if dtile is not None:
-            tensors["dense0_ptr"] = dtile  # the only dense gradient
-        if dead is not None and delta is not None:
-            add_uniform_rows(problem.spec, dead, delta, (dq, dk, dv), q, k, v, dout)
-        elif _may_be_nan(problem.spec, q.shape[2], k.shape[2]):
-            triton_backward._set_nan_rows(dv, lse)
-        captured = triton_backward._captured(problem, tensors, q, k, lse, aux, sizes, needs)
+        self.finish(problem, (dq, dk, dv), delta, dead, q, k, v, dout, lse)
+        captured = captured_gradients(
+            problem, self.tile, dtile, lse, delta, q, k, aux, sizes, needs
+        )
         wanted = [x if n else None for x, n in zip((dq, dk, dv), needs[:3])]
         return wanted[0], wanted[1], wanted[2], captured
+
+    @staticmethod
+    def finish(problem, grads, delta, dead, q, k, v, dout, lse) -> None:
+        """Adds what the kernels leave out: rows without a key."""
+        if dead is not None:
+            add_uniform_rows(problem.spec, dead, delta, grads, q, k, v, dout)
+        elif may_be_nan(problem.spec, q.shape[2], k.shape[2]):
+            set_nan_rows(grads[2], lse)
 
     def _counter(self, stream: int) -> tuple[int, Tensor | None]:
         """The address of an int that is zero between launches, and what holds it until then."""
@@ -303,46 +309,19 @@ def bind(
     )
 
 
-def _may_be_nan(spec: AttentionSpec, q_len: int, kv_len: int) -> bool:
-    """Whether a row may have no key, or nothing but scores of -inf, and the softmax of that."""
-    if spec.dead != "nan" or spec.sinks:
-        return False
-    return may_have_dead_rows(spec, q_len, kv_len)
-
-
-def add_uniform_rows(
-    spec: AttentionSpec,
-    dead: Tensor,
-    delta: Tensor,
-    grads: tuple[Tensor, Tensor, Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dout: Tensor,
-) -> None:
-    """Adds the share of rows without a key, in which every key has the weight 1 / Skv.
-
-    With P uniform, ds = slope / Skv * (dO.v - delta) is linear in dO, so that the sums over keys
-    and rows factor into products of [D, S] and [S, Dv]. They are taken in bfloat16, as the other
-    products of such a row would be: on a causal S = 8192 without such rows they cost a tenth of
-    the backward, in float32 as much as all of it.
-    """
-    dq, dk, dv = grads
-    batch, kv_heads, kv_len, _ = k.shape
-    rows = (batch, kv_heads, -1)
-    is_dead = dead.bool()
-    dout = torch.where(is_dead.unsqueeze(-1), dout, 0.0).to(torch.bfloat16)
-    dout = dout.reshape(*rows, dout.shape[-1])
-    dv.add_(dout.sum(2, keepdim=True, dtype=torch.float32) / kv_len)
-    if not (slope_of_fill := fill_slope(spec)):
-        return
-    weight = slope_of_fill / kv_len
-    q_rows, k, v = (x.to(torch.bfloat16) for x in (q.reshape(*rows, q.shape[-1]), k, v))
-    of_rows = (torch.where(is_dead, delta, 0.0) * weight).to(torch.bfloat16).reshape(*rows, 1)
-    own = dout @ (v.transpose(-1, -2) @ k * weight)
-    dq.add_((own - of_rows * k.sum(2, keepdim=True, dtype=torch.float32)).view(q.shape))
-    dk.add_(v @ (dout.transpose(-1, -2) @ q_rows * weight))
-    dk.sub_(of_rows.transpose(-1, -2) @ q_rows)
+def captured_gradients(
+    problem: Problem, tile, dtile, lse, delta, q, k, aux, sizes, needs
+) -> list[Tensor | None]:
+    """The gradients of the captured tensors, None for those that `needs` leaves out."""
+    wanted = [i for i, n in enumerate(needs[3:]) if n]
+    grads: list[Tensor | None] = [torch.zeros_like(x) if i in wanted else None
+                                  for i, x in enumerate(aux)]  # fmt: skip
+    shape = Shape(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    for i, x in sink_gradients(problem.spec, wanted, lse, delta, shape, aux, sizes).items():
+        grads[i] = x
+    if tile is not None:
+        grads[tile] = dtile
+    return grads
 
 
 def tile_gradient(spec: AttentionSpec, tensor: Tensor) -> Tensor:

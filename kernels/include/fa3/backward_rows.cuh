@@ -82,7 +82,9 @@ struct RowTerms {
         int64_t row = (static_cast<int64_t>(batch) * p.heads + head) * p.queries + q;
         lse = __ldg(p.lse + row);
         if (p.dlse != nullptr) sum -= __ldg(p.dlse + row);
-        if (lse == -inf()) lse = inf(), sum = 0.0f;
+        // A row of nothing but scores of -inf has weights of NaN, unless it is to have none.
+        constexpr bool lost = Variant::kFiniteScores || Variant::kDead == Dead::kZero;
+        if (lse == -inf()) lse = lost ? inf() : lse, sum = 0.0f;
         if (p.delta != nullptr) p.delta[row] = sum;
         auto own = Variant::head(at);
         if constexpr (Variant::kShift)
