@@ -136,6 +136,14 @@ def _may_be_infinite(separated: simplify.Separated, loads: list[Captured | Seed]
     return any(isinstance(x, Captured) and may_be_infinite(x.source) for x in sources)
 
 
+def _has_large_fill(separated: simplify.Separated) -> bool:
+    """Whether a row may be so low that the logarithm of a sum is lost in it."""
+    numbers = separated.score.atoms(sympy.Number)
+    if separated.fill is not None:
+        numbers |= separated.fill.atoms(sympy.Number)
+    return any(x.is_finite and abs(x) > 1e5 for x in numbers)
+
+
 def _read_outside(reading: Reading, interior: list[fx.Node]) -> bool:
     """Whether the program uses the LSE for more than the softmax itself."""
     return any(user not in interior for x in reading.statistics for user in x.node.users)
