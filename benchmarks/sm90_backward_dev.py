@@ -4,7 +4,8 @@
     python benchmarks/sm90_backward_dev.py check [NAME ...]     on a Hopper GPU: against float64
     python benchmarks/sm90_backward_dev.py bench [NAME ...]     on a Hopper GPU: against cuDNN SDPA
 
-NAME is part of a form's name; EVERY=n checks one in n. Full numbers go to $OUT (default: the current directory).
+NAME is part of a form's name; EVERY=n checks one in n. Full numbers go to $OUT (default: the
+current directory).
 """
 
 from __future__ import annotations
