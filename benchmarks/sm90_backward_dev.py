@@ -4,7 +4,8 @@
     python benchmarks/sm90_backward_dev.py check [NAME ...]     on a Hopper GPU: against float64
     python benchmarks/sm90_backward_dev.py bench [NAME ...]     on a Hopper GPU: against cuDNN SDPA
 
-NAME is part of a form's name; EVERY=n checks one in n. Full numbers go to $OUT (default: the current directory).
+NAME is part of a form's name; EVERY=n checks one in n. Full numbers go to $OUT (default: the
+current directory).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.sm90_dev import (
     LENGTHS,
@@ -29,8 +31,10 @@ from benchmarks.sm90_dev import (
     WIDTH,
     WORKERS,
     Check,
+    Timed,
     interleaved,
     made,
+    problem_of,
     timed,
 )
 from fa3_compile.lower.build_nvrtc import load_first
@@ -40,8 +44,10 @@ from fa3_compile.lower.kernels.cuda_sm90 import CudaSm90, _keys, _layout
 from fa3_compile.lower.kernels.reference import attention_backward
 from tests.numerics.forms import BY_NAME
 
-DIMS = ((64, 64), (128, 128), (256, 256), (40, 40), (96, 96), (128, 64), (64, 128), (8, 24), (80, 80),
-        (192, 128), (160, 160))  # fmt: skip
+DIMS = (
+    (64, 64), (128, 128), (256, 256), (40, 40), (96, 96), (128, 64), (64, 128), (8, 24), (80, 80),
+    (192, 128), (160, 160),
+)  # fmt: skip
 EVERYWHERE = ("full", "causal", "window", "softcap", "documents")
 
 
@@ -169,64 +175,52 @@ def check_all(wanted: list[str]) -> None:
 
 def bench(wanted: list[str]) -> None:
     """TFLOP/s of what the mask leaves, and the share of cuDNN's in the same process."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    kernel, rows = CudaSm90(), []
+    rows = []
     for case in timed():
-        if wanted and f"{case.name} {case.dim} {case.length}" not in wanted:
-            if not any(part == case.name for part in wanted):
-                continue
-        spec, q, k, v, aux = made(case)
-        problem = backward_problem(spec, q, k, v, aux)
-        if reason := backward.supports_backward(problem):
-            print(case.name, case.dim, "declined:", reason, flush=True)
+        names = (case.name, f"{case.name} {case.dim} {case.length}")
+        if wanted and not set(names) & set(wanted):
             continue
-        out, lse = kernel.run(problem, q, k, v, aux, ())
-        dout = torch.randn_like(out)
-        needs = [True] * 3 + [x.dim() == 4 and x.shape[3] > 1 for x in aux]
-
-        def ours():
-            return backward.run_backward(problem, dout, None, q, k, v, out, lse, aux, (), needs)
-
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            y = torch.nn.functional.scaled_dot_product_attention(
-                *leaves, is_causal=case.name != "full"
-            )
-
-        def cudnn():
-            return torch.autograd.grad(y, leaves, dout, retain_graph=True)
-
-        ours()
-        bound = next(reversed(backward._bound.values()))
-        parts = []
-        if bound is not None and os.environ.get("PARTS"):
-            scratch = torch.empty(bound.scratch_floats, device="cuda")
-            grads = [torch.empty_like(x) for x in (q, k, v)]
-            stream = torch.cuda.current_stream().cuda_stream
-            counter, _ = bound._counter(stream)
-            addresses = [x.data_ptr() for x in (q, k, v, out, lse, dout)] + [0]
-            addresses += [x.data_ptr() for x in grads] + [counter, scratch.data_ptr(), 0, 0, 0]
-            addresses += [x.data_ptr() for x in aux]
-            parts = [lambda f=f: f(stream, addresses) for f in bound.launches]
-        theirs, mine, *of_parts = interleaved([cudnn, ours, *parts])
-        work = 10 * TOKENS * case.length * WIDTH
-        rate = work * case.share / mine / 1e9
-        base = work * (1.0 if case.name == "full" else 0.5) / theirs / 1e9
-        tile = f"{bound.config.block_m}x{bound.config.block_n}" if bound else "none"
-        rows.append((case.name, case.dim, case.length, tile, f"{mine:.3f}", f"{rate:.0f}",
-                     f"{base:.0f}", f"{rate / base:.3f}"))  # fmt: skip
-        print(*rows[-1], *(f"{x:.3f}" for x in of_parts), flush=True)
-        del q, k, v, aux, out, dout, y, leaves
+        if (row := measured(case)) is not None:
+            rows.append(row)
+            print(*row, flush=True)
         torch.cuda.empty_cache()
     with open(OUT / "sm90_backward_bench.csv", "w", newline="") as file:
         head = ("form", "dim", "length", "tile", "ms", "tflops", "cudnn", "share")
         csv.writer(file).writerows([head, *rows])
 
 
-def backward_problem(spec, q, k, v, aux):
-    from benchmarks.sm90_dev import problem_of
+def measured(case: Timed) -> tuple | None:
+    """One line of the table."""
+    spec, q, k, v, aux = made(case)
+    problem = backward_problem(spec, q, k, v, aux)
+    if reason := backward.supports_backward(problem):
+        print(case.name, case.dim, "declined:", reason, flush=True)
+        return None
+    out, lse = CudaSm90().run(problem, q, k, v, aux, ())
+    dout = torch.randn_like(out)
+    needs = [True] * 3 + list(problem.aux_needs_grad)
+    leaves = tuple(x.detach().requires_grad_() for x in (q, k, v))
+    causal = case.name != "full"
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        y = torch.nn.functional.scaled_dot_product_attention(*leaves[:3], is_causal=causal)  # pyright: ignore
 
+    def ours():
+        return backward.run_backward(problem, dout, None, q, k, v, out, lse, aux, (), needs)
+
+    def cudnn():
+        return torch.autograd.grad(y, leaves, dout, retain_graph=True)
+
+    theirs, mine = interleaved([cudnn, ours])
+    bound = next(reversed(backward._bound.values()))
+    work = 10 * TOKENS * case.length * WIDTH
+    rate = work * case.share / mine / 1e9
+    base = work * (0.5 if causal else 1.0) / theirs / 1e9
+    tile = f"{bound.config.block_m}x{bound.config.block_n}" if bound else "none"
+    numbers = (f"{mine:.3f}", f"{rate:.0f}", f"{base:.0f}", f"{rate / base:.3f}")
+    return (case.name, case.dim, case.length, tile, *numbers)
+
+
+def backward_problem(spec, q, k, v, aux):
     problem = problem_of(spec, q, k, v, aux)
     wanted = tuple(x.dim() == 4 and x.shape[3] > 1 for x in aux)
     return replace(problem, needs_grad=True, aux_needs_grad=wanted)

@@ -123,6 +123,9 @@ def programs(draw: st.DrawFn) -> Program:
         and not (dead and additive),
         "kernels": one_of(("reference",), ("cpu", "reference")),
     }
+    if dead and fill in ("-1e4", "-65504"):
+        # A row that is all -1e4 has scores of three digits: any other order rounds otherwise.
+        run["kernels"] = ("reference",)
 
     arguments, project = parts.layout(layout, n, m, seed)
     extra, capture = parts.captured(captured, n, m, seed)
