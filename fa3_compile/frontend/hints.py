@@ -6,6 +6,7 @@ import sympy
 
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.expr import KV, Expr, S, depends_on, load, where
+from fa3_compile.spec.simplify import OUT_OF_REACH
 
 # A number that is added to scores to hide them.
 HIDES = -1e3
@@ -15,9 +16,14 @@ def hints(spec: AttentionSpec) -> list[str]:
     """Sentences, each of something that keeps blocks of keys from being skipped."""
     found = []
     if fills := sorted({x for select in spec.score.atoms(where) for x in _fills(select)}):
+        why = "which a score could be below"
+        then = "fill with -inf or torch.finfo(dtype).min"
+        if fills[0] <= OUT_OF_REACH:
+            why = "beside a bias that is given and may be -inf"
+            then = "fill with -inf, or make the bias a parameter"
         found.append(
-            f"Scores are filled with {fills[0]:g}, which a score could be below, so that no block "
-            "of keys is skipped: fill with -inf or torch.finfo(dtype).min."
+            f"Scores are filled with {fills[0]:g}, {why}, so that no block of keys is skipped: "
+            f"{then}."
         )
     loads = {x for r in spec.mask.atoms(sympy.Gt) if isinstance(r.lhs, load) for x in [r.lhs]}
     if any(spec.aux[x.tensor] == "int" for x in loads):

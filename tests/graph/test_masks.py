@@ -511,4 +511,6 @@ def test_zero_times_infinity():
     def attention(q, k, v):
         return attend(scores_of(q, k) + (1 - triangle()) * -INF, v)
 
-    assert_expected_inline(specs(check(attention, *qkv())), """lift: no-product""")
+    assert_expected_inline(
+        specs(check(attention, *qkv())), """attention(score=load(0, q, kv) + 0.25*s, aux=[float])"""
+    )

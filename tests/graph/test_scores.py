@@ -92,7 +92,10 @@ def test_activations():
         modified(lambda s: F.leaky_relu(s, 0.1)),
         """attention(score=where(0.25*s > 0, 0.25*s, 0.025*s))""",
     )
-    assert_expected_inline(modified(lambda s: F.gelu(s)), """""")
+    assert_expected_inline(
+        modified(lambda s: F.gelu(s)),
+        """attention(score=(0.125*erf(0.1767766952966369*s) + 0.125)*s)""",
+    )
     assert_expected_inline(
         modified(lambda s: s * torch.sigmoid(s)),
         """attention(score=(0.125*tanh(0.125*s) + 0.125)*s)""",
@@ -278,7 +281,7 @@ def test_alibi_passed_in_as_bloom_does():
     report = check(attention, *qkv(), uniform(B, H, 1, S))
     assert_expected_inline(
         specs(report),
-        """attention(score=load(0, b, h, 0, kv) + 0.25*s, mask=kv <= q, dead=nan, aux=[float])""",
+        """attention(score=where(kv >= q + 1, -3.4028234663852886e+38, load(0, b, h, 0, kv) + 0.25*s), aux=[float])""",
     )
 
 
