@@ -12,6 +12,7 @@ from fa3_compile.lower import build_nvrtc
 from fa3_compile.lower.choose import Problem
 from fa3_compile.lower.config_sm90_backward import candidates
 from fa3_compile.lower.kernels import cuda_sm90_backward as backward
+from fa3_compile.lower.kernels.cuda_sm90 import CudaSm90
 from fa3_compile.lower.render_cuda_backward import render_backward
 from tests.numerics.forms import FORMS
 from tests.numerics.test_cuda_sm90_compile import needs_nvrtc, own_cache, problem
@@ -112,3 +113,11 @@ def test_deterministic_algorithms_leave_it_to_others() -> None:
     finally:
         torch.use_deterministic_algorithms(False)
     assert said is not None and "no fixed order" in said
+
+
+def test_the_family_leaves_what_no_gpu_has_confirmed() -> None:
+    family = CudaSm90()
+    assert family.supports_backward(training("causal", 128, 128)) is None
+    for form in ("dense bias", "dropout, causal"):
+        said = family.supports_backward(training(form, 128, 128))
+        assert said is not None and "not confirmed" in said

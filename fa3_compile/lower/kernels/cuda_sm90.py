@@ -111,7 +111,8 @@ class CudaSm90(BindingKernel):
         # There: the two modules share how kernels are bound.
         from fa3_compile.lower.kernels import cuda_sm90_backward
 
-        return cuda_sm90_backward.supports_backward(problem)
+        backward = cuda_sm90_backward
+        return backward.supports_backward(problem) or backward.unconfirmed(problem)
 
     def run_backward(self, *arguments) -> Gradients:
         from fa3_compile.lower.kernels import cuda_sm90_backward

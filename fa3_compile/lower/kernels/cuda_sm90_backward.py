@@ -85,6 +85,20 @@ def supports_backward(problem: Problem) -> str | None:
     return _unprintable(spec)
 
 
+def unconfirmed(problem: Problem) -> str | None:
+    """Why gradients that the kernel can compute are left to Triton all the same.
+
+    These forms are right in the emulation of tests/numerics, but have not been compared with
+    float64 on a Hopper GPU; Triton's have. tests/numerics/test_cuda_sm90_backward.py compares them.
+    """
+    spec = problem.spec
+    if spec.weight is not None:
+        return "its gradients of a factor after the softmax are not confirmed on a GPU yet"
+    if _tile_candidate(spec) is not None:
+        return "its gradients beside a dense input are not confirmed on a GPU yet"
+    return None
+
+
 @functools.lru_cache(maxsize=1024)
 def _score_gradient(problem: Problem) -> tuple[str, str | None]:
     """(tile_gradient of CudaBackwardKey, why not): the gradients of what the score reads."""
