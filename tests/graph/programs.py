@@ -183,7 +183,8 @@ def programs(draw: st.DrawFn) -> Program:
     # No key is seen at all.
     nothing = n == 1 and "strict" in masks
     # Only the softmax of the scores themselves, added to at most, is blind to the maximum.
-    maximum = "CogView" in modifiers and (modifiers[-1] != "CogView" or masks or captured)
+    other = modifiers[-1:] != ["CogView"] or masks or captured or sink
+    maximum = "CogView" in modifiers and other
     # 0 * -inf is NaN, and fusing would lose that.
     infinite = how == "both" and masks and captured in ("padding", "lengths")
     # Eager does not normalise a row of one finite fill, spelled so.
