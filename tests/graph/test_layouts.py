@@ -353,7 +353,7 @@ def test_one_head_and_one_sequence():
 
 
 def test_head_dimension_of_one():
-    assert_expected_inline(fused(plain, *qkv(B, H, S, 1)), """lift: operand-unclear""")
+    assert_expected_inline(fused(plain, *qkv(B, H, S, 1)), """attention(score=0.25*s)""")
 
 
 def test_empty_batch():
