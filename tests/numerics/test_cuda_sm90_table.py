@@ -6,8 +6,6 @@ by turns; load_first skips a tile that a richer score makes spill, but none may 
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -65,17 +63,11 @@ def build(entry: Shipped) -> build_nvrtc.Built:
     return build_nvrtc.build(render(entry.key()), build_nvrtc.headers())
 
 
-@pytest.fixture(scope="module")
-def built() -> dict[Shipped, build_nvrtc.Built]:
-    entries = shipped()
-    with ProcessPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        return dict(zip(entries, pool.map(build, entries), strict=True))
-
-
 @pytest.mark.skipif(build_nvrtc.missing() is not None, reason="no cuda-bindings")
 @pytest.mark.parametrize("entry", shipped(), ids=str)
-def test_builds_without_spills(entry: Shipped, built: dict[Shipped, build_nvrtc.Built]) -> None:
-    assert built[entry].healthy, built[entry].log
+def test_builds_without_spills(entry: Shipped) -> None:
+    built = build(entry)
+    assert built.healthy, built.log
 
 
 def test_every_tile_of_the_table_is_among_them() -> None:
