@@ -94,7 +94,7 @@ def test_training(architecture: Architecture) -> None:
     assert_all_fused(report, architecture)
 
 
-@each(WIDER)
+@each(WIDER if EVERYTHING else WIDER[::3])
 def test_wider(architecture: Architecture) -> None:
     """Outputs and gradients at once, without train(): layer drop would break the graphs."""
     report = assert_matches_eager(
@@ -107,7 +107,7 @@ def test_wider(architecture: Architecture) -> None:
     assert_all_fused(report, architecture)
 
 
-@pytest.mark.skipif(not EVERYTHING, reason="FA3_ALL_MODELS=1 asks for it; test_wider has the rest")
+@pytest.mark.skipif(not EVERYTHING, reason="FA3_ALL_MODELS=1 asks for it; test_wider has a third")
 @each(WIDER)
 def test_wider_inference(architecture: Architecture) -> None:
     report = assert_matches_eager(
