@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import os
 import platform
 import shutil
@@ -11,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import fa3_compile
@@ -174,16 +176,31 @@ def _made(place: str) -> tuple[Any, Sequence[Any], Mapping[str, Any]]:
 def _load(place: str) -> Callable[[], Any]:
     module, _, name = place.partition(":")
     file = Path(module)
-    sys.path.insert(0, str(file.parent.resolve()) if file.suffix == ".py" else os.getcwd())
     try:
-        return getattr(importlib.import_module(file.stem if file.suffix == ".py" else module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        return getattr(_file(file) if file.suffix == ".py" else _module(module), name)
+    except (ImportError, OSError, AttributeError, ValueError) as error:
         raise Fa3Error(
             f"cannot load {place!r}: {error}",
             where="python -m fa3_compile",
             todo="name a function as package.module:function, importable from the current folder, "
             "or as path/to/file.py:function",
         ) from error
+
+
+def _module(name: str) -> ModuleType:
+    sys.path.insert(0, os.getcwd())
+    return importlib.import_module(name)
+
+
+def _file(path: Path) -> ModuleType:
+    """The file itself, whatever else has a module of its name; its neighbours can be imported."""
+    sys.path.insert(0, str(path.parent.resolve()))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # where pickle and dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
 
 
 def _driver() -> str:
