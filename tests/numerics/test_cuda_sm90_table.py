@@ -19,9 +19,12 @@ CAUSAL = "mask=(kv - q <= 0)"
 COLUMNS = {
     "full": "score=0.1*s",
     "rows": f"score=0.1*s, {CAUSAL}",
-    "elements": f"score=20.0*tanh(0.005*s), {CAUSAL}",
+    "scores": f"score=20.0*tanh(0.005*s), {CAUSAL}",
+    "masks": "score=0.1*s, mask=load(0, b, q) == load(0, b, kv), aux=[int]",
     "dense": "score=0.1*s + load(0, b, h, q, kv), aux=[float]",
 }
+# What a column captures: C++ element types ("" for that of Q), axes of stride 1, the dense tile.
+CAPTURED = {"masks": (("int64_t",), ((2,),), None), "dense": (("",), ((3,),), 0)}
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,8 @@ class Shipped:
 
     def key(self) -> CudaKey:
         spec = AttentionSpec.parse(f"attention({COLUMNS[self.column]})")
-        dense = (((self.dtype,), ((3,),), 0),) if self.column == "dense" else ()
-        elements, unit, tile = dense[0] if dense else ((), (), None)
+        elements, unit, tile = CAPTURED.get(self.column, ((), (), None))
+        elements = tuple(x or self.dtype for x in elements)
         return CudaKey(spec, self.dtype, self.dim, self.dim, self.config, elements, unit, tile)
 
     def __str__(self) -> str:
@@ -49,8 +52,10 @@ def shipped() -> list[Shipped]:
     found = []
     for dim in table():
         for column in COLUMNS:
-            masked, plain = column != "full", column in ("full", "rows")
-            tiles = candidates(dim, dim, 4096, masked, plain, column == "dense")
+            tiles = candidates(
+                dim, dim, 4096, masked=column != "full", plain=column in ("full", "rows"),
+                dense_tile=column == "dense", asks_mask=column == "masks",
+            )  # fmt: skip
             found += [(column, dim, x) for x in tiles]
         found += [("rows", dim, candidates(dim, dim, 4096, True, True, False, split=True)[0])]
         few = candidates(dim, dim, 1, False, True, False)
