@@ -147,7 +147,7 @@ def _read(
         element = number(lifter.element(x, (*index[:dim], position, *index[dim + 1 :])))
         found.sinks.append(logit(element) - shift)
     if softmax.by_hand:
-        rest = _rest(softmax, lifter, index, index if term.divided_at is None else term.divided_at)
+        rest = _rest(softmax, lifter, index, term.divided_at or index)
         found.sinks += [logarithm(part, holder(x)) - shift for part in rest]
     found.sinks = [_of_the_row(sink, holder(x)) for sink in found.sinks]
     if found.score.has(row_stat):

@@ -51,9 +51,9 @@ class Sm90Config:
 
     def shared_memory(self, dim_qk: int, dim_v: int, dense_tile: bool) -> int:
         """Bytes with one query stage, as forward_block.cuh lays them out."""
-        kv = 2 * self.block_n * (_padded(dim_qk) + _padded(dim_v))
+        kv = 2 * self.block_n * (tile_width(dim_qk) + tile_width(dim_v))
         dense = self.block_n // 64 * self.block_m * 128 if dense_tile else 0
-        return 2 * self.block_m * _padded(dim_qk) + self.stages * (kv + dense) + 2048
+        return 2 * self.block_m * tile_width(dim_qk) + self.stages * (kv + dense) + 2048
 
     def fits(self, dim_qk: int, dim_v: int, dense_tile: bool = False) -> bool:
         """Whether the tile can be expected to build without spills."""
@@ -67,8 +67,14 @@ class Sm90Config:
         )
 
 
-def _padded(dim: int) -> int:
+def tile_width(dim: int) -> int:
+    """Columns that a head dim takes in shared memory."""
     return -(-dim // 32) * 32
+
+
+def panel_columns(dim: int) -> int:
+    """Columns of a panel of OperandTile: 64, or 32 where that wastes less."""
+    return 64 if tile_width(dim) % 64 == 0 else 32
 
 
 @functools.cache

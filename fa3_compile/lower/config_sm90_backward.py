@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SHARED_MEMORY = 232448
+from fa3_compile.lower.config_sm90 import SHARED_MEMORY, tile_width
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Sm90BackwardConfig:
 
     def shared_memory(self, dim_qk: int, dim_v: int, dense_tile: bool) -> int:
         """Bytes, as kernels/sm90/backward_block.cuh lays them out."""
-        width = _padded(self.tile_dim(dim_qk)) + _padded(dim_v)
+        width = tile_width(self.tile_dim(dim_qk)) + tile_width(dim_v)
         panel = 2 * self.block_m * self.block_n
         scores = panel * (2 if self.wide or self.late_dq else 1) + (8192 if self.wide else 0)
         dense = 2 * panel if dense_tile else 0
@@ -76,10 +76,6 @@ class Sm90BackwardConfig:
 
     def fits(self, dim_qk: int, dim_v: int, dense_tile: bool) -> bool:
         return self.shared_memory(dim_qk, dim_v, dense_tile) <= SHARED_MEMORY
-
-
-def _padded(dim: int) -> int:
-    return -(-dim // 32) * 32
 
 
 def candidates(

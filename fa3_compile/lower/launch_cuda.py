@@ -49,13 +49,19 @@ class Module:
     counters: int
     slots: dict[int, int]
 
-    def counter(self, stream: int) -> int | None:
-        """The counter of a stream, whose launches follow each other; None if all are taken."""
-        if stream not in self.slots:
-            if len(self.slots) == COUNTERS:
-                return None
-            self.slots[stream] = self.counters + 4 * len(self.slots)
-        return self.slots[stream]
+    def counter(self, stream: int) -> tuple[int, torch.Tensor | None]:
+        """The address of an int that is zero between launches, and what has to be held until the
+        last launch: nothing where it is the stream's own, whose launches follow each other.
+
+        A graph that is being captured may be replayed beside anything: it has, and clears, its own.
+        """
+        if not torch._C._cuda_isCurrentStreamCapturing():
+            if stream not in self.slots and len(self.slots) < COUNTERS:
+                self.slots[stream] = self.counters + 4 * len(self.slots)
+            if stream in self.slots:
+                return self.slots[stream], None
+        own = torch.zeros(1, dtype=torch.int32, device="cuda")
+        return own.data_ptr(), own
 
     def kernel(self, name: str) -> Any:
         return checked(driver().cuModuleGetFunction(self.handle, name.encode()))

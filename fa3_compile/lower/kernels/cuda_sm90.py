@@ -27,6 +27,7 @@ from fa3_compile.lower.config_sm90 import (
     Sm90Config,
     candidates,
     packing,
+    panel_columns,
     split_count,
     variations,
 )
@@ -304,10 +305,7 @@ class Bound:
         # Until the last launch their memory is not to be had by anybody else.
         zero = words = None
         if self.config.longest_first:
-            counter = self._counter(stream)
-            if counter == 0:
-                zero = torch.zeros(1, dtype=torch.int32, device=q.device)
-                counter = zero.data_ptr()
+            counter, zero = self.module.counter(stream)
         if self.scratch_words:
             words = empty_cuda((self.scratch_words,), (1,), torch.int32)
             scratch = words.data_ptr()
@@ -321,15 +319,6 @@ class Bound:
             launch(stream, addresses)
         del zero, words
         return out, lse
-
-    def _counter(self, stream: int) -> int:
-        """The address of the stream's int that is zero between launches; 0 where it has none.
-
-        A graph that is being captured may be replayed beside anything, and brings its own.
-        """
-        if torch._C._cuda_isCurrentStreamCapturing():
-            return 0
-        return self.module.counter(stream) or 0
 
 
 @functools.lru_cache(maxsize=1024)
@@ -537,8 +526,7 @@ class _Binder:
         return min(section, self.batch * self.heads)
 
     def _map(self, x: Tensor, rows: int, heads: int = 1) -> bytes:
-        columns = 64 if -(-x.shape[3] // 32) % 2 == 0 else 32
-        return tensor_map(x, x.shape, x.stride(), (heads, rows, columns))
+        return tensor_map(x, x.shape, x.stride(), (heads, rows, panel_columns(x.shape[3])))
 
     def _tile(self) -> tuple[bytes, tuple[int, int]]:
         """The map of the dense tensor, and whether it has batches and heads of its own."""

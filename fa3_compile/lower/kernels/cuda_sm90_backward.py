@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fa3_compile.lower.build_nvrtc import load_first
 from fa3_compile.lower.choose import Gradients, KernelBuildError, Problem, kernels, reference
+from fa3_compile.lower.config_sm90 import panel_columns
 from fa3_compile.lower.config_sm90_backward import Sm90BackwardConfig, candidates
 from fa3_compile.lower.cuda_terms import aux_fields
 from fa3_compile.lower.elements import Shape
@@ -36,9 +37,9 @@ from fa3_compile.lower.kernels.cuda_sm90 import (
 from fa3_compile.lower.kernels.cuda_sm90_rows import (
     add_uniform_rows,
     may_be_nan,
-    set_nan_rows,
     sink_gradients,
 )
+from fa3_compile.lower.kernels.triton_dead_rows import set_nan_rows
 from fa3_compile.lower.kernels.triton_forward import may_have_dead_rows
 from fa3_compile.lower.launch_cuda import (
     MAP_BYTES,
@@ -183,7 +184,7 @@ class BoundBackward:
         stream = torch._C._cuda_getCurrentRawStream(self.device)
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         scratch = torch.empty(self.scratch_floats, dtype=torch.float32, device=q.device)
-        counter, kept = self._counter(stream) if self.config.longest_first else (0, None)
+        counter, kept = self.module.counter(stream) if self.config.longest_first else (0, None)
         delta = torch.empty_like(lse) if self.keeps_delta else None
         dead = torch.empty_like(lse, dtype=torch.int8) if self.finds_dead else None
         addresses = [
@@ -210,16 +211,6 @@ class BoundBackward:
             add_uniform_rows(problem.spec, dead, delta, grads, q, k, v, dout)
         elif may_be_nan(problem.spec, q.shape[2], k.shape[2]):
             set_nan_rows(grads[2], lse)
-
-    def _counter(self, stream: int) -> tuple[int, Tensor | None]:
-        """The address of an int that is zero between launches, and what holds it until then."""
-        if not torch._C._cuda_isCurrentStreamCapturing():
-            found = self.module.counter(stream)
-            if found is not None:
-                return found, None
-        # A graph may be replayed beside anything: it has, and clears, its own.
-        counter = torch.zeros(1, dtype=torch.int32, device=f"cuda:{self.device}")
-        return counter.data_ptr(), counter
 
 
 _bound: dict[tuple, BoundBackward | None] = {}
@@ -345,11 +336,6 @@ def tile_gradient(spec: AttentionSpec, tensor: Tensor) -> Tensor:
         return grad
     *outer, last = tensor.shape
     return tensor.new_zeros((*outer, -(-last // 8) * 8))[..., :last]
-
-
-def panel_columns(dim: int) -> int:
-    """Columns of a panel of OperandTile: 64, or 32 where that wastes less."""
-    return 64 if -(-dim // 32) % 2 == 0 else 32
 
 
 class _BackwardBinder:

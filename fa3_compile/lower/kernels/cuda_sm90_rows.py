@@ -20,13 +20,6 @@ def may_be_nan(spec: AttentionSpec, q_len: int, kv_len: int) -> bool:
     return spec.dead == "nan" and not spec.sinks and may_have_dead_rows(spec, q_len, kv_len)
 
 
-def set_nan_rows(dv: Tensor, lse: Tensor) -> None:
-    """P of a row whose scores are all -inf is NaN for every key."""
-    batch, kv_heads = dv.shape[:2]
-    lost = (lse == float("-inf")).view(batch, kv_heads, -1).any(-1)
-    dv.masked_fill_(lost[:, :, None, None], float("nan"))
-
-
 def add_uniform_rows(
     spec: AttentionSpec,
     dead: Tensor,

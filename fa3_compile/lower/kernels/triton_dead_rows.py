@@ -18,9 +18,9 @@ def finish_rows(problem, tensors, q, k, v, dout, lse) -> None:
         if spec.dead == "score" and not has_fill_rows(spec):
             _add_uniform_rows(spec, tensors, q, k, v, dout)
         elif spec.dead == "nan" and not spec.sinks:
-            _set_nan_rows(dv, lse)
+            set_nan_rows(dv, lse)
     elif spec.dead == "nan" and not spec.sinks and _may_lose_rows(spec):
-        _set_nan_rows(dv, lse)
+        set_nan_rows(dv, lse)
 
 
 def _may_lose_rows(spec: AttentionSpec) -> bool:
@@ -50,7 +50,7 @@ def _add_uniform_rows(spec: AttentionSpec, tensors, q, k, v, dout) -> None:
     tensors["dk_ptr"].add_((dk * weight).to(q.dtype))
 
 
-def _set_nan_rows(dv: Tensor, lse: Tensor) -> None:
+def set_nan_rows(dv: Tensor, lse: Tensor) -> None:
     """P of a row whose scores are all -inf is NaN for every key."""
     batch, kv_heads = dv.shape[:2]
     lost = (lse == float("-inf")).view(batch, kv_heads, -1).any(-1)
