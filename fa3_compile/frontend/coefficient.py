@@ -39,6 +39,7 @@ FUNCTIONS: dict[type, Callable] = {
     sympy.Eq: torch.eq,
     sympy.Ne: torch.ne,
     E.erf: torch.erf,
+    E.sigmoid: torch.sigmoid,
     E.trunc: torch.trunc,
     E.floordiv: torch.floor_divide,
     E.mod: torch.remainder,

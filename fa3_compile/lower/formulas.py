@@ -10,6 +10,7 @@ import sympy
 from fa3_compile.spec import expr as E
 
 FLOAT32_MAX = 3.4028234663852886e38
+LOG2_E = sympy.Float(1 / math.log(2))
 MINUS_2_LOG2_E = sympy.Float(-2 / math.log(2))
 
 
@@ -19,6 +20,12 @@ def tanh_by_exp2(x):
     # Not evaluated: sympy would multiply a sum of integers out.
     exponent = sympy.Mul(MINUS_2_LOG2_E * coefficient, rest, evaluate=False)
     return 2 / (1 + sympy.Pow(2, exponent)) - 1
+
+
+def sigmoid_by_exp2(x):
+    """1 / (1 + 2^(-x log2 e)), whose small values keep all their digits; 2^x may be infinite."""
+    coefficient, rest = x.as_coeff_Mul()
+    return 1 / (1 + sympy.Pow(2, sympy.Mul(-LOG2_E * coefficient, rest, evaluate=False)))
 
 
 def round_by_floor(x):

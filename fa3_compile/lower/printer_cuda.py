@@ -6,7 +6,7 @@ import math
 
 import sympy
 
-from fa3_compile.lower.formulas import float32, tanh_by_exp2
+from fa3_compile.lower.formulas import float32, sigmoid_by_exp2, tanh_by_exp2
 from fa3_compile.lower.printer import (
     ADD,
     ATOM,
@@ -16,6 +16,7 @@ from fa3_compile.lower.printer import (
     Text,
     python_mod,
 )
+from fa3_compile.spec import expr as E
 
 
 class CudaPrinter(Printer):
@@ -30,7 +31,7 @@ class CudaPrinter(Printer):
 
     def rewrite(self, expr):
         """tanhf has a branch and about 20 instructions; this is one exp2 and one division."""
-        return expr.replace(sympy.tanh, tanh_by_exp2)
+        return expr.replace(sympy.tanh, tanh_by_exp2).replace(E.sigmoid, sigmoid_by_exp2)
 
     def number(self, value: float) -> str:
         value = float32(value)

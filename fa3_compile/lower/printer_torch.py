@@ -20,7 +20,7 @@ class TorchPrinter(Printer):
     FUNCTIONS = {
         name: f"torch.{name}"
         for name in (
-            "exp exp2 log sin cos tan tanh sinh cosh atan erf floor ceil round sqrt".split()
+            "exp exp2 log sin cos tan tanh sinh cosh atan erf sigmoid floor ceil round sqrt".split()
         )
     }
 

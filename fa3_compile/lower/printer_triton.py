@@ -6,7 +6,13 @@ import math
 
 import sympy
 
-from fa3_compile.lower.formulas import atan_by_polynomial, float32, round_by_floor, tanh_by_exp2
+from fa3_compile.lower.formulas import (
+    atan_by_polynomial,
+    float32,
+    round_by_floor,
+    sigmoid_by_exp2,
+    tanh_by_exp2,
+)
 from fa3_compile.lower.printer import (
     ADD,
     ATOM,
@@ -31,7 +37,7 @@ class TritonPrinter(Printer):
     }
 
     def rewrite(self, expr):
-        """tanh, tan, sinh, cosh, atan and round out of what `tl` has."""
+        """tanh, sigmoid, tan, sinh, cosh, atan and round out of what `tl` has."""
         for cls, formula in _FORMULAS.items():
             if expr.has(cls):
                 expr = expr.replace(cls, formula)
@@ -85,6 +91,7 @@ class TritonPrinter(Printer):
 
 _FORMULAS = {
     sympy.tanh: tanh_by_exp2,
+    E.sigmoid: sigmoid_by_exp2,
     sympy.tan: lambda x: sympy.sin(x) / sympy.cos(x),
     sympy.sinh: lambda x: (sympy.exp(x) - sympy.exp(-x)) / 2,
     sympy.cosh: lambda x: (sympy.exp(x) + sympy.exp(-x)) / 2,

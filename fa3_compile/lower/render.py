@@ -109,7 +109,8 @@ def in_range(index: E.Expr) -> bool:
 class Common:
     """The fields that both templates print.
 
-    scores are exp2(x * times_scale + shift) where log2 is set, else exp(x): see hoist.Logits
+    scores are exp2(x * times_scale + shift) where log2 is set, else exp(x): see hoist.Logits.
+    Without a softmax the weight is x itself
     """
 
     spec_text: str
@@ -124,6 +125,7 @@ class Common:
     integers: list[str]
     times_scale: str
     log2: bool
+    normalized: bool
     has_mask: bool
     has_weight: bool
 
@@ -144,6 +146,7 @@ def common(key: Any, logits: hoist.Logits, writer: Writer) -> dict[str, Any]:
         "integers": writer.integers,
         "times_scale": "" if logits.scale == 1.0 else f" * {logits.scale!r}",
         "log2": logits.log2,
+        "normalized": spec.normalized,
         "has_mask": spec.has_mask,
         "has_weight": spec.weight is not None,
     }

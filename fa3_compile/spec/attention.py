@@ -19,17 +19,21 @@ OUT_ORDERS = ("bhqd", "bqhd", "hbqd", "hqbd", "qbhd", "qhbd")
 @dataclass(frozen=True)
 class AttentionSpec:
     """out[b,h,q,:] = sum_kv p[b,h,q,kv] w[b,h,q,kv] V[b, h // G, kv, :], p = softmax over kv of
-    the score, w a weight that is 1 unless said otherwise.
+    the score, w a weight that is 1 unless said otherwise. Without a softmax (sigmoid attention,
+    Ramapuram et al. 2024, section 3; retention, Sun et al. 2023, equation 5) p is the score.
 
     Shapes: Q [B, H, Sq, D], K [B, Hkv, Skv, D], V [B, Hkv, Skv, Dv], H = G * Hkv; the raw dot
     product is `s`. Scores are in natural-log units and float32.
 
+    normalize "softmax", or "none": p is the score where the mask holds and 0 where it does not,
+              every factor is a part of the score, and there is no LSE (it is given as 0)
     score     the score where the mask holds
     mask      where it does not hold, the key has weight exactly 0 in every row that has at
               least one key where it holds
     dead      what becomes of a row in which the mask holds nowhere:
-              "nan" (softmax of -inf alone), "zero" (SDPA, nan_to_num), or "score": the softmax
-              of `fill`, which is the eager score of a masked element
+              "nan" (softmax of -inf alone), "zero" (SDPA, nan_to_num; always where there is no
+              softmax), or "score": the softmax of `fill`, which is the eager score of a masked
+              element
     fill      the score of masked elements, only with dead="score"
     sinks     logits that join the softmax's denominator and have no value (functions of b, h, q)
     weight    w, a factor on each probability after the softmax, which neither the denominator nor
@@ -46,8 +50,15 @@ class AttentionSpec:
     aux: tuple[str, ...] = ()
     out_order: str = "bhqd"
     weight: Expr | None = None
+    normalize: str = "softmax"
 
     def __post_init__(self) -> None:
+        if self.normalize not in ("softmax", "none"):
+            raise ValueError(f"normalize is 'softmax' or 'none', got {self.normalize!r}")
+        if not self.normalized:
+            object.__setattr__(self, "dead", "zero")
+            if self.fill is not None or self.sinks or self.weight not in (None, 1):
+                raise ValueError("fill, sinks and weight go with a softmax, and only with it")
         if self.dead not in ("nan", "zero", "score"):
             raise ValueError(f"dead is 'nan', 'zero' or 'score', got {self.dead!r}")
         if (self.fill is not None) != (self.dead == "score"):
@@ -73,6 +84,11 @@ class AttentionSpec:
         return (self.score, self.mask, *fill, *self.sinks, *weight)
 
     @property
+    def normalized(self) -> bool:
+        """Whether the weights of V are a softmax."""
+        return self.normalize == "softmax"
+
+    @property
     def has_mask(self) -> bool:
         return self.mask != sympy.true
 
@@ -84,9 +100,11 @@ class AttentionSpec:
 
     def __str__(self) -> str:
         fields = [f"score={text(self.score)}"]
+        if not self.normalized:
+            fields.insert(0, f"normalize={self.normalize}")
         if self.has_mask:
             fields.append(f"mask={text(self.mask)}")
-        if self.has_mask or self.dead != "nan":
+        if self.normalized and (self.has_mask or self.dead != "nan"):
             fields.append(f"dead={self.dead}")
         if self.fill is not None:
             fields.append(f"fill={text(self.fill)}")
@@ -127,7 +145,7 @@ def _parse(source: str) -> AttentionSpec:
                 fields[name] = parse_node(value)
             case "sinks", ast.List(elts=elements):
                 fields[name] = tuple(map(parse_node, elements))
-            case (("dead" | "out_order"), ast.Name(id=word)):
+            case (("dead" | "out_order" | "normalize"), ast.Name(id=word)):
                 fields[name] = word
             case "aux", ast.List(elts=elements):
                 fields[name] = tuple(_word(x) for x in elements)

@@ -39,6 +39,7 @@ __all__ = [
     "loads_in",
     "mod",
     "round_half_even",
+    "sigmoid",
     "size_symbol",
     "sizes_in",
     "trunc",
@@ -168,6 +169,25 @@ class erf(sympy.Function):
 
     def fdiff(self, argindex=1):
         return 2 / sympy.sqrt(sympy.pi) * sympy.exp(-(self.args[0] ** 2))
+
+
+class sigmoid(sympy.Function):
+    """1 / (1 + exp(-x)), a node of its own: written out, one form overflows in its derivative and
+    another loses the digits of small values."""
+
+    nargs = 1
+    is_real = True
+    is_nonnegative = True
+    is_commutative = True
+
+    @classmethod
+    def eval(cls, x):
+        if x.is_number and x.is_extended_real and abs(x) > 110:  # beyond float32's least number
+            return sympy.S.One if x.is_extended_positive else sympy.S.Zero
+        return None
+
+    def fdiff(self, argindex=1):
+        return self * (1 - self)
 
 
 class uniform(sympy.Function):

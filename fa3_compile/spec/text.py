@@ -38,6 +38,7 @@ FUNCTIONS: dict[str, Callable[..., Expr]] = {
     "cosh": sympy.cosh,
     "atan": sympy.atan,
     "erf": E.erf,
+    "sigmoid": E.sigmoid,
     "pow": sympy.Pow,
 }
 NAME_OF = {cls: name for name, cls in FUNCTIONS.items()}

@@ -221,6 +221,7 @@ _MONOTONE = {
     sympy.sign: np.sign,
     sympy.exp: np.exp,
     sympy.tanh: np.tanh,
+    E.sigmoid: lambda x: 0.5 * (1 + np.tanh(0.5 * x)),
     sympy.atan: np.arctan,
     sympy.sinh: np.sinh,
 }

@@ -84,9 +84,7 @@ def test_clamps():
 
 
 def test_activations():
-    assert_expected_inline(
-        modified(lambda s: s.sigmoid()), """attention(score=0.5*tanh(0.125*s) + 0.5)"""
-    )
+    assert_expected_inline(modified(lambda s: s.sigmoid()), """attention(score=sigmoid(0.25*s))""")
     assert_expected_inline(modified(lambda s: F.relu(s)), """attention(score=max(0, 0.25*s))""")
     assert_expected_inline(
         modified(lambda s: F.leaky_relu(s, 0.1)),
@@ -98,7 +96,7 @@ def test_activations():
     )
     assert_expected_inline(
         modified(lambda s: s * torch.sigmoid(s)),
-        """attention(score=(0.125*tanh(0.125*s) + 0.125)*s)""",
+        """attention(score=0.25*s*sigmoid(0.25*s))""",
     )
     assert_expected_inline(
         modified(lambda s: torch.where(s > 0, s, 2 * s)),

@@ -52,10 +52,6 @@ def _softplus(x: Expr) -> Expr:
     return sympy.Max(x, 0) + sympy.log(1 + sympy.exp(-sympy.Abs(x)))
 
 
-def _sigmoid(x: Expr) -> Expr:
-    return (1 + sympy.tanh(x / 2)) / 2
-
-
 def _asinh(x: Expr) -> Expr:
     size = sympy.Abs(x)
     return sympy.sign(x) * sympy.log(size + sympy.sqrt(size**2 + 1))
@@ -75,8 +71,8 @@ UNARY = {
     aten.erf.default: E.erf,
     aten.sqrt.default: sympy.sqrt,
     aten.rsqrt.default: lambda x: 1 / sympy.sqrt(x),
-    aten.sigmoid.default: _sigmoid,
-    aten.silu.default: lambda x: x * _sigmoid(x),
+    aten.sigmoid.default: E.sigmoid,
+    aten.silu.default: lambda x: x * E.sigmoid(x),
     aten.mish.default: lambda x: x * sympy.tanh(_softplus(x)),
     aten.erfc.default: lambda x: 1 - E.erf(x),
     aten.asinh.default: _asinh,

@@ -67,6 +67,8 @@ class Unsupported(Exception):
 @functools.lru_cache(maxsize=1024)
 def _plan(spec: AttentionSpec) -> _Plan | Unsupported:
     try:
+        if not spec.normalized:
+            raise Unsupported("the weights of ATen's flash kernel are always a softmax")
         if spec.sinks:
             raise Unsupported("ATen's flash kernel has no attention sinks")
         if spec.weight is not None:
