@@ -10,7 +10,7 @@ from torch import fx
 
 from fa3_compile.errors import Decline
 from fa3_compile.spec import simplify
-from fa3_compile.spec.expr import Expr, load, where
+from fa3_compile.spec.expr import Expr, where
 
 
 def merged(
@@ -32,7 +32,7 @@ def merged(
     if kept == sympy.true or separated.certain or separated.dead == "zero":
         return separated, _where_masked(weight * where(kept, 1, 0), separated.mask)
     same = _conjuncts(kept) == _conjuncts(separated.mask)
-    if not same or separated.score.atoms(load):
+    if not same or separated.may_lose_rows:
         raise Decline(
             "mask-after-softmax",
             at,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import sympy
 from sympy.logic.boolalg import Boolean
 
-from fa3_compile.spec.expr import KV, Expr, S, erf, load, uniform, where
+from fa3_compile.spec.expr import KV, Expr, S, erf, load, sigmoid, uniform, where
 
 # No product of finite inputs that a softmax could use comes near it, and exp of the distance
 # to anything above it is zero in float32.
@@ -35,6 +35,12 @@ class Separated:
     fill: Expr | None
     # Whether every row is known to have a key.
     certain: bool = False
+
+    @property
+    def may_lose_rows(self) -> bool:
+        """Whether all scores of a row that has a key may be -inf: by a bias that is read, or by a
+        fill that depends on the score."""
+        return self.score.has(load, sympy.oo, -sympy.oo)
 
 
 def separate(
@@ -61,6 +67,12 @@ def separate(
     dead = killed(expr, reach)
     if dead == sympy.false:
         return unmasked(expr, dead_rows_zero=dead_rows_zero)
+    if reach > -float("inf") and _fills_by_score(expr, reach):
+        # A row whose visible keys are all filled weighs the others like them, unless those are
+        # at -inf.
+        return separate(
+            expr, half_fill=half_fill, dead_rows_zero=dead_rows_zero, finite_fills=False
+        )
     mask = tidy_mask(sympy.Not(dead))
     conjuncts = sympy.And.make_args(mask)
     score = tidy(exact_at_one(assuming(tidy(live(expr, reach)), frozenset(conjuncts))))
@@ -82,11 +94,11 @@ def without_dead_rows(separated: Separated, witnesses: list[Expr]) -> Separated:
 
     witnesses  keys as expressions of q, such as 0 and q, that exist for every query
     """
-    if separated.dead == "zero" and separated.score.atoms(load):
-        return separated  # a bias that is read may be -inf for every key
+    if separated.dead == "zero" and separated.may_lose_rows:
+        return separated
     for key in witnesses:
         if tidy_mask(separated.mask.subs(KV, key)) == sympy.true:
-            certain = not separated.score.atoms(load)
+            certain = not separated.may_lose_rows
             return Separated(separated.score, separated.mask, "nan", None, certain)
     return separated
 
@@ -111,7 +123,7 @@ def value_bounds(expr: Expr) -> tuple[float, float] | None:
         return (value, value)
     if isinstance(expr, (sympy.tanh, erf, sympy.sin, sympy.cos)):
         return (-1.0, 1.0)
-    if isinstance(expr, uniform):
+    if isinstance(expr, (uniform, sigmoid)):
         return (0.0, 1.0)
     if isinstance(expr, where):
         a, b = value_bounds(expr.args[1]), value_bounds(expr.args[2])
@@ -216,6 +228,8 @@ def _harmless(expr: Expr, reach: float) -> Boolean:
         a, b = _harmless(a, reach), _harmless(b, reach)
         if a == b:
             return a
+        if S in condition.free_symbols:
+            return sympy.And(a, b)
         return sympy.Or(sympy.And(condition, a), sympy.And(sympy.Not(condition), b))
     if isinstance(expr, sympy.Add):
         constant, rest = expr.as_coeff_Add()
@@ -231,10 +245,22 @@ def _harmless(expr: Expr, reach: float) -> Boolean:
     return sympy.false if large else sympy.true
 
 
+def _fills_by_score(expr: Expr, reach: float) -> bool:
+    """Whether a score may be filled because of what it is itself: where(s > 0, s, -inf)."""
+    return any(
+        S in select.args[0].free_symbols
+        and any(killed(branch, reach) != sympy.false for branch in select.args[1:])
+        and killed(select, reach) != sympy.true
+        for select in expr.atoms(where)
+    )
+
+
 def live(expr: Expr, reach: float) -> Expr:
     """The expression where it is not killed: the branches that are out of reach dropped."""
     if isinstance(expr, where):
         condition, a, b = expr.args
+        if S in condition.free_symbols:
+            return expr  # which branch is in reach is known only with the score
         if killed(a, reach) == sympy.true:
             return live(b, reach)
         if killed(b, reach) == sympy.true:

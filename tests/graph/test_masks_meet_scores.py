@@ -66,6 +66,21 @@ ORDERS = {
     "by the score": lambda s: s.masked_fill(s < -0.5, -INF),
     "by the score, written": _hidden_where_small,
     "by the score and the place": lambda s: torch.where((s > 0) | ~upper(), s, LOWEST),
+    "by the score, then by the place": lambda s: s.masked_fill(s < 0.5, -INF).masked_fill(
+        upper(), -INF
+    ),
+    "lowest by the score, then by the place": lambda s: s.masked_fill(s < 0.5, LOWEST).masked_fill(
+        upper(), LOWEST
+    ),
+    "-inf by the score, then lowest": lambda s: s.masked_fill(s < 0.5, -INF).masked_fill(
+        upper(), LOWEST
+    ),
+    "added by the score and by the place": lambda s: (
+        s + torch.where(s > 0.5, 0, LOWEST) + upper() * LOWEST
+    ),
+    "by the place in one branch": lambda s: torch.where(
+        s > 0, s, (2 * s).masked_fill(upper(), -INF)
+    ),
     "filled with the score of another scale": lambda s: torch.where(upper(), 0.1 * s, s),
     "filled with a position": lambda s: torch.where(upper(), -1.0 * torch.arange(S), s),
     "filled with +5": lambda s: s.masked_fill(upper(), 5.0),
@@ -100,6 +115,18 @@ def test_order(order):
 )
 def test_order_with_large_scores(name):
     check(lambda q, k, v: attend(ORDERS[name](q @ k.mT), v), *large())
+
+
+def test_fill_by_the_score_in_rows_set_to_zero():
+    def attention(q, k, v):
+        s = scores_of(q, k)
+        s = s.masked_fill(s < 0.5, -INF).masked_fill(upper(), -INF)
+        return torch.nan_to_num(s.softmax(-1)) @ v
+
+    assert_expected_inline(
+        specs(check(attention, *qkv())),
+        """attention(score=where(0.25*s < 0.5, -inf, 0.25*s), mask=kv <= q, dead=zero)""",
+    )
 
 
 def masked_by(function, *masks, grad=False):
