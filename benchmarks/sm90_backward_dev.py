@@ -40,7 +40,9 @@ from benchmarks.sm90_dev import (
 from fa3_compile.lower.build_nvrtc import load_first
 from fa3_compile.lower.choose import KernelBuildError
 from fa3_compile.lower.kernels import cuda_sm90_backward as backward
-from fa3_compile.lower.kernels.cuda_sm90 import CudaSm90, _keys, _layout
+from fa3_compile.lower.kernels.cuda_sm90 import CudaSm90
+from fa3_compile.lower.kernels.cuda_sm90_backward_keys import keys_of as backward_keys_of
+from fa3_compile.lower.kernels.cuda_sm90_keys import keys_of, layout_of, tile_candidate
 from fa3_compile.lower.kernels.reference import attention_backward
 from tests.numerics.forms import BY_NAME
 
@@ -54,7 +56,7 @@ EVERYWHERE = ("full", "causal", "window", "softcap", "documents")
 def needs_of(form, aux) -> list[bool]:
     """Gradients of q, k, v, of dense inputs, and of captured tensors that only sinks read."""
     spec = form.spec()
-    tile = backward._tile_candidate(spec)
+    tile = tile_candidate(spec)
     scored = {x.tensor for x in backward.E.loads_in(spec.score)}
     wanted = [x.is_floating_point() and i not in scored for i, x in enumerate(aux)]
     if tile is not None and form.name != "dense bias, fp32":
@@ -88,11 +90,11 @@ def build(check: Check) -> tuple[Check, str, float]:
     _, problem, (q, k, v, aux), _ = asked(check, "cpu")
     if reason := backward.supports_backward(problem):
         return check, f"declined: {reason}", 0.0
-    layout = _layout(problem.spec, aux)
+    layout = layout_of(problem.spec, aux)
     try:
         if torch.cuda.is_available():
-            load_first(_keys(problem, layout))
-        key, built = load_first(backward.keys_of(problem, layout))
+            load_first(keys_of(problem, layout))
+        key, built = load_first(backward_keys_of(problem, layout))
     except KernelBuildError as error:
         return check, f"does not build: {error}"[:600], 0.0
     c = key.config

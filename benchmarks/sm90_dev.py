@@ -30,7 +30,8 @@ import torch
 
 from fa3_compile.lower.build_nvrtc import load_first
 from fa3_compile.lower.choose import KernelBuildError, Problem
-from fa3_compile.lower.kernels.cuda_sm90 import Bound, CudaSm90, _keys, _layout
+from fa3_compile.lower.kernels.cuda_sm90 import Bound, CudaSm90
+from fa3_compile.lower.kernels.cuda_sm90_keys import keys_of, layout_of
 from fa3_compile.spec.attention import AttentionSpec
 from tests.numerics.forms import BY_NAME, Shape, compare, inputs, shape_for
 
@@ -91,7 +92,7 @@ def build(check: Check) -> tuple[Check, str, float]:
     start = time.perf_counter()
     _, problem, (q, k, v, aux) = check.made("cpu")
     try:
-        key, built = load_first(_keys(problem, _layout(problem.spec, aux)))
+        key, built = load_first(keys_of(problem, layout_of(problem.spec, aux)))
     except KernelBuildError as error:
         return check, f"does not build: {error}"[:600], 0.0
     c = key.config

@@ -31,6 +31,7 @@ from fa3_compile.lower.build_nvrtc import BuildError, load
 from fa3_compile.lower.choose import Problem
 from fa3_compile.lower.config_sm90 import Sm90Config, variations
 from fa3_compile.lower.kernels import cuda_sm90
+from fa3_compile.lower.kernels.cuda_sm90_keys import keys_of, layout_of
 from fa3_compile.lower.render_cuda import CudaKey
 from fa3_compile.spec.attention import AttentionSpec
 from tests.numerics.forms import FORMS as FORMS_TESTED
@@ -178,7 +179,7 @@ def first_tiles(dim: int) -> list[tuple[str, list[str]]]:
         spec = form.spec()
         problem = Problem(spec, torch.bfloat16, device, (9, 0), *lengths, aux_dtypes=dtypes)
         tried = []
-        for key in cuda_sm90._keys(problem, cuda_sm90._layout(spec, aux)):
+        for key in keys_of(problem, layout_of(spec, aux)):
             tried.append(name(key.config))
             if healthy(key):
                 break

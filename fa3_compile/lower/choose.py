@@ -160,6 +160,24 @@ def choose(problem: Problem, allowed: Sequence[str] | None = None) -> Choice:
     return Choice(chosen, reasons)
 
 
+def choose_backward(
+    problem: Problem, allowed: Sequence[str] | None = None, after: str | None = None
+) -> Kernel:
+    """The first family with gradients of its own for the problem, else the reference.
+
+    It need not be the one that ran forward: the LSE means the same in all of them.
+
+    after  a family that turned out not to work: those that come after it are asked
+    """
+    for kernel in kernels():
+        if after is None and (allowed is None or kernel.name in allowed):
+            if not (kernel.supports(problem) or kernel.supports_backward(problem)):
+                return kernel
+        if kernel.name == after:
+            after = None
+    return reference()
+
+
 REFERENCE = "reference"
 
 

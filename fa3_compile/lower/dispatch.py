@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from fa3_compile.lower.choose import (
     KernelBuildError,
     Problem,
     choose,
-    kernels,
+    choose_backward,
     next_after,
     reference,
 )
@@ -63,7 +64,8 @@ def make_problem(
         needs_grad=any(needs),
         aux_needs_grad=tuple(needs[3:]) or (False,) * len(aux),
         autotune=options.get("autotune", "none"),
-        deterministic=options.get("deterministic") == "True",
+        deterministic=options.get("deterministic") == "True"
+        or torch.are_deterministic_algorithms_enabled(),
     )
 
 
@@ -103,15 +105,8 @@ def built(problem: Problem, allowed: tuple[str, ...] | None) -> Kernel:
 
 @functools.lru_cache(maxsize=4096)
 def built_backward(problem: Problem, allowed: tuple[str, ...] | None) -> Kernel:
-    """The first family with gradients of its own for the problem, else the reference.
-
-    It need not be the one that ran forward: the LSE means the same in all of them.
-    """
-    for kernel in kernels():
-        taken = allowed is None or kernel.name in allowed
-        if taken and not (kernel.supports(problem) or kernel.supports_backward(problem)):
-            return kernel
-    return reference()
+    """As `choose_backward`, once."""
+    return choose_backward(problem, allowed)
 
 
 def is_direct(
@@ -137,10 +132,18 @@ def bound(text: str, q, k, v, aux, sizes) -> Call | None:
 def bound_backward(text: str, q, k, v, aux, needs: Sequence[bool]) -> Callable[..., Gradients]:
     """What `backward` would call for these arguments and others of their layouts: a function of
     (dout, dlse, q, k, v, out, lse, aux, sizes, needs)."""
-    problem = make_problem(text, q, k, v, widened(aux), needs)
-    kernel = built_backward(problem, allowed_kernels(split_text(text)[1]))
+    asked = make_problem(text, q, k, v, widened(aux), needs)
+    always = split_text(text)[1].get("deterministic") == "True"
+    allowed = allowed_kernels(split_text(text)[1])
+    chosen: dict[bool, tuple[Problem, Kernel]] = {}
 
     def call(dout, dlse, q, k, v, out, lse, aux, sizes, needs) -> Gradients:
+        # PyTorch's switch may be turned between two calls.
+        deterministic = always or torch.are_deterministic_algorithms_enabled()
+        if deterministic not in chosen:
+            problem = replace(asked, deterministic=deterministic)
+            chosen[deterministic] = problem, built_backward(problem, allowed)
+        problem, kernel = chosen[deterministic]
         arguments = (dout, dlse, q, k, v, out, lse, widened(aux), sizes, needs)
         return kernel.run_backward(problem, *arguments)
 

@@ -13,6 +13,7 @@ from fa3_compile.lower.choose import Problem
 from fa3_compile.lower.config_sm90_backward import candidates
 from fa3_compile.lower.kernels import cuda_sm90_backward as backward
 from fa3_compile.lower.kernels.cuda_sm90 import CudaSm90
+from fa3_compile.lower.kernels.cuda_sm90_backward_keys import likely_keys
 from fa3_compile.lower.render_cuda_backward import render_backward
 from tests.numerics.forms import FORMS
 from tests.numerics.test_cuda_sm90_compile import needs_nvrtc, own_cache, problem
@@ -40,14 +41,14 @@ def training(name: str, dim: int, v_dim: int, needs: tuple[bool, ...] = ()) -> P
 @needs_nvrtc
 @pytest.mark.parametrize(("name", "dim", "v_dim"), BUILT)
 def test_builds_without_spills(name: str, dim: int, v_dim: int) -> None:
-    _, built = build_nvrtc.load_first(backward.likely_keys(training(name, dim, v_dim)))
+    _, built = build_nvrtc.load_first(likely_keys(training(name, dim, v_dim)))
     assert built.healthy, built.log
 
 
 @needs_nvrtc
 @pytest.mark.parametrize(("name", "dim", "v_dim", "allowed"), SPILLING)
 def test_spills_little(name: str, dim: int, v_dim: int, allowed: int) -> None:
-    _, built = build_nvrtc.load_first(backward.likely_keys(training(name, dim, v_dim)))
+    _, built = build_nvrtc.load_first(likely_keys(training(name, dim, v_dim)))
     assert not built.serialised and built.spill_bytes <= allowed, built.log
 
 
@@ -56,7 +57,7 @@ def test_every_form_has_a_text_or_a_reason(form) -> None:
     asked = training(form.name, 64, 64)
     reason = backward.supports_backward(asked)
     if reason is None:
-        source = render_backward(backward.likely_keys(asked)[0])
+        source = render_backward(likely_keys(asked)[0])
         assert source.count("{") == source.count("}")
         assert source.startswith(f"// backward of {asked.spec}\n")
     else:
@@ -80,7 +81,7 @@ def test_every_head_dim_has_a_tile_that_fits(dim: int) -> None:
 def test_gradient_of_a_dense_bias(form: str, needs: tuple[bool, ...], how: str) -> None:
     asked = training(form, 128, 128, needs)
     assert backward.supports_backward(asked) is None
-    keys = backward.likely_keys(asked)
+    keys = likely_keys(asked)
     assert {x.tile_gradient for x in keys} == {how}
     source = render_backward(keys[0])
     assert ("kTileGradient = true" in source) == bool(how)

@@ -22,7 +22,10 @@ from benchmarks.sm90_backward_dev import compare
 from fa3_compile import resources
 from fa3_compile.lower.choose import Problem
 from fa3_compile.lower.kernels import cuda_sm90_backward as backward
-from fa3_compile.lower.kernels.cuda_sm90 import _layout, _tile_candidate
+from fa3_compile.lower.kernels import cuda_sm90_backward_parameters, cuda_sm90_parameters
+from fa3_compile.lower.kernels.cuda_sm90_backward_keys import keys_of
+from fa3_compile.lower.kernels.cuda_sm90_backward_parameters import BackwardParameters
+from fa3_compile.lower.kernels.cuda_sm90_keys import layout_of, tile_candidate
 from fa3_compile.lower.kernels.reference import attention, attention_backward
 from fa3_compile.lower.render_cuda_backward import CudaBackwardKey
 from fa3_compile.spec import expr as E
@@ -122,17 +125,20 @@ def gradients(problem: Problem, key, folder, dout, dlse, q, k, v, out, lse, aux,
         def kernel(self, name: str):
             return getattr(library, name)
 
-    binder = backward._BackwardBinder(key, Module(), q, k, v, dout, out, aux, sizes)  # pyright: ignore
+    parameters = BackwardParameters(key, Module(), q, k, v, dout, out, aux, sizes)  # pyright: ignore
     sinks = any(needs[3 + x.tensor] for x in E.loads_in(*problem.spec.sinks))
-    launches = [*binder.query_map(), binder.row_terms(dlse is not None, key.dead_rows or sinks),
-                binder.attention(), binder.query_gradient()]  # fmt: skip
-    floats = binder.row_floats + binder.sum_floats + binder.map_words
-    scratch = torch.full((floats,), float("nan"))
+    launches = parameters.launches(dlse is not None, key.dead_rows or sinks)
+    scratch = torch.full((parameters.scratch_words,), float("nan"))
     counter = torch.zeros(1, dtype=torch.int32)
     dq, dk, dv = (torch.full_like(x, float("nan")) for x in (q, k, v))
     delta, dead = torch.empty_like(lse), torch.empty_like(lse, dtype=torch.int8)
     tile = key.tile if key.tile_gradient else None
-    dtile = torch.zeros(1) if tile is None else backward.tile_gradient(problem.spec, aux[tile])
+    dtile = torch.zeros(1)
+    if tile is not None:
+        strides = cuda_sm90_backward_parameters.gradient_strides(aux[tile])
+        dtile = aux[tile].new_empty_strided(aux[tile].shape, strides)
+        whole = cuda_sm90_backward_parameters.is_stored_whole(key, q, k, aux)
+        dtile.fill_(float("nan") if whole else 0.0)
     tensors = (q, k, v, out, lse, dout, lse if dlse is None else dlse, dq, dk, dv, counter)
     addresses = [x.data_ptr() for x in (*tensors, scratch, delta, dead, dtile, *aux)]
     for launch in launches:
@@ -140,7 +146,7 @@ def gradients(problem: Problem, key, folder, dout, dlse, q, k, v, out, lse, aux,
     assert counter.item() == 0
     grads = (dq, dk, dv)
     flags = dead if key.dead_rows else None
-    backward.BoundBackward.finish(problem, grads, delta, flags, q, k, v, dout, lse)
+    backward.finish(problem, grads, delta, flags, q, k, v, dout, lse)
     found = backward.captured_gradients(problem, tile, dtile, lse, delta, q, k, aux, sizes, needs)
     return *grads, found
 
@@ -182,7 +188,7 @@ def test_gradients(case, tmp_path, monkeypatch) -> None:
     shape = Shape(2, 2, 2 // group, *lengths, *dims)
     dtype = torch.float16 if which == 1 else torch.bfloat16
     q, k, v, aux = inputs(form, shape, dtype, "cpu")
-    tile = _tile_candidate(spec)
+    tile = tile_candidate(spec)
     scored = {x.tensor for x in E.loads_in(spec.score)}
     read = scored | (
         {x.tensor for x in E.loads_in(spec.weight)} if spec.weight is not None else set()
@@ -195,10 +201,11 @@ def test_gradients(case, tmp_path, monkeypatch) -> None:
                       aux_dtypes=tuple(x.dtype for x in aux), needs_grad=True,
                       aux_needs_grad=tuple(wanted))  # fmt: skip
     assert backward.supports_backward(problem) is None
-    key = backward.keys_of(problem, _layout(spec, aux))[which]
-    monkeypatch.setattr(backward, "tensor_map", emulated_map)
-    monkeypatch.setattr(backward, "Launch", EmulatedLaunch)
-    monkeypatch.setattr(backward, "_processors", lambda device: 2)
+    key = keys_of(problem, layout_of(spec, aux))[which]
+    for module in (cuda_sm90_parameters, cuda_sm90_backward_parameters):
+        monkeypatch.setattr(module, "tensor_map", emulated_map)
+        monkeypatch.setattr(module, "Launch", EmulatedLaunch)
+    monkeypatch.setattr(cuda_sm90_backward_parameters, "processors", lambda device: 2)
     out, lse = attention(spec, q, k, v, aux, form.sizes)
     lse = lse.contiguous()
     torch.manual_seed(0)

@@ -19,7 +19,8 @@ from fa3_compile.lower.config_sm90 import (
 )
 from fa3_compile.lower.cuda_terms import map_kind, mask_parts
 from fa3_compile.lower.kernels import cuda_sm90
-from fa3_compile.lower.kernels.cuda_sm90 import CudaSm90, _keys, _likely_layout
+from fa3_compile.lower.kernels.cuda_sm90 import CudaSm90
+from fa3_compile.lower.kernels.cuda_sm90_keys import keys_of, likely_layout
 from fa3_compile.lower.render_cuda import CudaKey, render
 from fa3_compile.spec.attention import AttentionSpec
 from tests.numerics.forms import BY_NAME, FORMS, inputs, shape_for
@@ -62,7 +63,7 @@ def problem(name: str, dim: int, v_dim: int, dtype=torch.bfloat16) -> Problem:
 
 
 def keys(asked: Problem) -> list[CudaKey]:
-    return _keys(asked, _likely_layout(asked))
+    return keys_of(asked, likely_layout(asked))
 
 
 @needs_nvrtc

@@ -24,7 +24,7 @@ from fa3_compile import resources
 from fa3_compile.lower.choose import Problem
 from fa3_compile.lower.cuda_terms import aux_fields, map_kind, uniform_fill
 from fa3_compile.lower.elements import Shape, elements
-from fa3_compile.lower.kernels.cuda_sm90 import _keys, _layout, _tile_candidate
+from fa3_compile.lower.kernels.cuda_sm90_keys import keys_of, layout_of, tile_candidate
 from fa3_compile.lower.render_cuda import render
 from tests.numerics.forms import FORMS, Form, inputs, shape_for
 
@@ -170,7 +170,7 @@ def variant(form: Form, dtype=torch.bfloat16):
         *vars(shape).values(),
         aux_dtypes=tuple(x.dtype for x in aux),
     )
-    key = _keys(problem, _layout(form.spec(), aux))[0]
+    key = keys_of(problem, layout_of(form.spec(), aux))[0]
     source = render(key)
     return source[source.index("struct alignas(8) Aux") : source.index("using Config")], (
         shape,
@@ -227,7 +227,7 @@ def test_hooks_are_the_reference(form: Form, library) -> None:
     exprs = [*spec.expressions[: 2 + (spec.fill is not None) + len(spec.sinks)]]
     weight = sympy.Integer(1) if spec.weight is None else spec.weight
     exprs.append(weight)
-    if (load := _tile_candidate(spec)) is not None and key.tile is not None:
+    if (load := tile_candidate(spec)) is not None and key.tile is not None:
         exprs.append(load)
     values = elements(exprs, spec, Shape(*lengths), s, aux, form.sizes, torch.float32, s.device)
     if key.tile is not None:

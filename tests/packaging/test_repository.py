@@ -13,9 +13,6 @@ MOST_LINES = 400
 # Longer, each for one reason: a table of rules, a walk in many cases, or one kernel's whole host
 # side. Nothing joins them without a reason of its own.
 LONGER = {
-    "fa3_compile/lower/kernels/cuda_sm90.py",
-    "fa3_compile/lower/kernels/cuda_sm90_backward.py",
-    "fa3_compile/spec/simplify.py",
     "kernels/sm90/backward_block.cuh",
     "templates/triton/attention_backward.py.jinja",
 }

@@ -76,7 +76,7 @@ class CudaSm90(BindingKernel):
         return backward.supports_backward(problem) or backward.unconfirmed(problem)
 
     def run_backward(self, *arguments) -> Gradients:
-        return backward.run_backward(self, *arguments)
+        return backward.run_backward(*arguments)
 
     def bind(self, problem: Problem, q, k, v, aux, sizes) -> Call | None:
         if not (q.numel() and k.numel() and v.numel()):

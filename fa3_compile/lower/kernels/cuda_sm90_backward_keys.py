@@ -1,0 +1,72 @@
+"""Which Hopper backward kernels are built for a problem, the best first."""
+
+from __future__ import annotations
+
+import functools
+
+from fa3_compile.lower.choose import Problem
+from fa3_compile.lower.config_sm90_backward import candidates
+from fa3_compile.lower.kernels.cuda_sm90_keys import (
+    DTYPES,
+    Layout,
+    likely_layout,
+    tile_candidate,
+)
+from fa3_compile.lower.kernels.triton_forward import may_have_dead_rows
+from fa3_compile.lower.render_cuda_backward import CudaBackwardKey, slope
+from fa3_compile.spec import expr as E
+from fa3_compile.spec.attention import AttentionSpec
+from fa3_compile.spec.derivative import derivative
+
+# Heads or batches that may add to one gradient in 16 bits.
+LARGEST_SUM = 4
+
+
+def keys_of(problem: Problem, layout: Layout) -> list[CudaBackwardKey]:
+    """What to build, the best first."""
+    spec, dim, v_dim = problem.spec, problem.dim, problem.v_dim
+    gradient, _ = score_gradient(problem)
+    dead = finds_dead_rows(spec, problem.q_len, problem.kv_len)
+    configs = candidates(dim, v_dim, spec.has_mask, problem.group > 1, bool(gradient))
+    tiles = [layout.tile] if gradient else dict.fromkeys((layout.tile, None))
+    return [
+        CudaBackwardKey(
+            spec, DTYPES[problem.dtype], dim, v_dim, config, layout.elements, layout.unit, dead,
+            tile, gradient,
+        )
+        for tile in tiles
+        for config in configs
+        if config.fits(dim, v_dim, tile is not None) and not (gradient and tile is None)
+    ]  # fmt: skip
+
+
+def likely_keys(problem: Problem) -> list[CudaBackwardKey]:
+    """As if every captured tensor were contiguous."""
+    return keys_of(problem, likely_layout(problem))
+
+
+def finds_dead_rows(spec: AttentionSpec, q_len: int, kv_len: int) -> bool:
+    return spec.dead == "score" and may_have_dead_rows(spec, q_len, kv_len)
+
+
+@functools.lru_cache(maxsize=1024)
+def score_gradient(problem: Problem) -> tuple[str, str | None]:
+    """(tile_gradient of CudaBackwardKey, why not): the gradients of what the score reads."""
+    spec = problem.spec
+    wanted = [i for i, n in enumerate(problem.aux_needs_grad) if n]
+    read = [spec.score] + ([] if spec.weight is None else [spec.weight])
+    found = [x for x in E.loads_in(*read) if x.tensor in wanted]
+    if not found:
+        return "", None
+    load, which = tile_candidate(spec), found[0].tensor
+    if load is None or len(found) > 1 or load != found[0] or load.index[-1] != E.KV:
+        return "", f"it computes no gradient of captured tensor {which}"
+    if derivative(spec.score, load) != 1 or slope(spec.score)[1] != 1:
+        return "", f"captured tensor {which} is not just added to a multiple of s"
+    if problem.aux_dtypes[which] != problem.dtype:
+        return "", f"captured tensor {which} is {problem.aux_dtypes[which]}, not {problem.dtype}"
+    copies = 1 if E.B in load.index else problem.batch
+    copies *= 1 if E.H in load.index else problem.heads
+    if copies > LARGEST_SUM:
+        return "", f"the gradient of captured tensor {which} is a sum of {copies} in 16 bits"
+    return ("store" if copies == 1 else "add"), None

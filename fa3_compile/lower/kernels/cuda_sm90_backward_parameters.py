@@ -1,0 +1,175 @@
+"""The launches of one Hopper backward, and their parameters."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fa3_compile.lower.config_sm90 import panel_columns
+from fa3_compile.lower.kernels.cuda_sm90_keys import processors, tile_candidate
+from fa3_compile.lower.kernels.cuda_sm90_parameters import SECTION_BYTES, Parameters, Places
+from fa3_compile.lower.launch_cuda import MAP_BYTES, Launch, Module, describable, tensor_map
+from fa3_compile.lower.render_cuda_backward import CudaBackwardKey, query_map_kind
+from fa3_compile.spec import expr as E
+
+NAMES = (
+    "q", "k", "v", "out", "lse", "dout", "dlse", "dq", "dk", "dv", "counter", "scratch", "delta",
+    "dead", "dtile",
+)  # fmt: skip
+
+
+class BackwardParameters(Parameters):
+    """Packs parameters as the kernels' headers lay them out."""
+
+    names = NAMES
+
+    def __init__(self, key: CudaBackwardKey, module: Module, q, k, v, dout, out, aux, sizes):
+        super().__init__(key.spec, module, aux, sizes)
+        self.key = key
+        self.q, self.k, self.v, self.dout, self.out = q, k, v, dout, out
+        self.batch, self.heads, self.queries, self.dim = q.shape
+        self.kv_heads, self.keys = k.shape[1:3]
+        config = key.config
+        self.query_blocks = -(-self.queries // config.block_m)
+        blocks = self.batch * self.heads * self.query_blocks
+        # Row terms have three numbers where scores may be huge; see backward_rows.cuh.
+        self.row_floats = blocks * 3 * config.block_m
+        self.sum_floats = blocks * config.sum_floats(self.dim)
+        self.grid = (self.query_blocks, self.heads, self.batch)
+        self.kv_blocks = -(-self.keys // config.block_n)
+        self.map_kind = query_map_kind(key.spec, config.grouped)
+        symbols = key.spec.mask.free_symbols
+        self.map_batches = self.batch if E.B in symbols else 1
+        self.map_heads = self.heads if E.H in symbols else 1
+        self.map_rows = self.map_batches * self.map_heads * self.kv_blocks
+        self.map_words = self.map_rows * (2 + self.query_blocks) if self.map_kind else 0
+        # In scratch memory, behind the row terms and the sums.
+        self.map_counts = 4 * (self.row_floats + self.sum_floats)
+        self.map_indices = self.map_counts + 8 * self.map_rows
+
+    @property
+    def scratch_words(self) -> int:
+        """The row terms, the sums and the lists of query blocks, 4 bytes each."""
+        return self.row_floats + self.sum_floats + self.map_words
+
+    def launches(self, has_dlse: bool, keeps_delta: bool) -> tuple[Launch, ...]:
+        """The kernels of a call in their order."""
+        return (
+            *self.query_map(),
+            self.row_terms(has_dlse, keeps_delta),
+            self.attention(),
+            self.query_gradient(),
+        )
+
+    def query_map(self) -> list[Launch]:
+        """The lists of query blocks, where the mask wants some: queries and keys change places."""
+        if not self.map_kind:
+            return []
+        found = self.lists(
+            self.map_kind, (self.map_batches, self.map_heads), (self.kv_blocks, self.query_blocks),
+            self.key.config.block_n, (self.keys, self.queries), self.map_indices, self.map_counts,
+        )  # fmt: skip
+        return [found]
+
+    def row_terms(self, has_dlse: bool, keeps_delta: bool) -> Launch:
+        used = ["out", "dout", "lse"] + (["dlse"] if has_dlse else [])
+        places: Places = [(8 * i, name, 0) for i, name in enumerate(used)]
+        places += [(32, "scratch", 0), (40, "scratch", 4 * self.row_floats)]
+        if keeps_delta:
+            places.append((48, "delta", 0))
+        if self.key.dead_rows:
+            places.append((56, "dead", 0))
+        content = bytes(64) + struct.pack("qqq", *self.out.stride()[:3])
+        content += struct.pack("qqq", *self.dout.stride()[:3])
+        content += struct.pack("iiii", self.heads, self.queries, self.keys, 0)
+        return self.launch("row_terms", self.grid, 256, content, places)
+
+    def attention(self) -> Launch:
+        config = self.key.config
+        content, places = b"", Places()
+        width = config.tile_dim(self.dim)
+        for name, x, rows, dim in (
+            ("q", self.q, config.block_m, width),
+            ("k", self.k, config.block_n, width),
+            ("v", self.v, config.block_n, self.v.shape[3]),
+            ("dout", self.dout, config.block_m, self.v.shape[3]),
+        ):
+            places.append((len(content), name, 0))
+            content += tensor_map(x, x.shape, x.stride(), (1, rows, panel_columns(dim)))
+        content, broadcast = content + bytes(2 * MAP_BYTES), (0, 0)
+        if (tile := self.key.tile) is not None:
+            given, broadcast = self.tile_map(self.aux[tile], config.block_m)
+            places.append((4 * MAP_BYTES, tile, 0))
+            content = content[: 4 * MAP_BYTES] + given
+            if self.key.tile_gradient:
+                places.append((5 * MAP_BYTES, "dtile", 0))
+                strides = gradient_strides(self.aux[tile])
+                content += self.tile_map(self.aux[tile], config.block_m, strides)[0]
+            content += bytes(6 * MAP_BYTES - len(content))
+        at = len(content)
+        places += [(at, "scratch", 4 * self.row_floats), (at + 8, "scratch", 0)]
+        places += [(at + 16, "dk", 0), (at + 24, "dv", 0)]
+        content += bytes(32)
+        for x in (self.k, self.v):
+            content += struct.pack("qqq", *torch.empty_like(x, device="meta").stride()[:3])
+        tiles = self.kv_blocks * self.kv_heads * self.batch
+        grid = min(tiles, processors(self.q.device))
+        content += struct.pack(
+            "iiiiii", tiles, self.kv_blocks, self.kv_heads, self._section(), 1, grid
+        )
+        if config.longest_first:
+            places.append((len(content), "counter", 0))
+        content += bytes(8)
+        if self.map_kind:
+            places += [(len(content), "scratch", self.map_indices)]
+            places += [(len(content) + 8, "scratch", self.map_counts)]
+        content += struct.pack(
+            "QQiii4x", 0, 0, self.map_heads * self.kv_blocks if self.map_batches > 1 else 0,
+            self.kv_blocks if self.map_heads > 1 else 0, self.query_blocks,
+        )  # fmt: skip
+        group = self.heads // self.kv_heads
+        content += struct.pack("iiii", group, self.queries, self.keys, self.query_blocks)
+        content += struct.pack("ii", *broadcast)
+        content, places = self.with_captured(content, places)
+        content += bytes(-len(content) % 64)
+        return Launch(
+            self.module.kernel("attention_bwd"), (grid, 1, 1), config.threads,
+            self.module.shared_bytes, content, places, names=NAMES,
+        )  # fmt: skip
+
+    def _section(self) -> int:
+        """KV heads whose queries, dO and dQ may be in L2 together."""
+        group = self.heads // self.kv_heads
+        bytes_ = self.queries * group * (6 * self.dim + 2 * self.v.shape[3])
+        section = max(1, SECTION_BYTES // max(bytes_, 1))
+        return min(section, self.batch * self.kv_heads)
+
+    def query_gradient(self) -> Launch:
+        content = bytes(16)
+        content += struct.pack("qqq", *torch.empty_like(self.q, device="meta").stride()[:3])
+        content += struct.pack("ii", self.heads, self.queries)
+        places: Places = [(0, "scratch", 4 * self.row_floats), (8, "dq", 0)]
+        threads = 128 * self.key.config.warpgroups
+        kernel = self.module.kernel("query_gradient")
+        return Launch(kernel, self.grid, threads, 0, content, places, names=NAMES)
+
+
+def gradient_strides(tensor: Tensor) -> tuple[int, ...]:
+    """Those of a dense input's gradient: as the tensor's, or with rows of whole 16 bytes."""
+    grad = torch.empty_like(tensor, device="meta")
+    if describable(grad):
+        return grad.stride()
+    *outer, last = tensor.shape
+    return torch.empty((*outer, -(-last // 8) * 8), device="meta").stride()
+
+
+def is_stored_whole(key: CudaBackwardKey, q: Tensor, k: Tensor, aux: Sequence[Tensor]) -> bool:
+    """Whether the kernel stores every element of the dense input's gradient."""
+    load = tile_candidate(key.spec)
+    if load is None or key.tile_gradient != "store" or key.spec.has_mask:
+        return False
+    lengths = {E.B: q.shape[0], E.H: q.shape[1], E.Q: q.shape[2], E.KV: k.shape[2]}
+    return aux[load.tensor].shape == tuple(lengths.get(x, 1) for x in load.index)

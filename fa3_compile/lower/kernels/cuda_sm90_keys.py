@@ -1,0 +1,155 @@
+"""Which Hopper forward kernels are built for a problem, the best first."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import Tensor
+
+from fa3_compile.lower.choose import Problem
+from fa3_compile.lower.config_sm90 import Sm90Config, candidates, split_count
+from fa3_compile.lower.cuda_terms import arrange, map_kind, mask_parts, named_mask
+from fa3_compile.lower.launch_cuda import describable
+from fa3_compile.lower.render import aux_parameters
+from fa3_compile.lower.render_cuda import CudaKey
+from fa3_compile.spec import expr as E
+from fa3_compile.spec.attention import AttentionSpec
+
+DTYPES = {torch.bfloat16: "Bf16", torch.float16: "Fp16"}
+ELEMENTS = {
+    torch.bool: "unsigned char",
+    torch.uint8: "unsigned char",
+    torch.int8: "signed char",
+    torch.int16: "short",
+    torch.int32: "int",
+    torch.int64: "int64_t",
+    torch.bfloat16: "Bf16",
+    torch.float16: "Fp16",
+    torch.float32: "float",
+    torch.float64: "double",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the source depends on beside the problem: see CudaKey."""
+
+    elements: tuple[str, ...]
+    unit: tuple[tuple[int, ...], ...]
+    tile: int | None
+
+
+def likely_layout(problem: Problem) -> Layout:
+    """As if every captured tensor were contiguous."""
+    return _contiguous_layout(problem.spec, problem.aux_dtypes)
+
+
+@functools.lru_cache(maxsize=1024)
+def _contiguous_layout(spec: AttentionSpec, dtypes: tuple[torch.dtype, ...]) -> Layout:
+    ranks = {x.tensor: len(x.index) for x in E.loads_in(*spec.expressions)}
+    used = {x.tensor: x.strides for x in aux_parameters(spec)}
+    unit = tuple(
+        tuple(d for d in used.get(i, ()) if d == ranks[i] - 1) for i in range(len(spec.aux))
+    )
+    elements = tuple(ELEMENTS[x] for x in dtypes)
+    tile = tile_candidate(spec)
+    if tile is not None and dtypes[tile.tensor] not in DTYPES:
+        tile = None
+    return Layout(elements, unit, None if tile is None else tile.tensor)
+
+
+def layout_of(spec: AttentionSpec, aux: Sequence[Tensor]) -> Layout:
+    used = {x.tensor: x.strides for x in aux_parameters(spec)}
+    unit = tuple(tuple(d for d in used.get(i, ()) if x.stride(d) == 1) for i, x in enumerate(aux))
+    tile = tile_candidate(spec)
+    if tile is not None:
+        x = aux[tile.tensor]
+        if x.dtype not in DTYPES or tile.index[-1] != E.KV or not describable(x):
+            tile = None
+    elements = tuple(ELEMENTS[x.dtype] for x in aux)
+    return Layout(elements, unit, None if tile is None else tile.tensor)
+
+
+@functools.lru_cache(maxsize=1024)
+def tile_candidate(spec: AttentionSpec) -> E.load | None:
+    """The score's one load of [b, h, q, kv], each of b and h there or not."""
+    found = [x for x in E.loads_in(spec.score) if {E.Q, E.KV} <= set(x.index)]
+    same = [x for x in E.loads_in(spec.score) if found and x.tensor == found[0].tensor]
+    if len(found) != 1 or len(same) != 1:
+        return None
+    axes = [x for x in found[0].index if x != 0]
+    ordered = [x for x in E.COORDINATES if x in axes]
+    return found[0] if axes == ordered and len(set(axes)) == len(axes) else None
+
+
+@functools.lru_cache(maxsize=1024)
+def is_plain(spec: AttentionSpec) -> bool:
+    """Whether the score is linear in s, and no element is asked for its mask or its weight."""
+    return arrange(spec.score).x == E.S and not asks_mask(spec)
+
+
+@functools.lru_cache(maxsize=1024)
+def asks_mask(spec: AttentionSpec) -> bool:
+    """Whether elements or columns are asked for their mask, or elements for their weight."""
+    element = mask_parts(named_mask(spec)).element != sympy.true
+    return bool(map_kind(spec)) or element or spec.weight is not None
+
+
+@functools.lru_cache(maxsize=1024)
+def mask_axes(spec: AttentionSpec) -> tuple[bool, bool]:
+    """Whether the mask differs between batches, and between heads."""
+    symbols = spec.mask.free_symbols
+    return E.B in symbols, E.H in symbols
+
+
+def keys_of(problem: Problem, layout: Layout) -> list[CudaKey]:
+    """What to build, the best first."""
+    spec = problem.spec
+    # A packed tile walks the key blocks of all of its heads.
+    group = 1 if mask_axes(spec)[1] else problem.group
+    keys = []
+    for tile in dict.fromkeys((layout.tile, None)):
+        choose = functools.partial(
+            candidates, problem.dim, problem.v_dim, problem.q_len, spec.has_mask, is_plain(spec),
+            tile is not None, group, asks_mask=asks_mask(spec),
+        )  # fmt: skip
+        configs, dealt = choose(), choose(split=True)
+        if dealt and _splits(problem, dealt[0]) > 1:
+            configs = dealt
+        keys += _with_configs(
+            spec, problem.dtype, problem.dim, problem.v_dim, configs, layout, tile
+        )
+    return keys
+
+
+@functools.lru_cache(maxsize=1024)
+def _with_configs(
+    spec: AttentionSpec,
+    dtype: torch.dtype,
+    dim: int,
+    v_dim: int,
+    configs: tuple[Sm90Config, ...],
+    layout: Layout,
+    tile: int | None,
+) -> tuple[CudaKey, ...]:
+    rest = (layout.elements, layout.unit, tile)
+    return tuple(CudaKey(spec, DTYPES[dtype], dim, v_dim, x, *rest) for x in configs)
+
+
+def _splits(problem: Problem, config: Sm90Config) -> int:
+    """The parts that unpacked tiles of a config would be dealt in."""
+    tiles = problem.batch * problem.heads * -(-problem.q_len // config.block_m)
+    if not tiles or not problem.kv_len:
+        return 1
+    return split_count(tiles, -(-problem.kv_len // config.block_n), processors(problem.device))
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    if not torch.cuda.is_available():
+        return 132  # where kernels are only built
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,100 @@
+"""What the launches of Hopper kernels have in common: parameters packed as their headers say."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+from torch import Tensor
+
+from fa3_compile.lower.cuda_terms import Field, aux_fields
+from fa3_compile.lower.kernels.cuda_sm90_keys import tile_candidate
+from fa3_compile.lower.launch_cuda import NAMES, Launch, Module, tensor_map
+from fa3_compile.spec import expr as E
+from fa3_compile.spec.attention import AttentionSpec
+
+# Keys and values, or queries, dO and dQ, that a section of the longest-first order may hold in L2,
+# in bytes.
+SECTION_BYTES = 32 * 2**20
+# Rows of lists that a block of IntervalBlockMap makes, a warp each.
+INTERVAL_ROWS = 16
+# Where addresses of a call belong in a parameter struct: see launch_cuda.Launch.
+Places = list[tuple[int, Any, int]]
+
+
+class Parameters:
+    """The captured tensors and sizes of one call, and a module's kernels.
+
+    names  of the addresses that a call gives, as launch_cuda.Launch has them
+    """
+
+    names: tuple[str, ...] = NAMES
+
+    def __init__(self, spec: AttentionSpec, module: Module, aux, sizes) -> None:
+        self.spec, self.module, self.aux, self.sizes = spec, module, aux, sizes
+
+    def launch(
+        self, name: str, grid: tuple[int, int, int], threads: int, content: bytes, places: Places
+    ) -> Launch:
+        """A kernel whose struct ends with the captured tensors and needs no shared memory."""
+        content, places = self.with_captured(content, places)
+        kernel = self.module.kernel(name)
+        return Launch(kernel, grid, threads, 0, content, places, names=self.names)
+
+    def with_captured(self, content: bytes, places: Places) -> tuple[bytes, Places]:
+        """The struct Aux behind what is there, and where its pointers are."""
+        assert len(content) % 8 == 0
+        places = list(places)
+        for x in aux_fields(self.spec):
+            if x.kind == "pointer":
+                places.append((len(content), x.index, 0))
+            content += self._field(x)
+        return content + bytes(-len(content) % 8), places
+
+    def _field(self, x: Field) -> bytes:
+        if x.kind == "pointer":
+            return bytes(8)
+        if x.kind == "stride":
+            return struct.pack("q", self.aux[x.index].stride(x.axis))
+        if x.kind == "size":
+            return struct.pack("i", self.aux[x.index].shape[x.axis])
+        return struct.pack("i", self.sizes[x.index])
+
+    def tile_map(
+        self, x: Tensor, rows: int, strides: tuple[int, ...] = ()
+    ) -> tuple[bytes, tuple[int, int]]:
+        """A map of the dense (q, kv) tensor in boxes of 64 keys, or of one like it with other
+        strides, and whether it has batches and heads of its own."""
+        load = tile_candidate(self.spec)
+        assert load is not None
+        place = {axis: d for d, axis in enumerate(load.index) if axis != 0}
+        sizes = [x.shape[place[a]] if a in place else 1 for a in E.COORDINATES]
+        own = strides or x.stride()
+        steps = [own[place[a]] if a in place else 1 for a in E.COORDINATES]
+        return tensor_map(x, sizes, steps, (1, rows, 64)), (int(E.B in place), int(E.H in place))
+
+    def lists(
+        self,
+        kind: str,
+        outer: tuple[int, int],
+        blocks: tuple[int, int],
+        rows: int,
+        lengths: tuple[int, int],
+        indices: int,
+        counts: int,
+    ) -> Launch:
+        """The kernel that lists the blocks of one axis for each block of the other.
+
+        outer           (batches, heads) that have lists of their own
+        blocks          (lists of each, entries of each)
+        rows            of a block that has a list
+        lengths         of the axis of the lists, then of the entries
+        indices, counts  where they lie in scratch memory, in bytes
+        """
+        batches, heads = outer
+        content = struct.pack("QQiiiiiii4x", 0, 0, batches, heads, *blocks, rows, *lengths)
+        places: Places = [(0, "scratch", indices), (8, "scratch", counts)]
+        each = INTERVAL_ROWS if kind == "Interval" else 1
+        threads = 32 * INTERVAL_ROWS if kind == "Interval" else 256
+        grid = (-(-blocks[0] // each), heads, batches)
+        return self.launch("block_map", grid, threads, content, places)
