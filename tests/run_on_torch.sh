@@ -1,45 +1,75 @@
 #!/bin/sh
 # The CPU suite on every torch we support, each in a virtual environment of its own:
 #     tests/run_on_torch.sh [VERSION ...]        default: 2.11.0 2.13.0 2.15.0
-# PYTHON and PYTEST are as in the Makefile. A version without a CPU wheel is reported and skipped;
-# the exit status is 1 if a suite failed or none ran. With VERSION "installed" the suite runs in
-# the environment that `python3` is of, in which nothing is installed.
+# PYTHON and PYTEST are as in the Makefile; the environments, VENVS/.venv-torch-VERSION, stand in
+# the checkout unless VENVS says where. Exit status 1: a suite failed, or a version had none. With
+# VERSION "installed" the suite runs in the environment of `python3`, in which nothing is installed.
 #
-# "+cpu" is asked for by name: a bare version takes the CUDA build and its gigabytes.
+# "+cpu" is asked for by name, because a bare version takes the CUDA build and its gigabytes; that
+# build is taken where the index of CPU wheels cannot be reached or has none.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3}
 options=${PYTEST:--n auto --dist loadgroup}
-ran=0 failed=0
+venvs=${VENVS:-.}
+summary=
+failed=0
 [ $# -gt 0 ] || set -- 2.11.0 2.13.0 2.15.0
 
+report() {
+    summary="$summary$1: $2
+"
+    [ "$2" = passed ] || failed=$((failed + 1))
+}
+
 suite() {
-    ran=$((ran + 1))
-    "$1" -c 'import torch; print("torch", torch.__version__)'
     # No GPU, so that every machine runs the same tests.
     # shellcheck disable=SC2086
-    CUDA_VISIBLE_DEVICES= "$1" -m pytest $options || failed=$((failed + 1))
+    if CUDA_VISIBLE_DEVICES= "$2" -m pytest $options; then
+        report "$1" passed
+    else
+        report "$1" failed
+    fi
+}
+
+# The lock file, but what came with torch stays as it came: NVRTC, setuptools, Triton.
+constraints() {
+    # The CPU wheels come without Triton: for them, the one that each torch was built for.
+    case $1 in 2.11.*) triton=3.6.0 ;; 2.15.*) triton=3.9.0 ;; *) triton= ;; esac
+    awk -F== -v triton="$triton" '
+        function name(text) { text = tolower(text); gsub(/[-_.]+/, "-", text); return text }
+        FILENAME != "constraints.txt" { came[name($1)]; print; next }
+        /^#/ || NF < 2 || name($1) in came { next }
+        $1 == "triton" && triton { sub(/==[0-9.]+/, "==" triton) }
+        { print }' "$2" constraints.txt
 }
 
 for version; do
     if [ "$version" = installed ]; then
-        suite "$python"
+        suite installed "$python"
         continue
     fi
-    venv=.venv-torch-$version
-    pip="$venv/bin/python -m pip --disable-pip-version-check --quiet"
+    venv=$venvs/.venv-torch-$version
+    pip="$venv/bin/python -m pip --disable-pip-version-check"
     [ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || exit 1
-    if ! $pip install --extra-index-url https://download.pytorch.org/whl/cpu "torch==$version+cpu"
-    then
-        echo "torch $version: no CPU wheel for this Python here; skipped"
-        continue
+    if [ ! -s "$venv/with-torch.txt" ]; then
+        if ! $pip install --quiet --extra-index-url https://download.pytorch.org/whl/cpu \
+            "torch==$version+cpu"; then
+            echo "torch $version: no CPU wheel to be had; taking the CUDA build (gigabytes)"
+            if ! $pip install --quiet "torch==$version"; then
+                report "torch $version" "no wheel for this Python"
+                continue
+            fi
+        fi
+        $pip list --format=freeze >"$venv/with-torch.txt" || exit 1
     fi
-    # Everything else as the lock file has it, but the Triton that belongs to the oldest torch.
-    case $version in 2.11.*) triton=3.6.0 ;; *) triton= ;; esac
-    sed -e '/^torch==/d' ${triton:+-e "s/^triton==[0-9.]*/triton==$triton/"} constraints.txt \
-        >"$venv/constraints.txt"
-    $pip install -c "$venv/constraints.txt" -e '.[test]' || exit 1
-    suite "$venv/bin/python"
+    constraints "$version" "$venv/with-torch.txt" >"$venv/constraints.txt"
+    if $pip install --quiet -c "$venv/constraints.txt" -e '.[test]' &&
+        $pip list --format=freeze | grep -E "^torch==$version(\+|$)"; then
+        suite "torch $version" "$venv/bin/python"
+    else
+        report "torch $version" "not installed"
+    fi
 done
-echo "$ran suites run, $failed failed"
-[ "$ran" -gt 0 ] && [ "$failed" -eq 0 ]
+printf '%s' "$summary"
+[ "$failed" -eq 0 ]
