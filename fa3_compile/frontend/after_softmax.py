@@ -11,11 +11,12 @@ from torch import fx
 from fa3_compile.errors import Decline
 from fa3_compile.spec import simplify
 from fa3_compile.spec.expr import Expr, where
+from fa3_compile.spec.separate import Separated
 
 
 def merged(
-    separated: simplify.Separated, *, weight: Expr, kept: Boolean, at: fx.Node
-) -> tuple[simplify.Separated, Expr]:
+    separated: Separated, *, weight: Expr, kept: Boolean, at: fx.Node
+) -> tuple[Separated, Expr]:
     """(the fields of the spec, its weight) for weights that are 0 where `kept` does not hold.
 
     The weight of a masked key is 0 already, but for rows without a key: NaN or a mean of all in

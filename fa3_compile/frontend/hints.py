@@ -6,7 +6,7 @@ import sympy
 
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.expr import KV, Expr, S, depends_on, load, where
-from fa3_compile.spec.simplify import OUT_OF_REACH
+from fa3_compile.spec.fills import OUT_OF_REACH
 
 # A number that is added to scores to hide them.
 HIDES = -1e3

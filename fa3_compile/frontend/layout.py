@@ -32,6 +32,7 @@ from fa3_compile.spec.expr import (
     size_symbol,
 )
 from fa3_compile.spec.index import divide, is_nonnegative, remainder, simplify_index
+from fa3_compile.spec.separate import Separated, separate, unmasked, without_dead_rows
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -56,16 +57,16 @@ def region(shadow: Shadow, reading: Reading) -> Region:
         "dead_rows_zero": softmax.dead_rows_zero or reading.term.zeroed,
         "largest_s": reading.largest_s,
     }
-    separated = simplify.separate(score, **how)
+    separated = separate(score, **how)
     if separated.dead == "score" and _may_be_infinite(separated, reading.loads):
         # Where every visible key is at -inf, eager weighs the filled ones.
-        separated = simplify.separate(score, **how, finite_fills=False)
+        separated = separate(score, **how, finite_fills=False)
     if not reading.scores.shifted and separated.dead == "score":
-        separated = simplify.Separated(separated.score, separated.mask, "nan", None)
+        separated = Separated(separated.score, separated.mask, "nan", None)
     witnesses = [sympy.S.Zero, reading.key_length - 1]
     if is_nonnegative(reading.key_length - ranges[Q]):
         witnesses += [Q, Q + reading.key_length - ranges[Q]]
-    separated = simplify.without_dead_rows(separated, witnesses)
+    separated = without_dead_rows(separated, witnesses)
     if softmax.less_logsumexp and _has_large_fill(separated):
         raise Decline(
             "rows-of-fill",
@@ -77,7 +78,7 @@ def region(shadow: Shadow, reading: Reading) -> Region:
     interior = _interior(shadow, reading)
     if separated.dead == "score" and _read_outside(reading, interior):
         # Kernels have no LSE for a row that is all fill, unless the fill is part of the score.
-        separated = simplify.unmasked(score)
+        separated = unmasked(score)
     separated, weight = after_softmax.merged(
         separated,
         weight=in_coordinates(reading.term.weight),
@@ -127,7 +128,7 @@ def region(shadow: Shadow, reading: Reading) -> Region:
     )
 
 
-def _may_be_infinite(separated: simplify.Separated, loads: list[Captured | Seed]) -> bool:
+def _may_be_infinite(separated: Separated, loads: list[Captured | Seed]) -> bool:
     """Whether the score of a visible key reads something, key by key, that may be -inf."""
     conditions = sympy.And.make_args(separated.mask)
     above = {x.lhs for x in conditions if isinstance(x, (sympy.Gt, sympy.Ge))}
@@ -136,7 +137,7 @@ def _may_be_infinite(separated: simplify.Separated, loads: list[Captured | Seed]
     return any(isinstance(x, Captured) and may_be_infinite(x.source) for x in sources)
 
 
-def _has_large_fill(separated: simplify.Separated) -> bool:
+def _has_large_fill(separated: Separated) -> bool:
     """Whether a row may be so low that the logarithm of a sum is lost in it."""
     numbers = separated.score.atoms(sympy.Number)
     if separated.fill is not None:

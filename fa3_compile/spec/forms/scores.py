@@ -7,7 +7,7 @@ from collections.abc import Callable
 import sympy
 
 from fa3_compile.spec.expr import KV, B, Expr, H, Q, S, load, where
-from fa3_compile.spec.simplify import OUT_OF_REACH
+from fa3_compile.spec.fills import OUT_OF_REACH
 
 FORMS: list[Callable[[Expr], str | None]] = []
 

@@ -1,0 +1,207 @@
+"""Fills: the numbers that eager code gives to masked elements, and where an expression has one.
+
+A fill is a mask where it is out of reach: so far below every score that can occur that its weight
+is exactly zero next to any element within reach. `reach` is the number from which downwards that
+is so.
+"""
+
+from __future__ import annotations
+
+import sympy
+from sympy.logic.boolalg import Boolean
+
+from fa3_compile.spec.expr import Expr, S, load, where
+from fa3_compile.spec.value_bounds import value_bounds
+
+# No product of finite inputs that a softmax could use comes near it, and exp of the distance
+# to anything above it is zero in float32.
+OUT_OF_REACH = -1e30
+# The share of a fill that a factor of another term may have without undoing it.
+MODERATE = 1e-4
+# exp(-150) is zero in float32, subnormals included.
+NEGLIGIBLE = 150.0
+LOWEST = sympy.Float(-3.4028234663852886e38)
+
+
+def bounded_reach(expr: Expr, largest_s: float | None) -> float | None:
+    """Below which a fill is out of reach of a bounded score (softcap, clamp); None if unbounded."""
+    within = live(expr, -1e3)
+    if largest_s is not None:
+        # An s between the bounds, whatever S is.
+        within = within.subs(S, largest_s * sympy.tanh(S))
+    limits = value_bounds(within)
+    if limits is None:
+        return None
+    low, high = limits
+    return min(low, low - high) - NEGLIGIBLE
+
+
+def killed(expr: Expr, reach: float) -> Boolean:
+    """A condition, free of s, under which the expression is surely out of reach."""
+    if _is_fill(expr, reach):
+        return sympy.true
+    if isinstance(expr, where):
+        condition, a, b = expr.args
+        if_true, if_false = killed(a, reach), killed(b, reach)
+        if S in condition.free_symbols:
+            return sympy.And(if_true, if_false)
+        return sympy.Or(sympy.And(condition, if_true), sympy.And(sympy.Not(condition), if_false))
+    if isinstance(expr, sympy.Add):
+        units = _units(expr)
+        return sympy.Or(
+            *(
+                sympy.And(killed_unit, *(_harmless(x, reach) for x in units if x is not unit))
+                for unit in units
+                if (killed_unit := _killed_unit(unit, reach)) != sympy.false
+            )
+        )
+    if isinstance(expr, sympy.Mul):
+        coefficient, rest = expr.as_coeff_Mul()
+        if coefficient.is_positive and coefficient != 1:
+            return killed(rest, reach / float(coefficient))
+        if isinstance(rest, load) and coefficient.is_finite and coefficient <= reach:
+            return rest >= 1
+    return sympy.false
+
+
+def live(expr: Expr, reach: float) -> Expr:
+    """The expression where it is not killed: the branches that are out of reach dropped."""
+    if isinstance(expr, where):
+        condition, a, b = expr.args
+        if S in condition.free_symbols:
+            return expr  # which branch is in reach is known only with the score
+        if killed(a, reach) == sympy.true:
+            return live(b, reach)
+        if killed(b, reach) == sympy.true:
+            return live(a, reach)
+        return where(condition, live(a, reach), live(b, reach))
+    if isinstance(expr, sympy.Add):
+        units = _units(expr)
+        if len(units) == 1:
+            return expr
+        doubtful = [x for x in units if _harmless(x, reach) != sympy.true]
+        # A branch that another term may undo is not dropped.
+        return sympy.Add(*(live(x, reach) if {*doubtful} <= {x} else x for x in units))
+    if isinstance(expr, sympy.Mul):
+        coefficient, rest = expr.as_coeff_Mul()
+        if coefficient.is_positive and coefficient != 1:
+            return coefficient * live(rest, reach / float(coefficient))
+    return expr
+
+
+def masked(expr: Expr, reach: float) -> Expr:
+    """The expression where it is killed. A score that a fill absorbs stays in it: the value is
+    the fill, the derivative is the score's, as in eager code."""
+    if isinstance(expr, where):
+        condition, a, b = expr.args
+        if killed(a, reach) == sympy.false:
+            return masked(b, reach)
+        if killed(b, reach) == sympy.false:
+            return masked(a, reach)
+        a, b = masked(a, reach), masked(b, reach)
+        return where(condition, a, b)
+    if isinstance(expr, sympy.Add):
+        killable = [x for x in expr.args if killed(x, reach) != sympy.false]
+        if len(killable) == 1:
+            return sympy.Add(*(masked(x, reach) if x is killable[0] else x for x in expr.args))
+        return expr
+    if isinstance(expr, sympy.Mul):
+        coefficient, rest = expr.as_coeff_Mul()
+        if coefficient.is_positive and coefficient != 1:
+            return coefficient * masked(rest, reach / float(coefficient))
+    return expr
+
+
+def killed_values(expr: Expr, reach: float) -> set[Expr] | None:
+    """What the expression can be where it is killed, in float32; None if that is not constant."""
+    if _is_fill(expr, reach):
+        return {expr}
+    if isinstance(expr, where):
+        _, a, b = expr.args
+        found: set[Expr] = set()
+        for branch in (a, b):
+            if killed(branch, reach) != sympy.false:
+                values = killed_values(branch, reach)
+                if values is None:
+                    return None
+                found |= values
+        return found
+    if isinstance(expr, sympy.Add):
+        killable = [x for x in expr.args if killed(x, reach) != sympy.false]
+        values = [killed_values(x, reach) for x in killable]
+        if len(values) == 1 and values[0] is not None:
+            # A fill of that size absorbs every score in float32; a smaller one does not.
+            absorbs = all(v == -sympy.oo or float(v) <= OUT_OF_REACH for v in values[0])
+            return values[0] if absorbs else None
+        if values and all(v == {-sympy.oo} for v in values):
+            return {-sympy.oo}
+        return None
+    if isinstance(expr, sympy.Mul):
+        coefficient, rest = expr.as_coeff_Mul()
+        inner = killed_values(rest, reach / float(coefficient))
+        return None if inner is None else {coefficient * v for v in inner}
+    return None
+
+
+def filled_by_score(expr: Expr, reach: float) -> bool:
+    """Whether a score may be filled because of what it is itself: where(s > 0, s, -inf)."""
+    return any(
+        S in select.args[0].free_symbols
+        and any(killed(branch, reach) != sympy.false for branch in select.args[1:])
+        and killed(select, reach) != sympy.true
+        for select in expr.atoms(where)
+    )
+
+
+def widest(fill: Expr) -> Expr:
+    """float16's lowest number absorbs a float16 score, in float32 arithmetic only float32's."""
+    return fill.replace(lambda x: x.is_number and x <= -65000, lambda x: LOWEST)
+
+
+def _is_fill(expr: Expr, reach: float) -> bool:
+    return expr.is_number and (expr == -sympy.oo or float(expr) <= reach)
+
+
+def _units(total: sympy.Add) -> list[Expr]:
+    """The terms of a sum, with `c*x - c` of a loaded 0/1 mask x taken as one."""
+    constant, rest = total.as_coeff_Add()
+    terms = sympy.Add.make_args(rest)
+    for term in terms:
+        coefficient, x = term.as_coeff_Mul()
+        if isinstance(x, load) and coefficient == -constant and coefficient.is_positive:
+            return [constant + term, *(t for t in terms if t is not term)]
+    return [*total.args]
+
+
+def _killed_unit(unit: Expr, reach: float) -> Boolean:
+    if not isinstance(unit, sympy.Add):
+        return killed(unit, reach)
+    constant, term = unit.as_coeff_Add()
+    return term.as_coeff_Mul()[1] <= 0 if _is_fill(constant, reach) else sympy.false
+
+
+def _harmless(expr: Expr, reach: float) -> Boolean:
+    """When a term of a sum is too small to undo a fill at `reach` that is added to it."""
+    limit = -reach * MODERATE
+    if expr.is_number:
+        return sympy.true if float(expr) < limit else sympy.false
+    if isinstance(expr, where):
+        condition, a, b = expr.args
+        a, b = _harmless(a, reach), _harmless(b, reach)
+        if a == b:
+            return a
+        if S in condition.free_symbols:
+            return sympy.And(a, b)
+        return sympy.Or(sympy.And(condition, a), sympy.And(sympy.Not(condition), b))
+    if isinstance(expr, sympy.Add):
+        constant, rest = expr.as_coeff_Add()
+        coefficient, x = rest.as_coeff_Mul()
+        if isinstance(x, load) and coefficient == -constant > limit:
+            return x <= 1
+        return sympy.And(*(_harmless(x, reach) for x in expr.args))
+    if isinstance(expr, sympy.Mul):
+        coefficient, x = expr.as_coeff_Mul()
+        if isinstance(x, load) and abs(coefficient) >= limit:
+            return x <= 0 if coefficient.is_positive else x >= 0
+    large = any(abs(x) >= limit for x in expr.atoms(sympy.Number))
+    return sympy.false if large else sympy.true
