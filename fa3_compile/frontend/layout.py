@@ -7,10 +7,10 @@ import torch
 from torch import fx
 
 from fa3_compile.errors import NOTHING, Decline
-from fa3_compile.frontend import after_softmax
 from fa3_compile.frontend.captured import Captured, Seed
 from fa3_compile.frontend.detect import Reading, Skeleton
-from fa3_compile.frontend.dynamo_graph import example_value, may_be_infinite
+from fa3_compile.frontend.dynamo_graph import example_value
+from fa3_compile.frontend.fields import read_fields, read_unnormalised
 from fa3_compile.frontend.lift import descendants, shape_of
 from fa3_compile.frontend.placeholders import D
 from fa3_compile.frontend.region import Layout, Operand, Region
@@ -31,8 +31,7 @@ from fa3_compile.spec.expr import (
     loads_in,
     size_symbol,
 )
-from fa3_compile.spec.index import divide, is_nonnegative, remainder, simplify_index
-from fa3_compile.spec.separate import Separated, separate, unmasked, without_dead_rows
+from fa3_compile.spec.index import divide, remainder, simplify_index
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -49,42 +48,9 @@ def region(shadow: Shadow, reading: Reading) -> Region:
     def in_coordinates(expr):
         return simplify_index(expr.subs(substitution, simultaneous=True), ranges)
 
-    softmax = reading.term.softmax
-    score = in_coordinates(reading.score)
-    sinks = tuple(simplify.tidy(in_coordinates(x)) for x in reading.scores.sinks)
-    how = {
-        "half_fill": _scores_dtype(reading) == torch.float16,
-        "dead_rows_zero": softmax.dead_rows_zero or reading.term.zeroed,
-        "largest_s": reading.largest_s,
-    }
-    separated = separate(score, **how)
-    if separated.dead == "score" and _may_be_infinite(separated, reading.loads):
-        # Where every visible key is at -inf, eager weighs the filled ones.
-        separated = separate(score, **how, finite_fills=False)
-    if not reading.scores.shifted and separated.dead == "score":
-        separated = Separated(separated.score, separated.mask, "nan", None)
-    witnesses = [sympy.S.Zero, reading.key_length - 1]
-    if is_nonnegative(reading.key_length - ranges[Q]):
-        witnesses += [Q, Q + reading.key_length - ranges[Q]]
-    separated = without_dead_rows(separated, witnesses)
-    if softmax.less_logsumexp and _has_large_fill(separated):
-        raise Decline(
-            "rows-of-fill",
-            skeleton.output,
-            "Use softmax, which normalises such a row, or fill with -inf.",
-            message="a row may be masked everywhere, and exp(x - logsumexp(x)) of one finite fill "
-            "is 1 for every key",
-        )
     interior = _interior(shadow, reading)
-    if separated.dead == "score" and _read_outside(reading, interior):
-        # Kernels have no LSE for a row that is all fill, unless the fill is part of the score.
-        separated = unmasked(score)
-    separated, weight = after_softmax.merged(
-        separated,
-        weight=in_coordinates(reading.term.weight),
-        kept=in_coordinates(reading.term.kept),
-        at=skeleton.output,
-    )
+    read = read_fields if reading.term.softmax.normalizes else read_unnormalised
+    separated, weight, sinks = read(reading, in_coordinates, ranges, interior)
     if S not in separated.score.free_symbols:
         raise Decline(
             "no-product",
@@ -105,6 +71,7 @@ def region(shadow: Shadow, reading: Reading) -> Region:
         aux=tuple(_kind(x) for x in loads),
         out_order=_out_order(reading, layout, skeleton.output),
         weight=weight,
+        normalize="softmax" if reading.term.softmax.normalizes else "none",
     )
     [coefficient], coefficient_loads = _renumbered(
         [in_coordinates(reading.term.coefficient)], reading.loads
@@ -126,36 +93,6 @@ def region(shadow: Shadow, reading: Reading) -> Region:
         dropouts=reading.dropouts,
         statistics=[] if separated.dead == "score" else reading.statistics,
     )
-
-
-def _may_be_infinite(separated: Separated, loads: list[Captured | Seed]) -> bool:
-    """Whether the score of a visible key reads something, key by key, that may be -inf."""
-    conditions = sympy.And.make_args(separated.mask)
-    above = {x.lhs for x in conditions if isinstance(x, (sympy.Gt, sympy.Ge))}
-    keyed = [x for x in loads_in(separated.score) if KV in x.free_symbols and x not in above]
-    sources = [loads[x.tensor] for x in keyed]
-    return any(isinstance(x, Captured) and may_be_infinite(x.source) for x in sources)
-
-
-def _has_large_fill(separated: Separated) -> bool:
-    """Whether a row may be so low that the logarithm of a sum is lost in it."""
-    numbers = separated.score.atoms(sympy.Number)
-    if separated.fill is not None:
-        numbers |= separated.fill.atoms(sympy.Number)
-    return any(x.is_finite and abs(x) > 1e5 for x in numbers)
-
-
-def _read_outside(reading: Reading, interior: list[fx.Node]) -> bool:
-    """Whether the program uses the LSE for more than the softmax itself."""
-    return any(user not in interior for x in reading.statistics for user in x.node.users)
-
-
-def _scores_dtype(reading: Reading) -> torch.dtype:
-    """The dtype in which scores are masked, before the softmax casts them."""
-    node = reading.term.softmax.scores
-    while node.target is torch.ops.aten._to_copy.default:
-        node = node.args[0]
-    return node.meta["val"].dtype
 
 
 def _interior(shadow: Shadow, reading: Reading) -> list[fx.Node]:
@@ -216,7 +153,10 @@ def _checked_operands(reading: Reading, skeleton: Skeleton) -> None:
 
 
 def _check_not_router(reading: Reading, skeleton: Skeleton) -> None:
-    """Tokens weighing a table of parameters are a router or a codebook, not attention."""
+    """Tokens weighing a table of parameters are a router or a codebook, not attention; a table of
+    any kind, with no softmax in between, is a perceptron."""
+    if not reading.term.softmax.normalizes and _is_perceptron(reading):
+        raise Decline("perceptron", skeleton.output, NOTHING, message="K or V is one for all rows")
     sources = [x.source for x in (reading.query, reading.key, reading.value)]
     flat = all(example_value(x).dim() == 2 for x in sources)
     if flat and isinstance(example_value(sources[1]), torch.nn.Parameter):
@@ -226,6 +166,20 @@ def _check_not_router(reading: Reading, skeleton: Skeleton) -> None:
             NOTHING,
             message="a softmax over a table of parameters: a router or a codebook",
         )
+
+
+def _is_perceptron(reading: Reading) -> bool:
+    """Whether K or V is a given matrix that the rows of several batches meet; where there are no
+    batches, whether K has its keys as columns, as the weights of a layer do."""
+    rows = {a for axes in reading.axes for a in axes} - reading.head_dim.free_symbols
+    for operand in (reading.key, reading.value):
+        given = operand.source.op == "placeholder" and example_value(operand.source).dim() == 2
+        if not given:
+            continue
+        order = [a for i in operand.place.index for a in (D, KV) if a in i.free_symbols]
+        if len(rows) > 1 and not rows & _axes_of(operand) or order == [D, KV]:
+            return True
+    return False
 
 
 def _axes_of(operand: Operand) -> set[sympy.Symbol]:

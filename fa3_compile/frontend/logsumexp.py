@@ -41,7 +41,7 @@ def statistics(
     scores, dim = softmax.scores, softmax.dim
     found = []
     for node in shadow.graph.nodes:
-        if softmax.by_hand or node.target is not aten.logsumexp.default:
+        if softmax.by_hand or not softmax.normalizes or node.target is not aten.logsumexp.default:
             continue
         if not same_value(node.args[0], scores):
             continue

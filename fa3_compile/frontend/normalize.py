@@ -42,6 +42,8 @@ class Softmax:
     divisor: fx.Node | None = None
     summed: fx.Node | None = None
     division: Division | None = None
+    # False: `node` is weights that nothing normalises, taken as they are, and `scores` is `node`.
+    normalizes: bool = True
     # exp(x - logsumexp(x)): a row of one large fill has the fill as its logsumexp, rounded, so
     # that its weights are 1 and not 1 / n.
     less_logsumexp: bool = False

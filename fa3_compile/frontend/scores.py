@@ -123,6 +123,7 @@ def _read(
         ranges,
         {product.node: product},
         wide=_is_wide(product.node),
+        weighs=not softmax.normalizes,
         loads=weights.loads,
         read_at=weights.read_at,
     )
@@ -141,7 +142,9 @@ def _read(
     def logit(element: Expr) -> Expr:
         return logarithm(element, holder(x)) if softmax.by_hand else element
 
-    score, shift = _without_row_terms(logit(element))
+    score, shift = logit(element), sympy.S.Zero
+    if softmax.normalizes:
+        score, shift = _without_row_terms(score)
     found = Scores(product, lifter, score, shifted=not softmax.by_hand or _is_maximum(shift))
     for position in extra:
         element = number(lifter.element(x, (*index[:dim], position, *index[dim + 1 :])))

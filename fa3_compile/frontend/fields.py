@@ -1,0 +1,123 @@
+"""A reading's expressions as the fields of its spec: score, mask, dead rows, weight, sinks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import sympy
+import torch
+from torch import fx
+
+from fa3_compile.errors import Decline
+from fa3_compile.frontend import after_softmax
+from fa3_compile.frontend.captured import Captured, Seed
+from fa3_compile.frontend.detect import Reading
+from fa3_compile.frontend.dynamo_graph import may_be_infinite
+from fa3_compile.frontend.lift import shape_of
+from fa3_compile.frontend.sizes import hint
+from fa3_compile.spec import simplify, unnormalised
+from fa3_compile.spec.expr import KV, Expr, Q, loads_in
+from fa3_compile.spec.index import Ranges, is_nonnegative
+from fa3_compile.spec.separate import Separated, separate, unmasked, without_dead_rows
+
+Fields = tuple[Separated, Expr, tuple[Expr, ...]]
+
+
+def read_fields(
+    reading: Reading, in_coordinates: Callable, ranges: Ranges, interior: list[fx.Node]
+) -> Fields:
+    """(score, mask and dead rows; the weight; the sinks) of a reading of a softmax, in b, h, q, kv.
+
+    `Decline` where the spec cannot say it. interior: what lies between the two products.
+    """
+    softmax, at = reading.term.softmax, reading.skeleton.output
+    score = in_coordinates(reading.score)
+    sinks = tuple(simplify.tidy(in_coordinates(x)) for x in reading.scores.sinks)
+    how = {
+        "half_fill": _scores_dtype(reading) == torch.float16,
+        "dead_rows_zero": softmax.dead_rows_zero or reading.term.zeroed,
+        "largest_s": reading.largest_s,
+    }
+    separated = separate(score, **how)
+    if separated.dead == "score" and _may_be_infinite(separated, reading.loads):
+        # Where every visible key is at -inf, eager weighs the filled ones.
+        separated = separate(score, **how, finite_fills=False)
+    if not reading.scores.shifted and separated.dead == "score":
+        separated = Separated(separated.score, separated.mask, "nan", None)
+    witnesses = [sympy.S.Zero, reading.key_length - 1]
+    if is_nonnegative(reading.key_length - ranges[Q]):
+        witnesses += [Q, Q + reading.key_length - ranges[Q]]
+    separated = without_dead_rows(separated, witnesses)
+    if softmax.less_logsumexp and _has_large_fill(separated):
+        raise Decline(
+            "rows-of-fill",
+            at,
+            "Use softmax, which normalises such a row, or fill with -inf.",
+            message="a row may be masked everywhere, and exp(x - logsumexp(x)) of one finite fill "
+            "is 1 for every key",
+        )
+    if separated.dead == "score" and _read_outside(reading, interior):
+        # Kernels have no LSE for a row that is all fill, unless the fill is part of the score.
+        separated = unmasked(score)
+    separated, weight = after_softmax.merged(
+        separated,
+        weight=in_coordinates(reading.term.weight),
+        kept=in_coordinates(reading.term.kept),
+        at=at,
+    )
+    return separated, weight, sinks
+
+
+def read_unnormalised(
+    reading: Reading, in_coordinates: Callable, ranges: Ranges, interior: list[fx.Node]
+) -> Fields:
+    """As `read_fields`, of weights without a softmax: each is its score, and 0 where masked."""
+    at = reading.skeleton.output
+    try:
+        score, mask = unnormalised.separate(in_coordinates(reading.score))
+    except unnormalised.InfiniteWeight as infinite:
+        raise Decline(
+            "infinite-weight",
+            at,
+            "Fill with 0 after the function, or with what the function makes 0.",
+            message=f"{infinite} where a mask is",
+        ) from infinite
+    if unnormalised.is_linear(score, mask):
+        cheaper = hint(reading.key_length) > hint(shape_of(reading.scores.product.left)[-1])
+        raise Decline(
+            "linear" if cheaper else "product-chain",
+            at,
+            "Compute q @ (k.mT @ v), which needs no scores, or mask them.",
+            message="nothing but factors of a query or of a key stands between the two products",
+        )
+    return Separated(score, mask, "zero", None), sympy.S.One, ()
+
+
+def _may_be_infinite(separated: Separated, loads: list[Captured | Seed]) -> bool:
+    """Whether the score of a visible key reads something, key by key, that may be -inf."""
+    conditions = sympy.And.make_args(separated.mask)
+    above = {x.lhs for x in conditions if isinstance(x, (sympy.Gt, sympy.Ge))}
+    keyed = [x for x in loads_in(separated.score) if KV in x.free_symbols and x not in above]
+    sources = [loads[x.tensor] for x in keyed]
+    return any(isinstance(x, Captured) and may_be_infinite(x.source) for x in sources)
+
+
+def _has_large_fill(separated: Separated) -> bool:
+    """Whether a row may be so low that the logarithm of a sum is lost in it."""
+    numbers = separated.score.atoms(sympy.Number)
+    if separated.fill is not None:
+        numbers |= separated.fill.atoms(sympy.Number)
+    return any(x.is_finite and abs(x) > 1e5 for x in numbers)
+
+
+def _read_outside(reading: Reading, interior: list[fx.Node]) -> bool:
+    """Whether the program uses the LSE for more than the softmax itself."""
+    return any(user not in interior for x in reading.statistics for user in x.node.users)
+
+
+def _scores_dtype(reading: Reading) -> torch.dtype:
+    """The dtype in which scores are masked, before the softmax casts them."""
+    node = reading.term.softmax.scores
+    while node.target is torch.ops.aten._to_copy.default:
+        node = node.args[0]
+    return node.meta["val"].dtype

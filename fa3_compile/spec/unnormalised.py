@@ -1,0 +1,100 @@
+"""A weight that no softmax normalises, taken apart into what it is and where it is 0.
+
+Eager code masks such weights before or after their function: `where(m, f(s), 0)`, `f(s) * m`, or
+`f(where(m, s, -inf))` with f(-inf) = 0, as of sigmoid, relu and exp. All three are one question:
+which of the conditions that the weight is made of make it 0, whatever s is?
+"""
+
+# sympy annotates every argument as Basic.
+# pyright: reportArgumentType=false, reportReturnType=false
+
+from __future__ import annotations
+
+import math
+
+import sympy
+from sympy.logic.boolalg import Boolean
+
+from fa3_compile.spec import fills, simplify
+from fa3_compile.spec.expr import KV, Expr, Q, S, erf, load, uniform, where
+from fa3_compile.spec.fills import OUT_OF_REACH
+
+# Conditions that are looked at together: each doubles the cases.
+MOST_CONDITIONS = 8
+# Below float32's least normal number.
+NOTHING = 1e-38
+
+
+class InfiniteWeight(ValueError):
+    """A weight that is infinite or NaN where a condition holds, as silu(-inf) is."""
+
+
+def separate(expr: Expr) -> tuple[Expr, Boolean]:
+    """(the weight where the mask holds, the mask), the weight being 0 elsewhere.
+
+    InfiniteWeight where it is NaN or infinite for every finite s.
+    """
+    expr = simplify.tidy(simplify.merge_conditions(expr))
+    mask = simplify.tidy_mask(sympy.Not(_zero(expr, frozenset(), MOST_CONDITIONS)))
+    facts = frozenset(sympy.And.make_args(mask)) - {sympy.true}
+    return simplify.tidy(simplify.assuming(expr, facts) if facts else expr), mask
+
+
+def _zero(expr: Expr, facts: frozenset[Boolean], left: int) -> Boolean:
+    """The condition, free of s and of random numbers, under which the expression is 0."""
+    condition = _condition(expr) if left else None
+    if condition is None:
+        value = _absorbed(expr)
+        if value.has(sympy.nan, sympy.zoo, sympy.oo, -sympy.oo):
+            raise InfiniteWeight(f"a weight is {value}")
+        return sympy.true if _vanishes(value) else sympy.false
+    opposite = simplify.tidy_mask(sympy.Not(condition))
+    cases = []
+    for known in (condition, opposite):
+        more = facts | {*sympy.And.make_args(known)}
+        case = simplify.assuming(expr, more)
+        if case == expr:
+            return sympy.false
+        cases.append(sympy.And(known, _zero(case, more, left - 1)))
+    return sympy.Or(*cases)
+
+
+def _condition(expr: Expr) -> Boolean | None:
+    """The first condition that a part of the expression is selected by."""
+    found = {x.args[0] for x in expr.atoms(where)}
+    plain = [x for x in found if S not in x.free_symbols and not x.has(uniform)]
+    return min(plain, key=str) if plain else None
+
+
+def _absorbed(expr: Expr) -> Expr:
+    """The expression with fills out of reach taken for what they are in float32: s + -3e38."""
+    if not expr.args or isinstance(expr, (load, Boolean)):
+        return expr
+    args = [_absorbed(x) for x in expr.args]
+    if isinstance(expr, sympy.Add):
+        hiding = [x for x in args if x.is_number and x <= OUT_OF_REACH]
+        if hiding:
+            return hiding[0]
+    if isinstance(expr, erf) and args[0].is_number:
+        return sympy.Float(math.erf(args[0]))
+    return expr.func(*args) if tuple(args) != expr.args else expr
+
+
+def _vanishes(value: Expr) -> bool:
+    return bool(value.is_number and value.is_comparable and abs(value) < NOTHING)
+
+
+def is_linear(weight: Expr, mask: Boolean) -> bool:
+    """Whether (weights V) is as well computed as Q (K^T V): nothing between the two products but
+    factors of a query or of a key alone, and terms without s."""
+    if mask != sympy.true:
+        return False
+    for term in sympy.Add.make_args(sympy.expand_mul(weight)):
+        if S not in term.free_symbols:
+            continue
+        factors = sympy.Mul.make_args(term)
+        if S not in factors:
+            return False
+        if any({Q, KV} <= x.free_symbols or (x != S and x.has(S)) for x in factors):
+            return False
+    return True
