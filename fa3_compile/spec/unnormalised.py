@@ -15,7 +15,7 @@ import math
 import sympy
 from sympy.logic.boolalg import Boolean
 
-from fa3_compile.spec import fills, simplify
+from fa3_compile.spec import simplify
 from fa3_compile.spec.expr import KV, Expr, Q, S, erf, load, uniform, where
 from fa3_compile.spec.fills import OUT_OF_REACH
 
