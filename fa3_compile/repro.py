@@ -21,13 +21,8 @@ from fa3_compile.backend import rewritten
 from fa3_compile.errors import Fa3Error
 from fa3_compile.explaining import explain_with
 from fa3_compile.frontend import expand, skeletons, trace
-from fa3_compile.frontend.dynamo_graph import (
-    example_value,
-    is_mutation,
-    mutated_nodes,
-    opaque_target,
-    storage_of,
-)
+from fa3_compile.frontend.dynamo_graph import example_value, opaque_target, storage_of
+from fa3_compile.frontend.mutations import is_mutation, mutated_nodes
 from fa3_compile.report import RegionReport, Report
 
 WHERE = "python -m fa3_compile repro"

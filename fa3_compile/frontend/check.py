@@ -9,9 +9,10 @@ from torch import fx
 from fa3_compile.errors import Decline
 from fa3_compile.frontend import flex, transforms
 from fa3_compile.frontend.captured import Captured
-from fa3_compile.frontend.dynamo_graph import overwrite, target_name
+from fa3_compile.frontend.dynamo_graph import target_name
 from fa3_compile.frontend.lift import written_between
 from fa3_compile.frontend.liveness import depends_on_values, live_nodes
+from fa3_compile.frontend.mutations import overwrite
 from fa3_compile.frontend.region import Region
 
 

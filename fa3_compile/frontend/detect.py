@@ -16,7 +16,6 @@ from torch import fx
 import fa3_compile.frontend.elements  # noqa: F401  (registers the element rules)
 from fa3_compile.errors import NOTHING, Decline
 from fa3_compile.frontend.captured import Captured, Seed
-from fa3_compile.frontend.dynamo_graph import overwrite
 from fa3_compile.frontend.lift import (
     Index,
     Lifter,
@@ -26,6 +25,7 @@ from fa3_compile.frontend.lift import (
     shape_of,
 )
 from fa3_compile.frontend.logsumexp import Lse, statistics
+from fa3_compile.frontend.mutations import overwrite
 from fa3_compile.frontend.normalize import Softmax
 from fa3_compile.frontend.operands import (
     UNIT_PRODUCT,

@@ -1,14 +1,12 @@
-"""Reading Dynamo's torch-level graph: values, names, mutations, where a node was written."""
+"""Reading Dynamo's torch-level graph: values, names, memory, what is not looked into."""
 
 from __future__ import annotations
 
 import math
-import operator
 import re
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
@@ -23,34 +21,20 @@ OPAQUE_NAMES = frozenset(
     bernoulli rand randn randint rand_like randn_like normal grid_sample pad_sequence""".split()
 )
 
-INPLACE_OPERATORS = frozenset(
-    {
-        operator.iadd,
-        operator.isub,
-        operator.imul,
-        operator.itruediv,
-        operator.ifloordiv,
-        operator.imod,
-        operator.iand,
-        operator.ior,
-        operator.ixor,
-        operator.ipow,
-        operator.imatmul,
-        operator.ilshift,
-        operator.irshift,
-        operator.setitem,
-        operator.delitem,
-    }
-)
-
 
 def target_name(node: fx.Node) -> str:
     """The function's or method's bare name."""
     if isinstance(node.target, str):
         return node.target
     if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.split("::")[1]
+        return operator_name(node.target)[1]
     return getattr(node.target, "__name__", str(node.target))
+
+
+def operator_name(target: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> list[str]:
+    """Namespace and name."""
+    packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+    return packet._qualified_op_name.split("::")
 
 
 def example_value(node: fx.Node) -> Any:
@@ -74,53 +58,9 @@ def opaque_target(node: fx.Node) -> bool:
     name = target_name(node)
     if name in OPAQUE_NAMES or "functorch" in (getattr(node.target, "__module__", "") or ""):
         return True
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target.namespace not in ("aten", "prims")
-    return isinstance(node.target, torch._ops.OpOverloadPacket)
-
-
-def is_mutation(node: fx.Node) -> bool:
-    """Whether the call may write to one of its tensor arguments."""
-    if node.op == "call_method":
-        name = str(node.target)
-        return (name.endswith("_") and not name.endswith("__")) or name in (
-            "__setitem__",
-            "__iadd__",
-            "__imul__",
-            "__isub__",
-            "__itruediv__",
-        )
-    if node.op != "call_function":
-        return False
-    if node.target in INPLACE_OPERATORS:
-        return True
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
-        return "triton_kernel_wrapper_mutation" in str(node.target)
-    if node.kwargs.get("inplace") or node.kwargs.get("out") is not None:
-        return True
-    if node.target in (F.dropout, F.relu) and len(node.args) > 3:
-        return bool(node.args[3])
-    name = target_name(node)
-    return name.endswith("_") and not name.endswith("__") and not name.startswith("_")
-
-
-def mutated_nodes(node: fx.Node) -> list[fx.Node]:
-    """The arguments that a mutation writes to."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        written = []
-        for i, argument in enumerate(node.target._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
-                written += [x for x in _flat(value) if isinstance(x, fx.Node)]
-        return written
-    out = node.kwargs.get("out")
-    if out is not None:
-        return [x for x in _flat(out) if isinstance(x, fx.Node)]
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
-        return node.all_input_nodes
-    return [x for x in _flat(node.args[0]) if isinstance(x, fx.Node)] if node.args else []
+    if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return operator_name(node.target)[0] not in ("aten", "prims")
+    return False
 
 
 def unwrapped(value: torch.Tensor) -> torch.Tensor:
@@ -139,22 +79,6 @@ def storage_of(node: fx.Node) -> int | None:
         return unwrapped(value).untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):
         return None
-
-
-def overwrite(source: fx.Node, since: fx.Node, until: fx.Node) -> fx.Node | None:
-    """The first write to the memory of `source` after `since` and before `until`, if there is one.
-
-    All three are nodes of one graph.
-    """
-    storage = storage_of(source)
-    node = since.next
-    while node is not until and node.op != "root":
-        if is_mutation(node):
-            for written in mutated_nodes(node):
-                if written is source or (storage is not None and storage_of(written) == storage):
-                    return node
-        node = node.next
-    return None
 
 
 def may_be_infinite(node: fx.Node) -> bool:
@@ -183,6 +107,11 @@ def may_be_infinite(node: fx.Node) -> bool:
             return True
         stack.extend(current.all_input_nodes)
     return False
+
+
+def flat_nodes(value: Any) -> list[fx.Node]:
+    """The nodes in an argument, which may be a nest of lists."""
+    return [x for x in _flat(value) if isinstance(x, fx.Node)]
 
 
 def _flat(value) -> list:

@@ -18,7 +18,8 @@ from torch import fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fa3_compile.frontend.dynamo_graph import example_value, is_mutation
+from fa3_compile.frontend.dynamo_graph import example_value
+from fa3_compile.frontend.mutations import is_mutation
 
 # Keys and values given in place of their projections: nothing in torch.nn does that.
 RARE = ("static_k", "static_v")

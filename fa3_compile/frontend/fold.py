@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from fa3_compile.frontend.lift import Element, Index, Opaque, sym
+from fa3_compile.frontend.shadow_operators import UNKNOWN
 
 # Above this, computing the value would cost more than it can save.
 MOST_ELEMENTS = 1 << 20
@@ -105,6 +106,8 @@ def _sources(node: fx.Node) -> set[fx.Node]:
             raise Opaque(node, "it depends on an input")
         if any(word in str(current.target) for word in RANDOM):
             raise Opaque(node, "it is random")
+        if current.target is UNKNOWN:
+            raise Opaque(node, "it is written to by a call that is not looked into")
         if isinstance(value, torch.Tensor):
             static = all(isinstance(n, int) for n in value.shape)
             if not static or value.numel() > MOST_ELEMENTS:

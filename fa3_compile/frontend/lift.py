@@ -16,7 +16,7 @@ from torch import fx
 
 from fa3_compile.errors import Decline
 from fa3_compile.frontend.captured import Captured, Seed
-from fa3_compile.frontend.dynamo_graph import overwrite
+from fa3_compile.frontend.mutations import overwrite
 from fa3_compile.frontend.sizes import UnknownScalar, scalar, sym
 from fa3_compile.frontend.trace import Shadow
 from fa3_compile.spec.expr import Expr, load, where

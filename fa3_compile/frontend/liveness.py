@@ -10,11 +10,11 @@ from torch import fx
 from fa3_compile.frontend import flex, transforms
 from fa3_compile.frontend.dynamo_graph import (
     example_value,
-    is_mutation,
-    mutated_nodes,
+    operator_name,
     storage_of,
     target_name,
 )
+from fa3_compile.frontend.mutations import is_mutation, mutated_nodes
 
 # Calls that ask a tensor for nothing but its shape, dtype and device.
 SHAPE_READERS = frozenset(
@@ -98,8 +98,9 @@ def _has_effect(node: fx.Node) -> bool:
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return not flex.is_call(node)
     name = target_name(node)
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target.namespace not in ("aten", "prims", "fa3") and not node.users
+    if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        known = operator_name(node.target)[0] in ("aten", "prims", "fa3")
+        return not known and not node.users
     value = example_value(node)
     stateful = name.startswith(
         ("_enter", "_exit", "_set", "manual_seed", "_log", "set_", "_assert")

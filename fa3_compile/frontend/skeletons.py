@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from fa3_compile.frontend.dynamo_graph import is_mutation
 from fa3_compile.frontend.lift import descendants
+from fa3_compile.frontend.mutations import is_mutation
 from fa3_compile.frontend.normalize import Softmax, divided_late, softmaxes
 from fa3_compile.frontend.operands import is_movement
 from fa3_compile.frontend.product import PRODUCTS, products_before, sides_of

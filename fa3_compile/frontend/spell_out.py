@@ -7,6 +7,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from fa3_compile.frontend.shadow_operators import DROPOUT
+
 
 def sdpa(
     query,
@@ -44,18 +46,17 @@ def dropout(input, p=0.5, training=True, inplace=False):
     """`F.dropout`; one that drops anything stays one operator, a factor on what it is given."""
     if not training or p == 0:
         return input
-    dropped = torch.ops.fa3_shadow.dropout(input, p)
+    dropped = DROPOUT(input, p)
     return input.copy_(dropped) if inplace else dropped
 
 
-LIBRARY = torch.library.Library("fa3_shadow", "DEF")
-LIBRARY.define("dropout(Tensor x, float p) -> Tensor")
-LIBRARY.impl("dropout", lambda x, p: x.clone(), "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("fa3_shadow::dropout", lib=LIBRARY)
-def _(x, p):
-    return torch.empty_like(x)
-
-
-SPELLED_OUT = {F.scaled_dot_product_attention: sdpa, F.dropout: dropout, torch.dropout: dropout}
+aten = torch.ops.aten
+SPELLED_OUT = {
+    F.scaled_dot_product_attention: sdpa,
+    aten.scaled_dot_product_attention: sdpa,
+    aten.scaled_dot_product_attention.default: sdpa,
+    F.dropout: dropout,
+    torch.dropout: dropout,
+    aten.dropout: dropout,
+    aten.dropout.default: dropout,
+}

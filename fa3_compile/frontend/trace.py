@@ -25,45 +25,18 @@ from fa3_compile.errors import Decline
 from fa3_compile.frontend import flex, transforms
 from fa3_compile.frontend.dynamo_graph import (
     example_value,
-    is_mutation,
     is_softmax_like,
-    mutated_nodes,
     opaque_target,
     storage_of,
     target_name,
     unwrapped,
 )
 from fa3_compile.frontend.gradients import stops
-from fa3_compile.frontend.spell_out import LIBRARY, SPELLED_OUT
+from fa3_compile.frontend.mutations import is_mutation, mutated_nodes
+from fa3_compile.frontend.shadow_operators import MARK, STOP, UNKNOWN
+from fa3_compile.frontend.spell_out import SPELLED_OUT
 
 log = logging.getLogger(__name__)
-
-LIBRARY.define("mark(Tensor x, int index) -> Tensor")
-LIBRARY.impl("mark", lambda x, index: x.clone(), "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("fa3_shadow::mark", lib=LIBRARY)
-def _(x, index):
-    return torch.empty_like(x)
-
-
-LIBRARY.define("stop(Tensor x) -> Tensor")
-LIBRARY.impl("stop", lambda x: x.clone(), "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("fa3_shadow::stop", lib=LIBRARY)
-def _(x):
-    return torch.empty_like(x)
-
-
-torch.library.register_vmap(
-    "fa3_shadow::stop", lambda info, in_dims, x: (STOP(x), in_dims[0]), lib=LIBRARY
-)
-
-
-MARK = torch.ops.fa3_shadow.mark.default
-STOP = torch.ops.fa3_shadow.stop.default
-
 
 READABLE = "Write score_mod and mask_mod with element-wise operations and reads of tensors."
 aten = torch.ops.aten
@@ -270,12 +243,17 @@ class _Reader(fx.Interpreter):
         for node in self.module.graph.nodes:
             if node in self.cut_values:
                 self.env[node] = self.cut_values[node]
+            if node not in self.keep or node.op == "output":
                 continue
-            if node not in self.keep or node.op == "output" or self.scope.is_cut(node):
-                continue
-            value = self.env[node] = self.run_node(node)
+            cut = self.scope.is_cut(node)
             written = self._written_by(node) if is_mutation(node) else []
-            for changed in (node, *written):
+            if cut:
+                for changed in written and mutated_nodes(node):
+                    _make_unknown(self.env.get(changed))
+            else:
+                self.env[node] = self.run_node(node)
+                written = [node, *written]
+            for changed in written:
                 value = self.env.get(changed)
                 if isinstance(value, torch.Tensor):
                     self.marks.add(value, changed, node)
@@ -304,6 +282,15 @@ class _Reader(fx.Interpreter):
 
     def call_function(self, target: Callable, args, kwargs):
         return super().call_function(SPELLED_OUT.get(target, target), args, kwargs)
+
+
+def _make_unknown(value) -> None:
+    """Writes what nothing is known of to a tensor, as a call that is not looked into does."""
+    if isinstance(value, torch.Tensor):
+        # Elements of one address take one write.
+        layout = zip(value.shape, value.stride(), strict=True)
+        once = tuple(slice(0, 1 if stride == 0 else None) for _, stride in layout)
+        value[once].copy_(UNKNOWN(value[once]))
 
 
 def _is_value(value) -> bool:
@@ -350,7 +337,9 @@ def _relevant(graph: fx.Graph, scope: _Scope) -> set[fx.Node]:
             if node in keep:
                 continue
             keep.add(node)
-            if not scope.is_cut(node):
+            if scope.is_cut(node):
+                stack.extend(mutated_nodes(node))
+            else:
                 stack.extend(flex.inputs(node) if flex.is_call(node) else node.all_input_nodes)
         # A write reaches what is kept through any view of the same memory.
         storages = {storage_of(n) for n in keep} - {None}

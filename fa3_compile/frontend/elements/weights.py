@@ -16,6 +16,7 @@ from fa3_compile.frontend.lift import (
     sym,
 )
 from fa3_compile.frontend.placeholders import prob
+from fa3_compile.frontend.shadow_operators import DROPOUT, STOP
 from fa3_compile.spec.expr import Expr, load, where
 from fa3_compile.spec.forms import dropout_weight
 
@@ -46,7 +47,7 @@ def is_weight(element: Element | None) -> bool:
     return isinstance(element, prob)
 
 
-@element_of(torch.ops.fa3_shadow.stop.default)
+@element_of(STOP)
 def _(node, index, ctx: Lifter) -> Element:
     if node not in ctx.inside:
         raise Opaque(node, "a value that the program holds constant")
@@ -58,7 +59,7 @@ def _(node, index, ctx: Lifter) -> Element:
     )
 
 
-@element_of(torch.ops.fa3_shadow.dropout.default)
+@element_of(DROPOUT)
 def _(node, index, ctx: Lifter) -> Element:
     if node not in ctx.inside:
         raise Opaque(node, "dropout")

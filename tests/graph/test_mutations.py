@@ -1,0 +1,124 @@
+"""Writes in between, however they are spelled: what the program reads is what it reads in eager."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from tests.graph.harness import check, specs
+from tests.graph.inputs import B, D, H, S, attend, qkv, scores_of
+
+
+@torch.library.custom_op("fa3_test::double", mutates_args={"x"})
+def double(x: torch.Tensor) -> None:
+    x.mul_(2)
+
+
+@double.register_fake
+def _(x):
+    return None
+
+
+ONE = torch.ones(1, requires_grad=True)
+
+
+class Doubled(torch.autograd.Function):
+    """Writes to its second input, and says nothing of it."""
+
+    @staticmethod
+    def forward(ctx, w, x):
+        x.mul_(2)
+        return w.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g, None
+
+
+def in_an_autograd_function(x):
+    Doubled.apply(ONE, x)
+
+
+def in_a_checkpoint(x):
+    checkpoint(lambda x: x.mul_(2).sum(), x, use_reentrant=False)
+
+
+WRITES = {
+    "in place by position": lambda x: F.leaky_relu(x, 0.1, True),
+    "out by position": lambda x: F.normalize(x, 2.0, -1, 1e-12, x),
+    "in-place operator as a method": lambda x: x.__ipow__(2),
+    "list of tensors": lambda x: torch._foreach_mul_([x], 2.0),
+    "aten": lambda x: torch.ops.aten.mul_(x, 2),
+    "aten overload": lambda x: torch.ops.aten.mul_.Scalar(x, 2),
+    "custom operator": double,
+    "custom operator by name": lambda x: torch.ops.fa3_test.double(x.mT[0]),
+    "checkpoint": in_a_checkpoint,
+    "autograd function": in_an_autograd_function,
+}
+
+
+def given():
+    return tuple(x.detach() for x in qkv())
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+class TestWritten:
+    def test_keys_after_they_were_read(self, write):
+        def attention(q, k, v):
+            k = k.tanh()
+            s = scores_of(q, k)
+            write(k)
+            return attend(s, v), k
+
+        assert not check(attention, *given()).fused
+
+    def test_values_and_a_bias_before_they_are_read(self, write):
+        def attention(q, k, v):
+            v, bias = v.tanh(), torch.ones(S).cumsum(0)
+            s = scores_of(q, k) + bias
+            write(v)
+            write(bias.view(2, -1))
+            return attend(s + bias, v)
+
+        assert len(check(attention, *given()).fused) == 1
+
+    def test_scores(self, write):
+        def attention(q, k, v):
+            s = scores_of(q, k)
+            write(s)
+            return attend(s, v)
+
+        check(attention, *given())
+
+
+def test_operators_by_their_aten_name():
+    aten = torch.ops.aten
+
+    def attention(q, k, v):
+        q = aten.mul.Scalar(q, 0.5)
+        k = aten.mul(aten.transpose(k, -2, -1), 0.5)
+        return aten.matmul(aten._safe_softmax(aten.matmul(q, k), -1), v)
+
+    assert specs(check(attention, *qkv())) == "attention(score=0.25*s)"
+
+
+@pytest.mark.parametrize("overload", [False, True])
+def test_sdpa_by_its_aten_name(overload):
+    sdpa = torch.ops.aten.scaled_dot_product_attention
+
+    def attention(q, k, v):
+        return (sdpa.default if overload else sdpa)(q, k, v, None, 0.0, True)
+
+    assert specs(check(attention, *qkv())) == "attention(score=0.25*s, mask=kv <= q, dead=nan)"
+
+
+def test_memory_of_one_element_written_by_what_is_not_looked_into():
+    def attention(q, k, v):
+        v = (v[:, :, :1] * 1).expand(B, H, S, D)
+        p = scores_of(q, k).softmax(-1)
+        double(v[:, :, :1])
+        return p @ v
+
+    check(attention, *given())
