@@ -1,7 +1,8 @@
 """Which tiles of one concrete score matrix a mask leaves empty, fills, or cuts; for the report.
 
-By interval arithmetic over all tiles at once. What cannot be told (a captured tensor, a function
-without a rule) counts as "may hold, may not": sound by construction.
+By interval arithmetic over all tiles at once, and element by element where that cannot tell. What
+is not known (a captured tensor, a function without a rule) counts as "may hold, may not": sound by
+construction.
 """
 
 # sympy annotates every argument as Basic and every Function as a type.
@@ -23,6 +24,9 @@ from fa3_compile.spec.expr import KV, SKV, SQ, Expr, Q, floordiv, load, mod, whe
 EMPTY, PARTIAL, FULL = 0, 1, 2
 # The values of a `load` at every (q, kv): an array [Sq|1, Skv|1].
 Values = Callable[[Expr], np.ndarray]
+Range = tuple[np.ndarray | float, np.ndarray | float]  # the least and the largest value
+# Tiles are looked into at PROBES x PROBES elements, then at all, of this many in either case.
+PROBES, MOST_ELEMENTS = 8, 1 << 22
 
 
 @dataclass(frozen=True)
@@ -52,27 +56,49 @@ def tile_map(
 
     None where no tile can be told, because the mask depends on captured tensors.
     """
-    q_low, q_high = _tiles(q_len, block_q)
-    kv_low, kv_high = _tiles(kv_len, block_kv)
     b, h = ((0.0, np.inf), (0.0, np.inf)) if head is None else ((x, x) for x in map(float, head))
-    symbols: dict[Expr, tuple] = {
-        Q: (q_low[:, None], q_high[:, None]),
-        KV: (kv_low[None, :], kv_high[None, :]),
+    symbols: dict[Expr, Range] = {
         E.B: b,
         E.H: h,
         SQ: (float(q_len), float(q_len)),
         SKV: (float(kv_len), float(kv_len)),
     }
     symbols |= {E.size_symbol(i): (float(n), float(n)) for i, n in enumerate(sizes)}
+    loads: dict[Expr, np.ndarray] = {}
     if values is not None:
-        for x in spec.mask.atoms(load):
-            symbols[x] = _extremes(values(x), block_q, block_kv)
+        loads = {x: np.asarray(values(x), np.float64) for x in spec.mask.atoms(load)}
+    queries, keys = _Blocks(q_len, block_q), _Blocks(kv_len, block_kv)
     with np.errstate(all="ignore"):
-        may, must = _Tiles(symbols).truth(spec.mask)
-    tiles = np.broadcast_to(may, (len(q_low), len(kv_low))).astype(np.int8) + must
-    if spec.mask.has(load) and bool(np.all(tiles == PARTIAL)):
-        return None
+        may, must = _Tiles(symbols, loads, queries, keys).truth(spec.mask)
+        shape = (len(queries.low), len(keys.low))
+        tiles = np.broadcast_to(may, shape).astype(np.int8) + np.broadcast_to(must, shape)
+        if spec.mask.has(load) and not loads and bool(np.all(tiles == PARTIAL)):
+            return None
+        _look_inside(tiles, spec.mask, symbols, loads, queries, keys)
     return tiles
+
+
+def _look_inside(tiles: np.ndarray, mask, symbols, loads, queries: _Blocks, keys: _Blocks) -> None:
+    """Settles tiles that are partial only as far as intervals can tell."""
+
+    def elements(rows, columns, *counts: int) -> tuple[np.ndarray, np.ndarray]:
+        """Whether some and whether all of so many rows and columns of each tile pass."""
+        q = queries.spread(rows, counts[0])[:, :, None]
+        kv = keys.spread(columns, counts[1])[:, None, :]
+        may, must = _Points(symbols, loads, q, kv).truth(mask)
+        shape = (len(rows), *counts)
+        return (
+            np.broadcast_to(may, shape).any((1, 2)),
+            np.broadcast_to(must, shape).all((1, 2)),
+        )
+
+    rows, columns = np.nonzero(tiles == PARTIAL)
+    rows, columns = (x[: MOST_ELEMENTS // PROBES**2] for x in (rows, columns))
+    some, every = elements(rows, columns, PROBES, PROBES)
+    doubtful = np.flatnonzero(~some | every)[: MOST_ELEMENTS // (queries.block * keys.block)]
+    rows, columns = rows[doubtful], columns[doubtful]
+    some, every = elements(rows, columns, queries.block, keys.block)
+    tiles[rows, columns] = np.where(every, FULL, np.where(some, PARTIAL, EMPTY))
 
 
 def tile_counts(
@@ -93,27 +119,32 @@ def tile_counts(
     return TileCounts(*(int((tiles == kind).sum()) for kind in (EMPTY, PARTIAL, FULL)))
 
 
-def _tiles(length: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-    low = np.arange(0, length, block, dtype=np.float64)
-    return low, np.minimum(low + block, length) - 1
+class _Blocks:
+    """The positions of one axis, in blocks."""
+
+    def __init__(self, length: int, block: int) -> None:
+        self.length, self.block = length, min(block, length)
+        self.low = np.arange(0, length, block, dtype=np.float64)
+        self.high = np.minimum(self.low + block, length) - 1
+
+    def spread(self, blocks: np.ndarray, count: int) -> np.ndarray:
+        """`count` positions of each of these blocks [blocks, count], its ends among them."""
+        low, high = self.low[blocks, None], self.high[blocks, None]
+        return np.round(low + np.linspace(0, 1, count) * (high - low))
+
+    def extremes(self, low: np.ndarray, high: np.ndarray, axis: int) -> Range:
+        """The least and the largest of each block's values, of an array that has the axis or 1."""
+        if low.shape[axis] == 1:
+            return low, high
+        starts = self.low.astype(np.int64)
+        return np.minimum.reduceat(low, starts, axis), np.maximum.reduceat(high, starts, axis)
 
 
-def _extremes(values: np.ndarray, block_q: int, block_kv: int) -> tuple[np.ndarray, np.ndarray]:
-    """The least and the largest value in each tile, [tiles|1, tiles|1]."""
-    low = high = values
-    for axis, block in enumerate((block_q, block_kv)):
-        if values.shape[axis] > 1:
-            starts = np.arange(0, values.shape[axis], block)
-            low = np.minimum.reduceat(low, starts, axis)
-            high = np.maximum.reduceat(high, starts, axis)
-    return low, high
+class _Ranges:
+    """Interval arithmetic on arrays: a number is (least, largest), a condition is (may hold
+    somewhere, holds everywhere)."""
 
-
-class _Tiles:
-    """Interval arithmetic over all tiles at once: a number is (least, largest), a condition is
-    (may hold somewhere, holds everywhere)."""
-
-    def __init__(self, symbols: dict[Expr, tuple]) -> None:
+    def __init__(self, symbols: dict[Expr, Range]) -> None:
         self.symbols = symbols
 
     def truth(self, mask) -> tuple[np.ndarray, np.ndarray]:
@@ -203,6 +234,58 @@ class _Tiles:
         same = (least == largest) & (np.floor(low / least) == np.floor(high / least))
         remainders = low - np.floor(low / least) * least, high - np.floor(high / least) * least
         return np.where(same, remainders[0], 0.0), np.where(same, remainders[1], largest - 1)
+
+
+class _Points(_Ranges):
+    """Single elements."""
+
+    def __init__(self, symbols, loads: dict[Expr, np.ndarray], q, kv) -> None:
+        super().__init__(symbols | {Q: (q, q), KV: (kv, kv)})
+        for x, values in loads.items():
+            rows = 0 if values.shape[0] == 1 else q.astype(np.int64)
+            columns = 0 if values.shape[1] == 1 else kv.astype(np.int64)
+            found = values[rows, columns]
+            self.symbols[x] = found, found
+
+
+class _Tiles(_Ranges):
+    """Whole tiles. What depends on the query alone, or on the key alone, is known exactly."""
+
+    def __init__(self, symbols, loads, queries: _Blocks, keys: _Blocks) -> None:
+        super().__init__(
+            symbols
+            | {
+                Q: (queries.low[:, None], queries.high[:, None]),
+                KV: (keys.low[None, :], keys.high[None, :]),
+            }
+        )
+        for x, values in loads.items():
+            self.symbols[x] = keys.extremes(*queries.extremes(values, values, 0), 1)
+        q, kv = (np.arange(x.length, dtype=np.float64) for x in (queries, keys))
+        self.points = _Points(symbols, loads, q[:, None], kv[None, :])
+        self.queries, self.keys = queries, keys
+
+    def range(self, value) -> Range:
+        axis = _one_axis(value)
+        if axis is not None and value not in self.symbols:
+            low, high = np.broadcast_arrays(*self.points.range(value))
+            if low.ndim == 2:
+                blocks = (self.queries, self.keys)[axis]
+                self.symbols[value] = blocks.extremes(low, high, axis)
+        if value.is_Add and axis is None:
+            groups: dict[int | None, list[Expr]] = {}
+            for x in value.args:
+                groups.setdefault(_one_axis(x), []).append(x)
+            terms = [*groups.pop(None, []), *(sympy.Add(*x) for x in groups.values())]
+            parts = [self.range(x) for x in terms]
+            return sum(x[0] for x in parts), sum(x[1] for x in parts)
+        return super().range(value)
+
+
+def _one_axis(value) -> int | None:
+    """0 for what depends on the query and not on the key, 1 for the other way round."""
+    of_query, of_key = Q in value.free_symbols, KV in value.free_symbols
+    return None if of_query == of_key else int(of_key)
 
 
 def _corners(function, a, b) -> tuple[np.ndarray, np.ndarray]:
