@@ -15,13 +15,15 @@ from fa3_compile.spec.separate import Separated
 
 
 def merged(
-    separated: Separated, *, weight: Expr, kept: Boolean, at: fx.Node
+    separated: Separated, *, weight: Expr, kept: Boolean, may_lose_rows: bool, at: fx.Node
 ) -> tuple[Separated, Expr]:
     """(the fields of the spec, its weight) for weights that are 0 where `kept` does not hold.
 
     The weight of a masked key is 0 already, but for rows without a key: NaN or a mean of all in
     the softmax, zeros after the fill if that is of the same mask. `Decline` at `at` where a row
     of NaN may be filled in part, which a factor cannot say.
+
+    may_lose_rows: whether all visible scores of a row may be -inf.
     """
     kept = simplify.tidy_mask(kept)
     if separated.dead == "score":
@@ -33,7 +35,7 @@ def merged(
     if kept == sympy.true or separated.certain or separated.dead == "zero":
         return separated, _where_masked(weight * where(kept, 1, 0), separated.mask)
     same = _conjuncts(kept) == _conjuncts(separated.mask)
-    if not same or separated.may_lose_rows:
+    if not same or may_lose_rows:
         raise Decline(
             "mask-after-softmax",
             at,

@@ -84,7 +84,8 @@ def storage_of(node: fx.Node) -> int | None:
 def may_be_infinite(node: fx.Node) -> bool:
     """Whether a float may be -inf or inf: one that is given, or made with an infinite constant.
 
-    Parameters, integers, and what is computed of them by finite numbers count as finite.
+    Parameters, integers, and what is computed of them by finite numbers count as finite. So does
+    a product of matrices, as Q K^T itself: infinity among its terms is NaN in its sums.
     """
     seen: set[fx.Node] = set()
     stack = [node]
@@ -103,10 +104,19 @@ def may_be_infinite(node: fx.Node) -> bool:
         numbers = _flat([*current.args, *current.kwargs.values()])
         if any(isinstance(x, float) and math.isinf(x) for x in numbers):
             return True
-        if target_name(current) in ("log", "log2", "log10", "reciprocal"):
+        name = target_name(current)
+        if name in ("log", "log2", "log10", "reciprocal"):
             return True
+        if name in ("tanh", "sigmoid", "layer_norm") or _sums_products(current):
+            continue
         stack.extend(current.all_input_nodes)
     return False
+
+
+def _sums_products(node: fx.Node) -> bool:
+    if target_name(node) not in ("matmul", "bmm", "mm", "linear") or not node.all_input_nodes:
+        return False
+    return example_value(node.all_input_nodes[0]).shape[-1] > 1
 
 
 def flat_nodes(value: Any) -> list[fx.Node]:

@@ -16,7 +16,7 @@ from fa3_compile.frontend.dynamo_graph import may_be_infinite
 from fa3_compile.frontend.lift import shape_of
 from fa3_compile.frontend.sizes import hint
 from fa3_compile.spec import simplify, unnormalised
-from fa3_compile.spec.expr import KV, Expr, Q, loads_in
+from fa3_compile.spec.expr import KV, Expr, Q, load, loads_in
 from fa3_compile.spec.index import Ranges, is_nonnegative
 from fa3_compile.spec.separate import Separated, separate, unmasked, without_dead_rows
 
@@ -63,6 +63,8 @@ def read_fields(
         separated,
         weight=in_coordinates(reading.term.weight),
         kept=in_coordinates(reading.term.kept),
+        may_lose_rows=separated.score.has(sympy.oo, -sympy.oo)
+        or _reads_infinite(loads_in(separated.score), reading.loads),
         at=at,
     )
     return separated, weight, sinks
@@ -98,7 +100,11 @@ def _may_be_infinite(separated: Separated, loads: list[Captured | Seed]) -> bool
     conditions = sympy.And.make_args(separated.mask)
     above = {x.lhs for x in conditions if isinstance(x, (sympy.Gt, sympy.Ge))}
     keyed = [x for x in loads_in(separated.score) if KV in x.free_symbols and x not in above]
-    sources = [loads[x.tensor] for x in keyed]
+    return _reads_infinite(keyed, loads)
+
+
+def _reads_infinite(read: list[load], loads: list[Captured | Seed]) -> bool:
+    sources = [loads[x.tensor] for x in read]
     return any(isinstance(x, Captured) and may_be_infinite(x.source) for x in sources)
 
 

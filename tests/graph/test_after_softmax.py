@@ -375,6 +375,29 @@ class TestMasks:
         report = check(attention, *qkv(), chance(0.3, B, S), training=False)
         assert specs(report) == "lift: mask-after-softmax"
 
+    @pytest.mark.parametrize("bias", ["table", "product", "given"])
+    def test_rows_without_keys_beside_a_bias(self, bias):
+        """As WeNet's conformers have it: a position term, -inf before the softmax, 0 after it."""
+
+        class Attention(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.table = nn.Parameter(normal(H, S, S).detach())
+                self.positions = nn.Parameter(normal(H, S, D).detach())
+
+            def forward(self, q, k, v, padding, given):
+                more = {"table": self.table, "product": q @ self.positions.mT, "given": given}
+                p = (scores_of(q, k) + more[bias]).masked_fill(padding, -INF).softmax(-1)
+                return p.masked_fill(padding, 0.0) @ v
+
+        padding = torch.arange(S) >= torch.tensor([S, 0]).view(B, 1, 1, 1)
+        given = normal(H, S, S).detach()
+        inputs = [x.detach() for x in qkv()]
+        report = check(Attention(), *inputs, padding, given, training=bias != "given")
+        # A bias that is given may be -inf at every key that is seen: NaN, which is not filled.
+        assert ("dead=zero" in specs(report)) == (bias != "given")
+        assert (specs(report) == "lift: mask-after-softmax") == (bias == "given")
+
     def test_normalised_again(self):
         def attention(q, k, v):
             p = weights_of(q, k).tril()
