@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import dispatch_functionalize
@@ -138,6 +139,8 @@ def _analysis_only(fake_mode) -> Iterator[None]:
             stack.enter_context(fake_mode)
             if fake_mode.shape_env is not None:
                 stack.enter_context(fake_mode.shape_env.ignore_fresh_unbacked_symbols())
+                # Composite operators in Python: some of those in C++ ask for sizes as numbers.
+                stack.enter_context(enable_python_dispatcher())
         grad = torch.is_grad_enabled()
         try:
             yield
