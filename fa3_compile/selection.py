@@ -127,16 +127,10 @@ def _hint(size: Expr, region: Region) -> int:
         value = example_value(node)
         for dim in value.shape if isinstance(value, torch.Tensor) else ():
             if isinstance(dim, torch.SymInt):
-                shape_env = dim.node.shape_env
-                known = {k: int(v) for k, v in _backed(shape_env).items()}
+                known = {k: int(v) for k, v in dim.node.shape_env.backed_var_to_val.items()}
                 number = size.subs(known)
                 return int(number) if number.is_Integer else 1024
     return 1024
-
-
-def _backed(shape_env) -> dict:
-    found = getattr(shape_env, "backed_var_to_val", None) or getattr(shape_env, "var_to_val", {})
-    return dict(found)
 
 
 def _width(operand: Operand, region: Region) -> int:
