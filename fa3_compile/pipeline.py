@@ -65,6 +65,7 @@ def _rewrite_graph(gm: fx.GraphModule, options: Options, graph_name: str, fused:
         entries.append((RegionReport.declined(len(entries), graph_name, decline, where=at), None))
     replaced: dict[fx.Node, fx.Node] = {}
     rewritten: list[Region] = []
+    attended: set[fx.Node] = set()
     for skeleton in skeletons(shadow):
         known: dict[str, Any] = {"where": where(skeleton.softmax_holder(shadow))}
         try:
@@ -76,11 +77,12 @@ def _rewrite_graph(gm: fx.GraphModule, options: Options, graph_name: str, fused:
                     message=f"the option fuel allows {options.fuel} fused regions",
                     stage="rewrite",
                 )
-            found = _analyse(gm.graph, shadow, skeleton, replaced, options, known)
+            found = _analyse(gm.graph, shadow, skeleton, attended, replaced, options, known)
             regions = [region for region, _ in found]
             texts = [selection.spec_text(region, options) for region in regions]
             replaced |= rewrite.rewrite(gm.graph, regions, texts)
             rewritten += regions
+            attended.add(skeleton.values)
             for region, choice in found:
                 known |= selection.formulas(region)
                 known |= selection.described(region, choice, options)
@@ -99,7 +101,7 @@ def _rewrite_graph(gm: fx.GraphModule, options: Options, graph_name: str, fused:
                 message=f"{type(error).__name__}: {error}",
                 stage="analysis",
             )
-        if skeleton.nearest:
+        if skeleton.worth_saying(declined):
             entry = RegionReport.declined(len(entries), graph_name, declined, **known)
             entries.append((entry, None))
     if rewritten or expanded:
@@ -115,12 +117,13 @@ def _rewrite_graph(gm: fx.GraphModule, options: Options, graph_name: str, fused:
 
 
 def _analyse(
-    graph, shadow, skeleton, replaced, options: Options, known: dict
+    graph, shadow, skeleton, attended, replaced, options: Options, known: dict
 ) -> list[tuple[Region, Choice]]:
     """The stages that only read."""
     stage = "detect"
     try:
         readings = detect.read(shadow, skeleton)
+        detect.check_not_attended(readings, attended)
         stage = "lift"
         regions = [layout.region(shadow, reading) for reading in readings]
         for region in regions:

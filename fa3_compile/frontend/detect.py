@@ -96,6 +96,21 @@ def read(shadow: Shadow, skeleton: Skeleton) -> list[Reading]:
     raise first
 
 
+def check_not_attended(readings: Sequence[Reading], attended: set[fx.Node]) -> None:
+    """`Decline` where weights without a softmax are a function of an earlier attention's output,
+    which the rewrite has at hand: f(out) U is then a layer, and W V no product of queries and keys.
+    """
+    for reading in readings:
+        product = reading.scores.product.node
+        if product in attended and not reading.term.softmax.normalizes:
+            raise Decline(
+                "product-chain",
+                reading.skeleton.output,
+                NOTHING,
+                message="the scores are the output of another attention",
+            )
+
+
 def _read(shadow: Shadow, skeleton: Skeleton, softmaxes: Sequence[Softmax]) -> list[Reading]:
     output = shadow.aten_of[skeleton.output]
     shape = shape_of(output)
@@ -202,6 +217,8 @@ class _Reader:
             term.divided_at = self.divided_at
             self._check_axis(term, column)
             scores = read_scores(self.shadow, term, key_length, self.ranges, self._node, found)
+            if not term.softmax.normalizes:
+                self._check_dropout(term, scores.score, scores.product.index or (), column)
             query, key, value, factor = self._operands(scores, values, values_index)
             term.coefficient *= alpha
             readings.append(
@@ -219,7 +236,7 @@ class _Reader:
                     value=value,
                     score=scores.score.subs(S, factor * S) if factor != 1 else scores.score,
                     loads=scores.lifter.loads,
-                    dropouts=found.dropouts,
+                    dropouts=[*found.dropouts, *scores.lifter.dropouts],
                     statistics=statistics(self.shadow, term.softmax, term.at, self.sizes),
                 )
             )
@@ -281,8 +298,12 @@ class _Reader:
                 "The softmax has to run over the keys, the axis contracted with V.",
                 message="the softmax runs over another axis than the product with V",
             )
+        self._check_dropout(term, term.weight, at, column)
+
+    def _check_dropout(self, term: Term, weight: Expr, at: Index, column: Expr) -> None:
+        """Each weight is dropped for itself, if `at` is where it was read before its dropout."""
         rows = {a for axes in self.axes for a in axes} - column.free_symbols
-        if term.weight.has(uniform) and not rows <= {a for x in at for a in x.free_symbols}:
+        if weight.has(uniform) and not rows <= {a for x in at for a in x.free_symbols}:
             raise Decline(
                 "dropout-shared",
                 self._node(term.softmax.node),

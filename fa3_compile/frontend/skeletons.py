@@ -1,4 +1,5 @@
-"""Where attention may be: every product that the result of a softmax leads to."""
+"""Where attention may be: every product that the result of a softmax leads to, and every product
+of a function of another product where there is no softmax."""
 
 from __future__ import annotations
 
@@ -8,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from fa3_compile.frontend.lift import descendants
+from fa3_compile.errors import Decline
+from fa3_compile.frontend.activations import activations
+from fa3_compile.frontend.lift import descendants, shape_of
 from fa3_compile.frontend.mutations import is_mutation
 from fa3_compile.frontend.normalize import Softmax, divided_late, softmaxes
 from fa3_compile.frontend.operands import is_movement
@@ -31,6 +34,11 @@ class Skeleton:
     output: fx.Node
     nearest: bool
 
+    def worth_saying(self, decline: Decline) -> bool:
+        """Whether a reader who looks for attention wants to know why this is none."""
+        attends = self.softmaxes[0].normalizes or decline.code not in NO_ATTENTION
+        return self.nearest and attends
+
     def softmax_holder(self, shadow: Shadow) -> fx.Node:
         """The Dynamo node of the softmax, the line that its reader would call the attention."""
         softmax = self.softmaxes[-1].node
@@ -39,7 +47,7 @@ class Skeleton:
 
 
 def skeletons(shadow: Shadow) -> Iterator[Skeleton]:
-    """Every product that a softmax of scores leads to, in the order of the graph."""
+    """Every product that may be one with V, in the order of the graph."""
     order = {n: i for i, n in enumerate(shadow.graph.nodes)}
     reached: dict[fx.Node, list[Softmax]] = {}
     nearest: set[fx.Node] = set()
@@ -56,10 +64,72 @@ def skeletons(shadow: Shadow) -> Iterator[Skeleton]:
         product = _product_divided(softmax)
         if product is not None and softmax.division:
             found.append((product, softmax.division.node, [softmax], True))
+    found += _unnormalised(shadow, {product for product, *_ in found})
     for product, last, of, is_nearest in sorted(found, key=lambda x: order[x[0]]):
         output = _output_node(shadow, last)
         if output is not None:
             yield Skeleton(of, product, output, is_nearest)
+
+
+# Why two products are none of attention, where no softmax says that they should be.
+NO_ATTENTION = frozenset(
+    """axes-unclear empty no-product operand-unclear output-unclear perceptron product-adds
+    product-axes product-chain product-read-twice single-key weights-on-both-sides""".split()
+)
+
+
+def _unnormalised(
+    shadow: Shadow, taken: set[fx.Node]
+) -> Iterator[tuple[fx.Node, fx.Node, list[Softmax], bool]]:
+    """Every product of something computed from another product, both of what comes with the data,
+    in the form of `skeletons`. The products in `taken` are other attentions' with V."""
+    given: set[fx.Node] | None = None
+    for product in shadow.graph.nodes:
+        if product.target not in PRODUCTS or product in taken:
+            continue
+        sides = [s for s in sides_of(product) if _weighs(s, s is sides_of(product)[1], taken)]
+        if not sides:
+            continue
+        if given is None:
+            [graph] = {node.graph for node in shadow.aten_of}
+            given = activations(graph)
+        before = [s for side in sides for p in products_before(side)[:1] for s in sides_of(p)]
+        if all(_comes_with_data(shadow, x, given) for x in (*sides_of(product), *before)):
+            weights = [Softmax(s, s, _keys_of(s, product), normalizes=False) for s in sides]
+            yield product, product, weights, True
+
+
+def _weighs(side: fx.Node, right: bool, taken: set[fx.Node]) -> bool:
+    """Whether a side of a product may be weights: a product of queries and keys, changed."""
+    node = side
+    while is_movement(node):
+        node = node.args[0]
+    if node.target in PRODUCTS:
+        return False
+    keys = shape_of(side)[-2 if right else -1]
+    found = products_before(side)
+    return any(x not in taken and keys in shape_of(x)[-2:] for x in found)
+
+
+def _keys_of(side: fx.Node, product: fx.Node) -> int:
+    """The dimension of a side that its product contracts."""
+    rank = len(shape_of(side))
+    return rank - 2 if side is sides_of(product)[1] else rank - 1
+
+
+def _comes_with_data(shadow: Shadow, node: fx.Node, given: set[fx.Node]) -> bool:
+    """Whether a value depends on an activation; a cache that is written in the graph does."""
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.op == "placeholder" and any(x in given for x in shadow.dynamo_of[current]):
+            return True
+        stack.extend(current.all_input_nodes)
+    return False
 
 
 def _product_divided(softmax: Softmax) -> fx.Node | None:

@@ -26,7 +26,6 @@ from fa3_compile.errors import Decline
 from fa3_compile.frontend import flex, transforms
 from fa3_compile.frontend.dynamo_graph import (
     example_value,
-    is_softmax_like,
     opaque_target,
     storage_of,
     target_name,
@@ -34,6 +33,7 @@ from fa3_compile.frontend.dynamo_graph import (
 )
 from fa3_compile.frontend.gradients import stops
 from fa3_compile.frontend.mutations import is_mutation, mutated_nodes
+from fa3_compile.frontend.seeds import seeds
 from fa3_compile.frontend.shadow_operators import MARK, STOP, UNKNOWN
 from fa3_compile.frontend.spell_out import SPELLED_OUT
 
@@ -73,7 +73,7 @@ class Shadow:
 
 def shadow(gm: fx.GraphModule) -> Shadow | None:
     """The shadow of the part of `gm` that attention can be made of; None if there is none."""
-    if not any(is_softmax_like(node) for node in gm.graph.nodes):
+    if not seeds(gm.graph):
         return None
     scope = _Scope(gm)
     while True:
@@ -319,10 +319,9 @@ def _is_cut(node: fx.Node) -> bool:
 
 
 def _relevant(graph: fx.Graph, scope: _Scope) -> set[fx.Node]:
-    """Ancestors and descendants of softmax-like nodes, up to cuts, with all mutations kept."""
-    seeds = [node for node in graph.nodes if is_softmax_like(node) and not scope.is_cut(node)]
+    """Ancestors and descendants of the seeds, up to cuts, with all mutations kept."""
     forward: set[fx.Node] = set()
-    stack = list(seeds)
+    stack = [node for node in seeds(graph) if not scope.is_cut(node)]
     while stack:
         node = stack.pop()
         if node in forward or node.op == "output":

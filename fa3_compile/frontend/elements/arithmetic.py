@@ -18,7 +18,7 @@ from fa3_compile.frontend.placeholders import prob
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.expr import Expr, where
 from fa3_compile.spec.index import bounds, divide, remainder
-from fa3_compile.spec.simplify import exact_at_one
+from fa3_compile.spec.simplify import exact_at_one, floored
 
 aten = torch.ops.aten
 
@@ -59,7 +59,7 @@ def _(node, index, ctx: Lifter) -> Element:
     if is_bool(node):
         return sympy.And(*(truth(ctx.operand(x, index)) for x in node.args[:2]))
     a, b = (ctx.broadcast(x, index) for x in node.args[:2])
-    if any(_may_be_zero(x) and y.has(sympy.oo, -sympy.oo) for x, y in ((a, b), (b, a))):
+    if any(_may_be_zero(x) and _may_be_infinite(y) for x, y in ((a, b), (b, a))):
         raise Opaque(node, "an infinite score times zero is NaN")
     return through_where(_times, a, b)
 
@@ -69,6 +69,16 @@ def _may_be_zero(x: Expr) -> bool:
 
 
 def _times(a: Expr, b: Expr) -> Expr:
+def _may_be_infinite(x: Expr, selects: int = 6) -> bool:
+    """Whether a constant in it makes it infinite, or may: relu(where(c, s, -inf)) it does not."""
+    if not x.has(sympy.oo, -sympy.oo):
+        return x.has(sympy.nan, sympy.zoo)
+    select = min(x.atoms(where), key=str, default=None)
+    if select is None or not selects:
+        return True
+    return any(_may_be_infinite(x.xreplace({select: y}), selects - 1) for y in select.args[1:])
+
+
     # s * where(c, 1, 0) -> where(c, s, 0): the mask that multiplies, as GPT-1 has it.
     for x, y in ((a, b), (b, a)):
         chooses = isinstance(x, where) and set(x.args[1:]) <= {0, 1}

@@ -14,6 +14,7 @@ from fa3_compile.frontend.lift import (
     Lifter,
     Opaque,
     element_of,
+    shape_of,
     sym,
 )
 from fa3_compile.frontend.placeholders import row_stat
@@ -37,9 +38,15 @@ def _transcendental(node: fx.Node, ctx: Lifter, *args: Expr) -> None:
     """Functions of coordinates alone are cheaper read than computed, and then exactly eager's."""
     if node in ctx.inside:
         return  # a sink beside the scores: exp(cat(sink, s)) is in memory nowhere
+    if ctx.weighs and _by_query_and_key(node) and all(x.is_positive for x in args[:-1]):
+        return  # a decay by distance: of all queries and keys it is as large as the scores
     computed = any(E.S in x.free_symbols or x.has(row_stat) for x in args)
     if not computed and any(x.free_symbols for x in args):
         raise Opaque(node, "a function of the position alone")
+
+
+def _by_query_and_key(node: fx.Node) -> bool:
+    return all(size != 1 for size in shape_of(node)[-2:]) and len(shape_of(node)) > 1
 
 
 def _log1p(x: Expr) -> Expr:
