@@ -60,7 +60,7 @@ def arrange(score: E.Expr) -> Logits:
     so the same in every iteration, and c*(kv_start - q_start) - c*row in the shift.
     """
     if may_be_huge(score):
-        return Logits(score, sympy.S.Zero, 1.0, log2=False)
+        return plain(score)
     terms = [y * LOG2E for x in sympy.Add.make_args(score) for y in _distributed(x)]
     per_key = {c: t for t in terms if (c := _coefficient(t, E.KV)) is not None}
     per_query = {c: t for t in terms if (c := _coefficient(t, E.Q)) is not None}
@@ -84,6 +84,11 @@ def arrange(score: E.Expr) -> Logits:
         if c.is_positive:
             scale, x = float(c), [rest]
     return Logits(sympy.Add(*x), sympy.Add(*shift), scale, log2=True)
+
+
+def plain(score: E.Expr) -> Logits:
+    """The score as it is, in natural-log units."""
+    return Logits(score, sympy.S.Zero, 1.0, log2=False)
 
 
 def _distributed(term: E.Expr) -> list[E.Expr]:
@@ -217,7 +222,15 @@ def _trivial(expr) -> bool:
     return (
         not expr.has(E.load, E.floordiv, E.mod, E.where, sympy.Pow)
         and not expr.has(
-            sympy.exp, sympy.log, sympy.tanh, sympy.sin, sympy.cos, E.erf, sympy.And, sympy.Or
+            sympy.exp,
+            sympy.log,
+            sympy.tanh,
+            sympy.sin,
+            sympy.cos,
+            E.erf,
+            E.sigmoid,
+            sympy.And,
+            sympy.Or,
         )
         and expr.count_ops() <= 2
     )

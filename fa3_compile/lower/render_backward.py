@@ -27,7 +27,13 @@ FIRST, LAST = sympy.symbols("first_of_tile last_of_tile", integer=True, nonnegat
 
 @dataclass(frozen=True)
 class BackwardKey:
-    """As ForwardKey; `wanted` are the captured tensors whose gradient the kernels compute."""
+    """As ForwardKey.
+
+    wanted        the captured tensors whose gradient the kernels compute
+    renormalised  the weights of a row are made to sum to 1 and its dS to 0, both to float32, at the
+                  cost of two products more: from the LSE and the output, rounded to float32 each,
+                  gradients are up to five times as far from float64 as eager's
+    """
 
     spec: AttentionSpec
     dim: int
@@ -36,6 +42,7 @@ class BackwardKey:
     fast_tanh: bool = False
     upcast: bool = False
     lists: bool = False
+    renormalised: bool = False
 
     @property
     def digest(self) -> str:
@@ -150,13 +157,16 @@ class Rendered(Common):
     fill: bool
     fill_rows: bool
     norm: bool
+    renormalised: bool
+    sinks: list[str]
     lists: str
 
 
 def render_backward(key: BackwardKey) -> str:
     """The source of the kernels of one backward."""
     spec = key.spec
-    logits = hoist.arrange(spec.score)
+    plain = key.renormalised or not spec.normalized
+    logits = hoist.plain(spec.score) if plain else hoist.arrange(spec.score)
     slope = derivative(spec.score, E.S)
     factor, slope = (sympy.S.One, slope) if slope == 0 else slope.as_coeff_Mul()
     found = slopes(spec, key.wanted)
@@ -166,6 +176,7 @@ def render_backward(key: BackwardKey) -> str:
     by_key = {x: found[x] for x in key_sums(spec, key.wanted)}
     by_both = {x: found[x] for x in dense_loads(spec, key.wanted)}
     row_side, dense = rows.side(logits, factor, slope, by_row, "row_sum", by_both)
+    _, sinks = rows.block(spec.sinks if has_norm(key) else (), "sink")
     column_side, _ = columns.side(logits, factor, slope, by_key, "key_sum")
     rendered = Rendered(
         **common(key, logits, rows),
@@ -175,10 +186,12 @@ def render_backward(key: BackwardKey) -> str:
         needs_s=E.S in logits.x.free_symbols,
         factor=float(factor),
         weight_slopes=any(x.weight != 0 for x in found.values()),
-        zero_rows=spec.dead == "zero",
+        zero_rows=spec.normalized and spec.dead == "zero",
         fill=spec.has_mask and spec.dead == "score",
         fill_rows=has_fill_rows(spec),
-        norm=not logits.log2 or has_fill_rows(spec),
+        norm=has_norm(key),
+        renormalised=key.renormalised,
+        sinks=sinks,
         lists=owner(spec) if key.lists else "",
     )
     return render.render_template("attention_backward.py.jinja", rendered)
@@ -292,6 +305,13 @@ def has_fill_rows(spec: AttentionSpec) -> bool:
     if not spec.has_mask or spec.fill is None:
         return False
     return bool(spec.sinks) or spec.weight is not None or fill_slope(spec) is None
+
+
+def has_norm(key: BackwardKey) -> bool:
+    """Whether the LSE does not hold all that the weights of a row are rebuilt from."""
+    if not key.spec.normalized:
+        return False
+    return key.renormalised or hoist.may_be_huge(key.spec.score) or has_fill_rows(key.spec)
 
 
 def is_plain(spec: AttentionSpec, x: E.load) -> bool:

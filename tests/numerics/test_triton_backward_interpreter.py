@@ -45,10 +45,13 @@ class Case:
     scratch: int = 2**28
     enough: int = 1
     lists: bool = False  # of blocks, which lengths like these are not worth
+    ones: bool = False  # dout, so that a key's dV is what all queries give it
 
 
 CASES = [
     Case("full", "score=0.25*s"),
+    Case("weights sum to one", "score=0.25*s + 900.0", (1, 2, 1, 70, 37, 16, 16), ones=True),
+    Case("weights and a sink sum to one", f"score=0.25*s + 900.0, sinks=[{SLOPES} + 900.0]", (1, 2, 1, 70, 37, 16, 16), aux=("slopes",), ones=True),
     Case("even", "score=0.25*s", (1, 2, 2, 32, 32, 16, 16)),
     Case("negative scale", "score=-0.25*s", dlse=True),
     Case("fp16, dk != dv", "score=0.25*s", (2, 2, 2, 20, 33, 40, 24), F16),
@@ -140,6 +143,18 @@ CASES = [
     Case("least fill and dropout, no mask left", f"score=0.25*s, mask=load(1, b, 0, 0, kv) != 0, dead=score, fill={MIN}, weight={DROP}", (2, 2, 1, 9, 37, 16, 16), aux=("seed", "nothing")),
     Case("constant score, fill with s", f"score=1.0, mask={WINDOW}, dead=score, fill=0.25*s", LONG),
     Case("score without s", "score=load(0, b, kv)", aux=("keys",)),
+    Case("sigmoid", "normalize=none, score=sigmoid(0.25*s - 2.0)", TWO),
+    Case("sigmoid, even", f"normalize=none, score=sigmoid(0.25*s - 2.0), mask={CAUSAL}", (1, 2, 2, 32, 32, 16, 16)),
+    Case("sigmoid, bf16, causal, dense bias", f"normalize=none, score=sigmoid(0.25*s + load(0, b, h, q, kv)), mask={CAUSAL}", (2, 4, 2, 37, 37, 16, 16), BF16, aux=("bias",)),
+    Case("sigmoid, table, slopes by row and key", f"normalize=none, score=sigmoid(s*load(2, b, q) + load(0, h, {BUCKET}))*load(1, b, kv), mask={WINDOW}", TWO, aux=("relative", "keys", "rows")),
+    Case("relu squared, no key", f"normalize=none, score=pow(max(0.25*s, 0), 2), mask={WINDOW}", LONG),
+    Case("silu, fp16, dk != dv", "normalize=none, score=0.01*s*sigmoid(0.25*s)", (2, 2, 2, 20, 33, 40, 24), F16),
+    Case("decay", f"normalize=none, score=s*exp(abs(load(0, 0, h, 0, 0))*(kv - q)), mask={CAUSAL}", (2, 2, 1, 37, 37, 16, 16), aux=("slopes",)),
+    Case("overflow behind the mask", f"normalize=none, score=s*exp(9.0*(kv - q)*load(0, 0, h, 0, 0)), mask={CAUSAL}", (1, 2, 1, 37, 37, 16, 16), aux=("slopes",), block=(16, 32)),
+    Case("linear, padding, dropout", f"normalize=none, score={DROP}*s, mask=load(1, b, 0, 0, kv) != 0", (2, 2, 1, 9, 37, 16, 16), aux=("seed", "padding")),
+    Case("sigmoid, documents, lists, bias", "normalize=none, score=sigmoid(0.25*s + load(1, b, h, q, kv)), mask=(load(0, b, q) == load(0, b, kv))", (1, 2, 1, 37, 37, 16, 16), aux=("documents", "bias"), block=(32, 16), lists=True),
+    Case("sigmoid, only q", "normalize=none, score=sigmoid(0.25*s)", needs=(True, False, False)),
+    Case("weight without s", "normalize=none, score=load(0, b, kv)", aux=("keys",)),
 ]  # fmt: skip
 
 
@@ -164,6 +179,9 @@ def test_matches_float64(case: Case, records) -> None:
         assert x["same_nan"], (name, x)
         assert x["error"] <= 2 * x["error_of_reference"] + x["floor"], (name, x)
         assert x["layout"], (name, x)
+    if case.ones:
+        # The rounding of an LSE of 900 alone would be 3e-5.
+        assert record["error_of_sums"] < 2e-6
 
 
 def run(case: Case) -> dict:
@@ -197,6 +215,8 @@ def run(case: Case) -> dict:
     k = torch.randn(batch, kv_heads, kv_len, dim).to(case.dtype)
     v = torch.randn(batch, kv_heads, kv_len, v_dim).to(case.dtype)
     dout = torch.randn(batch, heads, q_len, v_dim).to(case.dtype)
+    if case.ones:
+        dout.fill_(1.0)
     dlse = torch.randn(batch, heads, q_len) if case.dlse else None
     aux = [captured(x, case.shape) for x in case.aux]
     needs = [*case.needs, *(x.is_floating_point() for x in aux)][: 3 + len(aux)]
@@ -235,7 +255,11 @@ def run(case: Case) -> dict:
             "floor": 8 * eps * (0.5 + y.nan_to_num(0.0).abs().max().item()),
             "layout": x.stride() == torch.empty_like(like).stride() and x.dtype == like.dtype,
         }
-    return {"name": case.name, "supported": None, "gradients": gradients}
+    record = {"name": case.name, "supported": None, "gradients": gradients}
+    if case.ones:
+        ours, exact = (torch.as_tensor(column[2]).double().sum(2) for column in columns[:2])
+        record["error_of_sums"] = ((ours - exact) / exact).abs().max().item()
+    return record
 
 
 def distance(x: torch.Tensor, exact: torch.Tensor) -> float:

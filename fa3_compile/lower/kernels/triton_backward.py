@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fa3_compile.lower import hoist
 from fa3_compile.lower.bound import precision
 from fa3_compile.lower.build import load
 from fa3_compile.lower.choose import Gradients, KernelBuildError, Problem, reference
@@ -32,7 +31,7 @@ from fa3_compile.lower.render import aux_parameters
 from fa3_compile.lower.render_backward import (
     BackwardKey,
     dense_loads,
-    has_fill_rows,
+    has_norm,
     is_plain,
     key_sums,
     row_sums,
@@ -66,9 +65,6 @@ class Wanted:
 def supports_backward(problem: Problem) -> str | None:
     """None, or why these gradients are left to the reference, as a sentence."""
     spec = problem.spec
-    if problem.dtype == torch.float32 and problem.device.type == "cuda":
-        # Weights rebuilt from the LSE: 3.5 times eager's own error in BART (H200), 2 allowed.
-        return "float32 gradients rebuilt from the LSE are further from float64 than twice eager's"
     wanted = tuple(i for i, n in enumerate(problem.aux_needs_grad) if n)
     if reason := _unsupported(spec, wanted):
         return reason
@@ -167,7 +163,7 @@ def compute(
     tensors |= {f"aux{i}": x for i, x in enumerate(aux)}
     for launch in launches.values():
         launch(tensors)
-    if wanted.kv or wanted.q:
+    if problem.spec.normalized and (wanted.kv or wanted.q):
         finish_rows(problem, tensors, q, k, v, dout, lse)
     dq, dk, dv = (tensors[f"{x}_ptr"] if n else None for x, n in zip(("dq", "dk", "dv"), needs[:3]))
     return dq, dk, dv, _captured(problem, tensors, q, k, lse, aux, sizes, needs)
@@ -181,7 +177,7 @@ def _outputs(problem, q, k, v, aux, wanted: Wanted) -> dict[str, Tensor]:
     found = {"delta_ptr": rows((batch, heads, q_len)), "dq_ptr": torch.empty_like(q)}
     found |= {"dk_ptr": torch.empty_like(k), "dv_ptr": torch.empty_like(v)}
     found["norm_ptr"] = found["delta_ptr"]
-    if hoist.may_be_huge(spec.score) or has_fill_rows(spec):
+    if has_norm(render_key(problem, wanted.aux)):
         found["norm_ptr"] = rows((batch, heads, q_len))
     if spec.dead == "score":
         found["dead_ptr"] = torch.empty((batch, heads, q_len), dtype=torch.int8, device=q.device)
@@ -269,7 +265,9 @@ def bind(
     queries = problem_grid(q, "query")
     keys = problem_grid(k, "key")
     plan: list[tuple[str, TritonConfig, Callable[[TritonConfig], int]]] = []
-    plan.append(("row_terms", ROW_TERMS, queries))
+    if spec.normalized:
+        # With two products in it, it has the registers of a walk over keys.
+        plan.append(("row_terms", ROW_TERMS if q.element_size() == 2 else configs.queries, queries))
     if wanted.kv or key_sums(spec, wanted.aux):
         plan.append(("key_blocks", configs.keys, keys))
     if wanted.q or row_sums(spec, wanted.aux):
@@ -329,6 +327,7 @@ def render_key(problem: Problem, wanted: tuple[int, ...], lists: bool = False) -
         fast_tanh=problem.dtype.itemsize == 2 and not forward.interpreted(),
         upcast=problem.dtype == torch.bfloat16 and forward.interpreted(),
         lists=lists,
+        renormalised=problem.spec.normalized and problem.dtype == torch.float32,
     )
 
 
