@@ -296,9 +296,6 @@ class TestNotAttention:
         report = check(attention, *qkv(), uniform(D // 2))
         assert specs(report) == "attention(score=0.25*s)"
 
-    def test_sigmoid_attention(self):
-        assert_expected_inline(declined(lambda q, k, v: scores_of(q, k).sigmoid() @ v), """""")
-
     def test_softmin(self):
         # A softmax of the negative scores is attention all the same.
         report = check(lambda q, k, v: F.softmin(scores_of(q, k), -1) @ v, *qkv())

@@ -1,4 +1,5 @@
-"""A graph without a softmax costs one search of its names: not even the shadow is traced."""
+"""A graph without a softmax, or a product of a product, costs one look at its nodes: not even the
+shadow is traced."""
 
 from __future__ import annotations
 
@@ -42,9 +43,13 @@ WITHOUT = {
     "perceptron": lambda x: F.gelu(F.linear(x, x)),
     "normalised": lambda x: F.layer_norm(x, (S,)),
     "expanded": lambda x: x.expand(2, S, S) + 1,
-    "sigmoid": lambda x: (x @ x.T).sigmoid() @ x,
+    "moved": lambda x: (x @ x.T).contiguous().view(S, S).T @ x,
+    "reduced": lambda x: torch.relu((x @ x.T).sum(-1, keepdim=True)) * x,
+    "layers": lambda x: F.linear(F.relu(F.linear(x, x)), x),
 }
 WITH = {
+    "sigmoid": lambda x: (x @ x.T).sigmoid() @ x,
+    "masked": lambda x: (x @ x.T).tril() @ x,
     "method": lambda x: (x @ x.T).softmax(-1) @ x,
     "function": lambda x: F.softmax(x @ x.T, -1) @ x,
     "by hand": lambda x: (e := (x @ x.T).exp()) / e.sum(-1, keepdim=True) @ x,
@@ -53,13 +58,13 @@ WITH = {
 
 
 @pytest.mark.parametrize("function", WITHOUT.values(), ids=WITHOUT)
-def test_no_softmax(traced, function):
+def test_no_attention(traced, function):
     assert compile_only(function, normal(S, S)) == 0
     assert not traced
 
 
 @pytest.mark.parametrize("function", WITH.values(), ids=WITH)
-def test_softmax(traced, function):
+def test_attention(traced, function):
     assert compile_only(function, normal(S, S)) == 1
     assert len(traced) == 1
 
