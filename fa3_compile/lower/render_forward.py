@@ -87,7 +87,7 @@ def render_forward(key: ForwardKey) -> str:
     """The kernel's source. UnprintableError where Triton has no text for an expression."""
     spec = key.spec
     writer = Writer(spec, key.fast_tanh)
-    logits = hoist.arrange(spec.score)
+    logits = hoist.arrange(spec.score) if spec.normalized else hoist.plain(spec.score)
     score = _piece(writer, logits.x, "score")
     shift = _piece(writer, logits.shift, "shift")
     mask = _piece(writer, spec.mask, "mask")

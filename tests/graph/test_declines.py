@@ -231,7 +231,7 @@ class TestAfter:
         def attention(q, k, v):
             return F.log_softmax(scores_of(q, k), -1) @ v
 
-        assert_expected_inline(declined(attention), """""")
+        assert_expected_inline(declined(attention), """lift: not-pointwise""")
 
     def test_gumbel_straight_through(self):
         def attention(q, k, v):
@@ -277,7 +277,7 @@ class TestNotAttention:
         assert_expected_inline(declined(lambda q, k, v: scores_of(q, k).softmax(-1) + 1), """""")
 
     def test_products_without_a_softmax(self):
-        assert_expected_inline(declined(lambda q, k, v: scores_of(q, k) @ v), """""")
+        assert_expected_inline(declined(lambda q, k, v: scores_of(q, k) @ v), """lift: linear""")
 
     def test_rotary_embedding_is_no_attention(self):
         # Its product of positions and frequencies is a decoy; the attention behind it is one.

@@ -107,6 +107,18 @@ def test_forms_compile_for_hopper(form: str) -> None:
         assert ("wgmma.mma_async" in ptx) or name == "row_terms"
 
 
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_weights_without_a_softmax(arch: int) -> None:
+    """Gradients of sigmoid attention with a bias, and no LSE to rebuild anything from."""
+    fields = "normalize=none, score=sigmoid(0.125*s + load(0, h, q)), mask=(kv - q <= 0)"
+    asked = problem(f"attention({fields}, aux=[float])", 64, arch)
+    configs = table_configs(asked)
+    for name, config in (("key_blocks", configs.keys), ("query_blocks", configs.queries)):
+        kernel = compiled(asked, name, config, (0,))
+        assert "lse_ptr" not in kernel.asm["ttir"]
+        assert kernel.metadata.shared <= SHARED_MEMORY[divmod(arch, 10)]
+
+
 @pytest.mark.parametrize(
     "fields",
     [

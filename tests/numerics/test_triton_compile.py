@@ -152,6 +152,19 @@ def test_walking_lists_is_as_cheap(arch: int, tmp_path) -> None:
     assert ("cp.async" in kernel.asm["ptx"]) or arch == 100
 
 
+SIGMOID = "attention(normalize=none, score=sigmoid(0.125*s - 8.0), mask=(kv - q <= 0))"
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_weights_without_a_softmax(arch: int, tmp_path) -> None:
+    """The tiles of the softmax fit, and the loop has neither a maximum nor a sum."""
+    asked = problem(SIGMOID, 128, arch)
+    kernel = compiled(asked, tune_forward.table_config(asked))
+    assert spilled_bytes(kernel, arch, tmp_path) == 0
+    assert kernel.metadata.shared <= SHARED_MEMORY[divmod(arch, 10)]
+    assert "tt.reduce" not in kernel.asm["ttir"]
+
+
 @pytest.mark.parametrize("arch", [80, 90])
 def test_conditional_rescaling_compiles(arch: int, tmp_path) -> None:
     asked = problem(CAUSAL, 128, arch)

@@ -124,6 +124,16 @@ CASES = [
     Case("mask after the softmax", "score=0.25*s, weight=where(load(0, 0, 0, q, kv) != 0, 1, 0)", aux=("dense",)),
     Case("gate after the softmax", "score=0.25*s, weight=load(0, b, h, q, kv)*load(1, b, kv)", aux=("bias", "keys")),
     Case("weight of a head", f"score=0.25*s, mask={CAUSAL}, weight={SLOPES} + 1", aux=("slopes",)),
+    Case("sigmoid", "normalize=none, score=sigmoid(0.25*s - 2.0)"),
+    Case("sigmoid, bf16, causal, bias", f"normalize=none, score=sigmoid(0.25*s + load(0, b, h, q, kv)), mask={CAUSAL}", dtype=BF16, aux=("bias",)),
+    Case("relu squared, no key", f"normalize=none, score=pow(max(0.25*s, 0), 2), mask={WINDOW}", LONG),
+    Case("silu, fp16, dk != dv", "normalize=none, score=0.01*s*sigmoid(0.25*s)", (2, 2, 2, 20, 33, 40, 24), F16),
+    Case("decay", f"normalize=none, score=s*exp(abs(load(0, 0, h, 0, 0))*(kv - q)), mask={CAUSAL}, out_order=bqhd", layout="bshd", aux=("slopes",)),
+    Case("overflow behind the mask", f"normalize=none, score=s*exp(9.0*(kv - q)), mask={CAUSAL}"),
+    Case("linear, padding, dropout", f"normalize=none, score={DROP}*s, mask=load(1, b, 0, 0, kv) != 0", (2, 2, 1, 9, 45, 16, 16), aux=("seed", "padding")),
+    Case("sigmoid, documents, lists", f"normalize=none, score=sigmoid(s), mask=(load(0, b, q) == load(0, b, kv)) & {CAUSAL}", (2, 2, 1, 75, 75, 16, 16), aux=("documents",), lists=True),
+    Case("sigmoid, head dim 96, Dv 192", "normalize=none, score=sigmoid(0.1*s)", (1, 1, 1, 9, 20, 96, 192), BF16),
+    Case("weight without s", "normalize=none, score=load(0, b, kv)", aux=("keys",)),
 ]  # fmt: skip
 
 
