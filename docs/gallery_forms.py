@@ -108,6 +108,19 @@ def dropout(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.dropout(weights, 0.1) @ v
 
 
+def sigmoid(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]) - math.log(k.shape[-2])
+    seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+    return scores.masked_fill(~seen, float("-inf")).sigmoid() @ v
+
+
+def retention(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+    at = torch.arange(q.shape[-2], device=q.device)
+    distance = at[:, None] - at[None, :]
+    decay = torch.exp(-slopes[:, None, None] * distance)
+    return torch.where(distance >= 0, q @ k.transpose(-2, -1) * decay, 0.0) @ v
+
+
 # Title and what it is, in the page's order.
 FORMS: dict[Callable[..., Tensor], tuple[str, str]] = {
     plain: ("Plain", "Encoders, cross attention, vision."),
@@ -124,6 +137,8 @@ FORMS: dict[Callable[..., Tensor], tuple[str, str]] = {
     attention_sinks: ("Attention sinks", "gpt-oss: a learned logit a head that has no value."),
     dropout: ("Dropout", "Training: the mask is drawn in the kernel, and again in its backward."),
     grouped_queries: ("Grouped queries", "Llama 3, Mistral: K and V are read unexpanded."),
+    sigmoid: ("Sigmoid", "Weights that nothing normalises (Ramapuram et al., 2024)."),
+    retention: ("Retention", "No function at all: a decay and a mask (Sun et al., 2023)."),
 }
 
 BATCH, HEADS, LENGTH, DIM = 1, 2, 2048, 16

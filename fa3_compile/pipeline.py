@@ -2,7 +2,8 @@
 
 expand     nn.MultiheadAttention's one call, written out
 trace      a functional core-aten shadow of the graph, to be read only
-detect     softmax(f(Q K^T)) V, in the axes of its output (skeletons, weights, scores)
+detect     softmax(f(Q K^T)) V, or f(Q K^T) V, in the axes of its output (skeletons, weights,
+           scores)
 layout     which axes are b, h, q, d; score and mask in those terms (lift, simplify)
 check      what else reads the weights, nothing is written in between
 choose     a kernel family that computes it here
