@@ -1,9 +1,9 @@
 """Which key blocks a mask leaves a query block, as C++ over intervals.
 
 `classification` prints a mask for kernels/include/fa3/block_map_build.cuh: every captured value
-that depends on the query alone or on the key alone is an interval over a block, and the mask
-evaluated on intervals may hold, must hold, or neither. Sound: what has no rule may hold and need
-not.
+that depends on the query alone or on the key alone, and every sum of such with the position, is an
+interval over a block, and the mask evaluated on intervals may hold, must hold, or neither. Sound:
+what has no rule may hold and need not.
 """
 
 # sympy gives the parts of an expression as Basic.
@@ -29,13 +29,12 @@ Pair = tuple[str, str]
 class Classification:
     """The body of `classify`, and what it reads along each axis.
 
-    queries, keys  the loads whose intervals arrive as queries[i] and keys[i]
-    heads          loads that are the same for a whole head, read where they are needed
+    queries, keys  the loads, and sums with loads, whose intervals arrive as queries[i] and keys[i]
     """
 
     lines: list[str] = field(default_factory=list)
-    queries: list[E.load] = field(default_factory=list)
-    keys: list[E.load] = field(default_factory=list)
+    queries: list[E.Expr] = field(default_factory=list)
+    keys: list[E.Expr] = field(default_factory=list)
 
 
 def reads_dense(mask: E.Boolean) -> bool:
@@ -48,12 +47,24 @@ def needs_map(mask: E.Boolean) -> bool:
     return bool(mask.atoms(E.load)) or mask.has(sympy.Or)
 
 
-def map_value(mask: E.Boolean, ctype: Callable[[E.load], str]) -> str:
-    """The C++ type that holds every captured value of the mask: int, int64_t or double."""
+def map_value(found: Classification, mask: E.Boolean, ctype: Callable[[E.load], str]) -> str:
+    """The C++ type that holds every value of the map: int, int64_t or double."""
     types = {ctype(x) for x in mask.atoms(E.load)}
     if "float" in types:
         return "double"
-    return "int64_t" if "int64_t" in types else "int"
+    sums = any(x.is_Add for x in (*found.queries, *found.keys))
+    return "int64_t" if "int64_t" in types or sums else "int"
+
+
+def value_text(value: E.Expr, load: Callable[[E.load], str]) -> str:
+    """A value of the map at one row or column, as C++."""
+    if isinstance(value, E.load):
+        return load(value)
+    terms = []
+    for term in sorted(value.args, key=str):
+        factor, x = term.as_coeff_Mul()
+        terms.append(f"int64_t({factor}) * {load(x) if isinstance(x, E.load) else x}")
+    return " + ".join(terms)
 
 
 def classification(
@@ -139,8 +150,10 @@ class _Writer:
             return self.symbol(value)
         if isinstance(value, E.load):
             return self.loaded(value)
+        if value.is_Add and self.terms(value) == [value]:
+            return self.loaded(value)
         if value.is_Add:
-            parts = [self.range(x) for x in value.args]
+            parts = [self.range(x) for x in self.terms(value)]
             known = [x for x in parts if x is not None]
             if len(known) < len(parts):
                 return None
@@ -164,6 +177,21 @@ class _Writer:
             return low, high
         return None
 
+    def terms(self, total: sympy.Add) -> list[E.Expr]:
+        """A sum's terms, those that follow one axis as one: q - load(0, q) varies less over a
+        block than q and load(0, q) do apart."""
+        apart: list[E.Expr] = []
+        followers: dict[int, list[E.Expr]] = {hoist.ROW: [], hoist.COLUMN: []}
+        for term in total.args:
+            factor, x = term.as_coeff_Mul()
+            plain = isinstance(x, (E.load, sympy.Symbol)) and factor.is_Integer
+            followers.get(hoist.level(term) if plain else hoist.ELEMENT, apart).append(term)
+        for terms in followers.values():
+            loaded = len(terms) > 1 and any(x.has(E.load) for x in terms)
+            whole = not any(self.is_float(x) for x in terms)
+            apart += [sympy.Add(*terms)] if loaded and whole else terms
+        return apart
+
     def symbol(self, value) -> Pair:
         names = {"b": "at.batch", "h": "at.head", "Sq": "at.queries", "Skv": "at.keys"}
         if value in (E.Q, E.KV):
@@ -171,7 +199,8 @@ class _Writer:
         name = names.get(value.name, f"at.aux.{value.name}")
         return f"int64_t({name})", f"int64_t({name})"
 
-    def loaded(self, value: E.load) -> Pair | None:
+    def loaded(self, value: E.Expr) -> Pair | None:
+        """A load's interval, or that of a sum of one axis."""
         level = hoist.level(value)
         if level == hoist.ELEMENT:
             return None

@@ -169,14 +169,15 @@ class VariantWriter:
             return self.load(x, x.index, hoist.HEAD).body
 
         found = block_map.classification(self.spec.mask, load, ctype)
-        value = block_map.map_value(self.spec.mask, ctype)
+        value = block_map.map_value(found, self.spec.mask, ctype)
         count = max(1, len(found.queries), len(found.keys))
         lines = [f"using MapValue = {value};", f"static constexpr int kMapValues = {count};"]
-        for name, axis, loads in (
+        for name, axis, values in (
             ("map_query", "q", found.queries),
             ("map_key", "kv", found.keys),
         ):
-            body = [f"if (i == {i}) return {load(x)};" for i, x in enumerate(loads)]
+            texts = [block_map.value_text(x, load) for x in values]
+            body = [f"if (i == {i}) return {text};" for i, text in enumerate(texts)]
             site = f"const At& at, int i, int {axis}"
             lines += function("MapValue", name, site, [*body, "return 0;"])
         site = "const At& at, const Interval<MapValue>* queries, const Interval<MapValue>* keys,"

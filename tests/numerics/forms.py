@@ -46,6 +46,7 @@ KINDS = {"documents": "int", "ids": "int", "padding": "bool", "left": "int", "no
 KINDS |= {
     "dense": "bool",
     "starts": "int",
+    "paragraphs": "int",
     "seed": "int",
     "position": "int",
     "positions": "int",
@@ -162,6 +163,9 @@ FORMS = [
          ("bias",)),
     Form("large scores", "score=30.0*s"),
     Form("[B, S, H, D]", f"score=0.1*s, mask={CAUSAL}, out_order=bqhd"),
+    Form("places inside documents", "score=0.1*s, dead=zero,"
+         " mask=(q - load(0, b, q) - kv + load(0, b, kv) <= -40)", ("paragraphs",),
+         lengths="square"),
 ]  # fmt: skip
 BY_NAME = {x.name: x for x in FORMS}
 
@@ -256,6 +260,8 @@ def captured(kind: str, shape: Shape, dtype: torch.dtype, generator) -> Tensor:
             return (torch.arange(kv) // 130).expand(b, -1).int().contiguous()
         case "starts":
             return (torch.arange(kv) // 130 * 130).expand(b, -1)
+        case "paragraphs":
+            return (torch.arange(kv) // 50 * 50).expand(b, -1)
         case "seed":
             return torch.tensor([2**40 + 12345])
         case "position":
