@@ -44,6 +44,10 @@ class TorchPrinter(Printer):
         return Text(f"torch.where({condition.body}, {first}, {b.body})", a.kind)
 
     def extremum(self, name: str, a: Text, b: Text) -> Text:
+        if b.literal and a.kind == "float":
+            # torch.clamp's slope at its bound depends on torch's version.
+            bounds = f"{b.body}, float('inf')" if name == "max" else f"float('-inf'), {b.body}"
+            return Text(f"torch.nn.functional.hardtanh({a.body}, {bounds})", a.kind)
         if b.literal:
             bound = "min" if name == "max" else "max"
             return Text(f"torch.clamp({a.body}, {bound}={b.body})", a.kind)

@@ -42,9 +42,10 @@ _OUTER: dict[type, Callable[[Expr], Expr]] = {
 def derivative(expr: Expr, by: Expr) -> Expr:
     """d expr / d by; `by` is `s` or a load, which is differentiated as a variable of its own.
 
-    At a corner: abs has slope 0; a maximum or minimum with a number passes its argument's slope
-    (torch.clamp), one of two expressions the mean of both (torch.maximum). Conditions, rounding
-    and indices have none. TypeError for a function without a rule.
+    At a corner: abs has slope 0; so has a maximum or minimum with a number (relu, hardtanh, and
+    torch.clamp from torch 2.14 on, whose slope was 1 before); one of two expressions has the mean
+    of both (torch.maximum). Conditions, rounding and indices have none. TypeError for a function
+    without a rule.
     """
     if expr == by:
         return sympy.S.One
@@ -90,12 +91,12 @@ def _extremum(expr: Expr, by: Expr) -> Expr:
     args = sorted(expr.args, key=lambda x: (bool(x.is_number), str(x)))
     value, slope = args[0], derivative(args[0], by)
     for x in args[1:]:
-        wins = value > x if isinstance(expr, sympy.Max) else value < x
         other = derivative(x, by)
         if x.is_number:
-            loses = value < x if isinstance(expr, sympy.Max) else value > x
+            loses = value <= x if isinstance(expr, sympy.Max) else value >= x
             slope = where(loses, ZERO, slope)
         else:
+            wins = value > x if isinstance(expr, sympy.Max) else value < x
             slope = where(wins, slope, where(sympy.Eq(value, x), (slope + other) / 2, other))
         value = expr.func(value, x)
     return slope

@@ -32,7 +32,7 @@ SCORES = [
 
 @pytest.mark.parametrize("score", SCORES)
 def test_is_what_torch_differentiates(score: str) -> None:
-    """At corners too: 0 is a corner of abs and of max(s, -s), 1 of the clamp."""
+    """At corners too: 0 is a corner of abs and of max(s, -s), 1 of hardtanh."""
     s = torch.tensor([-2.5, -1.0, 0.0, 1.0, 1.7], dtype=torch.float64).view(1, 1, 1, 5)
     s.requires_grad_()
     expr = parse(score)
@@ -55,3 +55,22 @@ def test_loads_are_variables_of_their_own() -> None:
 def test_names_a_function_without_a_rule() -> None:
     with pytest.raises(TypeError, match="gamma"):
         derivative(sympy.gamma(S), S)
+
+
+@pytest.mark.parametrize(
+    "score, function",
+    [
+        ("max(s, 0)", torch.relu),
+        ("min(max(s, -1.0), 1.0)", torch.nn.functional.hardtanh),
+    ],
+)
+def test_corners_of_torch_functions(score: str, function) -> None:
+    """What a zero-padded key meets: its scores are exactly 0."""
+    s = torch.tensor([-1.0, 0.0, 1.0, torch.nan], dtype=torch.float64).requires_grad_()
+    [expected] = torch.autograd.grad(function(s).sum(), s)
+    shape = Shape(1, 1, 1, 4)
+    arguments = (AttentionSpec(), shape, s.view(1, 1, 1, 4), [], [], torch.float64, s.device)
+    value, slope = elements([parse(score), derivative(parse(score), S)], *arguments)
+    [of_reference] = torch.autograd.grad(value.sum(), s)
+    torch.testing.assert_close(slope.view(4).to(torch.float64), expected, equal_nan=True)
+    torch.testing.assert_close(of_reference, expected, equal_nan=True)
