@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -145,7 +146,10 @@ def _read(
     score, shift = logit(element), sympy.S.Zero
     if softmax.normalizes:
         score, shift = _without_row_terms(score)
-    found = Scores(product, lifter, score, shifted=not softmax.by_hand or _is_maximum(shift))
+    shifted = not softmax.by_hand or _is_maximum(shift)
+    if not shifted:
+        score = _without_underflow(score, x.meta["val"].dtype)
+    found = Scores(product, lifter, score, shifted=shifted)
     for position in extra:
         element = number(lifter.element(x, (*index[:dim], position, *index[dim + 1 :])))
         found.sinks.append(logit(element) - shift)
@@ -216,6 +220,16 @@ def _whole(score: Expr) -> Expr:
 def _is_maximum(shift: Expr) -> bool:
     multiple, statistic = (-shift).as_coeff_Mul()
     return bool(multiple.is_positive) and isinstance(statistic, row_stat)
+
+
+def _without_underflow(score: Expr, dtype: torch.dtype) -> Expr:
+    """A fill whose exponential is 0 in the dtype is -inf where no maximum is taken off it."""
+    if isinstance(score, where):
+        condition, *branches = score.args
+        return where(condition, *(_without_underflow(x, dtype) for x in branches))
+    info = torch.finfo(dtype)
+    lost = math.log(info.smallest_normal) + math.log(info.eps / 2)
+    return -sympy.oo if score.is_number and score < lost else score
 
 
 def _rest(softmax: Softmax, lifter: Lifter, index: Index, divided_at: Index) -> list[Expr]:

@@ -39,6 +39,17 @@ class TestSoftmaxOne:
 
         assert became(of_weights(normalise)) == ONE
 
+    @pytest.mark.parametrize(("fill", "mask"), [(-500.0, True), (-100.0, False)])
+    def test_fills_that_vanish_without_a_maximum(self, fill, mask):
+        # exp(-500) is 0 in float32, and a row of nothing else 0 / 0; exp(-100) is not.
+        def normalise(s):
+            at = torch.arange(S)
+            e = s.masked_fill((at[:, None] < at) | (at[:, None] > S - 2), fill).exp()
+            return e / e.sum(-1, keepdim=True)
+
+        spec = became(of_weights(normalise))
+        assert (("mask=" in spec) and ("dead=nan" in spec)) == mask, spec
+
     def test_shifted(self):
         def normalise(s):
             e, top = shifted(s)
