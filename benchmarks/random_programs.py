@@ -58,12 +58,16 @@ class Tally:
         for part, counts in other.counts.items():
             self.counts[part] = [a + b for a, b in zip(self.counts[part], counts)]
 
-    def rows(self) -> list[tuple]:
-        return [(*part, *count) for part, count in sorted(self.counts.items())]
+    def write(self, path: Path, about: str) -> None:
+        rows = [(*part, *count) for part, count in sorted(self.counts.items())]
+        with path.open("w", newline="") as file:
+            file.write(f"# {about}; python {' '.join(sys.argv)}\n")
+            csv.writer(file).writerows([COLUMNS, *rows])
 
 
-def run(count: int, first_seed: int, report_every: int) -> Tally:
-    """Draws and checks `count` programs; a seed always gives the same ones."""
+def run(count: int, first_seed: int, report_every: int, out: Path | None = None) -> Tally:
+    """Draws and checks `count` programs; a seed always gives the same ones. What is done is
+    written to `out` at every report, so that a run that is stopped is not lost."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     tally, start = Tally(), time.perf_counter()
@@ -90,6 +94,8 @@ def run(count: int, first_seed: int, report_every: int) -> Tally:
         if done % report_every == 0:
             spent = time.perf_counter() - start
             print(f"{done} programs, {len(tally.wrong)} wrong, {spent:.0f} s", flush=True)
+            if out:
+                tally.write(out, f"seed {first_seed}, {done} programs, torch {torch.__version__}")
 
     each()
     return tally
@@ -108,7 +114,7 @@ def main() -> int:
     calls = [(share, seed, arguments.report_every) for seed in seeds]
     tally = Tally()
     if len(calls) == 1:
-        tally.merge(run(*calls[0]))
+        tally.merge(run(*calls[0], arguments.out))
     else:
         with multiprocessing.get_context("spawn").Pool(len(calls)) as pool:
             for part in pool.starmap(run, calls):
@@ -116,9 +122,7 @@ def main() -> int:
     about = f"seeds {seeds[0]} to {seeds[-1]}, {share} programs each, torch {torch.__version__}"
     print(f"{tally.counts['all', ''][0]} programs, {len(tally.wrong)} wrong ({about}, CPU)")
     if arguments.out:
-        with arguments.out.open("w", newline="") as file:
-            file.write(f"# {about}; python {' '.join(sys.argv)}\n")
-            csv.writer(file).writerows([COLUMNS, *tally.rows()])
+        tally.write(arguments.out, about)
     return 1 if tally.wrong else 0
 
 
