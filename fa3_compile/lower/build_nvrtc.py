@@ -182,34 +182,44 @@ def load(key: Key) -> Built:
     return built
 
 
-def load_all(keys: Sequence[KeyT]) -> dict[KeyT, Built]:
-    """Those that build, compiled side by side: NVRTC does not hold the interpreter's lock."""
+def _attempts(keys: Sequence[KeyT]) -> list[Built | str]:
+    """Each one built, or why not, side by side: NVRTC does not hold the interpreter's lock."""
 
-    def attempt(key: KeyT) -> Built | None:
+    def attempt(key: KeyT) -> Built | str:
         try:
             return load(key)
-        except (BuildError, RuntimeError):
-            return None
+        except (BuildError, RuntimeError) as error:
+            return str(error)[:2000]
 
+    if len(keys) == 1:
+        return [attempt(keys[0])]
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
-        return {key: x for key, x in zip(keys, pool.map(attempt, keys)) if x is not None}
+        return list(pool.map(attempt, keys))
 
 
-def load_first(keys: Sequence[KeyT]) -> tuple[KeyT, Built]:
+def load_all(keys: Sequence[KeyT]) -> dict[KeyT, Built]:
+    """Those that build."""
+    return {key: x for key, x in zip(keys, _attempts(keys)) if isinstance(x, Built)}
+
+
+def load_first(keys: Sequence[KeyT], at_once: int = 1) -> tuple[KeyT, Built]:
     """The first that builds without a spill; failing that, the one that spills least.
+
+    at_once  how many are built side by side where the first spills
 
     Raises KernelBuildError where none builds.
     """
-    found, errors = [], []
-    for key in keys:
-        try:
-            built = load(key)
-        except (BuildError, RuntimeError) as error:
-            errors.append(str(error)[:2000])
-            continue
-        if built.healthy:
-            return key, built
-        found.append((key, built))
+    found: list[tuple[KeyT, Built]] = []
+    errors: list[str] = []
+    groups = [keys[:1], *(keys[i : i + at_once] for i in range(1, len(keys), at_once))]
+    for group in groups:
+        for key, built in zip(group, _attempts(group) if group else ()):
+            if isinstance(built, str):
+                errors.append(built)
+            elif built.healthy:
+                return key, built
+            else:
+                found.append((key, built))
     if not found:
         raise KernelBuildError("; ".join(errors) or "no tile fits these head dims")
     return min(found, key=lambda x: (x[1].serialised, x[1].spill_bytes))

@@ -5,7 +5,7 @@ Measured in docs/kernel-notes.md. The first that ptxas builds without a spill is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fa3_compile.lower.config_sm90 import SHARED_MEMORY, tile_width
 
@@ -21,6 +21,8 @@ class Sm90BackwardConfig:
     early_values   dV is issued before dS is computed, where registers allow that
     late_dq        dQ is computed a step later, so that no warpgroup waits for the other's dS
     wide           two warpgroups take a product each of the same 64 keys (head dims beyond 128)
+    bits           what each element is asked, its mask or whether dropout keeps it, is found under
+                   the products before, as a bit each
     """
 
     block_m: int
@@ -30,6 +32,7 @@ class Sm90BackwardConfig:
     early_values: bool = True
     late_dq: bool = False
     wide: bool = False
+    bits: bool = False
 
     @property
     def warpgroups(self) -> int:
@@ -79,12 +82,21 @@ class Sm90BackwardConfig:
 
 
 def candidates(
-    dim_qk: int, dim_v: int, masked: bool, grouped: bool, stores_scores: bool = False
+    dim_qk: int,
+    dim_v: int,
+    masked: bool,
+    grouped: bool,
+    stores_scores: bool = False,
+    asks_elements: bool = False,
 ) -> list[Sm90BackwardConfig]:
     """What to build, the best first.
 
     stores_scores  dS is the gradient of a dense input, and stored as it is shared
+    asks_elements  each element is asked for its mask, or whether dropout keeps it
     """
+    if asks_elements:
+        plain = candidates(dim_qk, dim_v, masked, grouped, stores_scores)
+        return [replace(x, bits=True) for x in plain] + plain
     if max(dim_qk, dim_v) > 128:
         return [Sm90BackwardConfig(64, 64, masked, grouped, wide=True)]
     # (rows, early values, late dQ); at 128 rows early values never fit.

@@ -5,7 +5,7 @@ printed is the forward's variant with d(score)/ds, and the queries that a KV blo
 """
 
 # sympy gives the parts of an expression as Basic.
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportReturnType=false
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import sympy
 
 from fa3_compile import resources
 from fa3_compile.lower.config_sm90_backward import Sm90BackwardConfig
-from fa3_compile.lower.cuda_terms import arrange, map_kind, named_mask
+from fa3_compile.lower.cuda_terms import arrange, drawn, map_kind, mask_parts, named_mask
 from fa3_compile.lower.cuda_variant import SITE, VariantWriter, method
 from fa3_compile.lower.render_cuda import template
 from fa3_compile.spec import expr as E
@@ -67,6 +67,25 @@ def slope(score: E.Expr) -> tuple[float, E.Expr]:
     return (float(factor), rest) if rest != 0 else (0.0, sympy.S.One)
 
 
+def two_weights(weight: E.Expr | None) -> tuple[E.Expr, float, float] | None:
+    """(a condition, the factor after the softmax where it holds, where not), if that is all that
+    the factor is: dropout."""
+    if weight is None:
+        return None
+    factor, rest = weight.as_coeff_Mul()
+    if rest.func is not E.where or not all(x.is_number for x in rest.args[1:]):
+        return None
+    condition, kept, dropped = rest.args
+    return condition, float(factor * kept), float(factor * dropped)
+
+
+def asks_elements(spec: AttentionSpec) -> bool:
+    """Whether an element is asked for its mask, or for one of two weights: see `bits` of
+    Sm90BackwardConfig."""
+    element = spec.has_mask and mask_parts(named_mask(spec)).element != sympy.true
+    return element or two_weights(spec.weight) is not None
+
+
 def query_map_kind(spec: AttentionSpec, grouped: bool) -> str:
     """As map_kind; heads that share a KV head share its list too."""
     return "" if grouped and E.H in spec.mask.free_symbols else map_kind(spec)
@@ -105,6 +124,19 @@ class _BackwardWriter(VariantWriter):
             *self.derivative(),
         ]
         return [*self.structs(), *body]
+
+    def weight(self) -> list[str]:
+        lines = super().weight()
+        found = two_weights(self.spec.weight)
+        if found is None or not self.key.config.bits:
+            return lines
+        condition, kept, dropped = found
+        site = SITE["element"].replace("float tile", "auto number")
+        lines += ["static constexpr bool kTwoWeights = true;"]
+        for name, value in (("kKept", kept), ("kDropped", dropped)):
+            lines += [f"static constexpr float {name} = {self.printer.number(value)};"]
+        number = drawn(self.spec.weight)
+        return lines + self.element_method("bool", "kept", site, condition, False, number)
 
     def derivative(self) -> list[str]:
         factor, rest = slope(self.spec.score)

@@ -14,14 +14,15 @@ namespace fa3 {
 
 // BlockM is 64, and the warpgroups share out the columns of dQ; or 64 for each of them, and they
 // share out its rows. EarlyValues issues dV while dS is computed, where registers allow that. LateDq
-// computes dQ a step later, so that no warpgroup waits for the other's dS.
+// computes dQ a step later, so that no warpgroup waits for the other's dS. Bits finds what is asked of
+// elements under the scores.
 template <class DtypeT, int DimQK, int DimV, int BlockM_, int BlockN_, bool LongestFirst_,
-          bool Grouped_, bool EarlyValues_, bool LateDq_>
+          bool Grouped_, bool EarlyValues_, bool LateDq_, bool Bits_>
 struct BackwardConfig {
   using Dtype = DtypeT;
   static constexpr int kDimQK = DimQK, kDimV = DimV, kBlockM = BlockM_, kBlockN = BlockN_;
   static constexpr bool kLongestFirst = LongestFirst_, kGrouped = Grouped_;
-  static constexpr bool kEarlyValues = EarlyValues_, kLateDq = LateDq_;
+  static constexpr bool kEarlyValues = EarlyValues_, kLateDq = LateDq_, kBits = Bits_;
   static constexpr int kWarpgroups = BlockN_ / 64;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 24;
@@ -43,9 +44,9 @@ struct BackwardConfig {
 template <class Config, class Variant>
 struct AttentionBackward : BackwardBlock<Config, Variant> {
   using Block = BackwardBlock<Config, Variant>;
-  using typename Block::Consumer, typename Block::Dtype, typename Block::OTile,
-      typename Block::Params, typename Block::QTile, typename Block::RowValues,
-      typename Block::TileTerms;
+  using typename Block::Consumer, typename Block::Dtype, typename Block::ElementBits,
+      typename Block::OTile, typename Block::Params, typename Block::QTile,
+      typename Block::RowValues, typename Block::TileTerms;
   using Block::barrier, Block::kM, Block::kN, Block::o_tile, Block::p, Block::q_tile,
       Block::release, Block::shared;
   static constexpr int kColumns = Config::kFirstColumns;
@@ -60,7 +61,8 @@ struct AttentionBackward : BackwardBlock<Config, Variant> {
 
   // dS^T in place of dP^T, from P^T.
   FA3_DEVICE void differentiate(const Consumer& c, const float (&weights)[kM / 2],
-                                float (&dp)[kM / 2], const RowValues& delta) const {
+                                float (&dp)[kM / 2], const RowValues& delta,
+                                const ElementBits& kept) const {
 #pragma unroll
     for (int i = 0; i < kM / 16; ++i) {
       float own[4];
@@ -69,6 +71,7 @@ struct AttentionBackward : BackwardBlock<Config, Variant> {
       for (int j = 0; j < 8; ++j) {
         int column = j / 4 * 2 + j % 2;
         float& x = dp[8 * i + j];
+        if constexpr (Block::kKeptBits) x *= Block::factor_of(kept, 8 * i + j);
         x = weights[8 * i + j] * (x - (kEarlyRows ? delta[4 * i + column] : own[column]));
       }
     }
@@ -78,21 +81,32 @@ struct AttentionBackward : BackwardBlock<Config, Variant> {
   // the end of a loop's body.
   FA3_DEVICE void prepare(Consumer& c, const TileTerms& t, float (&s)[kM / 2], float (&dp)[kM / 2],
                           uint32_t (&weights)[kM / 4], const RowValues& lse, RowValues& delta,
-                          int block, bool masked) const {
+                          int block, bool masked, const ElementBits& seen,
+                          const ElementBits& kept) const {
     wgmma_pin(s);
     this->issue_dp(c, dp, 64 * c.warpgroup);
     if constexpr (Block::kTogether) {
       wgmma_wait<0>();
       wgmma_pin(dp);
     }
-    if (masked) this->template weigh<true, true>(c, t, s, dp, lse, block);
-    else this->template weigh<false, true>(c, t, s, dp, lse, block);
-    Block::pack_all(weights, s);
+    if (masked) this->template weigh<true, true>(c, t, s, dp, lse, block, seen, kept);
+    else this->template weigh<false, true>(c, t, s, dp, lse, block, seen, kept);
+    if constexpr (Block::kKeptBits) Block::pack_kept(weights, s, kept);
+    else Block::pack_all(weights, s);
     if constexpr (!Block::kTogether) {
       if constexpr (kEarlyRows) this->load_rows(c, 1, delta);
       wgmma_wait<0>();
       wgmma_pin(dp);
     }
+  }
+
+  // What is asked of the elements of a query block, where bits hold it.
+  static constexpr bool kBits = Block::kSeenBits || Block::kKeptBits;
+  FA3_DEVICE void find_bits(const Consumer& c, const TileTerms& t, const QuerySequence& seq, int i,
+                            int block, ElementBits& seen, ElementBits& kept) const {
+    if constexpr (Block::kSeenBits)
+      if (seq.masked(i, block)) seen = this->seen_bits(c, t, block);
+    if constexpr (Block::kKeptBits) kept = this->kept_bits(c, t, block);
   }
 
   FA3_DEVICE void attend(Consumer& c, const TileCoord& tile, const QuerySequence& seq) const {
@@ -112,6 +126,8 @@ struct AttentionBackward : BackwardBlock<Config, Variant> {
     this->wait_full(c);
     this->issue_scores(c, s, 64 * c.warpgroup);
     this->load_lse(c, lse);
+    ElementBits seen = {}, kept = {};
+    find_bits(c, t, seq, i, block, seen, kept);
     wgmma_wait<0>();
     float dq[kColumns / 2];
     int column = 0;
@@ -120,10 +136,10 @@ struct AttentionBackward : BackwardBlock<Config, Variant> {
     int previous = -1;  // the sums that dQ of the step before goes to, once there is one
     for (;;) {
       uint32_t ds[kM / 4];
-      prepare(c, t, s, dp, weights, lse, delta, block, seq.masked(i, block));
+      prepare(c, t, s, dp, weights, lse, delta, block, seq.masked(i, block), seen, kept);
       if constexpr (Config::kEarlyValues)
         Block::template issue_outer<OTile, Config::kDimV>(dv, weights, o_tile(c));
-      if constexpr (!Block::kTogether) differentiate(c, s, dp, delta);
+      if constexpr (!Block::kTogether) differentiate(c, s, dp, delta, kept);
       Block::pack_all(ds, dp);
       if constexpr (!Config::kEarlyValues)
         Block::template issue_outer<OTile, Config::kDimV>(dv, weights, o_tile(c));
@@ -167,7 +183,7 @@ struct AttentionBackward : BackwardBlock<Config, Variant> {
       this->issue_scores(c, s, 64 * c.warpgroup);
       this->load_lse(c, lse);
       if (any) this->template add_dq<kColumns, kEarlyAdds, kColumns / 8>(c, dq, previous);
-      wgmma_wait<0>();
+      if constexpr (!kBits) wgmma_wait<0>();
       if constexpr (Config::kLateDq) previous = sums + block;
       if (++i == seq.count && Config::kGrouped) {
         i = 0;
@@ -176,6 +192,10 @@ struct AttentionBackward : BackwardBlock<Config, Variant> {
         Block::refresh(t);
       }
       block = seq.block(i);
+      if constexpr (kBits) {
+        find_bits(c, t, seq, i, block, seen, kept);
+        wgmma_wait<0>();
+      }
     }
     if (previous >= 0)
       this->template add_dq<kColumns, kEarlyAdds, kColumns / 8>(c, dq, previous);

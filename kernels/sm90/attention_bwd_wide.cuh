@@ -9,11 +9,11 @@
 
 namespace fa3 {
 
-template <class DtypeT, int DimQK, int DimV, bool LongestFirst_, bool Grouped_>
+template <class DtypeT, int DimQK, int DimV, bool LongestFirst_, bool Grouped_, bool Bits_>
 struct WideBackwardConfig {
   using Dtype = DtypeT;
   static constexpr int kDimQK = DimQK, kDimV = DimV, kBlockM = 64, kBlockN = 64;
-  static constexpr bool kLongestFirst = LongestFirst_, kGrouped = Grouped_;
+  static constexpr bool kLongestFirst = LongestFirst_, kGrouped = Grouped_, kBits = Bits_;
   static constexpr int kWarpgroups = 2;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
@@ -33,8 +33,8 @@ struct WideBackwardConfig {
 template <class Config, class Variant>
 struct WideAttentionBackward : BackwardBlock<Config, Variant> {
   using Block = BackwardBlock<Config, Variant>;
-  using typename Block::Consumer, typename Block::Dtype, typename Block::OTile,
-      typename Block::Params, typename Block::Pipe, typename Block::QTile,
+  using typename Block::Consumer, typename Block::Dtype, typename Block::ElementBits,
+      typename Block::OTile, typename Block::Params, typename Block::Pipe, typename Block::QTile,
       typename Block::RowValues, typename Block::TileTerms;
   using Block::barrier, Block::kM, Block::kN, Block::o_tile, Block::p, Block::q_tile,
       Block::release, Block::shared;
@@ -84,11 +84,16 @@ struct WideAttentionBackward : BackwardBlock<Config, Variant> {
       this->wait_full(c);
       this->issue_scores(c, s, 0);
       this->load_lse(c, lse);
+      ElementBits seen = {};
+      if constexpr (Block::kSeenBits)
+        if (seq.masked(i, seq.block(i))) seen = this->seen_bits(c, t, seq.block(i));
       wgmma_wait<0>();
       wgmma_pin(s);
       int block = seq.block(i);
-      if (seq.masked(i, block)) this->template weigh<true, false>(c, t, s, slopes, lse, block);
-      else this->template weigh<false, false>(c, t, s, slopes, lse, block);
+      if (seq.masked(i, block))
+        this->template weigh<true, false>(c, t, s, slopes, lse, block, seen, seen);
+      else
+        this->template weigh<false, false>(c, t, s, slopes, lse, block, seen, seen);
       Block::pack_all(weights, s);
       if constexpr (Variant::kDerivative) {
         uint32_t scaled[kM / 4];

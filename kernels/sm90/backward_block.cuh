@@ -49,8 +49,19 @@ struct BackwardBlock {
   static constexpr int kDenseBytes = Variant::kDenseTile ? kScoreBytes : 0;
   static constexpr int kRowBytes = 4 * kRowTerms<Variant> * kM;
 
+  // What is asked of each element, its mask or whether dropout keeps it, as bits that are found
+  // under the products before: an element's test then needs no registers of its own.
+  static constexpr bool kSeenBits = Config::kBits && Variant::kMask;
+  static constexpr bool kKeptBits = Config::kBits && Variant::kTwoWeights;
+  // A bit for each of a thread's elements of a query block, in the order of accumulators.
+  struct ElementBits {
+    uint32_t word[kM / 64];
+
+    FA3_DEVICE bool operator[](int i) const { return word[i / 32] >> i % 32 & 1; }
+  };
+
   // Whether dS is computed with P, not after it: from what both need of an element.
-  static constexpr bool kTogether = Variant::kDerivative || Variant::kWeight;
+  static constexpr bool kTogether = Variant::kDerivative || (Variant::kWeight && !kKeptBits);
 
   // A stage holds a query block's Q, dO and row terms.
   static constexpr int kStages = 2;
@@ -304,8 +315,9 @@ struct BackwardBlock {
 
   // uniform(seed, b, h, q, kv) of four columns from `q` of each of this thread's rows. Four lanes
   // have the keys that a Philox call gives words for: each calls for one of the columns.
-  FA3_DEVICE static void draw(const Consumer& c, const TileTerms& t, int q, float (&numbers)[2][4]) {
-    int64_t seed = Variant::seed(t.at, t.head);
+  template <class Number>
+  FA3_DEVICE static void draw(const Consumer& c, const TileTerms& t, int64_t seed, int q,
+                              Number (&numbers)[2][4]) {
     int own = c.lane / 4 % 4;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -313,16 +325,75 @@ struct BackwardBlock {
                              (t.first_kv + 8 * r) / 4);
       lane_transpose(x.word, own, 4);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) numbers[r][i] = unit_interval(x.word[i]);
+      for (int i = 0; i < 4; ++i) numbers[r][i] = Number(Uniform{x.word[i]});
     }
   }
 
-  // P^T of one query block, times its factor, in place of S^T. Where both are computed together:
+  // Whether the mask lets an element of a masked block through.
+  FA3_DEVICE static bool sees_element(const TileTerms& t, const auto& row, int r, int q) {
+    bool seen = t.inside[r];
+    if constexpr (Variant::kRowEnd)
+      seen = seen && key(t, r) < Variant::row_end(t.at, t.head, row, q);
+    if constexpr (Variant::kRowBegin)
+      seen = seen && key(t, r) >= Variant::row_begin(t.at, t.head, row, q);
+    if constexpr (Variant::kMask)
+      seen = seen && Variant::mask(t.at, t.head, row, t.col[r], q, key(t, r), 0.0f);
+    return seen;
+  }
+
+  FA3_DEVICE ElementBits seen_bits(const Consumer& c, const TileTerms& t, int block) const {
+    ElementBits bits = {};
+#pragma unroll
+    for (int i = 0; i < kM / 4; ++i) {
+      int q = min(block * kM + 2 * (c.lane % 4) + 8 * (i / 2) + i % 2, p.queries - 1);
+      auto row = Variant::row(t.at, t.head, q);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        int at = i / 2 * 4 + 2 * r + i % 2;
+        bits.word[at / 32] |= static_cast<uint32_t>(sees_element(t, row, r, q)) << at % 32;
+      }
+    }
+    return bits;
+  }
+
+  FA3_DEVICE ElementBits kept_bits(const Consumer& c, const TileTerms& t, int block) const {
+    ElementBits bits = {};
+    int64_t seed = Variant::seed(t.at, t.head);
+    forget(seed);  // or its 20 round keys stay in registers
+#pragma unroll
+    for (int j = 0; j < kM / 16; ++j) {
+      int q0 = block * kM + 2 * (c.lane % 4) + 16 * j;
+      Uniform numbers[2][4] = {};
+      if constexpr (Variant::kUniform) draw(c, t, seed, q0, numbers);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        int q = min(q0 + i / 2 * 8 + i % 2, p.queries - 1);
+        auto row = Variant::row(t.at, t.head, q);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          int at = 8 * j + i / 2 * 4 + 2 * r + i % 2;
+          bool kept = Variant::kept(t.at, t.head, row, t.col[r], q, key(t, r), numbers[r][i]);
+          bits.word[at / 32] |= static_cast<uint32_t>(kept) << at % 32;
+        }
+      }
+    }
+    return bits;
+  }
+
+  // The factor after the softmax of element i.
+  FA3_DEVICE static float factor_of(const ElementBits& kept, int i) {
+    return kept[i] ? Variant::kKept : Variant::kDropped;
+  }
+
+  // P^T of one query block, times its factor unless that is bits, in place of S^T. Where both are
+  // computed together:
   // Fused puts dS^T in place of dP^T, otherwise P^T times the derivative goes there.
   template <bool Masked, bool Fused>
   FA3_DEVICE void weigh(const Consumer& c, const TileTerms& t, float (&s)[kM / 2],
-                        float (&dp)[kM / 2], const RowValues& lse, int block) const {
-    constexpr bool clamped = Masked || Variant::kScore || Variant::kWeight;
+                        float (&dp)[kM / 2], const RowValues& lse, int block,
+                        const ElementBits& seen_at, const ElementBits& kept) const {
+    constexpr bool tested = Masked && !kSeenBits, drawn = Variant::kWeight && !kKeptBits;
+    constexpr bool clamped = tested || Variant::kScore || drawn;
     int q0 = block * kM + 2 * (c.lane % 4);
     float base[2] = {0.0f, 0.0f};
     if constexpr (Variant::kAffine) {
@@ -336,7 +407,7 @@ struct BackwardBlock {
     for (int j = 0; j < kM / 8; ++j) {
       if (j % 2 == 0) {
         if constexpr (!kEarlyLse) load_shared(late_lse, row_address(c, 0) + 32 * j);
-        if constexpr (Variant::kUniform) draw(c, t, q0 + 8 * j, numbers);
+        if constexpr (drawn && Variant::kUniform) draw(c, t, Variant::seed(t.at, t.head), q0 + 8 * j, numbers);
         if constexpr (kTogether && Fused) load_shared(delta, row_address(c, 1) + 32 * j);
         if constexpr (Variant::kDenseTile)
           load_transposed(dense, piece(c, kAtDense + c.at.stage() * kDenseBytes, j / 2));
@@ -369,20 +440,17 @@ struct BackwardBlock {
             exponent = fmaf(x - offset, t.scale, -norm[j % 2 * 2 + e]);
           float weight = exp2_approx(exponent);
           if constexpr (Masked) {
-            bool seen = t.inside[r];
-            if constexpr (Variant::kRowEnd)
-              seen = seen && key(t, r) < Variant::row_end(t.at, t.head, row, q);
-            if constexpr (Variant::kRowBegin)
-              seen = seen && key(t, r) >= Variant::row_begin(t.at, t.head, row, q);
-            if constexpr (Variant::kMask)
-              seen = seen && Variant::mask(t.at, t.head, row, t.col[r], q, key(t, r), 0.0f);
+            bool seen;
+            if constexpr (tested) seen = sees_element(t, row, r, q);
+            else seen = seen_at[i];
             if (!seen) weight = 0.0f;
           }
           float factor = 1.0f;
-          if constexpr (Variant::kWeight)
+          if constexpr (drawn)
             factor = Variant::weight(t.at, t.head, row, t.col[r], q, key(t, r),
                                      Variant::kUniform ? numbers[r][j % 2 * 2 + e] : 0.0f);
           s[i] = weight * factor;
+          if constexpr (kKeptBits) factor = factor_of(kept, i);
           if constexpr (kTogether) {
             float ds = weight * d;
             if constexpr (Fused) ds *= dp[i] * factor - delta[j % 2 * 2 + e];
@@ -397,6 +465,14 @@ struct BackwardBlock {
   FA3_DEVICE static void pack_all(uint32_t (&to)[kM / 4], const float (&x)[kM / 2]) {
 #pragma unroll
     for (int i = 0; i < kM / 4; ++i) to[i] = pack<Dtype>(x[2 * i], x[2 * i + 1]);
+  }
+  // Times the factors after the softmax.
+  FA3_DEVICE static void pack_kept(uint32_t (&to)[kM / 4], const float (&x)[kM / 2],
+                                   const ElementBits& kept) {
+#pragma unroll
+    for (int i = 0; i < kM / 4; ++i)
+      to[i] = pack<Dtype>(x[2 * i] * factor_of(kept, 2 * i),
+                          x[2 * i + 1] * factor_of(kept, 2 * i + 1));
   }
 
   // Where this lane's row of sixteen queries by sixteen keys lies in panels at `offset`: one of four

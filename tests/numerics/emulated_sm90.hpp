@@ -5,6 +5,7 @@
 #include <atomic>
 #include <barrier>
 #include <cmath>
+#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -37,6 +38,7 @@ struct Block {
   std::vector<std::unique_ptr<Warp>> warps;
   std::vector<std::unique_ptr<std::barrier<>>> groups;
   std::mutex lock;
+  std::condition_variable flipped;  // the phase of one of the barriers
   std::map<unsigned, Pending> barriers;
   unsigned registers[512][4];  // A operands on their way to other lanes
   std::atomic<int> votes{0};
@@ -153,6 +155,7 @@ template <class D> float2 unpack(uint32_t x) {
 inline uint32_t shared_address(const void*) { return 1024; }
 template <int> void grow_registers() {}
 template <int> void shrink_registers() {}
+inline void forget(int64_t&) {}
 inline void fence_proxy_async() {}
 template <class T> T& at_shared(uint32_t a) {
   return *reinterpret_cast<T*>(emulated::memory_base + a);
@@ -165,7 +168,10 @@ inline float ldg(const Fp16* p) { return value_of<Fp16>(p->bits); }
 
 // ---- mbarrier.cuh ----
 inline void settle(emulated::Pending& x) {
-  if (x.arrivals == 0 && x.bytes == 0) x.arrivals = x.count, x.phase ^= 1;
+  if (x.arrivals == 0 && x.bytes == 0) {
+    x.arrivals = x.count, x.phase ^= 1;
+    emulated::block->flipped.notify_all();
+  }
 }
 inline void mbarrier_init(uint32_t b, int n) { emulated::block->barriers[b] = {n, n, 0, 0}; }
 inline void mbarrier_init_fence() {}
@@ -180,13 +186,10 @@ inline void mbarrier_change(uint32_t b, int arrivals, long long bytes) {
 inline void mbarrier_arrive(uint32_t b) { mbarrier_change(b, 1, 0); }
 inline void mbarrier_expect(uint32_t b, int bytes) { mbarrier_change(b, 1, bytes); }
 inline void mbarrier_wait(uint32_t b, uint32_t parity) {
-  for (;;) {
-    {
-      std::lock_guard hold(emulated::block->lock);
-      if (emulated::block->barriers.at(b).phase != static_cast<int>(parity)) return;
-    }
-    std::this_thread::yield();
-  }
+  std::unique_lock hold(emulated::block->lock);
+  emulated::block->flipped.wait(hold, [&] {
+    return emulated::block->barriers.at(b).phase != static_cast<int>(parity);
+  });
 }
 template <int Stages> struct PipelineState {
   uint32_t passed = 0;

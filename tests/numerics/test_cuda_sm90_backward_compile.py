@@ -14,7 +14,8 @@ from fa3_compile.lower.config_sm90_backward import candidates
 from fa3_compile.lower.kernels import cuda_sm90_backward as backward
 from fa3_compile.lower.kernels.cuda_sm90 import CudaSm90
 from fa3_compile.lower.kernels.cuda_sm90_backward_keys import likely_keys
-from fa3_compile.lower.render_cuda_backward import render_backward
+from fa3_compile.lower.render_cuda_backward import render_backward, two_weights
+from fa3_compile.spec.attention import AttentionSpec
 from tests.numerics.forms import FORMS
 from tests.numerics.test_cuda_sm90_compile import needs_nvrtc, own_cache, problem
 
@@ -29,7 +30,13 @@ BUILT = [
     ("left padding", 128, 64),
 ]
 # What these spill in bytes, and no more: their elements read 64-bit addresses or draw numbers.
-SPILLING = [("documents", 128, 128, 40), ("dense bias", 128, 128, 40)]
+# (form, which of the candidates at head dim 128, bytes)
+SPILLING = [
+    ("documents", 6, 40),
+    ("dense bias", 2, 40),
+    ("dense mask", 0, 20),
+    ("dropout, causal", 2, 80),
+]
 
 
 def training(name: str, dim: int, v_dim: int, needs: tuple[bool, ...] = ()) -> Problem:
@@ -46,10 +53,33 @@ def test_builds_without_spills(name: str, dim: int, v_dim: int) -> None:
 
 
 @needs_nvrtc
-@pytest.mark.parametrize(("name", "dim", "v_dim", "allowed"), SPILLING)
-def test_spills_little(name: str, dim: int, v_dim: int, allowed: int) -> None:
-    _, built = build_nvrtc.load_first(likely_keys(training(name, dim, v_dim)))
+@pytest.mark.parametrize(("name", "which", "allowed"), SPILLING)
+def test_spills_little(name: str, which: int, allowed: int) -> None:
+    built = build_nvrtc.load(likely_keys(training(name, 128, 128))[which])
     assert not built.serialised and built.spill_bytes <= allowed, built.log
+
+
+def test_what_elements_are_asked_is_found_as_bits() -> None:
+    for name, hooks in (("documents", "bool mask"), ("dropout, causal", "bool kept")):
+        configs = [x.config for x in likely_keys(training(name, 128, 128))]
+        half = len(configs) // 2
+        assert [x.bits for x in configs] == [True] * half + [False] * half
+        assert hooks in likely_keys(training(name, 128, 128))[0].source()
+    # Neither intervals of keys nor factors of any size are bits.
+    for name in ("causal", "window", "left padding", "weight by row and head"):
+        assert not any(x.config.bits for x in likely_keys(training(name, 128, 128)))
+
+
+@pytest.mark.parametrize("weight", ["where(uniform(load(0), b, h, q, kv) < 0.1, 0, 2)",
+                                    "2*where(q < kv, 1, 0.5)"])  # fmt: skip
+def test_two_weights(weight: str) -> None:
+    spec = AttentionSpec.parse(f"attention(score=s, weight={weight}, aux=[int])")
+    found = two_weights(spec.weight)
+    assert found is not None and found[1:] == ((0.0, 2.0) if "load" in weight else (2.0, 1.0))
+    other = AttentionSpec.parse(
+        "attention(score=s, weight=where(q < kv, 0, load(0, q)), aux=[float])"
+    )
+    assert two_weights(other.weight) is None and two_weights(None) is None
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda x: x.name)

@@ -29,7 +29,7 @@ from fa3_compile.lower.kernels.cuda_sm90_keys import layout_of, tile_candidate
 from fa3_compile.lower.kernels.reference import attention, attention_backward
 from fa3_compile.lower.render_cuda_backward import CudaBackwardKey
 from fa3_compile.spec import expr as E
-from tests.numerics.forms import BY_NAME, Shape, inputs
+from tests.numerics.forms import BY_NAME, DROPOUT, Form, Shape, inputs
 
 COMPILER = shutil.which("g++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++")
@@ -172,7 +172,17 @@ CASES = [
     ("softcap", (136, 256), (70, 140), 1, 0),
     ("dense bias", (144, 144), (72, 136), 2, 0),
     ("documents", (160, 160), (150, 150), 1, 0),
+    # As the first ones, without the bits of `Sm90BackwardConfig.bits`, and in other tiles.
+    ("documents", (64, 64), (300, 300), 2, 6),
+    ("dropout, causal", (64, 64), (140, 140), 2, 6),
+    ("dense mask", (80, 80), (90, 200), 2, 2),
+    ("dropout, softcap", (128, 128), (140, 140), 2, 0),
 ]
+OWN = Form(
+    "dropout, softcap",
+    f"score=20.0*tanh(0.005*s), mask=load(1, 0, 0, q, kv) != 0, dead=zero, {DROPOUT}",
+    ("seed", "dense"),
+)
 
 
 # The others take ten seconds each as well: FA3_ALL_FORMS=1.
@@ -183,7 +193,7 @@ CHOSEN = CASES if os.environ.get("FA3_ALL_FORMS") == "1" else [CASES[i] for i in
 @pytest.mark.parametrize("case", CHOSEN, ids=lambda x: f"{x[0]}-{x[1][0]}-{x[4]}")
 def test_gradients(case, tmp_path, monkeypatch) -> None:
     name, dims, lengths, group, which = case
-    form = BY_NAME[name]
+    form = OWN if name == OWN.name else BY_NAME[name]
     spec = form.spec()
     shape = Shape(2, 2, 2 // group, *lengths, *dims)
     dtype = torch.float16 if which == 1 else torch.bfloat16

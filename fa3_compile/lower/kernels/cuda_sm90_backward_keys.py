@@ -13,7 +13,7 @@ from fa3_compile.lower.kernels.cuda_sm90_keys import (
     tile_candidate,
 )
 from fa3_compile.lower.kernels.triton_forward import may_have_dead_rows
-from fa3_compile.lower.render_cuda_backward import CudaBackwardKey, slope
+from fa3_compile.lower.render_cuda_backward import CudaBackwardKey, asks_elements, slope
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.derivative import derivative
@@ -27,7 +27,9 @@ def keys_of(problem: Problem, layout: Layout) -> list[CudaBackwardKey]:
     spec, dim, v_dim = problem.spec, problem.dim, problem.v_dim
     gradient, _ = score_gradient(problem)
     dead = finds_dead_rows(spec, problem.q_len, problem.kv_len)
-    configs = candidates(dim, v_dim, spec.has_mask, problem.group > 1, bool(gradient))
+    configs = candidates(
+        dim, v_dim, spec.has_mask, problem.group > 1, bool(gradient), asks_elements(spec)
+    )
     tiles = [layout.tile] if gradient else dict.fromkeys((layout.tile, None))
     return [
         CudaBackwardKey(

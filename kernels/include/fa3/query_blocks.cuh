@@ -20,11 +20,17 @@ struct PlainBackward : PlainVariant<AuxT> {
   static constexpr bool kTileGradient = false;  // dS is the gradient of the dense (q, kv) input,
   static constexpr bool kTileSum = false;       // to which several heads or batches add
   static constexpr float kFactor = 1.0f;      // of d score / d s, the constant one
+  static constexpr bool kTwoWeights = false;  // weight() is kKept where kept() holds, or kDropped
+  static constexpr float kKept = 1.0f, kDropped = 0.0f;
 
   // d score / d s divided by kFactor; `s` is the product as the tensor cores give it.
   FA3_DEVICE static float derivative(float s, const At&, const auto&, const auto&, const auto&,
                                      int q, int kv, float tile) {
     return 1.0f;
+  }
+  FA3_DEVICE static bool kept(const At&, const auto&, const auto&, const auto&, int q, int kv,
+                              auto number) {
+    return true;
   }
   // The dense (q, kv) input where it does not come by TMA.
   FA3_DEVICE static float dense(const At&, const auto&, const auto&, const auto&, int q, int kv,
