@@ -126,6 +126,7 @@ class Common:
     times_scale: str
     log2: bool
     normalized: bool
+    sums: bool
     has_mask: bool
     has_weight: bool
 
@@ -147,6 +148,7 @@ def common(key: Any, logits: hoist.Logits, writer: Writer) -> dict[str, Any]:
         "times_scale": "" if logits.scale == 1.0 else f" * {logits.scale!r}",
         "log2": logits.log2,
         "normalized": spec.normalized,
+        "sums": spec.sums,
         "has_mask": spec.has_mask,
         "has_weight": spec.weight is not None,
     }

@@ -26,7 +26,8 @@ class AttentionSpec:
     product is `s`. Scores are in natural-log units and float32.
 
     normalize "softmax", or "none": p is the score where the mask holds and 0 where it does not,
-              every factor is a part of the score, and there is no LSE (it is given as 0)
+              every factor is a part of the score, and there is no LSE (it is given as 0); or
+              "sums": the same, with the sum of each row's p in the place of the LSE
     score     the score where the mask holds
     mask      where it does not hold, the key has weight exactly 0 in every row that has at
               least one key where it holds
@@ -53,8 +54,8 @@ class AttentionSpec:
     normalize: str = "softmax"
 
     def __post_init__(self) -> None:
-        if self.normalize not in ("softmax", "none"):
-            raise ValueError(f"normalize is 'softmax' or 'none', got {self.normalize!r}")
+        if self.normalize not in ("softmax", "none", "sums"):
+            raise ValueError(f"normalize is 'softmax', 'none' or 'sums', got {self.normalize!r}")
         if not self.normalized:
             object.__setattr__(self, "dead", "zero")
             if self.fill is not None or self.sinks or self.weight not in (None, 1):
@@ -87,6 +88,11 @@ class AttentionSpec:
     def normalized(self) -> bool:
         """Whether the weights of V are a softmax."""
         return self.normalize == "softmax"
+
+    @property
+    def sums(self) -> bool:
+        """Whether the second output is the sum of each row's weights."""
+        return self.normalize == "sums"
 
     @property
     def has_mask(self) -> bool:

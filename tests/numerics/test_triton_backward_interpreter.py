@@ -155,6 +155,8 @@ CASES = [
     Case("sigmoid, documents, lists, bias", "normalize=none, score=sigmoid(0.25*s + load(1, b, h, q, kv)), mask=(load(0, b, q) == load(0, b, kv))", (1, 2, 1, 37, 37, 16, 16), aux=("documents", "bias"), block=(32, 16), lists=True),
     Case("sigmoid, only q", "normalize=none, score=sigmoid(0.25*s)", needs=(True, False, False)),
     Case("weight without s", "normalize=none, score=load(0, b, kv)", aux=("keys",)),
+    Case("relu and its sums", f"normalize=sums, score=max(0.25*s + load(0, b, h, q, kv), 0)*load(1, b, kv), mask={CAUSAL}", TWO, aux=("bias", "keys"), dlse=True),
+    Case("sums that have no gradient", "normalize=sums, score=sigmoid(0.25*s)", (1, 4, 2, 37, 50, 16, 16), block=(32, 16)),
 ]  # fmt: skip
 
 

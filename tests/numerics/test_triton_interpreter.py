@@ -134,6 +134,7 @@ CASES = [
     Case("sigmoid, documents, lists", f"normalize=none, score=sigmoid(s), mask=(load(0, b, q) == load(0, b, kv)) & {CAUSAL}", (2, 2, 1, 75, 75, 16, 16), aux=("documents",), lists=True),
     Case("sigmoid, head dim 96, Dv 192", "normalize=none, score=sigmoid(0.1*s)", (1, 1, 1, 9, 20, 96, 192), BF16),
     Case("weight without s", "normalize=none, score=load(0, b, kv)", aux=("keys",)),
+    Case("relu and its sums, padding", "normalize=sums, score=max(0.25*s, 0), mask=load(0, b, 0, 0, kv) != 0", (2, 2, 1, 9, 45, 16, 16), aux=("padding",)),
 ]  # fmt: skip
 
 

@@ -30,7 +30,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """(out [B,H,Sq,Dv] in q's dtype, lse [B,H,Sq]) of q [B,H,Sq,D], k [B,Hkv,Skv,D] and
     v [B,Hkv,Skv,Dv]; rows without a key are as AttentionSpec.dead says, their lse is -inf.
-    Without a softmax the lse is 0."""
+    Without a softmax the lse is 0, or the sum of the row's weights."""
     with _no_autocast(q.device):
         return _attention(spec, q, k, v, aux, sizes)
 
@@ -53,7 +53,8 @@ def _attention(spec, q, k, v, aux, sizes):
         score, mask = elements(spec.expressions, spec, shape, s, aux, sizes, dtype, s.device)
         p = torch.where(mask, score.to(dtype), 0.0).expand(shape.lengths)
         out = torch.matmul(p.to(v.dtype).reshape(*rows, kv_len), v)
-        return out.reshape(batch, heads, q_len, v.shape[3]), s.new_zeros(shape.lengths[:3])
+        sums = p.sum(-1) if spec.sums else s.new_zeros(shape.lengths[:3])
+        return out.reshape(batch, heads, q_len, v.shape[3]), sums
     x, sinks, factor = _scores(spec, shape, s, aux, sizes, dtype)
     top = x.amax(-1, keepdim=True)
     for sink in sinks:
@@ -112,7 +113,7 @@ def attention_backward(
         out, lse = _attention(spec, leaves[0], leaves[1], leaves[2], leaves[3:], sizes)
         wanted = [x for x, n in zip(leaves, needs) if n]
         outputs, tangents = [out], [dout]
-        if dlse is not None and spec.normalized:
+        if dlse is not None and lse.requires_grad:
             outputs, tangents = [out, lse], [dout, dlse.to(lse.dtype)]
         found: Sequence[Tensor | None] = [None] * len(wanted)
         if out.requires_grad or lse.requires_grad:

@@ -161,6 +161,8 @@ def compute(
     tensors |= {"q_ptr": q, "k_ptr": k, "v_ptr": v, "out_ptr": out, "dout_ptr": dout}
     tensors |= {"lse_ptr": lse, "dlse_ptr": lse if dlse is None else dlse}
     tensors |= {f"aux{i}": x for i, x in enumerate(aux)}
+    if problem.spec.sums:  # of the rows' weights: their gradient is that of every weight
+        tensors["delta_ptr"] = torch.zeros_like(lse) if dlse is None else -dlse
     for launch in launches.values():
         launch(tensors)
     if problem.spec.normalized and (wanted.kv or wanted.q):
