@@ -68,7 +68,6 @@ def _may_be_zero(x: Expr) -> bool:
     return x == 0 or isinstance(x, where) and any(map(_may_be_zero, x.args[1:]))
 
 
-def _times(a: Expr, b: Expr) -> Expr:
 def _may_be_infinite(x: Expr, selects: int = 6) -> bool:
     """Whether a constant in it makes it infinite, or may: relu(where(c, s, -inf)) it does not."""
     if not x.has(sympy.oo, -sympy.oo):
@@ -79,6 +78,7 @@ def _may_be_infinite(x: Expr, selects: int = 6) -> bool:
     return any(_may_be_infinite(x.xreplace({select: y}), selects - 1) for y in select.args[1:])
 
 
+def _times(a: Expr, b: Expr) -> Expr:
     # s * where(c, 1, 0) -> where(c, s, 0): the mask that multiplies, as GPT-1 has it.
     for x, y in ((a, b), (b, a)):
         chooses = isinstance(x, where) and set(x.args[1:]) <= {0, 1}
