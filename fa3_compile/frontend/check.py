@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import fx
 
@@ -23,6 +24,10 @@ def check(graph: fx.Graph, regions: Sequence[Region]) -> None:
         _check_loads(region)
     _check_interior(graph, regions)
     place_of(graph, regions)
+    for region in regions:
+        if not region.spec.normalized:
+            outputs = "sums" if region.reads_sums else "none"
+            region.spec = replace(region.spec, normalize=outputs)
 
 
 def reads_of(region: Region) -> list[tuple[fx.Node, fx.Node]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import sympy
@@ -12,6 +13,7 @@ from torch import fx
 from fa3_compile.errors import Decline
 from fa3_compile.frontend.captured import Captured
 from fa3_compile.frontend.emit import Emitter
+from fa3_compile.frontend.placeholders import ROW_SUM
 from fa3_compile.frontend.region import Region
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.expr import Expr
@@ -48,20 +50,24 @@ FUNCTIONS: dict[type, Callable] = {
 BROADCAST = (sympy.Add, sympy.Mul, sympy.Max, sympy.Min, sympy.And, sympy.Or)
 
 
-def coefficient(emit: Emitter, region: Region, out: fx.Node, device: torch.device) -> fx.Node:
-    """out [B, H, Sq, Dv] times the region's coefficient, in out's dtype."""
+def coefficient(emit: Emitter, region: Region, pair: fx.Node, device: torch.device) -> fx.Node:
+    """The op's out [B, H, Sq, Dv] times the region's coefficient, in out's dtype.
+
+    pair  the op's outputs: out, and the sums of rows [B, H, Sq] that a coefficient may have
+    """
+    out = emit.function(operator.getitem, pair, 0)
     factor = region.coefficient
     if factor.is_number:
         return emit.function(torch.mul, out, float(factor))
-    written = _Writer(emit, region, device).write(factor)
+    written = _Writer(emit, region, pair, device).write(factor)
     return emit.call("type_as", emit.function(torch.mul, out, written), out)
 
 
 class _Writer:
     """Writes an expression as tensors that broadcast against [B, H, Sq, 1]."""
 
-    def __init__(self, emit: Emitter, region: Region, device: torch.device):
-        self.emit, self.region, self.device = emit, region, device
+    def __init__(self, emit: Emitter, region: Region, pair: fx.Node, device: torch.device):
+        self.emit, self.region, self.pair, self.device = emit, region, pair, device
         layout = region.layout
         self.lengths = {
             E.B: layout.total(layout.batch),
@@ -79,6 +85,10 @@ class _Writer:
             return self._tensor(float(expr))
         if expr in self.lengths:
             return self._position(expr)
+        if expr == ROW_SUM:
+            return self.emit.call(
+                "unsqueeze", self.emit.function(operator.getitem, self.pair, 1), 3
+            )
         if expr.is_Symbol:
             return self._tensor(self.emit.size(expr))
         if isinstance(expr, E.load):

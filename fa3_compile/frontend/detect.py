@@ -44,6 +44,7 @@ from fa3_compile.frontend.trace import Shadow
 from fa3_compile.frontend.weights import Term, weights
 from fa3_compile.spec.expr import KV, Expr, S, depends_on, floordiv, mod, uniform
 from fa3_compile.spec.index import quotient, same
+from fa3_compile.spec.unnormalised import is_nonnegative_weight
 
 
 @dataclass
@@ -237,7 +238,13 @@ class _Reader:
                     score=scores.score.subs(S, factor * S) if factor != 1 else scores.score,
                     loads=scores.lifter.loads,
                     dropouts=[*found.dropouts, *scores.lifter.dropouts],
-                    statistics=statistics(self.shadow, term.softmax, term.at, self.sizes),
+                    statistics=statistics(
+                        self.shadow,
+                        term.softmax,
+                        term.at,
+                        self.sizes,
+                        nonnegative=is_nonnegative_weight(scores.score),
+                    ),
                 )
             )
         for r in readings:

@@ -14,6 +14,7 @@ from fa3_compile.frontend.captured import Captured, Seed
 from fa3_compile.frontend.detect import Reading
 from fa3_compile.frontend.dynamo_graph import may_be_infinite
 from fa3_compile.frontend.lift import shape_of
+from fa3_compile.frontend.normalize import without_abs
 from fa3_compile.frontend.sizes import hint
 from fa3_compile.spec import simplify, unnormalised
 from fa3_compile.spec.expr import KV, Expr, Q, load, loads_in
@@ -84,6 +85,15 @@ def read_unnormalised(
             "Fill with 0 after the function, or with what the function makes 0.",
             message=f"{infinite} where a mask is",
         ) from infinite
+    summed = reading.term.softmax.summed
+    sizes = summed is not None and without_abs(summed.args[0]) is not summed.args[0]
+    if sizes and not unnormalised.is_nonnegative_weight(score):
+        raise Decline(
+            "row-sums",
+            at,
+            "Divide each row of weights by its own sum over the keys.",
+            message="weights that may be negative are divided by the sum of their sizes",
+        )
     if unnormalised.is_linear(score, mask):
         cheaper = hint(reading.key_length) > hint(shape_of(reading.scores.product.left)[-1])
         raise Decline(

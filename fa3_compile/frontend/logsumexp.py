@@ -1,4 +1,5 @@
-"""The logsumexp of a fused attention's scores, where the program uses it too.
+"""The logsumexp of a fused attention's scores, where the program uses it too; where there is no
+softmax, the sum of its weights.
 
 The operator returns it beside its output, so that flex_attention's `return_lse`, ring attention,
 a z-loss and gates of the LSE cost nothing.
@@ -14,7 +15,7 @@ from torch import fx
 
 from fa3_compile.frontend.elements.movement import dimension
 from fa3_compile.frontend.lift import Index, shape_of, sym
-from fa3_compile.frontend.normalize import Softmax
+from fa3_compile.frontend.normalize import Softmax, without_abs
 from fa3_compile.frontend.operands import is_movement, step_back
 from fa3_compile.frontend.same import same_value
 from fa3_compile.frontend.trace import Shadow
@@ -27,7 +28,7 @@ SCALES = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
 
 @dataclass
 class Lse:
-    """A Dynamo node that holds `factor` times the LSE, and the atomic axes of its dimensions."""
+    """A Dynamo node that holds `factor` times the LSE or sum, its dimensions in atomic axes."""
 
     node: fx.Node
     dims: list[list[sympy.Symbol]]
@@ -35,15 +36,23 @@ class Lse:
 
 
 def statistics(
-    shadow: Shadow, softmax: Softmax, index: Index, sizes: dict[sympy.Symbol, Expr]
+    shadow: Shadow,
+    softmax: Softmax,
+    index: Index,
+    sizes: dict[sympy.Symbol, Expr],
+    *,
+    nonnegative: bool = False,
 ) -> list[Lse]:
-    """Every holder of the logsumexp of what the softmax at `index` is taken of."""
+    """Every holder of the logsumexp of what the softmax at `index` is taken of; without a softmax,
+    of the sum of the weights, whose sizes are the weights where they are `nonnegative`."""
     scores, dim = softmax.scores, softmax.dim
     found = []
     for node in shadow.graph.nodes:
-        if softmax.by_hand or not softmax.normalizes or node.target is not aten.logsumexp.default:
+        of = aten.logsumexp.default if softmax.normalizes else aten.sum.dim_IntList
+        if softmax.by_hand or node.target is not of:
             continue
-        if not same_value(node.args[0], scores):
+        reduced = without_abs(node.args[0]) if nonnegative else node.args[0]
+        if not same_value(reduced, scores):
             continue
         if [dimension(d, len(index)) for d in node.args[1]] != [dim]:
             continue

@@ -42,7 +42,8 @@ class Softmax:
     divisor: fx.Node | None = None
     summed: fx.Node | None = None
     division: Division | None = None
-    # False: `node` is weights that nothing normalises, taken as they are, and `scores` is `node`.
+    # False: `node` is weights that no softmax makes, and `scores` is `node`; `dim` is found when
+    # they are read. `summed` is the sum of their rows, if they are divided by something made of it.
     normalizes: bool = True
     # exp(x - logsumexp(x)): a row of one large fill has the fill as its logsumexp, rounded, so
     # that its weights are 1 and not 1 / n.
@@ -101,6 +102,22 @@ def _by_hand(node: fx.Node) -> Softmax | None:
             if same_value(summed.args[0], top):
                 return Softmax(node, top, _summed_dim(summed), divisor=bottom, summed=summed)
     return None
+
+
+def unnormalised(node: fx.Node) -> list[Softmax]:
+    """Weights as a product meets them, and, where they are w / g(w.sum(dim)), as w."""
+    found = [Softmax(node, node, -1, normalizes=False)]
+    if node.target in (aten.div.Tensor, aten.mul.Tensor):
+        for top, bottom in _quotients(node):
+            for x in _behind(bottom):
+                if x.target is aten.sum.dim_IntList and same_value(without_abs(x.args[0]), top):
+                    found.append(Softmax(top, top, -1, summed=x, normalizes=False))
+    return found
+
+
+def without_abs(node: fx.Node) -> fx.Node:
+    """x of abs(x)."""
+    return node.args[0] if node.target is aten.abs.default else node  # pyright: ignore
 
 
 def divided_late(shadow: Shadow) -> list[Softmax]:

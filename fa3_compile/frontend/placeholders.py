@@ -20,8 +20,13 @@ class row_stat(sympy.Function):
     is_real = True
 
 
+# The sum of a row of weights that no softmax normalises: the operator's second output.
+ROW_SUM = sympy.Symbol("row_sum", real=True)
+
+
 class total(sympy.Function):
-    """`total(*index)`: the sum by which a softmax that is written by hand divides."""
+    """`total(*index)`: the sum by which a softmax that is written by hand divides, or by which
+    the program divides weights without one."""
 
     is_real = True
     is_positive = True

@@ -12,7 +12,7 @@ from fa3_compile.frontend.captured import Captured, Seed
 from fa3_compile.frontend.dynamo_graph import example_value
 from fa3_compile.frontend.logsumexp import Lse
 from fa3_compile.frontend.operands import Place, View
-from fa3_compile.frontend.placeholders import D
+from fa3_compile.frontend.placeholders import ROW_SUM, D
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.expr import Expr
 
@@ -77,6 +77,11 @@ class Region:
     dropouts: list[fx.Node] = field(default_factory=list)
     # What else the op replaces: its LSE.
     statistics: list[Lse] = field(default_factory=list)
+
+    @property
+    def reads_sums(self) -> bool:
+        """Whether the program uses the sums of rows of weights that no softmax normalises."""
+        return bool(self.statistics) or ROW_SUM in self.coefficient.free_symbols
 
     @property
     def has_width(self) -> bool:

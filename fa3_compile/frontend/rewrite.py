@@ -12,6 +12,7 @@ from fa3_compile.frontend.check import place_of
 from fa3_compile.frontend.coefficient import coefficient
 from fa3_compile.frontend.dynamo_graph import example_value
 from fa3_compile.frontend.emit import Emitter
+from fa3_compile.frontend.mutations import written_later
 from fa3_compile.frontend.placeholders import D
 from fa3_compile.frontend.region import Region
 from fa3_compile.spec.expr import KV
@@ -35,7 +36,11 @@ def rewrite(graph: fx.Graph, regions: list[Region], texts: list[str]) -> dict[fx
         result = parts[0]
         for part in parts[1:]:
             result = emit.function(operator.add, result, part)
-    replacements[output] = result
+        replacements[output] = result
+        if example_value(output).requires_grad:
+            # The backward reads what the operator gave: a product does not keep its result.
+            for replaced in written_later(replacements, emit.before.prev):
+                replacements[replaced] = emit.call("clone", replacements[replaced])
     for replaced, made in replacements.items():
         made.meta.update(replaced.meta)
         replaced.replace_all_uses_with(made)
@@ -54,16 +59,25 @@ def _attention(
     keys = ([*layout.batch], [*layout.kv_heads], [KV], contracted)
     values = ([*layout.batch], [*layout.kv_heads], [KV], [*layout.head_dim])
     sizes = {**layout.size, KV: region.key_length}
-    q = emit.operand(region.query, rows, sizes)
-    k = emit.operand(region.key, keys, sizes)
-    v = emit.operand(region.value, values, sizes)
     device = example_value(region.query.source).device
-    aux = [emit.captured(x, device) for x in region.loads]
+    operands = [
+        (region.query.source, emit.operand(region.query, rows, sizes)),
+        (region.key.source, emit.operand(region.key, keys, sizes)),
+        (region.value.source, emit.operand(region.value, values, sizes)),
+        *((getattr(x, "source", None), emit.captured(x, device)) for x in region.loads),
+    ]
+    if example_value(region.output).requires_grad:
+        # The backward reads them again; a sum, say, does not keep what it adds.
+        sources = [source for source, _ in operands if source is not None]
+        written = written_later(sources, emit.before.prev)
+        operands = [(s, emit.call("clone", x) if s in written else x) for s, x in operands]
+    q, k, v, *aux = (x for _, x in operands)
     numbers = [emit.size(size) for size in region.sizes]
     pair = emit.function(torch.ops.fa3.attention.default, q, k, v, aux, numbers, text)
-    out = emit.function(operator.getitem, pair, 0)
-    if region.coefficient != 1:
-        out = coefficient(emit, region, out, device)
+    if region.coefficient == 1:
+        out = emit.function(operator.getitem, pair, 0)
+    else:
+        out = coefficient(emit, region, pair, device)
     replacements |= {x.node: emit.statistic(pair, x, region) for x in region.statistics}
     return emit.output(out, region)
 

@@ -13,7 +13,7 @@ from fa3_compile.errors import Decline
 from fa3_compile.frontend.activations import activations
 from fa3_compile.frontend.lift import descendants, shape_of
 from fa3_compile.frontend.mutations import is_mutation
-from fa3_compile.frontend.normalize import Softmax, divided_late, softmaxes
+from fa3_compile.frontend.normalize import Softmax, divided_late, softmaxes, unnormalised
 from fa3_compile.frontend.operands import is_movement
 from fa3_compile.frontend.product import PRODUCTS, products_before, sides_of
 from fa3_compile.frontend.trace import Shadow
@@ -95,26 +95,24 @@ def _unnormalised(
             given = activations(graph)
         before = [s for side in sides for p in products_before(side)[:1] for s in sides_of(p)]
         if all(_comes_with_data(shadow, x, given) for x in (*sides_of(product), *before)):
-            weights = [Softmax(s, s, _keys_of(s, product), normalizes=False) for s in sides]
+            weights = [w for side in sides for w in unnormalised(_unmoved(side))]
             yield product, product, weights, True
 
 
 def _weighs(side: fx.Node, right: bool, taken: set[fx.Node]) -> bool:
     """Whether a side of a product may be weights: a product of queries and keys, changed."""
-    node = side
-    while is_movement(node):
-        node = node.args[0]
-    if node.target in PRODUCTS:
+    if _unmoved(side).target in PRODUCTS:
         return False
     keys = shape_of(side)[-2 if right else -1]
     found = products_before(side)
     return any(x not in taken and keys in shape_of(x)[-2:] for x in found)
 
 
-def _keys_of(side: fx.Node, product: fx.Node) -> int:
-    """The dimension of a side that its product contracts."""
-    rank = len(shape_of(side))
-    return rank - 2 if side is sides_of(product)[1] else rank - 1
+def _unmoved(side: fx.Node) -> fx.Node:
+    """A side of a product before its elements were moved or cast."""
+    while is_movement(side) or side.target is aten._to_copy.default:
+        side = side.args[0]  # pyright: ignore[reportAssignmentType]
+    return side
 
 
 def _comes_with_data(shadow: Shadow, node: fx.Node, given: set[fx.Node]) -> bool:

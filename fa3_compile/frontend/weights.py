@@ -8,7 +8,7 @@ terms; a product is linear in its weights, so that each term is an attention of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 from sympy.logic.boolalg import Boolean
@@ -18,7 +18,7 @@ from fa3_compile.errors import Decline
 from fa3_compile.frontend.captured import Captured, Seed
 from fa3_compile.frontend.lift import Index, Lifter, number
 from fa3_compile.frontend.normalize import Softmax
-from fa3_compile.frontend.placeholders import prob
+from fa3_compile.frontend.placeholders import ROW_SUM, prob, total
 from fa3_compile.frontend.trace import Shadow
 from fa3_compile.spec.expr import KV, Expr, depends_on, uniform, where
 from fa3_compile.spec.index import Ranges
@@ -63,6 +63,7 @@ def weights(
     """The weight at [index] of `node`, in terms of the softmaxes; `Decline` at `at` if it is no
     sum of them. Loads are read at `read_at`."""
     special = {s.node: _element_of(n) for n, s in enumerate(softmaxes)}
+    special |= {s.summed: _row_sum for s in softmaxes if s.summed and not s.normalizes}
     lifter = Lifter(shadow, ranges, special, weighs=True, read_at=read_at)
     element = number(lifter.element(node, index))
     entries: dict[prob, list[tuple[Expr, Boolean]]] = {}
@@ -83,9 +84,48 @@ def weights(
         kept = sympy.Or(*(k for _, k in parts))
         factor = parts[0][0] if len(parts) == 1 else sympy.Add(*(where(k, f, 0) for f, k in parts))
         coefficient, weight = _apart(sympy.sympify(factor))
+        if not softmax.normalizes:
+            softmax = replace(softmax, dim=_keys_at(which.args[1:], at))
+            coefficient = _of_own_row(coefficient, softmax, which.args[1:])
+            changed = weight != 1 or kept != sympy.true
+            if softmax.summed and (coefficient.has(total) or changed):
+                raise Decline(
+                    "row-sums",
+                    at,
+                    "Divide each row of weights by its own sum over the keys.",
+                    message="weights are divided by the sums of other weights, or of other rows",
+                )
         zeroed = which in lifter.zeroed
         terms.append(Term(softmax, which.args[1:], coefficient, weight, kept, zeroed))
     return Weights(terms, lifter.loads, lifter.dropouts, read_at)
+
+
+def _row_sum(index: Index) -> Expr:
+    return total(*index)
+
+
+def _keys_at(at: Index, node: fx.Node) -> int:
+    """The dimension of weights without a softmax that runs over the keys."""
+    dims = [d for d, x in enumerate(at) if x == KV]
+    if len(dims) != 1:
+        raise Decline(
+            "product-axes",
+            node,
+            "One axis of the weights has to be the keys.",
+            message="no axis of the weights is that of the product with V",
+        )
+    return dims[0]
+
+
+def _of_own_row(coefficient: Expr, softmax: Softmax, at: Index) -> Expr:
+    """The coefficient in terms of its row's sum, where it has that."""
+    if softmax.summed is None:
+        return coefficient
+    dim = softmax.dim
+    kept = [sympy.S.Zero] if len(softmax.summed.args) > 2 and softmax.summed.args[2] else []
+    own = total(*at[:dim], *kept, *at[dim + 1 :])
+    dims = [int(d) % len(at) for d in softmax.summed.args[1]]  # pyright: ignore
+    return coefficient.xreplace({own: ROW_SUM}) if dims == [dim] else coefficient
 
 
 def _element_of(n: int):

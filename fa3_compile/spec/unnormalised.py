@@ -84,6 +84,17 @@ def _vanishes(value: Expr) -> bool:
     return bool(value.is_number and value.is_comparable and abs(value) < NOTHING)
 
 
+def is_nonnegative_weight(weight: Expr) -> bool:
+    """Whether a weight is at least 0 for every s."""
+    if isinstance(weight, where):
+        return all(is_nonnegative_weight(x) for x in weight.args[1:])
+    if isinstance(weight, sympy.Mul):
+        return all(is_nonnegative_weight(x) for x in weight.args)
+    if isinstance(weight, sympy.Max):
+        return any(is_nonnegative_weight(x) for x in weight.args)
+    return bool(weight.is_nonnegative)
+
+
 def is_linear(weight: Expr, mask: Boolean) -> bool:
     """Whether (weights V) is as well computed as Q (K^T V): nothing between the two products but
     factors of a query or of a key alone, and terms without s."""

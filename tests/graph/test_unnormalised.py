@@ -183,6 +183,65 @@ class TestLinear:
         assert_expected_inline(found, """lift: linear""")
 
 
+class TestRowSums:
+    """Weights divided by something of their own row's sum, which is the op's second output."""
+
+    NORMALISED = {
+        "before": lambda w, v: (w / w.sum(-1, keepdim=True)) @ v,
+        "after": lambda w, v: (w @ v) / (w.sum(-1, keepdim=True) + 1e-2),
+        "reciprocal": lambda w, v: (w * (1 / (w.sum(-1, keepdim=True) + 1e-2))) @ v,
+        "clamped": lambda w, v: (w / w.sum(-1).clamp(min=1).unsqueeze(-1)) @ v,
+        "sizes": lambda w, v: (w / (w.abs().sum(-1, keepdim=True) + 1).sqrt()) @ v,
+        "and a factor": lambda w, v: (w / (w.sum(-1, keepdim=True) * (1 + v[..., :1] ** 2))) @ v,
+    }
+
+    @pytest.mark.parametrize("name", NORMALISED)
+    def test_relu(self, name):
+        def attention(q, k, v):
+            return self.NORMALISED[name]((F.relu(scores(q, k)) + 0.1).tril(), v)
+
+        [region] = check(attention, *qkv()).regions
+        assert (
+            region.spec.startswith("attention(normalize=sums, score=") and region.mask == "kv <= q"
+        )
+
+    def test_rows_of_zeros(self):
+        # 0 / 0 is NaN in both.
+        def attention(q, k, v):
+            w = F.relu(scores(q, k)).tril(-1)
+            return (w / w.sum(-1, keepdim=True)) @ v
+
+        assert len(check(attention, *qkv(), training=False).fused) == 1
+
+    def test_sums_are_returned_too(self):
+        def attention(q, k, v):
+            w = scores(q, k).sigmoid()
+            return w @ v, w.sum(-1)
+
+        [region] = check(attention, *qkv()).regions
+        assert region.fused and region.hint == ""
+
+    def test_no_sum_is_made_that_nobody_reads(self):
+        def attention(q, k, v):
+            w = scores(q, k).sigmoid()
+            return w @ v + 0 * w.sum(-1).shape[0]
+
+        assert_expected_inline(
+            specs(check(attention, *qkv())),
+            """attention(normalize=none, score=sigmoid(0.25*s))""",
+        )
+
+    def test_half_precision_grouped(self):
+        def attention(q, k, v):
+            k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+            w = F.relu(q @ k.mT) ** 2
+            return (w / (w.sum(-1, keepdim=True) + 1)) @ v
+
+        shapes = ((B, H, S, D), (B, 2, S, D), (B, 2, S, D))
+        given = [normal(*x, seed=i, dtype=torch.bfloat16) for i, x in enumerate(shapes)]
+        assert len(check(attention, *given).fused) == 1
+
+
 class TestUses:
     def test_grouped_heads(self):
         def attention(q, k, v):
@@ -381,7 +440,16 @@ class TestNoAttention:
         "sorted": lambda s: s.sigmoid().sort(-1).values,
         "rolled": lambda s: s.sigmoid().roll(1, -1),
         "flipped": lambda s: s.sigmoid().flip(-1),
-        "row sums off": lambda s: F.relu(s) / (F.relu(s).sum(-1, keepdim=True) + 1),
+        "sums of sizes": lambda s: s.tanh() / (s.tanh().abs().sum(-1, keepdim=True) + 1),
+        "sums of other weights": lambda s: F.relu(s) / (s.sigmoid().sum(-1, keepdim=True) + 1),
+        "sums and factors": lambda s: (
+            F.relu(s) / (F.relu(s).sum(-1, keepdim=True) + torch.arange(S))
+        ),
+        "sums times factors": lambda s: (
+            F.relu(s) / (F.relu(s).sum(-1, keepdim=True) * torch.arange(1, S + 1))
+        ),
+        "sums of other rows": lambda s: F.relu(s) / (F.relu(s).sum(-1)[:, :, None] + 1),
+        "sums of all": lambda s: F.relu(s) / (F.relu(s).sum((-1, -2), keepdim=True) + 1),
         "column sums off": lambda s: F.relu(s) / (F.relu(s).sum(-2, keepdim=True) + 1),
         "row maximum off": lambda s: (s - s.amax(-1, keepdim=True)).sigmoid(),
         "normalised": lambda s: F.normalize(F.relu(s), dim=-1),
@@ -418,5 +486,5 @@ class TestNoAttention:
             w = scores(q, k).sigmoid()
             return w @ (w @ v)
 
-        # The second's values are the first's output.
-        assert len(check(attention, *qkv()).fused) == 2
+        # The second's values are made of its weights, as the first's output is.
+        assert len(check(attention, *qkv()).fused) == 1
