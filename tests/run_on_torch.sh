@@ -34,13 +34,19 @@ suite() {
 
 # The lock file, but what came with torch stays as it came: NVRTC, setuptools, Triton.
 constraints() {
-    # The CPU wheels come without Triton: for them, the one that each torch was built for.
-    case $1 in 2.11.*) triton=3.6.0 ;; 2.15.*) triton=3.9.0 ;; *) triton= ;; esac
-    awk -F== -v triton="$triton" '
+    # The CPU wheels come without Triton: for them, the one that each torch was built for. The
+    # interpreter of Triton 3.6 converts arrays of one element to int, which NumPy 2.4 refuses.
+    triton= numpy=
+    case $1 in
+        2.11.*) triton=3.6.0 numpy=2.2.6 ;;
+        2.15.*) triton=3.9.0 ;;
+    esac
+    awk -F== -v triton="$triton" -v numpy="$numpy" '
         function name(text) { text = tolower(text); gsub(/[-_.]+/, "-", text); return text }
         FILENAME != "constraints.txt" { came[name($1)]; print; next }
         /^#/ || NF < 2 || name($1) in came { next }
         $1 == "triton" && triton { sub(/==[0-9.]+/, "==" triton) }
+        $1 == "numpy" && numpy { sub(/==[0-9.]+/, "==" numpy) }
         { print }' "$2" constraints.txt
 }
 
