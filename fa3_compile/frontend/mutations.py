@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -80,6 +81,17 @@ def overwrite(source: fx.Node, since: fx.Node, until: fx.Node) -> fx.Node | None
                 return node
         node = node.next
     return None
+
+
+def written_later(nodes: Iterable[fx.Node], since: fx.Node) -> set[fx.Node]:
+    """Those of `nodes` whose memory a call after `since` writes to."""
+    written: set[fx.Node] = set()
+    node = since.next
+    while node.op != "root":
+        written.update(mutated_nodes(node))
+        node = node.next
+    storages = {storage_of(x) for x in written} - {None}
+    return {x for x in nodes if x in written or storage_of(x) in storages}
 
 
 def _is_inplace_name(name: str) -> bool:

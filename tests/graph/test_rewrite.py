@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
@@ -207,6 +208,38 @@ def test_inputs_of_unusual_strides():
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     padded = torch.randn(B, H, S, 2 * D)[..., ::2]
     check(lambda q, k, v: attend(scores_of(q, k), v), q, padded, v)
+
+
+def _result(q, k, v, bias):
+    """As in Nyströmformer."""
+    out = attend(scores_of(q, k) + bias, v)
+    out += v
+    return out.transpose(1, 2).reshape(B, S, H * D)
+
+
+def _captured(q, k, v, bias):
+    bias = bias + 0
+    out = attend(scores_of(q, k) + bias, v)
+    bias.mul_(3)
+    return out + bias.sum()
+
+
+def _operand(q, k, v, bias):
+    q = q + 0
+    out = attend(scores_of(q * 0.3, k) + bias, v)
+    q.add_(1)
+    return out + q
+
+
+@pytest.mark.parametrize("function", [_result, _captured, _operand])
+def test_written_later(function):
+    """The operator's backward reads again what eager's does not keep."""
+    qkv_ = [x.requires_grad_() for x in qkv()]
+    report = check(function, *qkv_, normal(H, S, S))
+    assert [r.fused for r in report.regions] == [True]
+    # Without gradients nothing is copied.
+    with torch.no_grad():
+        assert "clone" not in targets(rewritten(function, *qkv_, normal(H, S, S)))
 
 
 def test_metadata_of_the_output_is_kept():
