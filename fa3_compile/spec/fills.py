@@ -11,6 +11,7 @@ import sympy
 from sympy.logic.boolalg import Boolean
 
 from fa3_compile.spec.expr import Expr, S, load, where
+from fa3_compile.spec.simplify import bias_of, cancelling_term, floored
 from fa3_compile.spec.value_bounds import value_bounds
 
 # No product of finite inputs that a softmax could use comes near it, and exp of the distance
@@ -40,6 +41,10 @@ def killed(expr: Expr, reach: float) -> Boolean:
     """A condition, free of s, under which the expression is surely out of reach."""
     if _is_fill(expr, reach):
         return sympy.true
+    if (bias := bias_of(expr)) is not None:
+        return bias[1] <= 0 if _is_fill(-bias[0], reach) else sympy.false
+    if isinstance(expr, floored):
+        return killed(expr.args[0], reach)
     if isinstance(expr, where):
         condition, a, b = expr.args
         if_true, if_false = killed(a, reach), killed(b, reach)
@@ -61,15 +66,21 @@ def killed(expr: Expr, reach: float) -> Boolean:
             return killed(rest, reach / float(coefficient))
         if isinstance(rest, load) and coefficient.is_finite and coefficient <= reach:
             return rest >= 1
+    if isinstance(expr, sympy.Min):
+        return sympy.Or(*(killed(x, reach) for x in expr.args))
+    if isinstance(expr, sympy.Max):
+        return sympy.And(*(killed(x, reach) for x in expr.args))
     return sympy.false
 
 
 def live(expr: Expr, reach: float) -> Expr:
     """The expression where it is not killed: the branches that are out of reach dropped."""
+    if isinstance(expr, floored):
+        return live(expr.args[0], reach)
     if isinstance(expr, where):
         condition, a, b = expr.args
-        if S in condition.free_symbols:
-            return expr  # which branch is in reach is known only with the score
+        if S in condition.free_symbols or bias_of(expr):
+            return expr  # which branch is in reach is known only with the score, or the bias
         if killed(a, reach) == sympy.true:
             return live(b, reach)
         if killed(b, reach) == sympy.true:
@@ -86,12 +97,20 @@ def live(expr: Expr, reach: float) -> Expr:
         coefficient, rest = expr.as_coeff_Mul()
         if coefficient.is_positive and coefficient != 1:
             return coefficient * live(rest, reach / float(coefficient))
+    if isinstance(expr, sympy.Min):
+        return sympy.Min(*(live(x, reach) for x in expr.args))
+    if isinstance(expr, sympy.Max):
+        # max(finfo.min, x): what is in reach is above it.
+        others = [x for x in expr.args if not _is_fill(x, reach)]
+        return live(others[0], reach) if len(others) == 1 else expr
     return expr
 
 
 def masked(expr: Expr, reach: float) -> Expr:
     """The expression where it is killed. A score that a fill absorbs stays in it: the value is
     the fill, the derivative is the score's, as in eager code."""
+    if isinstance(expr, floored):
+        return expr.below()
     if isinstance(expr, where):
         condition, a, b = expr.args
         if killed(a, reach) == sympy.false:
@@ -140,6 +159,9 @@ def killed_values(expr: Expr, reach: float) -> set[Expr] | None:
         coefficient, rest = expr.as_coeff_Mul()
         inner = killed_values(rest, reach / float(coefficient))
         return None if inner is None else {coefficient * v for v in inner}
+    if isinstance(expr, (sympy.Min, sympy.Max)):
+        fills = [killed_values(x, reach) for x in expr.args if killed(x, reach) != sympy.false]
+        return {-sympy.oo} if all(x == {-sympy.oo} for x in fills) else None
     return None
 
 
@@ -163,14 +185,13 @@ def _is_fill(expr: Expr, reach: float) -> bool:
 
 
 def _units(total: sympy.Add) -> list[Expr]:
-    """The terms of a sum, with `c*x - c` of a loaded 0/1 mask x taken as one."""
-    constant, rest = total.as_coeff_Add()
-    terms = sympy.Add.make_args(rest)
-    for term in terms:
-        coefficient, x = term.as_coeff_Mul()
-        if isinstance(x, load) and coefficient == -constant and coefficient.is_positive:
-            return [constant + term, *(t for t in terms if t is not term)]
-    return [*total.args]
+    """The terms of a sum, with `c*x - c` of a mask x of 0 and 1 taken as one."""
+    term = cancelling_term(total)
+    if term is None or not term.as_coeff_Mul()[0].is_positive:
+        return [*total.args]
+    constant = total.as_coeff_Add()[0]
+    others = [x for x in total.args if x is not term and x is not constant]
+    return [constant + term, *others]
 
 
 def _killed_unit(unit: Expr, reach: float) -> Boolean:
@@ -185,6 +206,8 @@ def _harmless(expr: Expr, reach: float) -> Boolean:
     limit = -reach * MODERATE
     if expr.is_number:
         return sympy.true if float(expr) < limit else sympy.false
+    if (bias := bias_of(expr)) is not None:
+        return bias[1] <= 1 if bias[0] > limit else sympy.true
     if isinstance(expr, where):
         condition, a, b = expr.args
         a, b = _harmless(a, reach), _harmless(b, reach)
@@ -194,10 +217,11 @@ def _harmless(expr: Expr, reach: float) -> Boolean:
             return sympy.And(a, b)
         return sympy.Or(sympy.And(condition, a), sympy.And(sympy.Not(condition), b))
     if isinstance(expr, sympy.Add):
-        constant, rest = expr.as_coeff_Add()
-        coefficient, x = rest.as_coeff_Mul()
-        if isinstance(x, load) and coefficient == -constant > limit:
-            return x <= 1
+        term = cancelling_term(expr)
+        if term is not None and len(expr.args) == 2:
+            coefficient, x = term.as_coeff_Mul()
+            if coefficient > limit:
+                return x <= 1
         return sympy.And(*(_harmless(x, reach) for x in expr.args))
     if isinstance(expr, sympy.Mul):
         coefficient, x = expr.as_coeff_Mul()

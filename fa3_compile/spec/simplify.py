@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+import functools
+
 import sympy
 from sympy.logic.boolalg import Boolean
 
-from fa3_compile.spec.expr import Expr, load, where
+from fa3_compile.spec.expr import Expr, S, load, where
+
+
+class floored(sympy.Function):
+    """`floored(x, c, share)`: the larger of x and a fill c, as one thing until `tidy` writes it
+    out. Where both are the fill, x has this share of the gradient."""
+
+    nargs = 3
+    is_real = True
+    is_commutative = True
+
+    def below(self) -> Expr:
+        """What it is where x is not above the fill."""
+        x, floor, share = self.args
+        return where(x < floor, floor, share * x + (1 - share) * floor)
 
 
 def merge_conditions(expr: Expr) -> Expr:
-    """where(c, a, b) + where(c, x, y) -> where(c, a + x, b + y)."""
+    """where(c, a, b) + where(c, x, y) -> where(c, a + x, b + y); constants that a select's branch
+    cancels are taken into it."""
     if not isinstance(expr, sympy.Add):
         if expr.args and not isinstance(expr, (load, Boolean)):
             args = [x if isinstance(x, Boolean) else merge_conditions(x) for x in expr.args]
             return expr.func(*args) if tuple(args) != expr.args else expr
         return expr
+    if (term := cancelling_term(expr)) is not None and (inside := _of_selects(term)) is not None:
+        constant = expr.as_coeff_Add()[0]
+        rest = sympy.Add(*(x for x in expr.args if x is not term and x is not constant))
+        return merge_conditions(rest + _into_branches(inside, term, constant))
     selects: dict[Boolean, list[where]] = {}
     rest = []
     for term in map(merge_conditions, expr.args):
@@ -40,25 +61,72 @@ def merge_conditions(expr: Expr) -> Expr:
     return sympy.Add(*rest, *merged)
 
 
+# Comparisons in a mask that is looked at as a whole: the work doubles with each.
+MOST_COMPARED = 6
+# Constants from here on absorb digits of a score.
+LARGE = 1000
+
+
+def cancelling_term(total: sympy.Add) -> Expr | None:
+    """The term c*x of a sum with a constant -c, for large c and an x without the score: a mask
+    of 0 and 1 as a bias. It may stand in a branch of the term."""
+    constant, rest = total.as_coeff_Add()
+    if not (constant.is_finite and abs(constant) >= LARGE):
+        return None
+    for term in sympy.Add.make_args(rest):
+        coefficient, x = term.as_coeff_Mul()
+        if S in x.free_symbols:
+            continue
+        branches = x.args[1:] if isinstance(x, where) else ()
+        sums = [constant + coefficient * branch for branch in branches]
+        if coefficient == -constant or any(y.is_Add and cancelling_term(y) for y in sums):
+            return term
+    return None
+
+
 def exact_at_one(expr: Expr) -> Expr:
-    """c*x - c -> where(x == 1, 0, c*x - c), for large c and a loaded x: a 0/1 mask as a bias.
+    """c*x - c -> where(x == 1, 0, c*x - c), for large c: a 0/1 mask as a bias.
 
     As terms of a longer sum they would absorb the score before they cancel each other.
     """
-    if not expr.args or isinstance(expr, (load, Boolean)):
+    if not expr.args or isinstance(expr, (load, Boolean)) or bias_of(expr):
         return expr
     args = [exact_at_one(x) for x in expr.args]
     expr = expr.func(*args) if tuple(args) != expr.args else expr
     if not isinstance(expr, sympy.Add):
         return expr
-    constant, terms = expr.as_coeff_Add()
-    terms = sympy.Add.make_args(terms)
-    for term in terms:
-        coefficient, x = term.as_coeff_Mul()
-        if isinstance(x, load) and coefficient == -constant and abs(constant) >= 1000:
-            rest = sympy.Add(*(t for t in terms if t is not term))
-            return rest + where(sympy.Eq(x, 1), 0, constant + term)
-    return expr
+    term = cancelling_term(expr)
+    if term is None:
+        return expr
+    constant = expr.as_coeff_Add()[0]
+    rest = sympy.Add(*(x for x in expr.args if x is not term and x is not constant))
+    if (select := _of_selects(term)) is not None:
+        return rest + exact_at_one(_into_branches(select, term, constant))
+    x = term.as_coeff_Mul()[1]
+    return rest + where(sympy.Eq(x, 1), 0, constant + term)
+
+
+def bias_of(expr: Expr) -> tuple[Expr, Expr] | None:
+    """(c, x) of where(x == 1, 0, c*x - c), which `exact_at_one` makes."""
+    if not isinstance(expr, where) or expr.args[1] != 0 or not isinstance(expr.args[2], sympy.Add):
+        return None
+    term = cancelling_term(expr.args[2])
+    if term is None or len(expr.args[2].args) > 2:
+        return None
+    coefficient, x = term.as_coeff_Mul()
+    return (coefficient, x) if expr.args[0] == sympy.Eq(x, 1) else None
+
+
+def _of_selects(term: Expr) -> where | None:
+    """A select that the term is a multiple of."""
+    return next((x for x in sympy.Mul.make_args(term) if isinstance(x, where)), None)
+
+
+def _into_branches(select: where, term: Expr, constant: Expr) -> Expr:
+    """constant + term, for a term that is a multiple of the select."""
+    condition, a, b = select.args
+    factor = sympy.Mul(*(x for x in sympy.Mul.make_args(term) if x is not select))
+    return where(condition, constant + factor * a, constant + factor * b)
 
 
 def assuming(expr: Expr, facts: frozenset[Boolean]) -> Expr:
@@ -87,6 +155,8 @@ def tidy(expr: Expr) -> Expr:
         return sympy.Float(float(expr))
     if not expr.args:
         return expr
+    if isinstance(expr, floored):
+        return tidy(where(expr.args[0] > expr.args[1], expr.args[0], expr.below()))
     if isinstance(expr, sympy.Pow) and expr.exp == sympy.Rational(1, 2):
         return sympy.Pow(tidy(expr.base), expr.exp)
     if isinstance(expr, sympy.Pow) and expr.exp.is_Rational:
@@ -96,9 +166,32 @@ def tidy(expr: Expr) -> Expr:
 
 
 def tidy_mask(mask: Boolean) -> Boolean:
-    """Negations pushed inwards, integer comparisons as kv <= ... and kv >= ..."""
+    """Negations pushed inwards, integer comparisons as kv <= ... and kv >= ..., few of them."""
     mask = sympy.to_nnf(mask, simplify=False) if mask.atoms(sympy.Not) else mask
-    return _tidy_mask(mask)
+    return _shortest(_tidy_mask(mask))
+
+
+@functools.lru_cache(maxsize=1024)
+def _shortest(mask: Boolean) -> Boolean:
+    """The mask as a shorter combination of its own comparisons, where there is one."""
+    if not (mask.has(sympy.Or) and mask.has(sympy.And)):
+        return mask
+    literals: dict[Boolean, Boolean] = {}
+    for x in sorted(mask.atoms(sympy.core.relational.Relational), key=str):
+        if x not in literals:
+            name = sympy.Symbol(f"x{len(literals)}")
+            literals |= {_tidy_mask(sympy.Not(x)): sympy.Not(name), x: name}
+    if len(literals) > 2 * MOST_COMPARED:
+        return mask
+    abstract = mask.xreplace(literals)
+    short = sympy.logic.simplify_logic(abstract, deep=False)
+    if _length(short) >= _length(abstract):
+        return mask
+    return sympy.to_nnf(short, simplify=False).xreplace({y: x for x, y in literals.items()})
+
+
+def _length(logic: Boolean) -> int:
+    return sum(x.is_Symbol for x in sympy.preorder_traversal(logic))
 
 
 def _tidy_mask(mask):
@@ -117,6 +210,8 @@ def _tidy_mask(mask):
     if apart := _without_abs(relation) or _without_product(relation):
         return _tidy_mask(apart)
     difference = left - right
+    if (of_load := _of_one_load(relation, difference)) is not None:
+        return of_load
     if not _is_index(difference) or isinstance(relation, (sympy.Eq, sympy.Ne)):
         return relation
     if isinstance(relation, (sympy.Gt, sympy.Ge)):
@@ -197,6 +292,16 @@ def _without_product(relation) -> Boolean | None:
     if isinstance(relation, sympy.Eq):
         return sympy.Or(*(sympy.Eq(x, 0) for x in left.args))
     return None
+
+
+def _of_one_load(relation, difference: Expr) -> Boolean | None:
+    """1 - x == 0 -> x == 1, for a loaded x: both exact whatever x is."""
+    constant, rest = difference.as_coeff_Add()
+    coefficient, x = rest.as_coeff_Mul()
+    if not isinstance(x, load) or abs(coefficient) != 1 or not constant.is_finite:
+        return None
+    function = relation.func if coefficient == 1 else relation.reversed.func
+    return function(x, -constant * coefficient)
 
 
 def _decide(relation, symbol, limit, *, upper: bool):

@@ -184,6 +184,30 @@ def test_mask_of_bytes():
     check(attention, *qkv(), padding().to(torch.uint8))
 
 
+MASKS_OF_NUMBERS = {
+    "multiplied by a triangle": lambda s, m: s + (1 - ones() * m) * -1e9,
+    "of keys and of queries": lambda s, m: s + (1.0 - (m * m.mT).float()) * LOWEST,
+    "the smaller of two": lambda s, m: (
+        s + torch.minimum((ones() - 1) * -LOWEST, (1 - m.float()) * LOWEST)
+    ),
+    "with a floor, as OPT has it": lambda s, m: torch.max(
+        s + (1 - m.float()) * LOWEST, torch.tensor(LOWEST)
+    ),
+    "clamped, as GPT-J had it": lambda s, m: (s + (1 - m.float()) * LOWEST).clamp(min=LOWEST),
+}
+
+
+@pytest.mark.parametrize("rows", ["some keys", "no key"])
+@pytest.mark.parametrize("name", MASKS_OF_NUMBERS)
+def test_mask_of_integers(name, rows):
+    mask = padding().long() * (rows == "some keys")
+    mask[0] = 1
+    report = check(
+        lambda q, k, v, m: attend(MASKS_OF_NUMBERS[name](scores_of(q, k), m), v), *qkv(), mask
+    )
+    assert [region.fused for region in report.regions] == [True]
+
+
 def test_boolean_masks():
     for function in (
         lambda s, m: s + (1.0 - m.float()) * LOWEST,

@@ -46,6 +46,55 @@ CASES = {
         "score",
         "s - 1e+38*load(0, kv)",
     ),
+    # A mask of 0 and 1 inside a select, which its constant would absorb.
+    "s + where(kv <= q, 10000*load(0, kv), 0) - 10000": (
+        "s + where(kv <= q, where(load(0, kv) == 1, 0, 10000*load(0, kv) - 10000), -10000)",
+        "True",
+        "nan",
+        "",
+    ),
+    "s + 10000*load(0, kv)*load(0, q) - 10000": (
+        "s + where(load(0, kv)*load(0, q) == 1, 0, 10000*load(0, kv)*load(0, q) - 10000)",
+        "True",
+        "nan",
+        "",
+    ),
+    # The smaller of two masks, the larger, and what a floor at the fill leaves.
+    "s + min(where(kv <= q, 0, -inf), where(load(0, kv) != 0, 0, -inf))": (
+        "s",
+        "(kv <= q) & (load(0, kv) != 0)",
+        "nan",
+        "",
+    ),
+    "s + max(where(kv <= q, 0, -inf), where(load(0, kv) != 0, 0, -inf))": (
+        "max(where(kv <= q, 0, -inf), where(load(0, kv) != 0, 0, -inf)) + s",
+        "(kv <= q) | (load(0, kv) != 0)",
+        "nan",
+        "",
+    ),
+    f"max(-{LOWEST}, s + where(kv <= q, 0, -{LOWEST}))": (
+        "s",
+        "kv <= q",
+        "score",
+        f"max(-{LOWEST}, s + where(kv <= q, 0, -{LOWEST}))",
+    ),
+    f"max(-5, s + where(kv <= q, 0, -{LOWEST}))": (
+        f"max(-5, s + where(kv <= q, 0, -{LOWEST}))",
+        "True",
+        "nan",
+        "",
+    ),
+    # A fill that the score decides is no mask, and a finite one beside it is none either.
+    "where(kv <= q, where(s > 0, s, -inf), -inf)": ("where(s > 0, s, -inf)", "kv <= q", "nan", ""),
+    f"where(kv <= q, where(s > 0, s, -inf), -{LOWEST})": (
+        f"where(kv <= q, where(s > 0, s, -inf), -{LOWEST})",
+        "True",
+        "nan",
+        "",
+    ),
+    # Comparisons are brought to one form, and to few.
+    "where(1 - load(0, kv) == 0, s, -inf)": ("s", "load(0, kv) == 1", "nan", ""),
+    "where((kv <= q) & (n0 < 9) | (kv <= q) & (n0 >= 9), s, -inf)": ("s", "kv <= q", "nan", ""),
     # A select that the mask decides is gone from the score.
     "where(kv <= q, s + where(kv <= q, 0, 1), -inf)": ("s", "kv <= q", "nan", ""),
     "where(where(kv <= q, load(0, kv), 0) != 0, s, -inf)": (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import sympy
 import torch
 
@@ -17,6 +19,7 @@ from fa3_compile.frontend.lift import (
 from fa3_compile.frontend.placeholders import prob
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.expr import Expr, where
+from fa3_compile.spec.fills import OUT_OF_REACH
 from fa3_compile.spec.index import bounds, divide, remainder
 from fa3_compile.spec.simplify import exact_at_one, floored
 
@@ -174,7 +177,32 @@ def _(node, index, ctx: Lifter) -> Element:
 
 @element_of(aten.maximum.default)
 def _(node, index, ctx: Lifter) -> Element:
-    return through_where(sympy.Max, *(ctx.broadcast(x, index) for x in node.args))
+    return through_where(_maximum, *(ctx.broadcast(x, index) for x in node.args))
+
+
+def _maximum(a: Expr, b: Expr) -> Expr:
+    for x, floor in ((a, b), (b, a)):
+        if _is_floor(x, floor):
+            return floored(x, floor, sympy.Rational(1, 2))
+    return sympy.Max(a, b)
+
+
+def _is_floor(x: Expr, floor: Expr) -> bool:
+    """Whether many scores may be at the floor, because it is a fill."""
+    return bool(floor.is_number and not x.is_number and floor <= OUT_OF_REACH)
+
+
+def _clamped_below(x: Expr, floor: Expr) -> Expr:
+    return floored(x, floor, _clamp_slope()) if _is_floor(x, floor) else sympy.Max(x, floor)
+
+
+@functools.cache
+def _clamp_slope() -> Expr:
+    """The gradient of torch.clamp at its bound: 1, or 0 in later versions."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.zeros((), device="cpu", requires_grad=True)
+        (slope,) = torch.autograd.grad(x.clamp(min=0.0), x)
+    return sympy.Integer(int(slope))
 
 
 @element_of(aten.clamp.default, aten.clamp.Tensor)
@@ -183,7 +211,7 @@ def _(node, index, ctx: Lifter) -> Element:
     high = node.args[2] if len(node.args) > 2 else node.kwargs.get("max")
     x = ctx.broadcast(node.args[0], index)
     if low is not None:
-        x = through_where(sympy.Max, x, ctx.broadcast(low, index))
+        x = through_where(_clamped_below, x, ctx.broadcast(low, index))
     if high is not None:
         x = through_where(sympy.Min, x, ctx.broadcast(high, index))
     return x
@@ -191,7 +219,7 @@ def _(node, index, ctx: Lifter) -> Element:
 
 @element_of(aten.clamp_min.default, aten.clamp_min.Tensor)
 def _(node, index, ctx: Lifter) -> Element:
-    return through_where(sympy.Max, *(ctx.broadcast(x, index) for x in node.args[:2]))
+    return through_where(_clamped_below, *(ctx.broadcast(x, index) for x in node.args[:2]))
 
 
 @element_of(aten.clamp_max.default, aten.clamp_max.Tensor)
