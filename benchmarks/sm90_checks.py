@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import collections
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,9 @@ def samples() -> int:
             q, k, v, aux = inputs(form, shape, BF16, "cuda")
             problem = problem_of(form.spec(), q, k, v, aux)
             said = compare(form, *kernel.run(problem, q, k, v, aux, form.sizes), q, k, v, aux)
+            # A module that a tool keeps from being loaded leaves the work to Triton.
+            if next(reversed(kernel._bound.values())) is None:
+                said = "another family ran"
             print(name, shape.q_len, said or "ok", flush=True)
             wrong += said is not None
     return wrong
@@ -117,22 +121,49 @@ def sizes() -> int:
     return wrong
 
 
+# What memcheck says of a driver or runtime call that did not succeed. The caller may well expect
+# that, as of a look-up that may find nothing: anything else is about memory.
+API_CALL = re.compile(r"Program hit (\S+) .*on CUDA API call to (\w+)")
+# The first line of a report has one space behind the bar, the others more.
+REPORT = re.compile(r"========= (?! )(?!COMPUTE-SANITIZER|\w+ SUMMARY)(.+)")
+
+
+def findings(log: str) -> dict[str, collections.Counter[str]]:
+    """The reports in a sanitizer's log by their first lines: "API call" for calls that failed,
+    "warning", and "error" for everything else."""
+    found = {x: collections.Counter() for x in ("error", "API call", "warning")}
+    for line in log.splitlines():
+        if not (report := REPORT.match(line)):
+            continue
+        text = report[1].strip()
+        if call := API_CALL.match(text):
+            found["API call"][f"{call[2]}: {call[1]}"] += 1
+        else:
+            found["warning" if text.startswith("Warning") else "error"][text] += 1
+    return found
+
+
 def sanitize() -> int:
-    """Every tensor in an allocation of its own, so that reads beside one are found."""
+    """Every tensor in an allocation of its own, so that reads beside one are found.
+
+    Memory errors and hazards are wrong, and so is a run that fails; failed API calls are shown.
+    """
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     wrong = 0
     for tool in ("memcheck", "racecheck"):
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+        command = ["compute-sanitizer", "--tool", tool]
         command += ["--kernel-name-exclude", "kernel_substring=at6native"]
         command += [sys.executable, __file__, "samples"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         Path(os.environ.get("OUT", "."), f"sm90_{tool}.txt").write_text(done.stdout + done.stderr)
-        said = collections.Counter(
-            x for x in done.stdout.splitlines() if not x.endswith("ok") and "Frame" not in x
-        )
+        found = findings(done.stdout)
         print(f"{tool}: exit {done.returncode}")
-        print(*(f"{n} x {x}" for x, n in said.most_common(12)), done.stderr[-600:], sep="\n")
-        wrong += done.returncode != 0
+        for kind, said in found.items():
+            print(f"{kind}: {sum(said.values())}")
+            print(*(f"  {n} x {x}" for x, n in said.most_common(12)), sep="\n")
+        if done.returncode:
+            print(done.stdout[-600:], done.stderr[-600:], sep="\n")
+        wrong += bool(found["error"]) or done.returncode != 0
     return wrong
 
 
