@@ -88,7 +88,7 @@ def read(shadow: Shadow, skeleton: Skeleton) -> list[Reading]:
     first: Decline | None = None
     alone = [[s] for s in reversed(skeleton.softmaxes)]
     together = [skeleton.softmaxes] if len(alone) > 1 else []
-    for softmaxes in (*together, *alone):
+    for softmaxes in (*together, *alone, *([x] for x in skeleton.plain)):
         try:
             return _read(shadow, skeleton, softmaxes)
         except Decline as decline:

@@ -4,21 +4,28 @@ of a function of another product where there is no softmax."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx
 
 from fa3_compile.errors import Decline
-from fa3_compile.frontend.activations import activations
-from fa3_compile.frontend.lift import descendants, shape_of
+from fa3_compile.frontend.lift import descendants
 from fa3_compile.frontend.mutations import is_mutation
-from fa3_compile.frontend.normalize import Softmax, divided_late, softmaxes, unnormalised
+from fa3_compile.frontend.normalize import Softmax, divided_late, softmaxes
 from fa3_compile.frontend.operands import is_movement
+from fa3_compile.frontend.plain_weights import PlainWeights
 from fa3_compile.frontend.product import PRODUCTS, products_before, sides_of
 from fa3_compile.frontend.trace import Shadow
 
 aten = torch.ops.aten
+
+
+# Why two products are none of attention, where no softmax says that they should be.
+NO_ATTENTION = frozenset(
+    """axes-unclear empty no-product operand-unclear output-unclear perceptron product-adds
+    product-axes product-chain product-read-twice single-key weights-on-both-sides""".split()
+)
 
 
 @dataclass
@@ -27,12 +34,14 @@ class Skeleton:
 
     nearest  whether it is the first product after one of them; only then is it worth saying why
              it is no attention
+    plain    its weights without a softmax, where what looked like one written by hand is none
     """
 
     softmaxes: list[Softmax]
     values: fx.Node
     output: fx.Node
     nearest: bool
+    plain: list[Softmax] = field(default_factory=list)
 
     def worth_saying(self, decline: Decline) -> bool:
         """Whether a reader who looks for attention wants to know why this is none."""
@@ -64,70 +73,15 @@ def skeletons(shadow: Shadow) -> Iterator[Skeleton]:
         product = _product_divided(softmax)
         if product is not None and softmax.division:
             found.append((product, softmax.division.node, [softmax], True))
-    found += _unnormalised(shadow, {product for product, *_ in found})
+    finder = PlainWeights(shadow, {product for product, *_ in found})
+    certain = {product for product, _, of, _ in found if not all(x.by_hand for x in of)}
+    plain = {p: w for p in order if p not in certain and (w := finder.of(p))}
+    found += [(p, p, plain.pop(p), True) for p in [*plain] if p not in finder.taken]
     for product, last, of, is_nearest in sorted(found, key=lambda x: order[x[0]]):
         output = _output_node(shadow, last)
         if output is not None:
-            yield Skeleton(of, product, output, is_nearest)
-
-
-# Why two products are none of attention, where no softmax says that they should be.
-NO_ATTENTION = frozenset(
-    """axes-unclear empty no-product operand-unclear output-unclear perceptron product-adds
-    product-axes product-chain product-read-twice single-key weights-on-both-sides""".split()
-)
-
-
-def _unnormalised(
-    shadow: Shadow, taken: set[fx.Node]
-) -> Iterator[tuple[fx.Node, fx.Node, list[Softmax], bool]]:
-    """Every product of something computed from another product, both of what comes with the data,
-    in the form of `skeletons`. The products in `taken` are other attentions' with V."""
-    given: set[fx.Node] | None = None
-    for product in shadow.graph.nodes:
-        if product.target not in PRODUCTS or product in taken:
-            continue
-        sides = [s for s in sides_of(product) if _weighs(s, s is sides_of(product)[1], taken)]
-        if not sides:
-            continue
-        if given is None:
-            [graph] = {node.graph for node in shadow.aten_of}
-            given = activations(graph)
-        before = [s for side in sides for p in products_before(side)[:1] for s in sides_of(p)]
-        if all(_comes_with_data(shadow, x, given) for x in (*sides_of(product), *before)):
-            weights = [w for side in sides for w in unnormalised(_unmoved(side))]
-            yield product, product, weights, True
-
-
-def _weighs(side: fx.Node, right: bool, taken: set[fx.Node]) -> bool:
-    """Whether a side of a product may be weights: a product of queries and keys, changed."""
-    if _unmoved(side).target in PRODUCTS:
-        return False
-    keys = shape_of(side)[-2 if right else -1]
-    found = products_before(side)
-    return any(x not in taken and keys in shape_of(x)[-2:] for x in found)
-
-
-def _unmoved(side: fx.Node) -> fx.Node:
-    """A side of a product before its elements were moved or cast."""
-    while is_movement(side) or side.target is aten._to_copy.default:
-        side = side.args[0]  # pyright: ignore[reportAssignmentType]
-    return side
-
-
-def _comes_with_data(shadow: Shadow, node: fx.Node, given: set[fx.Node]) -> bool:
-    """Whether a value depends on an activation; a cache that is written in the graph does."""
-    seen: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        if current.op == "placeholder" and any(x in given for x in shadow.dynamo_of[current]):
-            return True
-        stack.extend(current.all_input_nodes)
-    return False
+            weights = plain.get(product, []) if last is product else []
+            yield Skeleton(of, product, output, is_nearest, weights)
 
 
 def _product_divided(softmax: Softmax) -> fx.Node | None:

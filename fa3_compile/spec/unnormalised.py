@@ -13,11 +13,12 @@ from __future__ import annotations
 import math
 
 import sympy
+from sympy.core.relational import Relational
 from sympy.logic.boolalg import Boolean
 
 from fa3_compile.spec import simplify
 from fa3_compile.spec.expr import KV, Expr, Q, S, erf, load, uniform, where
-from fa3_compile.spec.fills import OUT_OF_REACH
+from fa3_compile.spec.fills import MODERATE, OUT_OF_REACH
 
 # Conditions that are looked at together: each doubles the cases.
 MOST_CONDITIONS = 8
@@ -34,13 +35,27 @@ def separate(expr: Expr) -> tuple[Expr, Boolean]:
 
     InfiniteWeight where it is NaN or infinite for every finite s.
     """
-    expr = simplify.tidy(simplify.merge_conditions(expr))
-    mask = simplify.tidy_mask(sympy.Not(_zero(expr, frozenset(), MOST_CONDITIONS)))
-    facts = frozenset(sympy.And.make_args(mask)) - {sympy.true}
-    return simplify.tidy(simplify.assuming(expr, facts) if facts else expr), mask
+    expr = simplify.tidy(_exact_at_one(simplify.merge_conditions(expr)))
+    mask = simplify.tidy_mask(sympy.Not(_zero(expr, MOST_CONDITIONS)))
+    return simplify.tidy(_where_holds(expr, mask)), mask
 
 
-def _zero(expr: Expr, facts: frozenset[Boolean], left: int) -> Boolean:
+def _exact_at_one(expr: Expr) -> Expr:
+    """`simplify.exact_at_one` in comparisons of s too."""
+    compared = {x for x in expr.atoms(Relational) if S in x.free_symbols}
+    exact = {x: x.func(*map(simplify.exact_at_one, x.args)) for x in compared}
+    return simplify.exact_at_one(expr.xreplace(exact))
+
+
+def _where_holds(expr: Expr, condition: Boolean) -> Expr:
+    """The expression where the condition holds: selects and comparisons that it decides."""
+    facts = frozenset(sympy.And.make_args(condition)) - {sympy.true}
+    known = {simplify.tidy_mask(sympy.Not(x)): sympy.false for x in facts}
+    known |= dict.fromkeys(facts, sympy.true)
+    return simplify.assuming(expr, facts).xreplace(known) if facts else expr
+
+
+def _zero(expr: Expr, left: int) -> Boolean:
     """The condition, free of s and of random numbers, under which the expression is 0."""
     condition = _condition(expr) if left else None
     if condition is None:
@@ -48,14 +63,12 @@ def _zero(expr: Expr, facts: frozenset[Boolean], left: int) -> Boolean:
         if value.has(sympy.nan, sympy.zoo, sympy.oo, -sympy.oo):
             raise InfiniteWeight(f"a weight is {value}")
         return sympy.true if _vanishes(value) else sympy.false
-    opposite = simplify.tidy_mask(sympy.Not(condition))
     cases = []
-    for known in (condition, opposite):
-        more = facts | {*sympy.And.make_args(known)}
-        case = simplify.assuming(expr, more)
+    for known in (condition, simplify.tidy_mask(sympy.Not(condition))):
+        case = _where_holds(expr, known)
         if case == expr:
             return sympy.false
-        cases.append(sympy.And(known, _zero(case, more, left - 1)))
+        cases.append(sympy.And(known, _zero(case, left - 1)))
     return sympy.Or(*cases)
 
 
@@ -73,7 +86,8 @@ def _absorbed(expr: Expr) -> Expr:
     args = [_absorbed(x) for x in expr.args]
     if isinstance(expr, sympy.Add):
         hiding = [x for x in args if x.is_number and x <= OUT_OF_REACH]
-        if hiding:
+        numbers = {n for x in args if x not in hiding for n in x.atoms(sympy.Number)}
+        if hiding and all(abs(n) < -OUT_OF_REACH * MODERATE for n in numbers):
             return hiding[0]
     if isinstance(expr, erf) and args[0].is_number:
         return sympy.Float(math.erf(args[0]))

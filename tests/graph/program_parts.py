@@ -1,4 +1,5 @@
-"""What random attention programs are made of: layouts, masks, score modifiers, softmaxes.
+"""What random attention programs are made of: layouts, masks, score modifiers, softmaxes, and
+weights without one.
 
 Everything takes its sizes from the tensors it is given, so that a program may run with dynamic
 shapes, and its dtype from the scores, so that float64 eager is the same program.
@@ -148,6 +149,15 @@ SOFTMAXES: dict[str, Scores] = {
     "last dim": lambda s: torch.softmax(s, s.dim() - 1),
     # In float32 only: exp overflows half precision.
     "unshifted": _unshifted,
+}
+
+
+# Weights that nothing normalises, or the program itself by their sums.
+UNNORMALISED: dict[str, Scores] = {
+    "sigmoid": lambda s: torch.sigmoid(s - 1),
+    "relu": lambda s: F.relu(s) / s.shape[-1],
+    "elu": lambda s: F.elu(s) + 1,
+    "relu of its sum": lambda s: (w := F.relu(s)) / (w.sum(-1, keepdim=True) + 1),
 }
 
 

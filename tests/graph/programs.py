@@ -1,4 +1,5 @@
-"""A grammar of attention programs: layouts x scales x modifiers x masks x softmaxes x uses.
+"""A grammar of attention programs: layouts x scales x modifiers x masks x softmaxes, or weights
+without one, x uses.
 
 `programs()` draws one. A program is plain PyTorch, put together from closures, so that Dynamo
 traces what a user would have written. A mutant is a program to which something was done: it may
@@ -59,6 +60,8 @@ NO_ATTENTION = (
     "a key left out",
     "running weights",
 )
+# What is no attention after a softmax, and is one without.
+OF_ELEMENTS = ("squared weights", "thresholded weights", "two softmaxes")
 MORE_THAN_ATTENTION = (
     "renormalised weights",
     "weights returned",
@@ -94,7 +97,8 @@ def programs(draw: st.DrawFn) -> Program:
     combine = one_of("and", "or", "twice")
     modifiers = draw(st.lists(st.sampled_from(sorted(parts.MODIFIERS)), max_size=2, unique=True))
     captured = one_of(*parts.CAPTURED)
-    scale, softmax = one_of(*parts.SCALES), one_of(*parts.SOFTMAXES)
+    scale = one_of(*parts.SCALES)
+    softmax = one_of(*parts.SOFTMAXES, *parts.UNNORMALISED)
     sink = one_of("", "", "", "", *parts.SINKS)
     use = one_of("", "", "residual", "twice", "slice", "sum", "in place", "flat")
     # Not float64: the oracle is eager itself there, to the last rounding.
@@ -103,7 +107,8 @@ def programs(draw: st.DrawFn) -> Program:
     seed = draw(st.integers(0, 3))
     if softmax == "unshifted" and dtype in (torch.bfloat16, torch.float16):
         softmax = "by hand"
-    if mutant == "softmax over queries":
+    plain = softmax in parts.UNNORMALISED
+    if plain or mutant == "softmax over queries":
         sink = ""
     if mutant == "mean of heads" and layout == "mqa":
         mutant = ""
@@ -132,7 +137,7 @@ def programs(draw: st.DrawFn) -> Program:
     sinks = (parts.normal(seed + 60, parts.HEADS).requires_grad_(),) if sink else ()
     own, more = len(arguments), len(arguments) + len(extra)
     masked = _masking(masks, combine, how, fill)
-    normalise = parts.SOFTMAXES[softmax]
+    normalise = (parts.SOFTMAXES | parts.UNNORMALISED)[softmax]
 
     def function(*tensors: Tensor):
         q, k, v, finish = project(*tensors[:own])
@@ -184,13 +189,13 @@ def programs(draw: st.DrawFn) -> Program:
     nothing = n == 1 and "strict" in masks
     # Only the softmax of the scores themselves, added to at most, is blind to the maximum.
     other = modifiers[-1:] != ["CogView"] or masks or captured or sink
-    maximum = "CogView" in modifiers and other
+    maximum = "CogView" in modifiers and (other or plain)
     # 0 * -inf is NaN, and fusing would lose that.
     infinite = how == "both" and masks and captured in ("padding", "lengths")
     # Eager does not normalise a row of one finite fill, spelled so.
     filled = softmax == "logsumexp" and (masks or captured)
     odd = shared or nothing or maximum or infinite or filled
-    if expected == "fused" and (mutant or odd):
+    if expected == "fused" and (mutant or odd) or mutant in OF_ELEMENTS and plain:
         expected = "either"
     return Program(function, (*arguments, *extra, *sinks), made_of, expected, run)
 

@@ -112,6 +112,20 @@ class TestMasks:
         expected = "attention(normalize=none, score=sigmoid(0.25*s), mask=kv <= q)"
         assert weighed(weights) == expected
 
+    @pytest.mark.parametrize("function", [lambda s: F.elu(s) + 1, F.softplus, torch.exp])
+    def test_functions_that_are_zero_at_minus_infinity(self, function):
+        found = weighed(lambda s: function(s.masked_fill(~causal(), -INF)))
+        assert found.endswith("mask=kv <= q)") and "inf" not in found
+
+    def test_a_mask_of_numbers_cancels_exactly(self):
+        # In float32 3e38 + s - 3e38 is 0, so that s may not be added before they cancel.
+        def weights(s, keep):
+            return F.elu(s + (1.0 - keep[:, None, None, :]) * LOWEST) + 1
+
+        keep = torch.ones(B, S)
+        keep[1, : S // 3] = 0
+        assert weighed(weights, keep).startswith("attention(normalize=none")
+
     def test_two_masks(self):
         padding = chance(0.7, B, 1, 1, S)
 

@@ -47,7 +47,7 @@ def _(node, index, ctx: Lifter) -> Element:
     if isinstance(a, where) and b.is_number and all(x.is_number for x in a.args[1:]):
         condition, yes, no = a.args
         return _choose(condition, compare(yes, b), compare(no, b))
-    if any(E.S in x.free_symbols and _has_fill(x) for x in (a, b)):
+    if not ctx.weighs and any(E.S in x.free_symbols and _has_fill(x) for x in (a, b)):
         raise Opaque(node, "a comparison of masked scores")
     return compare(a, b)
 
