@@ -23,6 +23,8 @@ class Sm90BackwardConfig:
     wide           two warpgroups take a product each of the same 64 keys (head dims beyond 128)
     bits           what each element is asked, its mask or whether dropout keeps it, is found under
                    the products before, as a bit each
+    in_turn        a block works the batches that share a dense input one after the other: the first
+                   stores its gradient, to which the others add
     """
 
     block_m: int
@@ -33,6 +35,7 @@ class Sm90BackwardConfig:
     late_dq: bool = False
     wide: bool = False
     bits: bool = False
+    in_turn: bool = False
 
     @property
     def warpgroups(self) -> int:
@@ -86,25 +89,25 @@ def candidates(
     dim_v: int,
     masked: bool,
     grouped: bool,
-    stores_scores: bool = False,
+    tile_gradient: str = "",
     asks_elements: bool = False,
 ) -> list[Sm90BackwardConfig]:
     """What to build, the best first.
 
-    stores_scores  dS is the gradient of a dense input, and stored as it is shared
+    tile_gradient  how dS becomes the gradient of a dense input: see CudaBackwardKey
     asks_elements  each element is asked for its mask, or whether dropout keeps it
     """
     if asks_elements:
-        plain = candidates(dim_qk, dim_v, masked, grouped, stores_scores)
+        plain = candidates(dim_qk, dim_v, masked, grouped, tile_gradient)
         return [replace(x, bits=True) for x in plain] + plain
     if max(dim_qk, dim_v) > 128:
-        return [Sm90BackwardConfig(64, 64, masked, grouped, wide=True)]
+        found = [Sm90BackwardConfig(64, 64, masked, grouped, wide=True)]
+        return found + [replace(x, in_turn=True) for x in found if tile_gradient == "add"]
     # (rows, early values, late dQ); at 128 rows early values never fit.
-    found = [(64, True, True), (64, False, True), (64, True, False), (64, False, False)]
+    ways = [(64, True, True), (64, False, True), (64, True, False), (64, False, False)]
     if max(dim_qk, dim_v) <= 64:
-        found = [(128, False, True), (128, False, False), *found]
-    return [
-        Sm90BackwardConfig(rows, 128, masked, grouped, early, late)
-        for rows, early, late in found
-        if not (late and stores_scores)
-    ]
+        ways = [(128, False, True), (128, False, False), *ways]
+    found = [Sm90BackwardConfig(rows, 128, masked, grouped, *way) for rows, *way in ways]
+    if tile_gradient:  # a dS that is stored a step later, or in turn, has not been timed
+        found = [x for x in found if not x.late_dq] + [x for x in found if x.late_dq]
+    return found + [replace(x, in_turn=True) for x in found if tile_gradient == "add"]

@@ -15,14 +15,15 @@ namespace fa3 {
 // BlockM is 64, and the warpgroups share out the columns of dQ; or 64 for each of them, and they
 // share out its rows. EarlyValues issues dV while dS is computed, where registers allow that. LateDq
 // computes dQ a step later, so that no warpgroup waits for the other's dS. Bits finds what is asked of
-// elements under the scores.
+// elements under the scores. InTurn: see Block::kInTurn.
 template <class DtypeT, int DimQK, int DimV, int BlockM_, int BlockN_, bool LongestFirst_,
-          bool Grouped_, bool EarlyValues_, bool LateDq_, bool Bits_>
+          bool Grouped_, bool EarlyValues_, bool LateDq_, bool Bits_, bool InTurn_>
 struct BackwardConfig {
   using Dtype = DtypeT;
   static constexpr int kDimQK = DimQK, kDimV = DimV, kBlockM = BlockM_, kBlockN = BlockN_;
   static constexpr bool kLongestFirst = LongestFirst_, kGrouped = Grouped_;
   static constexpr bool kEarlyValues = EarlyValues_, kLateDq = LateDq_, kBits = Bits_;
+  static constexpr bool kInTurn = InTurn_;
   static constexpr int kWarpgroups = BlockN_ / 64;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 24;
@@ -51,7 +52,8 @@ struct AttentionBackward : BackwardBlock<Config, Variant> {
       Block::release, Block::shared;
   static constexpr int kColumns = Config::kFirstColumns;
   using ScorePipe = PipelineState<Config::kScoreStages>;
-  static_assert(!(Variant::kTileGradient && Config::kLateDq), "dS is stored as it is shared");
+  // With LateDq dS is stored as the dense input's gradient a step later too.
+  static constexpr bool kLateStore = Variant::kTileGradient && Config::kLateDq;
 
   // Row terms of dS are loaded under dP where there are registers for them.
   static constexpr bool kEarlyRows = kM == 64;
@@ -134,6 +136,7 @@ struct AttentionBackward : BackwardBlock<Config, Variant> {
     if constexpr (Config::kSplitColumns) column = 64 * c.warpgroup;
     int own_rows = Block::kAtScores + (Config::kSplitColumns ? 0 : c.warpgroup * 64 * 128);
     int previous = -1;  // the sums that dQ of the step before goes to, once there is one
+    [[maybe_unused]] int previous_block = 0, previous_head = 0;  // and where its dS is stored
     for (;;) {
       uint32_t ds[kM / 4];
       prepare(c, t, s, dp, weights, lse, delta, block, seq.masked(i, block), seen, kept);
@@ -156,8 +159,13 @@ struct AttentionBackward : BackwardBlock<Config, Variant> {
       if constexpr (kEarlyAdds == 0)
         Block::template issue_outer<QTile, Config::kDimQK>(dk, ds, q_tile(c));
       if (any) mbarrier_wait(barrier(Block::kScoresFull + read.stage()), read.parity());
-      if (Variant::kTileGradient && threadIdx.x == 128)
-        this->store_tile(Block::kAtScores, tile.query_block, block, t.at);
+      if constexpr (kLateStore) {
+        if (any && threadIdx.x == 128)
+          this->store_tile(Block::kAtScores + read.stage() * Block::kScoreBytes, tile.query_block,
+                           previous_block, previous_head, tile.batch);
+      } else if (Variant::kTileGradient && threadIdx.x == 128) {
+        this->store_tile(Block::kAtScores, tile.query_block, block, t.at.head, t.at.batch);
+      }
       if constexpr (kEarlyAdds > 0) {
         this->template issue_dq<kColumns>(dq, scores, column);
         Block::template issue_outer<QTile, Config::kDimQK>(dk, ds, q_tile(c));
@@ -185,6 +193,7 @@ struct AttentionBackward : BackwardBlock<Config, Variant> {
       if (any) this->template add_dq<kColumns, kEarlyAdds, kColumns / 8>(c, dq, previous);
       if constexpr (!kBits) wgmma_wait<0>();
       if constexpr (Config::kLateDq) previous = sums + block;
+      if constexpr (kLateStore) previous_block = block, previous_head = t.at.head;
       if (++i == seq.count && Config::kGrouped) {
         i = 0;
         sums += p.query_blocks;
@@ -202,6 +211,11 @@ struct AttentionBackward : BackwardBlock<Config, Variant> {
     if constexpr (Config::kLateDq) {
       ScorePipe read{c.at.passed - 1};
       mbarrier_wait(barrier(Block::kScoresFull + read.stage()), read.parity());
+      if (kLateStore && threadIdx.x == 128) {
+        this->store_tile(Block::kAtScores + read.stage() * Block::kScoreBytes, tile.query_block,
+                         block, t.at.head, tile.batch);
+        bulk_wait_read();
+      }
       this->template issue_dq<kColumns>(
           dq, shared + own_rows + read.stage() * Block::kScoreBytes, column);
       wgmma_wait<0>();
@@ -211,6 +225,7 @@ struct AttentionBackward : BackwardBlock<Config, Variant> {
     }
     release(Block::kKVEmpty, c.lane);
     c.kv.advance();
+    if (Block::kInTurn && threadIdx.x == 128) bulk_wait();  // before the next batch adds
     wgmma_pin(dk);
     wgmma_pin(dv);
     this->template store<Config::kDimQK>(c, tile, dk, Variant::kFactor, p.dk, p.dk_at);

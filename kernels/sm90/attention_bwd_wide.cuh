@@ -9,11 +9,13 @@
 
 namespace fa3 {
 
-template <class DtypeT, int DimQK, int DimV, bool LongestFirst_, bool Grouped_, bool Bits_>
+template <class DtypeT, int DimQK, int DimV, bool LongestFirst_, bool Grouped_, bool Bits_,
+          bool InTurn_>
 struct WideBackwardConfig {
   using Dtype = DtypeT;
   static constexpr int kDimQK = DimQK, kDimV = DimV, kBlockM = 64, kBlockN = 64;
   static constexpr bool kLongestFirst = LongestFirst_, kGrouped = Grouped_, kBits = Bits_;
+  static constexpr bool kInTurn = InTurn_;
   static constexpr int kWarpgroups = 2;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
@@ -174,7 +176,8 @@ struct WideAttentionBackward : BackwardBlock<Config, Variant> {
       Block::template issue_outer<QTile, Config::kDimQK>(dk, ds, q_tile(c));
       mbarrier_wait(barrier(Block::kScoresFull + stage), c.at.parity());
       if (Variant::kTileGradient && threadIdx.x == 256)
-        this->store_tile(Block::kAtScores + stage * Block::kScoreBytes, tile.query_block, block, at);
+        this->store_tile(Block::kAtScores + stage * Block::kScoreBytes, tile.query_block, block,
+                         at.head, at.batch);
       this->template issue_dq<Config::kLastColumns>(dq, scores(c.at), Config::kFirstColumns);
       wgmma_wait<0>();
       wgmma_pin(dq);
@@ -194,6 +197,7 @@ struct WideAttentionBackward : BackwardBlock<Config, Variant> {
       }
     }
     release(Block::kKVEmpty, c.lane);
+    if (Block::kInTurn && threadIdx.x == 256) bulk_wait();  // before the next batch adds
     wgmma_pin(dk);
     this->template store<Config::kDimQK>(c, tile, dk, Variant::kFactor, p.dk, p.dk_at);
   }

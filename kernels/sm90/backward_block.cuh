@@ -18,7 +18,9 @@ struct BackwardParams {
   const float* rows;
   char *dk, *dv;
   RowStrides dk_at, dv_at;
-  TileOrder order;  // its query blocks are KV blocks here, its heads KV heads
+  // Its query blocks are KV blocks here, its heads KV heads; where Config::kInTurn, its splits are
+  // the batches that each tile is worked for.
+  TileOrder order;
   BlockMap map;     // of the query blocks of each KV block
   int group, queries, keys;
   int query_blocks;
@@ -132,6 +134,11 @@ struct BackwardBlock {
     mbarrier_init_fence();
   }
 
+  // Whether the batches of a tile are worked one after the other by the same block: the first
+  // stores the dense input's gradient, to which the others add.
+  static constexpr bool kInTurn = Config::kInTurn;
+  static_assert(!kInTurn || Variant::kTileSum, "turns are for a gradient that is a sum");
+
   // ---- producer: one thread ----
 
   FA3_DEVICE void load(Pipe at, int block, int head, int batch, int kv_block) const {
@@ -158,7 +165,8 @@ struct BackwardBlock {
     TileRing tiles = ring();
     PipelineState<1> kv;
     Pipe at;
-    for (TileQueue<Config::kLongestFirst> queue;; queue.next(p.order)) {
+    int turn = 0;
+    for (TileQueue<Config::kLongestFirst> queue;; advance(queue, turn)) {
       TileCoord tile{-1, 0, 0};
       bool more = queue.index < p.order.tiles;
       if (more) {
@@ -168,15 +176,16 @@ struct BackwardBlock {
           tile.query_block = p.order.query_blocks - 1 - tile.query_block;
       }
       // Batches that share a dense input take turns, so that it is read once.
-      if (Variant::kDenseTile && more && p.tile_batch == 0) {
+      if (Variant::kDenseTile && !kInTurn && more && p.tile_batch == 0) {
         int batches = p.order.tiles / (p.order.query_blocks * p.order.heads);
         int flat = tile.batch * p.order.heads + tile.head;
         tile.head = flat / batches;
         tile.batch = flat % batches;
       }
+      if (kInTurn) tile.batch = turn;
       tiles.publish(tile);
       if (!more) break;
-      queue.take(p.order);
+      if (turn == 0) queue.take(p.order);
       QuerySequence seq = sequence(tile);
       if (seq.count == 0) continue;
       mbarrier_wait(barrier(kKVEmpty), kv.parity() ^ 1);
@@ -195,6 +204,15 @@ struct BackwardBlock {
         }
       }
     }
+  }
+
+  // The next tile, or the same of the next batch.
+  FA3_DEVICE void advance(TileQueue<Config::kLongestFirst>& queue, int& turn) const {
+    if constexpr (kInTurn) {
+      if (++turn < p.order.splits) return;
+      turn = 0;
+    }
+    queue.next(p.order);
   }
 
   // ---- consumers ----
@@ -493,12 +511,17 @@ struct BackwardBlock {
 
   // One thread: dS as the gradient of the dense input. The stage may be written again after
   // bulk_wait_read().
-  FA3_DEVICE void store_tile(int offset, int kv_block, int block, const At& at) const {
+  FA3_DEVICE void store_tile(int offset, int kv_block, int block, int head, int batch) const {
+    if (kInTurn && batch == 0) store_panels<false>(offset, kv_block, block, head, batch);
+    else store_panels<Variant::kTileSum>(offset, kv_block, block, head, batch);
+    bulk_commit();
+  }
+  template <bool Add>
+  FA3_DEVICE void store_panels(int offset, int kv_block, int block, int head, int batch) const {
 #pragma unroll
     for (int i = 0; i < kN / 64; ++i)
-      tma_store<Variant::kTileSum>(p.dtile, shared + offset + i * kPanelBytes, kv_block * kN + i * 64,
-                                   block * kM, at.head * p.tile_head, at.batch * p.tile_batch);
-    bulk_commit();
+      tma_store<Add>(p.dtile, shared + offset + i * kPanelBytes, kv_block * kN + i * 64, block * kM,
+                     head * p.tile_head, batch * p.tile_batch);
   }
 
   // Adds pieces of this warpgroup's part of dQ, of `Columns` columns, to the sums of a query block.

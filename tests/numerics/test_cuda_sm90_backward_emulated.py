@@ -177,12 +177,21 @@ CASES = [
     ("dropout, causal", (64, 64), (140, 140), 2, 6),
     ("dense mask", (80, 80), (90, 200), 2, 2),
     ("dropout, softcap", (128, 128), (140, 140), 2, 0),
+    # Stored a step later; by batches in turn; both, and with two heads a KV head.
+    ("dense bias", (128, 128), (200, 136), 1, 2),
+    ("dense bias, one batch, full", (64, 64), (136, 136), 1, 6),
+    ("dense bias, one batch", (128, 96), (200, 136), 2, 6),
+    ("dense bias, one batch", (160, 144), (72, 136), 1, 1),
 ]
-OWN = Form(
-    "dropout, softcap",
-    f"score=20.0*tanh(0.005*s), mask=load(1, 0, 0, q, kv) != 0, dead=zero, {DROPOUT}",
-    ("seed", "dense"),
+OWN = (
+    Form(
+        "dropout, softcap",
+        f"score=20.0*tanh(0.005*s), mask=load(1, 0, 0, q, kv) != 0, dead=zero, {DROPOUT}",
+        ("seed", "dense"),
+    ),
+    Form("dense bias, one batch, full", "score=0.1*s + load(0, 0, h, q, kv)", ("bias_of_heads",)),
 )
+NAMED = BY_NAME | {x.name: x for x in OWN}
 
 
 # The others take ten seconds each as well: FA3_ALL_FORMS=1.
@@ -193,7 +202,7 @@ CHOSEN = CASES if os.environ.get("FA3_ALL_FORMS") == "1" else [CASES[i] for i in
 @pytest.mark.parametrize("case", CHOSEN, ids=lambda x: f"{x[0]}-{x[1][0]}-{x[4]}")
 def test_gradients(case, tmp_path, monkeypatch) -> None:
     name, dims, lengths, group, which = case
-    form = OWN if name == OWN.name else BY_NAME[name]
+    form = NAMED[name]
     spec = form.spec()
     shape = Shape(2, 2, 2 // group, *lengths, *dims)
     dtype = torch.float16 if which == 1 else torch.bfloat16

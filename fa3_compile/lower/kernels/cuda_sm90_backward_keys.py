@@ -28,7 +28,7 @@ def keys_of(problem: Problem, layout: Layout) -> list[CudaBackwardKey]:
     gradient, _ = score_gradient(problem)
     dead = finds_dead_rows(spec, problem.q_len, problem.kv_len)
     configs = candidates(
-        dim, v_dim, spec.has_mask, problem.group > 1, bool(gradient), asks_elements(spec)
+        dim, v_dim, spec.has_mask, problem.group > 1, gradient, asks_elements(spec)
     )
     tiles = [layout.tile] if gradient else dict.fromkeys((layout.tile, None))
     return [
@@ -39,7 +39,14 @@ def keys_of(problem: Problem, layout: Layout) -> list[CudaBackwardKey]:
         for tile in tiles
         for config in configs
         if config.fits(dim, v_dim, tile is not None) and not (gradient and tile is None)
+        if not config.in_turn or _is_sum_of_batches(spec)
     ]  # fmt: skip
+
+
+def _is_sum_of_batches(spec: AttentionSpec) -> bool:
+    """Whether the dense input's gradient is a sum over batches alone."""
+    load = tile_candidate(spec)
+    return load is not None and E.H in load.index and E.B not in load.index
 
 
 def likely_keys(problem: Problem) -> list[CudaBackwardKey]:

@@ -115,10 +115,12 @@ class BackwardParameters(Parameters):
         content += bytes(32)
         for x in (self.k, self.v):
             content += struct.pack("qqq", *torch.empty_like(x, device="meta").stride()[:3])
-        tiles = self.kv_blocks * self.kv_heads * self.batch
+        turns = self.batch if config.in_turn else 1
+        heads = self.kv_heads * self.batch // turns
+        tiles = self.kv_blocks * heads
         grid = min(tiles, processors(self.q.device))
         content += struct.pack(
-            "iiiiii", tiles, self.kv_blocks, self.kv_heads, self._section(), 1, grid
+            "iiiiii", tiles, self.kv_blocks, self.kv_heads, self._section(heads), turns, grid
         )
         if config.longest_first:
             places.append((len(content), "counter", 0))
@@ -140,12 +142,12 @@ class BackwardParameters(Parameters):
             self.module.shared_bytes, content, places, names=NAMES,
         )  # fmt: skip
 
-    def _section(self) -> int:
-        """KV heads whose queries, dO and dQ may be in L2 together."""
+    def _section(self, heads: int) -> int:
+        """KV heads, of `heads` in all, whose queries, dO and dQ may be in L2 together."""
         group = self.heads // self.kv_heads
         bytes_ = self.queries * group * (6 * self.dim + 2 * self.v.shape[3])
         section = max(1, SECTION_BYTES // max(bytes_, 1))
-        return min(section, self.batch * self.kv_heads)
+        return min(section, heads)
 
     def query_gradient(self) -> Launch:
         content = bytes(16)
@@ -169,7 +171,8 @@ def gradient_strides(tensor: Tensor) -> tuple[int, ...]:
 def is_stored_whole(key: CudaBackwardKey, q: Tensor, k: Tensor, aux: Sequence[Tensor]) -> bool:
     """Whether the kernel stores every element of the dense input's gradient."""
     load = tile_candidate(key.spec)
-    if load is None or key.tile_gradient != "store" or key.spec.has_mask:
+    stores = key.tile_gradient == "store" or (key.tile_gradient and key.config.in_turn)
+    if load is None or not stores or key.spec.has_mask:
         return False
     lengths = {E.B: q.shape[0], E.H: q.shape[1], E.Q: q.shape[2], E.KV: k.shape[2]}
     return aux[load.tensor].shape == tuple(lengths.get(x, 1) for x in load.index)
