@@ -412,6 +412,27 @@ def test_decomposed_positions_of_sam():
     )
 
 
+def test_positions_of_all_but_the_first_token():
+    """As MViT's, whose first token has no place in the image: added to a part of the scores."""
+
+    def attention(q, k, v, bias):
+        scores = scores_of(q, k)
+        scores[..., 1:, 1:] += bias
+        return attend(scores, v)
+
+    def moved(q, k, v, bias):
+        scores = scores_of(q, k)
+        scores[..., 1:, 1:] = scores[..., :-1, :-1] + bias
+        return attend(scores, v)
+
+    bias = normal(H, S - 1, S - 1).requires_grad_()
+    assert_expected_inline(
+        specs(check(attention, *qkv(), bias)),
+        """attention(score=where(q >= 1, where(kv >= 1, load(0, h, mod(q - 1, 19), mod(kv - 1, 19)) + 0.25*s, 0.25*s), 0.25*s), aux=[float])""",
+    )
+    assert specs(check(moved, *qkv(), bias)) == "detect: product-read-twice"
+
+
 def test_disentangled_terms_of_deberta():
     def attention(q, k, v, position_k, position_q):
         place = (distance() + S - 1).expand(B, H, S, S)

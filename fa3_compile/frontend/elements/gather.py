@@ -10,7 +10,7 @@ from __future__ import annotations
 import sympy
 import torch
 
-from fa3_compile.frontend.elements.movement import dimension
+from fa3_compile.frontend.elements.movement import dimension, read_inside
 from fa3_compile.frontend.lift import Element, Lifter, Opaque, element_of, number, shape_of, truth
 from fa3_compile.spec.expr import Expr, load, where
 from fa3_compile.spec.index import bounds, is_nonnegative
@@ -121,12 +121,13 @@ def _(node, index, ctx: Lifter) -> Element:
         raise Opaque(node, "a strided write")
     at = index[d] - start
     size = shape_of(patch)[d]
-    limits = bounds(at, ctx.ranges)
-    if limits is not None and is_nonnegative(limits[0]) and is_nonnegative(size - 1 - limits[1]):
-        return ctx.element(patch, (*index[:d], at, *index[d + 1 :]))
-    patched = number(ctx.element(patch, (*index[:d], at, *index[d + 1 :])))
-    if patched.atoms(load):
-        raise Opaque(node, "a write of values that are read")
+    low, high = bounds(at, ctx.ranges) or (None, None)
+    inside = [] if low is not None and is_nonnegative(low) else [at >= 0]
+    inside += [] if high is not None and is_nonnegative(size - 1 - high) else [at < size]
+    patched = ctx.element(patch, (*index[:d], at, *index[d + 1 :]))
+    if not inside:
+        return patched
+    patched = number(read_inside(patched, index[d], start, size, node, ctx))
     kept = number(ctx.element(base, index))
-    value = where(sympy.And(at >= 0, at < size), patched, kept)
+    value = where(sympy.And(*inside), patched, kept)
     return sympy.Ne(value, 0) if node.meta["val"].dtype == torch.bool else value

@@ -18,7 +18,7 @@ from fa3_compile.frontend.lift import (
     sym,
     truth,
 )
-from fa3_compile.spec.expr import load, where
+from fa3_compile.spec.expr import Expr, load, mod, where
 from fa3_compile.spec.index import bounds, is_nonnegative, remainder, reshape_index
 
 aten = torch.ops.aten
@@ -27,6 +27,19 @@ MAX_SLICE = (1 << 63) - 1
 
 def dimension(d: int, rank: int) -> int:
     return d + rank if d < 0 else d
+
+
+def read_inside(
+    element: Element, axis: Expr, start: Expr | int, size: Expr, node: fx.Node, ctx: Lifter
+) -> Element:
+    """An element that counts only where `axis` is in [start, start + size), without reads
+    elsewhere: its loads wrap around there. `Opaque` where it may as well be read as a whole."""
+    if not element.atoms(load):
+        return element
+    if node not in ctx.inside or not axis.is_Symbol:
+        raise Opaque(node, "a seam between values that are read")
+    wrapped = {axis: mod(axis - start, size) + start}
+    return element.xreplace({x: x.xreplace(wrapped) for x in element.atoms(load)})
 
 
 @element_of(aten.view.default, aten._unsafe_view.default, aten.reshape.default)
@@ -136,8 +149,7 @@ def _(node, index, ctx: Lifter) -> Element:
             return ctx.element(part, (*index[:d], at - begin, *index[d + 1 :]))
     for begin, _, part in reversed(pieces):
         element = ctx.element(part, (*index[:d], at - begin, *index[d + 1 :]))
-        if element.atoms(load):
-            raise Opaque(node, "a concatenation read across its seam")
+        element = read_inside(element, at, begin, shape_of(part)[d], node, ctx)
         if answer is None:
             answer = element
         elif node.meta["val"].dtype == torch.bool:
@@ -178,10 +190,12 @@ def _(node, index, ctx: Lifter) -> Element:
     value = node.args[2] if len(node.args) > 2 else 0
     shape = shape_of(source)
     moved, inside = list(index), []
+    padded: list[tuple[int, Expr]] = []
     for n in range(len(padding) // 2):
         d = len(index) - 1 - n
         before = sym(padding[2 * n])
         moved[d] = index[d] - before
+        padded += [(d, before)] if before != 0 or sym(padding[2 * n + 1]) != 0 else []
         low, high = bounds(moved[d], ctx.ranges) or (None, None)
         if low is None or high is None:
             inside += [moved[d] >= 0, moved[d] < shape[d]]
@@ -193,8 +207,8 @@ def _(node, index, ctx: Lifter) -> Element:
     element = ctx.element(source, moved)
     if not inside:
         return element
-    if element.atoms(load):
-        raise Opaque(node, "padding around values that are read")
+    for d, before in padded:
+        element = read_inside(element, index[d], before, shape[d], node, ctx)
     within = sympy.And(*inside)
     if node.meta["val"].dtype == torch.bool:
         outside = sympy.And(sympy.Not(within), _logical(value))
