@@ -23,6 +23,7 @@ from fa3_compile.errors import Decline, InternalError
 from fa3_compile.frontend import check, detect, expand, flex, layout, rewrite, trace
 from fa3_compile.frontend.hints import hints
 from fa3_compile.frontend.liveness import remove_dead
+from fa3_compile.frontend.opaque_scores import opaque_scores
 from fa3_compile.frontend.region import Region
 from fa3_compile.frontend.skeletons import skeletons
 from fa3_compile.lower.choose import Choice
@@ -61,7 +62,7 @@ def _rewrite_graph(gm: fx.GraphModule, options: Options, graph_name: str, fused:
     if shadow is None:
         return 0
     entries: list[tuple[RegionReport, Region | None]] = []
-    for decline in shadow.declined:
+    for decline in (*shadow.declined, *opaque_scores(shadow)):
         at = where(decline.node) if decline.node is not None else ""
         entries.append((RegionReport.declined(len(entries), graph_name, decline, where=at), None))
     replaced: dict[fx.Node, fx.Node] = {}

@@ -107,6 +107,8 @@ def within(expr: Expr, size: Expr, ranges: Ranges) -> bool:
 
 def _split(a: Expr, b: Expr) -> tuple[Expr, Expr]:
     """a = whole * b + rest, with every term that b divides in `whole`."""
+    if b.is_Add and (symbol := _leading(b)) is not None:
+        return _long_division(a, b, symbol)
     whole, rest = sympy.S.Zero, sympy.S.Zero
     for term in sympy.Add.make_args(sympy.expand(a)):
         ratio = _term_quotient(term, b)
@@ -115,6 +117,29 @@ def _split(a: Expr, b: Expr) -> tuple[Expr, Expr]:
         else:
             whole += ratio
     return whole, rest
+
+
+def _leading(b: Expr) -> sympy.Symbol | None:
+    """A size that is a term of the sum b and occurs in no other."""
+    for term in sorted(b.args, key=str):
+        if term.is_Symbol and term not in (b - term).free_symbols:
+            return term
+    return None
+
+
+def _long_division(a: Expr, b: Expr, symbol: sympy.Symbol) -> tuple[Expr, Expr]:
+    """`_split` by a sum of sizes, as a cache and what is appended to it have."""
+    whole, rest = sympy.S.Zero, sympy.expand(a)
+    while (degree := max(_degree(x, symbol) for x in sympy.Add.make_args(rest))) > 0:
+        leading = [x for x in sympy.Add.make_args(rest) if _degree(x, symbol) == degree]
+        share = sympy.Add(*(x / symbol for x in leading))
+        whole, rest = whole + share, sympy.expand(rest - share * b)
+    return whole, rest
+
+
+def _degree(term: Expr, symbol: sympy.Symbol) -> int:
+    """The power of a symbol that is a factor of the term, 0 where it stands inside a function."""
+    return int(term.as_powers_dict().get(symbol, 0))
 
 
 def _term_quotient(term: Expr, b: Expr) -> Expr | None:

@@ -116,9 +116,31 @@ def test_cache_that_grows():
     assert_expected_inline(
         runs(attention, inputs),
         """\
-detect: product-axes
-detect: product-axes""",
+attention(score=load(0)*s, aux=[float])
+attention(score=load(0)*s, aux=[float])""",
     )
+
+
+@pytest.mark.parametrize("q_len", [1, 3])
+@pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "automatic"])
+def test_growing_cache_compiles_a_bounded_number_of_times(q_len, dynamic):
+    def attention(q, k, v, past_k, past_v):
+        k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+        at = torch.arange(k.size(2))
+        seen = at[None] <= at[-q.size(2) :, None]
+        return attend(scores_of(q, k).masked_fill(~seen, -INF), v)
+
+    def past(n):
+        return normal(B, H, n, D, seed=5).detach(), normal(B, H, n, D, seed=6).detach()
+
+    new = [x.detach() for x in of_lengths(q_len)[0]]
+    compiled = torch.compile(attention, backend=rewrite_only, dynamic=dynamic)
+    with collect() as report:
+        for n in (7, 9, 10, 31, 64):
+            args = (*new, *past(n))
+            torch.testing.assert_close(compiled(*args), attention(*args), atol=2e-5, rtol=2e-5)
+    # Automatic: once for the first length, once for every other.
+    assert [region.fused for region in report.regions] == [True] * (1 if dynamic else 2)
 
 
 def test_alibi():

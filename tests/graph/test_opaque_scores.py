@@ -1,0 +1,47 @@
+"""Scores that come through a call that is not looked into are reported, with the call's line."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.graph.harness import check
+from tests.graph.inputs import S, normal, qkv, scores_of
+
+HIDDEN = {
+    "cdist": lambda q, k: -torch.cdist(q, k),
+    "layer_norm": lambda q, k: F.layer_norm(scores_of(q, k), (S,)),
+    "sort": lambda q, k: scores_of(q, k).sort(-1).values,
+    "linear": lambda q, k: F.linear(scores_of(q, k).mT, torch.eye(S)).mT,
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_reported(name):
+    report = check(lambda q, k, v: HIDDEN[name](q, k).softmax(-1) @ v, *qkv())
+    [region] = report.regions
+    assert (region.fused, region.code, region.node) == (False, "opaque-scores", name)
+    assert "test_opaque_scores.py" in region.where and region.reason and region.hint
+
+
+NO_ATTENTION = {
+    "router": lambda x, w, e: torch.einsum("bne,edf,bnd->bnf", F.linear(x, w).softmax(-1), e, x),
+    "router of a norm": lambda x, w, e: F.linear(F.layer_norm(x, (8,)), w).softmax(-1) @ e[:, 0],
+    "pooling": lambda x, w, e: F.linear(x, w[:1]).softmax(1).mT @ x,
+    "distances to a codebook": lambda x, w, e: (-torch.cdist(x, w)).softmax(-1).mean(1),
+}
+
+
+@pytest.mark.parametrize("name", NO_ATTENTION)
+def test_not_reported(name):
+    tensors = normal(3, 12, 8), normal(4, 8, seed=1), normal(4, 8, 8, seed=2)
+    assert not check(NO_ATTENTION[name], *tensors).regions
+
+
+def test_squared_distances_written_out_are_fused():
+    def attention(q, k, v):
+        squares = (q * q).sum(-1)[..., None] + (k * k).sum(-1)[..., None, :]
+        return (2 * q @ k.mT - squares).softmax(-1) @ v
+
+    assert [region.fused for region in check(attention, *qkv()).regions] == [True]
