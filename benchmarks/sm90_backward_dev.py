@@ -3,6 +3,11 @@
     python benchmarks/sm90_backward_dev.py compile [NAME ...]   anywhere: registers, spills
     python benchmarks/sm90_backward_dev.py check [NAME ...]     on a Hopper GPU: against float64
     python benchmarks/sm90_backward_dev.py bench [NAME ...]     on a Hopper GPU: against cuDNN SDPA
+    python benchmarks/sm90_backward_dev.py next [SECONDS]       on a Hopper GPU, first of all
+    python benchmarks/sm90_backward_dev.py next --dry           anywhere: builds what that needs
+
+`next` is what no GPU has shown yet, within SECONDS (default 540): `check` of every form, the
+variants of benchmarks/sm90_backward_variants.py checked and timed against what runs, then `bench`.
 
 NAME is part of a form's name; EVERY=n checks one in n. Full numbers go to $OUT (default: the
 current directory).
@@ -12,6 +17,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import math
 import os
 import sys
 import time
@@ -129,6 +135,22 @@ def compare(found, exact, eager) -> tuple[str | None, float]:
     return "; ".join(wrong) or None, worst
 
 
+def last_bound() -> backward.BoundBackward | None:
+    """The kernel that was bound last; None where another family ran in its place."""
+    last = next(reversed(backward._bound.values()))
+    return last if isinstance(last, backward.BoundBackward) else None
+
+
+def gradients_of(spec, dout, dlse, q, k, v, out, lse, aux, sizes, needs):
+    """(in float64, as the reference has them in the inputs' type)."""
+    wide = [x.double() if x.is_floating_point() else x for x in aux]
+    exact = attention_backward(
+        spec, dout.double(), None if dlse is None else dlse.double(), q.double(), k.double(),
+        v.double(), wide, sizes, needs,
+    )  # fmt: skip
+    return exact, attention_backward(spec, dout, dlse, q, k, v, aux, sizes, needs)
+
+
 def check_all(wanted: list[str]) -> None:
     """Against float64, beside the reference's own error in the same dtype."""
     kernel = CudaSm90()
@@ -150,15 +172,9 @@ def check_all(wanted: list[str]) -> None:
             arguments = (q, k, v, out, lse, aux, sizes, needs)
             found = backward.run_backward(problem, dout, dlse, *arguments)
             torch.cuda.synchronize()
-            if next(reversed(backward._bound.values())) is None:
+            if last_bound() is None:
                 wrong = "another family ran"
-            wide = [x.double() if x.is_floating_point() else x for x in aux]
-            exact = attention_backward(
-                problem.spec, dout.double(), None if dlse is None else dlse.double(), q.double(),
-                k.double(), v.double(), wide, sizes, needs,
-            )  # fmt: skip
-            eager = attention_backward(problem.spec, dout, dlse, q, k, v, aux, sizes, needs)
-            said, worst = compare(found, exact, eager)
+            said, worst = compare(found, *gradients_of(problem.spec, dout, dlse, *arguments))
             wrong = wrong or said
         except Exception as error:
             wrong = f"{type(error).__name__}: {error}"[:500]
@@ -175,12 +191,15 @@ def check_all(wanted: list[str]) -> None:
         csv.writer(file).writerows(rows)
 
 
-def bench(wanted: list[str]) -> None:
+def bench(wanted: list[str], deadline: float = math.inf) -> None:
     """TFLOP/s of what the mask leaves, and the share of cuDNN's in the same process."""
     rows = []
     for case in timed():
         names = (case.name, f"{case.name} {case.dim} {case.length}")
         if wanted and not set(names) & set(wanted):
+            continue
+        if time.monotonic() > deadline:
+            print("no time left for", *names[1:], flush=True)
             continue
         if (row := measured(case)) is not None:
             rows.append(row)
@@ -213,7 +232,7 @@ def measured(case: Timed) -> tuple | None:
         return torch.autograd.grad(y, leaves, dout, retain_graph=True)
 
     theirs, mine = interleaved([cudnn, ours])
-    bound = next(reversed(backward._bound.values()))
+    bound = last_bound()
     work = 10 * TOKENS * case.length * WIDTH
     rate = work * case.share / mine / 1e9
     base = work * (0.5 if causal else 1.0) / theirs / 1e9
@@ -223,9 +242,24 @@ def measured(case: Timed) -> tuple | None:
 
 
 def backward_problem(spec, q, k, v, aux):
+    """With the gradients of dense biases."""
     problem = problem_of(spec, q, k, v, aux)
-    wanted = tuple(x.dim() == 4 and x.shape[3] > 1 for x in aux)
+    wanted = tuple(x.is_floating_point() and x.dim() == 4 and x.shape[3] > 1 for x in aux)
     return replace(problem, needs_grad=True, aux_needs_grad=wanted)
+
+
+def run_next(words: list[str]) -> None:
+    from benchmarks import sm90_backward_variants as variants
+
+    seconds = next((x for x in words if x.replace(".", "").isdigit()), "540")
+    deadline = time.monotonic() + float(seconds)
+    if "--dry" in words:
+        variants.show()
+        return
+    check_all([])
+    variants.check_all(deadline)
+    variants.table(deadline)
+    bench([], deadline)
 
 
 def main() -> None:
@@ -237,6 +271,8 @@ def main() -> None:
         check_all(wanted)
     elif mode == "bench":
         bench(wanted)
+    elif mode == "next":
+        run_next(wanted)
     else:
         raise SystemExit(__doc__)
 

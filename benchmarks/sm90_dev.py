@@ -190,30 +190,44 @@ def timed() -> list[Timed]:
         Timed("bias", f"score={s} + load(0, 0, h, q, kv)", 128, n, 1.0, ("bias_of_heads",)),
         Timed("documents", f"score={s}, mask=(load(0, b, q) == load(0, b, kv))", 128, n, 1 / 8,
               ("eighths",)),
+        Timed("dense mask", f"score={s}, mask=(load(0, 0, 0, q, kv) != 0), dead=zero", 128, n, 0.5,
+              ("lower_triangle",)),
+        Timed("dropout", f"score={s}, {causal}, weight=where(uniform(load(0, 0), b, h, q, kv)"
+              " < 0.1, 0, 1.1111111111111112)", 128, n, 0.5, ("seed",)),
         Timed("padded causal", f"score={s}, mask=(kv - q <= 0) & (load(0, b, kv) != 0), dead=score,"
               f" fill={s} - 3.3895313892515355e+38", 128, n, 0.5, ("ones",)),
     ]  # fmt: skip
     return cases
 
 
-def made(case: Timed):
+def made(case: Timed, device: str = "cuda"):
+    """(spec, q, k, v, aux) of a case; on "meta" only what they look like."""
     batch, heads = TOKENS // case.length, WIDTH // case.dim
     q, k, v = (
-        torch.randn(batch, case.length, heads, case.dim, device="cuda", dtype=torch.bfloat16)
+        torch.randn(batch, case.length, heads, case.dim, device=device, dtype=torch.bfloat16)
         .transpose(1, 2)
         for _ in range(3)
     )  # fmt: skip
     aux = []
     for name in case.aux:
         if name == "slopes":
-            aux.append(torch.exp2(-torch.arange(1.0, heads + 1, device="cuda") * 8 / heads)
+            aux.append(torch.exp2(-torch.arange(1.0, heads + 1, device=device) * 8 / heads)
                        .view(1, heads, 1, 1))  # fmt: skip
         elif name == "bias_of_heads":
-            aux.append(torch.randn(1, heads, case.length, case.length, device="cuda").bfloat16())
+            shape = (1, heads, case.length, case.length)
+            aux.append(torch.randn(shape, device=device, dtype=torch.bfloat16))
+        elif name == "lower_triangle":
+            shape = (1, 1, case.length, case.length)
+            aux.append(torch.ones(shape, device=device, dtype=torch.bool).tril())
+        elif name == "seed":
+            aux.append(torch.full((1,), 12345, device=device))
         else:
-            at = torch.arange(case.length, device="cuda").expand(batch, -1)
+            at = torch.arange(case.length, device=device).expand(batch, -1)
             aux.append(at * 8 // case.length if name == "eighths" else torch.ones_like(at))
-    kinds = ", ".join("float" if x.is_floating_point() else "int" for x in aux)
+    kinds = ", ".join(
+        "float" if x.is_floating_point() else "bool" if x.dtype == torch.bool else "int"
+        for x in aux
+    )
     spec = AttentionSpec.parse(f"attention({case.fields}{f', aux=[{kinds}]' if aux else ''})")
     return spec, q, k, v, aux
 

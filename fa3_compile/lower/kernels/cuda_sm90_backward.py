@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -166,7 +166,8 @@ def finish(problem: Problem, grads, delta, dead, q, k, v, dout, lse) -> None:
         set_nan_rows(grads[2], lse)
 
 
-_bound: dict[tuple, BoundBackward | None] = {}
+# What `_bind_or_leave` gave for such arguments.
+_bound: dict[tuple, Callable[..., Gradients]] = {}
 
 
 def run_backward(
@@ -183,39 +184,50 @@ def run_backward(
     needs: Sequence[bool],
 ) -> Gradients:
     """`Kernel.run_backward`; another family's where this one has no kernel after all."""
-    if supports_backward(problem) is not None:  # the mode may have changed since it was asked
-        following = choose_backward(problem, after=NAME)
-        return following.run_backward(problem, dout, dlse, q, k, v, out, lse, aux, sizes, needs)
+    if torch.are_deterministic_algorithms_enabled():  # and were not when this was chosen
+        return leave(problem, dout, dlse, q, k, v, out, lse, aux, sizes, needs)
+    if dlse is not None:  # it may be a broadcast scalar; the kernel reads rows of B * H * Sq
+        dlse = dlse.to(torch.float32).contiguous()
+    layout = layout_key((q, k, v, dout, out, *aux), sizes)
+    key = (problem.spec, dlse is None, tuple(needs), layout)
+    bound = _bound.get(key)
+    if bound is None:
+        bound = _bind_or_leave(problem, dlse, q, k, v, dout, out, aux, sizes, needs)
+        make_room(_bound, LARGEST_BOUND)
+        _bound[key] = bound
+    return bound(problem, dout, dlse, q, k, v, out, lse, aux, sizes, needs)
+
+
+def leave(problem: Problem, *arguments) -> Gradients:
+    """The gradients by the family that comes after this one."""
+    return choose_backward(problem, after=NAME).run_backward(problem, *arguments)
+
+
+def _adapted(problem, dout, dlse, q, k, v, out, lse, aux, sizes, needs) -> Gradients:
+    """Of tensors that TMA cannot describe, or on other devices."""
     q, k, v, dout, out = (
         x if describable(x) else x.clone(memory_format=torch.contiguous_format)
         for x in (q, k, v, dout, out)
     )
-    # A dLSE may be a broadcast scalar; the kernel reads rows of B * H * Sq.
-    dlse = None if dlse is None else dlse.to(torch.float32).contiguous()
     aux = [x.to(q.device) for x in aux]
-    tensors = (q, k, v, dout, out, *aux)
-    key = (problem.spec, dlse is None, tuple(needs), layout_key(tensors, sizes))
-    if key not in _bound:
-        make_room(_bound, LARGEST_BOUND)
-        _bound[key] = _bind_or_none(problem, dlse, q, k, v, dout, out, aux, sizes, needs)
-    bound = _bound[key]
-    arguments = (problem, dout, dlse, q, k, v, out, lse, aux, sizes, needs)
-    if bound is None:
-        return choose_backward(problem, after=NAME).run_backward(*arguments)
-    return bound(*arguments)
+    return run_backward(problem, dout, dlse, q, k, v, out, lse, aux, sizes, needs)
 
 
-def _bind_or_none(problem, dlse, q, k, v, dout, out, aux, sizes, needs) -> BoundBackward | None:
-    if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
-        return None
+def _bind_or_leave(
+    problem, dlse, q, k, v, dout, out, aux, sizes, needs
+) -> Callable[..., Gradients]:
+    if q.numel() == 0 or k.numel() == 0 or v.numel() == 0 or supports_backward(problem):
+        return leave
+    if not all(map(describable, (q, k, v, dout, out))) or any(x.device != q.device for x in aux):
+        return _adapted
     if not keys_of(problem, layout_of(problem.spec, aux)):
-        return None  # a dense input that TMA cannot describe
+        return leave  # a dense input that TMA cannot describe
     try:
         with torch.cuda.device(q.device):
             return bind(problem, dlse, q, k, v, dout, out, aux, sizes, needs)
     except KernelBuildError as error:
         log.warning("the backward of cuda_sm90 could not be built for %s: %s", problem.spec, error)
-        return None
+        return leave
 
 
 @functools.lru_cache(maxsize=1024)
@@ -263,6 +275,8 @@ def captured_gradients(
 ) -> list[Tensor | None]:
     """The gradients of the captured tensors, None for those that `needs` leaves out."""
     wanted = [i for i, n in enumerate(needs[3:]) if n]
+    if not wanted:
+        return [None] * len(aux)
     grads: list[Tensor | None] = [
         torch.zeros_like(x) if i in wanted and i != tile else None for i, x in enumerate(aux)
     ]

@@ -1,0 +1,67 @@
+"""What a call of `cuda_sm90`'s backward does on the host: when it binds, adapts, and leaves."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+from fa3_compile.lower import choose
+from fa3_compile.lower.kernels import cuda_sm90_backward as backward
+from tests.numerics.test_cuda_sm90_backward_compile import training
+
+
+@pytest.fixture
+def binds(monkeypatch) -> list[tuple[torch.Tensor, ...]]:
+    """The (q, k, v, dout, out) of every `bind`; what it gives computes by the reference."""
+    found = []
+
+    def bind(problem, dlse, q, k, v, dout, out, aux, sizes, needs):
+        found.append((q, k, v, dout, out))
+        return choose.reference().run_backward
+
+    monkeypatch.setattr(backward, "bind", bind)
+    monkeypatch.setattr(backward, "_bound", {})
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    return found
+
+
+def arguments(dim: int = 16):
+    """(problem, arguments of run_backward) with tensors that TMA can describe."""
+    q, k, v, dout = (torch.randn(1, 2, 5, dim).bfloat16() for _ in range(4))
+    problem = training("full", dim, dim)
+    out, lse = choose.reference().run(problem, q, k, v, [], [])
+    return problem, [dout, None, q, k, v, out, lse.float(), [], [], [True] * 3]
+
+
+def test_a_layout_is_bound_once(binds) -> None:
+    problem, given = arguments()
+    first = backward.run_backward(problem, *given)
+    again = backward.run_backward(problem, *given)
+    assert len(binds) == 1
+    assert all(torch.equal(x, y) for x, y in zip(first[:3], again[:3]))  # pyright: ignore
+    backward.run_backward(problem, given[0], torch.ones(()).expand(1, 2, 5), *given[2:])
+    assert len(binds) == 2
+
+
+def test_what_tma_cannot_describe_is_copied(binds) -> None:
+    problem, given = arguments()
+    given[0] = torch.randn(1, 2, 16, 5).bfloat16().transpose(2, 3)
+    expected = choose.reference().run_backward(problem, *given)
+    for _ in range(2):
+        found = backward.run_backward(problem, *given)
+    assert len(binds) == 1 and binds[0][3].is_contiguous()
+    assert all(torch.equal(x, y) for x, y in zip(expected[:3], found[:3]))  # pyright: ignore
+
+
+def test_no_keys_and_the_deterministic_switch_leave_it_to_others(binds) -> None:
+    problem, given = arguments()
+    torch.use_deterministic_algorithms(True)
+    try:
+        backward.run_backward(problem, *given)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    q, k, v = given[2], torch.empty(1, 2, 0, 16).bfloat16(), torch.empty(1, 2, 0, 16).bfloat16()
+    grads = backward.run_backward(problem, *given[:2], q, k, v, *given[5:])
+    assert not binds and torch.equal(grads[0], torch.zeros_like(q))  # pyright: ignore
