@@ -60,8 +60,8 @@ NO_ATTENTION = (
     "a key left out",
     "running weights",
 )
-# What is no attention after a softmax, and is one without.
-OF_ELEMENTS = ("squared weights", "thresholded weights", "two softmaxes")
+# What is no attention after a softmax, and may be one without.
+OF_ELEMENTS = ("squared weights", "thresholded weights", "two softmaxes", "weights transposed")
 MORE_THAN_ATTENTION = (
     "renormalised weights",
     "weights returned",

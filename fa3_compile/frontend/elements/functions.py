@@ -38,7 +38,7 @@ def _transcendental(node: fx.Node, ctx: Lifter, *args: Expr) -> None:
     """Functions of coordinates alone are cheaper read than computed, and then exactly eager's."""
     if node in ctx.inside:
         return  # a sink beside the scores: exp(cat(sink, s)) is in memory nowhere
-    if ctx.weighs and _by_query_and_key(node) and all(x.is_positive for x in args[:-1]):
+    if ctx.weighs and _by_query_and_key(node) and _computable(*args):
         return  # a decay by distance: of all queries and keys it is as large as the scores
     computed = any(E.S in x.free_symbols or x.has(row_stat) for x in args)
     if not computed and any(x.free_symbols for x in args):
@@ -47,6 +47,15 @@ def _transcendental(node: fx.Node, ctx: Lifter, *args: Expr) -> None:
 
 def _by_query_and_key(node: fx.Node) -> bool:
     return all(size != 1 for size in shape_of(node)[-2:]) and len(shape_of(node)) > 1
+
+
+def _computable(*args: Expr) -> bool:
+    """Whether exp(x), or base ** x, is what eager has for every element: no infinity but -inf."""
+    *base, x = args
+    if isinstance(x, where):
+        return all(_computable(*base, y) for y in x.args[1:])
+    finite = not x.has(sympy.oo, -sympy.oo, sympy.nan, sympy.zoo)
+    return (finite or x == -sympy.oo) and all(y.is_positive for y in base)
 
 
 def _log1p(x: Expr) -> Expr:
