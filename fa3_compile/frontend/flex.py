@@ -227,4 +227,17 @@ class Mod(fx.Interpreter):
             places = args[1] if isinstance(args[1], tuple) else (args[1],)
             if all(isinstance(x, Tensor) for x in places):
                 return torch.ops.aten.index.Tensor(args[0], list(places))
-        return super().call_function(target, args, kwargs)
+        return super().call_function(target, _arithmetic(target.__name__, args), kwargs)
+
+    def call_method(self, target, args, kwargs):
+        return super().call_method(target, _arithmetic(str(target), args), kwargs)
+
+
+def _arithmetic(name: str, args: tuple) -> tuple:
+    """Numbers known only when the program runs, as tensors: vmap cannot cast them to a dtype."""
+    if not hasattr(operator, name):
+        return args
+    dtypes = {torch.SymInt: torch.int64, torch.SymFloat: torch.get_default_dtype()}
+    return tuple(
+        torch.scalar_tensor(x, dtype=dtypes[type(x)]) if type(x) in dtypes else x for x in args
+    )

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import sympy
 import torch
+from sympy.core.relational import Relational
 from sympy.logic.boolalg import Boolean
 from torch import fx
 
@@ -19,7 +20,7 @@ from fa3_compile.frontend.captured import Captured, Seed
 from fa3_compile.frontend.mutations import overwrite
 from fa3_compile.frontend.sizes import UnknownScalar, scalar, sym
 from fa3_compile.frontend.trace import Shadow
-from fa3_compile.spec.expr import Expr, load, where
+from fa3_compile.spec.expr import Expr, erf, load, round_half_even, sigmoid, trunc, where
 from fa3_compile.spec.index import Ranges
 
 Element = Expr | Boolean
@@ -47,6 +48,10 @@ class Opaque(Exception):
     def __init__(self, node: fx.Node, why: str):
         super().__init__(why)
         self.node, self.why = node, why
+
+
+class Cheaper(Opaque):
+    """The value could be computed, and is better read from memory if it is there."""
 
 
 class Overwritten(Opaque):
@@ -84,6 +89,11 @@ def _is_logic(element: Element) -> bool:
     return isinstance(element, Boolean) and not isinstance(element, sympy.Symbol)
 
 
+# Functions whose last bit differs from one library to another, and what makes steps of them.
+ROUNDED = (sympy.exp, sympy.log, sympy.tanh, sympy.sin, sympy.cos, sympy.tan, erf, sigmoid)
+STEPS = (trunc, round_half_even, sympy.floor, sympy.ceiling, Relational)
+
+
 class Lifter:
     """Answers for one region. `special` gives the elements of its skeleton: the products, the
     softmax and row statistics; what depends on those can never be a load."""
@@ -113,13 +123,36 @@ class Lifter:
         # The Dynamo nodes of the dropouts that were lifted.
         self.dropouts: list[fx.Node] = []
         self.inside = descendants(special)
+        # Whether what is better read, and held by no node, is computed after all.
+        self.computes = False
         self._memo: dict[tuple[fx.Node, Index], Element] = {}
+        self._depth = 0
 
     def element(self, node: fx.Node, index: Sequence[Expr]) -> Element:
-        """The element of a shadow node. `Decline` if it is neither liftable nor loadable."""
+        """The element of a shadow node. `Opaque` if it is neither liftable nor loadable."""
+        try:
+            return self._remembered(node, index)
+        except Cheaper as cheaper:
+            if self.computes or self._depth:
+                raise
+            opaque = cheaper
+        self.computes = True
+        try:
+            found = self._remembered(node, index)
+        finally:
+            self.computes = False
+        if any(step.has(*ROUNDED) for step in found.atoms(*STEPS)):
+            raise opaque  # the last bit of such a function would decide
+        return found
+
+    def _remembered(self, node: fx.Node, index: Sequence[Expr]) -> Element:
         key = (node, self._clean(node, index))
         if key not in self._memo:
-            self._memo[key] = self._element(*key)
+            self._depth += 1
+            try:
+                self._memo[key] = self._element(*key)
+            finally:
+                self._depth -= 1
         return self._memo[key]
 
     def broadcast(self, arg, index: Index) -> Expr:

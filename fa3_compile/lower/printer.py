@@ -257,7 +257,8 @@ class Session:
         else:
             body = "*".join([args[0].at(MUL), *(x.at(ATOM) for x in args[1:])])
         kind = "int" if args and all(x.kind == "int" for x in args) else "float"
-        return Text(f"-{body}" if minus else body, kind, ADD if minus or body[0] == "-" else MUL)
+        strength = ADD if minus or body[0] == "-" else MUL
+        return Text(_negated(Text(body, kind, MUL)) if minus else body, kind, strength)
 
     def _Pow(self, expr) -> Text:
         base, exponent = expr.base, expr.exp
@@ -354,6 +355,12 @@ def _sign_strength(body: str) -> int:
     return ADD if body.startswith("-") else ATOM
 
 
+def _negated(x: Text) -> str:
+    """Minus x. In Python -a // b and -a % b are (-a) // b and (-a) % b."""
+    rounds = x.kind == "int" and ("//" in x.body or "%" in x.body)
+    return f"-{x.at(ATOM if rounds else MUL)}"
+
+
 def _sum(terms: list[tuple[bool, Text]], kind: str) -> Text:
     if len(terms) == 1 and terms[0][1].literal:
         [(negative, x)] = terms
@@ -364,7 +371,7 @@ def _sum(terms: list[tuple[bool, Text]], kind: str) -> Text:
         if body:
             body += f" {'-' if negative else '+'} {x.at(MUL)}"
         else:
-            body = f"-{x.at(MUL)}" if negative else x.at(ADD)
+            body = _negated(x) if negative else x.at(ADD)
     return Text(body, kind, ADD)
 
 

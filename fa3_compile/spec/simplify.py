@@ -207,8 +207,9 @@ def _tidy_mask(mask):
         return relation
     if (apart := _without_select(relation)) is not None:
         return _tidy_mask(tidy_mask(apart))
-    if apart := _without_abs(relation) or _without_product(relation):
-        return _tidy_mask(apart)
+    for without in (_without_abs, _without_product):
+        if (apart := without(relation)) is not None:
+            return _tidy_mask(apart)
     difference = left - right
     if (of_load := _of_one_load(relation, difference)) is not None:
         return of_load

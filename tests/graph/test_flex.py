@@ -206,6 +206,23 @@ class TestScores:
             """attention(score=(kv - q)*load(0, h) + 0.25*s, dead=zero, aux=[float])""",
         )
 
+    def test_slopes_computed_from_the_head(self):
+        # No tensor of the program holds them: they are computed in the kernel.
+        def score(s, b, h, q, kv):
+            return s + (kv - q) * torch.exp2(-(h + 1) * 8.0 / H)
+
+        assert_expected_inline(
+            specs(scored(score)),
+            """attention(score=(0.25*kv - 0.25*q)*exp(-1.3862943611198906*h) + 0.25*s)""",
+        )
+
+    def test_steps_of_a_computed_function(self):
+        # The last bit of a logarithm would decide.
+        def score(s, b, h, q, kv):
+            return s + torch.log2((q - kv).abs() + 1.0).floor()
+
+        assert_expected_inline(specs(scored(score)), """lift: not-pointwise""")
+
     def test_softcap(self):
         report = scored(lambda s, b, h, q, kv: torch.tanh(s / 20) * 20)
         assert_expected_inline(specs(report), """attention(score=20*tanh(0.0125*s))""")
@@ -240,7 +257,9 @@ class TestScores:
 
     def test_temperature_of_a_head(self):
         report = scored(lambda s, b, h, q, kv, log: s * log[h].exp(), normal(H))
-        assert_expected_inline(specs(report), """lift: not-pointwise""")
+        assert_expected_inline(
+            specs(report), """attention(score=0.25*exp(load(0, h))*s, dead=zero, aux=[float])"""
+        )
 
     def test_mask_by_score(self):
         def score(s, b, h, q, kv):
@@ -402,6 +421,20 @@ class TestArguments:
 
         report = check(attention, *qkv(), dynamic=True)
         assert_expected_inline(specs(report), """attention(score=0.25*s - abs(kv - q))""")
+
+    def test_numbers_that_change(self):
+        def attention(q, k, v, scale):
+            n = k.size(2) // 2
+            return flex_attention(
+                q, k, v, lambda s, b, h, q, kv: s.mul(n) * scale + torch.where(kv < n, 0.0, n)
+            )
+
+        inputs = (x.detach() for x in qkv())
+        report = check(attention, *inputs, 0.3, dynamic=True, training=False)
+        assert_expected_inline(
+            specs(report),
+            """attention(score=0.25*floordiv(Skv, 2)*load(0)*s + where(kv <= floordiv(Skv, 2) - 1, 0, floordiv(Skv, 2)), dead=zero, aux=[float])""",
+        )
 
     def test_two_calls(self):
         made = block_mask(causal)

@@ -8,6 +8,7 @@ import sympy
 import torch
 
 from fa3_compile.frontend.elements.pointwise import is_bool, is_float, through_where
+from fa3_compile.frontend.elements.rounding import rounded_down, to_integer, truncated
 from fa3_compile.frontend.lift import (
     Element,
     Lifter,
@@ -17,7 +18,6 @@ from fa3_compile.frontend.lift import (
     truth,
 )
 from fa3_compile.frontend.placeholders import prob
-from fa3_compile.spec import expr as E
 from fa3_compile.spec.expr import Expr, where
 from fa3_compile.spec.fills import OUT_OF_REACH
 from fa3_compile.spec.index import bounds, divide, remainder
@@ -100,6 +100,8 @@ def _(node, index, ctx: Lifter) -> Element:
 def _quotient(a: Expr, b: Expr) -> Expr:
     if b == 0:
         raise ZeroDivisionError("a score divided by the constant 0")
+    if b.is_number and a.is_integer and float(b).is_integer():
+        return a / sympy.Integer(int(b))
     return a * sym(1 / float(b)) if b.is_number else a / b
 
 
@@ -110,24 +112,52 @@ def _(node, index, ctx: Lifter) -> Element:
     if mode is None:
         return through_where(_quotient, a, b)
     if is_float(node):
-        return sympy.floor(a / b) if mode == "floor" else E.trunc(a / b)
-    if mode == "floor" and b.is_positive:
-        return divide(a, b, ctx.ranges)
-    limits = bounds(a, ctx.ranges)
-    if b.is_positive and limits is not None and limits[0].is_nonnegative:
-        return divide(a, b, ctx.ranges)
-    raise Opaque(node, "an integer division whose rounding is not known")
+        x = through_where(_quotient, a, b)
+        return rounded_down(node, x, ctx) if mode == "floor" else to_integer(node, x, ctx)
+    if b.is_positive:
+        return divide(a, b, ctx.ranges) if mode == "floor" else truncated(a, b, ctx)
+    raise Opaque(node, "an integer division by what may be negative")
 
 
 @element_of(aten.remainder.Scalar, aten.remainder.Tensor, aten.fmod.Scalar, aten.fmod.Tensor)
 def _(node, index, ctx: Lifter) -> Element:
     a, b = (ctx.broadcast(x, index) for x in node.args[:2])
+    if is_float(node) or not b.is_positive:
+        raise Opaque(node, "a remainder whose rounding is not known")
     limits = bounds(a, ctx.ranges)
     positive = limits is not None and limits[0].is_nonnegative
-    rounds_down = node.target in (aten.remainder.Scalar, aten.remainder.Tensor)
-    if not is_float(node) and b.is_positive and (rounds_down or positive):
+    if positive or node.target in (aten.remainder.Scalar, aten.remainder.Tensor):
         return remainder(a, b, ctx.ranges)
-    raise Opaque(node, "a remainder whose rounding is not known")
+    return a - b * truncated(a, b, ctx)
+
+
+def _shift(node, index, ctx: Lifter) -> tuple[Expr, Expr]:
+    """An integer, and 2 to the power of what it is shifted by."""
+    a, n = (ctx.broadcast(x, index) for x in node.args[:2])
+    if is_float(node) or not (n.is_Integer and 0 <= n < 63):
+        raise Opaque(node, "a shift by a number that is not known")
+    return a, sympy.Integer(2) ** n
+
+
+@element_of(
+    aten.__rshift__.Scalar,
+    aten.__rshift__.Tensor,
+    aten.bitwise_right_shift.Tensor,
+    aten.bitwise_right_shift.Tensor_Scalar,
+)
+def _(node, index, ctx: Lifter) -> Element:
+    return divide(*_shift(node, index, ctx), ctx.ranges)
+
+
+@element_of(
+    aten.__lshift__.Scalar,
+    aten.__lshift__.Tensor,
+    aten.bitwise_left_shift.Tensor,
+    aten.bitwise_left_shift.Tensor_Scalar,
+)
+def _(node, index, ctx: Lifter) -> Element:
+    a, power = _shift(node, index, ctx)
+    return a * power
 
 
 @element_of(aten.neg.default)
@@ -148,26 +178,6 @@ def _(node, index, ctx: Lifter) -> Element:
 @element_of(aten.sign.default, aten.sgn.default)
 def _(node, index, ctx: Lifter) -> Element:
     return through_where(sympy.sign, ctx.broadcast(node.args[0], index))
-
-
-@element_of(aten.floor.default)
-def _(node, index, ctx: Lifter) -> Element:
-    return through_where(sympy.floor, ctx.broadcast(node.args[0], index))
-
-
-@element_of(aten.ceil.default)
-def _(node, index, ctx: Lifter) -> Element:
-    return through_where(sympy.ceiling, ctx.broadcast(node.args[0], index))
-
-
-@element_of(aten.trunc.default)
-def _(node, index, ctx: Lifter) -> Element:
-    return E.trunc(ctx.broadcast(node.args[0], index))
-
-
-@element_of(aten.round.default)
-def _(node, index, ctx: Lifter) -> Element:
-    return E.round_half_even(ctx.broadcast(node.args[0], index))
 
 
 @element_of(aten.minimum.default)

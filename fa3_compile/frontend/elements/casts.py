@@ -8,7 +8,7 @@ import sympy
 import torch
 from torch import fx
 
-from fa3_compile.frontend.elements.pointwise import through_where
+from fa3_compile.frontend.elements.rounding import to_integer
 from fa3_compile.frontend.lift import (
     Element,
     Index,
@@ -43,7 +43,7 @@ def _(node, index, ctx: Lifter) -> Element:
     if target.is_complex or source.is_complex:
         raise Opaque(node, "complex numbers")
     if not target.is_floating_point:
-        return through_where(E.trunc, x) if source.is_floating_point else x
+        return to_integer(node, x, ctx) if source.is_floating_point else x
     if not source.is_floating_point and target in EXACT_INTEGERS:
         limits = bounds(x, ctx.ranges)
         widest = max((abs(v) for v in limits), default=0) if _numeric(limits) else None

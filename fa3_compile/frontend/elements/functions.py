@@ -10,9 +10,9 @@ from torch import fx
 
 from fa3_compile.frontend.elements.pointwise import through_where
 from fa3_compile.frontend.lift import (
+    Cheaper,
     Element,
     Lifter,
-    Opaque,
     element_of,
     shape_of,
     sym,
@@ -35,14 +35,18 @@ def _(node, index, ctx: Lifter) -> Element:
 
 
 def _transcendental(node: fx.Node, ctx: Lifter, *args: Expr) -> None:
-    """Functions of coordinates alone are cheaper read than computed, and then exactly eager's."""
+    """Functions of coordinates alone are cheaper read than computed, and then exactly eager's.
+
+    Those of a score_mod are in memory nowhere.
+    """
     if node in ctx.inside:
         return  # a sink beside the scores: exp(cat(sink, s)) is in memory nowhere
     if ctx.weighs and _by_query_and_key(node) and _computable(*args):
         return  # a decay by distance: of all queries and keys it is as large as the scores
     computed = any(E.S in x.free_symbols or x.has(row_stat) for x in args)
-    if not computed and any(x.free_symbols for x in args):
-        raise Opaque(node, "a function of the position alone")
+    held = not ctx.computes or node in ctx.shadow.dynamo_of
+    if not computed and held and any(x.free_symbols for x in args):
+        raise Cheaper(node, "a function of the position alone")
 
 
 def _by_query_and_key(node: fx.Node) -> bool:

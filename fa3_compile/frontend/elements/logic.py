@@ -7,6 +7,7 @@ import torch
 from torch import fx
 
 from fa3_compile.frontend.elements.pointwise import is_bool
+from fa3_compile.frontend.elements.rounding import comparable
 from fa3_compile.frontend.elements.weights import is_weight, without_nan
 from fa3_compile.frontend.lift import (
     Element,
@@ -47,6 +48,7 @@ def _(node, index, ctx: Lifter) -> Element:
     if isinstance(a, where) and b.is_number and all(x.is_number for x in a.args[1:]):
         condition, yes, no = a.args
         return _choose(condition, compare(yes, b), compare(no, b))
+    a, b = comparable(node, a, b)
     if not ctx.weighs and any(E.S in x.free_symbols and _has_fill(x) for x in (a, b)):
         raise Opaque(node, "a comparison of masked scores")
     return compare(a, b)
