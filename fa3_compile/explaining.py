@@ -30,6 +30,9 @@ def explain(
               the sum of all real outputs is run too; no `.grad` is written. None: as it is, forward
               only.
 
+    Tiles of a mask that depends on data are counted for these arguments, where what it reads is
+    cheap to compute.
+
     Something already compiled is explained as it was before. Dynamo is reset before and after, so
     everything compiled in this process compiles again at its next call. The caches of compiled
     graphs are not used: the pass does not run on a hit, and there would be nothing to report. A
@@ -84,7 +87,12 @@ class _GraphBreaks:
             self.placed[ended.reason] = (
                 f"{short_path(frame.filename)}:{frame.lineno}: {frame.line}" if frame else ""
             )
-        return self.compile_graph(gm, example_inputs, **kwargs)
+        # Imported here, as the stages are: `import fa3_compile` stays quick.
+        from fa3_compile import mask_tensors
+
+        with mask_tensors.asked() as kept:
+            compiled = self.compile_graph(gm, example_inputs, **kwargs)
+        return mask_tensors.counting(compiled, kept)
 
     def texts(self) -> list[str]:
         # A break before the first operation makes no graph; only the counter knows of it.

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import fx
 
-from fa3_compile import report, selection
+from fa3_compile import mask_tensors, report, selection
 from fa3_compile.errors import Decline, InternalError
 from fa3_compile.frontend import check, detect, expand, flex, layout, rewrite, trace
 from fa3_compile.frontend.hints import hints
@@ -114,6 +114,7 @@ def _rewrite_graph(gm: fx.GraphModule, options: Options, graph_name: str, fused:
         if region is not None:
             said = [check.hint(gm.graph, region), *hints(region.spec)]
             entry = dataclasses.replace(entry, hint=" ".join(x for x in said if x))
+            mask_tensors.keep(gm, region, entry)
         report.record(entry)
     return len(rewritten)
 

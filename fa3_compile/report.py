@@ -36,8 +36,11 @@ class Tiles:
     """How many tiles of a score matrix are skipped, run with the mask, and run without it.
 
     The counts are those of one batch element and head, or None where they cannot be known before
-    the kernel runs; then `reason` says why. `picture` has a character of KINDS (skipped, masked,
-    full) for each tile of `block` queries by `block` keys, a string for each row of tiles.
+    the kernel runs; then `reason` says why. Counted from data, they are those of all batch elements
+    and heads whose masks differ, and `reason` says so.
+
+    `picture` has a character of KINDS (skipped, masked, full) for each tile of `block` queries by
+    `block` keys, a string for each row of tiles.
     """
 
     KINDS: ClassVar[str] = ".+#"
@@ -53,7 +56,8 @@ class Tiles:
         if self.empty is None or self.partial is None or self.full is None:
             return self.reason
         total = self.empty + self.partial + self.full
-        return f"{self.empty} skipped, {self.partial} masked, {self.full} full, of {total}"
+        said = f"{self.empty} skipped, {self.partial} masked, {self.full} full, of {total}"
+        return f"{said} ({self.reason})" if self.reason else said
 
 
 @dataclass(frozen=True)
@@ -299,6 +303,16 @@ def update(spec: str, **changes: Any) -> None:
         report.regions[:] = [
             dataclasses.replace(region, **changes) if region.spec == spec else region
             for region in report.regions
+        ]
+
+
+def update_region(region: RegionReport, **changes: Any) -> None:
+    """Change fields of one recorded region."""
+    place = (region.graph, region.index, region.spec)
+    for report in _reports():
+        report.regions[:] = [
+            dataclasses.replace(x, **changes) if (x.graph, x.index, x.spec) == place else x
+            for x in report.regions
         ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from fa3_compile.errors import NOTHING, Decline
@@ -13,10 +15,11 @@ from fa3_compile.options import Options
 from fa3_compile.report import Tiles
 from fa3_compile.resources import source_hash
 from fa3_compile.runtime.op import join_text
+from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.expr import Expr
 from fa3_compile.spec.forms import name_of
 from fa3_compile.spec.text import text
-from fa3_compile.spec.tiles import tile_counts, tile_map
+from fa3_compile.spec.tiles import Values, tile_counts, tile_map
 
 TILE = 128
 # Most tiles on a side of the report's picture of a mask, and fewest, where there are keys enough.
@@ -100,13 +103,33 @@ def _tiles(region: Region) -> Tiles | None:
     if not all(n.is_Integer for n in lengths) or region.sizes:
         return Tiles(reason="known when the lengths are")
     q_len, kv_len = map(int, lengths)
-    counts = tile_counts(region.spec, q_len, kv_len, TILE, TILE, ())
-    if counts is None:
+    return tiles_of_masks(region.spec, q_len, kv_len, [(None, None)])
+
+
+def tiles_of_masks(
+    spec: AttentionSpec,
+    q_len: int,
+    kv_len: int,
+    heads: Sequence[tuple[tuple[int, int] | None, Values | None]],
+) -> Tiles:
+    """Tiles of some (batch, head), with what the mask's captured tensors hold there, together;
+    the picture is of the first. (None, None) stands for what holds of all, whatever they hold."""
+    found = [
+        tile_counts(spec, q_len, kv_len, TILE, TILE, head=head, values=values)
+        for head, values in heads
+    ]
+    counts = [x for x in found if x is not None]
+    if len(counts) < len(found):
         return Tiles(reason="known when it runs")
     block = _drawn_block(max(q_len, kv_len))
-    drawn = tile_map(region.spec, q_len, kv_len, block, block, ())
+    head, values = heads[0]
+    drawn = tile_map(spec, q_len, kv_len, block, block, head=head, values=values)
     picture = () if drawn is None else tuple("".join(Tiles.KINDS[x] for x in row) for row in drawn)
-    return Tiles(counts.empty, counts.partial, counts.full, block=block, picture=picture)
+    empty, partial, full = (
+        sum(getattr(x, kind) for x in counts) for kind in ("empty", "partial", "full")
+    )
+    reason = "" if values is None else f"{len(heads)} masks of the first call's data"
+    return Tiles(empty, partial, full, reason.replace("1 masks", "the mask"), block, picture)
 
 
 def _drawn_block(length: int) -> int:
