@@ -44,6 +44,13 @@ class TritonConfig:
     warp_specialize: bool = False
     lazy_rescale: bool = False
 
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton is told beside the arguments. Without contraction to FMA, which Triton 3.10
+        is to have by default, the softmax's exponents would take two instructions each."""
+        stages = self.num_stages
+        return {"num_warps": self.num_warps, "num_stages": stages, "enable_fp_fusion": True}
+
     def shared_memory(self, problem: Problem) -> int:
         """Bytes of shared memory, estimated from above: Q, and each stage of K and V."""
         item = problem.dtype.itemsize

@@ -70,7 +70,7 @@ def compiled(asked: Problem, name: str, config: TritonConfig, wanted: tuple[int,
     return triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", 10 * major + minor, 32),
-        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+        options=config.options,
     )
 
 

@@ -96,14 +96,14 @@ def compiled(asked: Problem, config: TritonConfig, lists: bool = False):
     return triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", 10 * major + minor, 32),
-        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+        options=config.options,
     )
 
 
 def spilled_bytes(kernel, arch: int, folder: Path) -> int:
-    from triton import knobs
+    from triton.backends.nvidia.compiler import get_ptxas
 
-    ptxas = knobs.nvidia.ptxas_blackwell if arch >= 100 else knobs.nvidia.ptxas
+    ptxas = get_ptxas(arch)
     source = folder / "kernel.ptx"
     source.write_text(kernel.asm["ptx"])
     target = f"sm_{arch}{'a' if arch >= 90 else ''}"

@@ -271,12 +271,11 @@ def bind_config(problem: Problem, config: TritonConfig, q, k, v, aux, sizes) -> 
     tiles = -(-q.shape[2] // config.block_q)
     grid = (tiles * q.shape[0] * q.shape[1], 1, 1)
     chosen = tuple(x.tensor for x in used)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
 
     if interpreted():
 
         def interpret(tensors: Sequence[Tensor]) -> None:
-            kernel[grid](*tensors, *integers, *constants, **options)
+            kernel[grid](*tensors, *integers, *constants, **config.options)
 
         return Bound(config, chosen, _with_lists(lists, chosen, interpret))
 
@@ -284,7 +283,7 @@ def bind_config(problem: Problem, config: TritonConfig, q, k, v, aux, sizes) -> 
     tensors += [torch.empty(1, dtype=torch.int32, device=q.device)] * (2 * (lists is not None))
     with torch.cuda.device(q.device):
         try:
-            compiled = kernel.warmup(*tensors, *integers, *constants, grid=grid, **options)
+            compiled = kernel.warmup(*tensors, *integers, *constants, grid=grid, **config.options)
             runner = compiled[grid]
         except Exception as error:
             raise KernelBuildError(f"{config} does not build: {error}") from error

@@ -59,15 +59,14 @@ def bind_kernel(kernel, config: TritonConfig, programs: int, tensors, integers, 
     names = kernel.arg_names
     pointers = tuple(x for x in names if x in tensors)
     arguments = tuple(values[x] for x in names if x not in tensors)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     grid = (programs, 1, 1)
     if forward.interpreted():
-        return Launch(pointers, lambda xs: kernel[grid](*xs, *arguments, **options))
+        return Launch(pointers, lambda xs: kernel[grid](*xs, *arguments, **config.options))
     device = tensors["q_ptr"].device
     with torch.cuda.device(device):
         try:
             like = [tensors[x] for x in pointers]
-            compiled = kernel.warmup(*like, *arguments, grid=grid, **options)
+            compiled = kernel.warmup(*like, *arguments, grid=grid, **config.options)
             runner = compiled[grid]
         except Exception as error:
             raise KernelBuildError(f"{kernel.__name__} {config}: {error}") from error
