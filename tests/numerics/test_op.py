@@ -113,6 +113,18 @@ CASES = {
     "by-head-and-row": Case("score=0.1*h*s + 0.2*q - 0.1*b*kv", cpu=False),
     "constant": Case("score=2.0, mask=kv <= q, dead=nan", cpu=False, grads=False),
     "nothing": Case("score=s, mask=False, dead=zero"),
+    "sigmoid": Case(
+        "normalize=none, score=sigmoid(0.3*s - load(0, h)), mask=kv <= q + 3",
+        aux=("h",),
+        kinds=("float",),
+        cpu=False,
+    ),
+    "squares-and-sums": Case(
+        "normalize=sums, score=pow(0.3*s, 2)*load(0, b, kv), mask=q - kv > 3, out_order=bqhd",
+        aux=("bk",),
+        kinds=("float",),
+        cpu=False,
+    ),
 }
 
 
@@ -139,6 +151,9 @@ def dense(case):
     shape = (b, h, sq, skv)
     score = np.broadcast_to(evaluate(spec.score, loads, **at), shape)
     mask = np.broadcast_to(evaluate(spec.mask, loads, **at), shape)
+    if not spec.normalized:
+        p = np.where(mask, score, 0.0)
+        return p @ v, p.sum(-1) * spec.sums
     dead = ~mask.any(-1, keepdims=True)
     x = np.where(mask, score, -np.inf)
     if spec.fill is not None:
@@ -282,7 +297,9 @@ def test_out_order_is_the_memory_order():
         assert out.permute(["bhqd".index(x) for x in order]).is_contiguous()
 
 
-@pytest.mark.parametrize("name", ["bias", "sinks", "order", "v-narrower", "window-of-size"])
+@pytest.mark.parametrize(
+    "name", ["bias", "sinks", "order", "v-narrower", "window-of-size", "sigmoid"]
+)
 @pytest.mark.parametrize("kernel", ["reference", "cpu,reference"])
 def test_opcheck(name, kernel):
     case = CASES[name]

@@ -34,6 +34,7 @@ FUNCTIONS = {
     "cosh": np.cosh,
     "atan": np.arctan,
     "erf": _erf,
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
     "pow": lambda a, b: np.power(np.asarray(a, np.float64), b),
     "inf": np.inf,
 }
@@ -110,6 +111,7 @@ def _floats(x):
         x.map(sympy.tanh),
         x.map(sympy.atan),
         x.map(E.erf),
+        x.map(E.sigmoid),
         x.map(sympy.sin),
         x.map(lambda t: sympy.exp(-sympy.Abs(t))),
         x.map(lambda t: (1 + t**2) ** sympy.Float(0.5)),

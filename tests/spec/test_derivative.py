@@ -21,6 +21,7 @@ SCORES = [
     "pow(abs(s) + 1.0, 1.5)",
     "log(pow(s, 2) + 1.0)*sin(s)",
     "atan(s) + erf(s) - cosh(0.1*s) + sinh(0.1*s)*cos(s)",
+    "s*sigmoid(0.5*s)",
     "where(s > 0.0, s, 0.1*s)",
     "max(min(s, 1.0), -1.0)",
     "max(s, -s)",

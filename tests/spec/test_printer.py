@@ -123,6 +123,7 @@ FORMULAS = [
     "tanh(s)",
     "atan(s)",
     "erf(0.1*s)",
+    "sigmoid(0.1*s - 3)",
     "sin(s) + cos(s)",
     "tan(0.03*s)",
     "sinh(0.01*s) + cosh(0.01*s)",
