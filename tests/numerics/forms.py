@@ -168,6 +168,21 @@ FORMS = [
          lengths="square"),
 ]  # fmt: skip
 BY_NAME = {x.name: x for x in FORMS}
+# Weights without a softmax, which not every family computes.
+UNNORMALISED = [
+    Form("sigmoid", "normalize=none, score=sigmoid(0.1*s - 6.0)"),
+    Form("sigmoid, causal", f"normalize=none, score=sigmoid(0.1*s - 6.0), mask={CAUSAL}"),
+    Form("sigmoid, bias", "normalize=none, score=sigmoid(0.1*s + load(0, b, h, q, kv))", ("bias",)),
+    Form("squared relu, no key", f"normalize=none, score=pow(max(0.1*s, 0), 2), mask={NARROW}",
+         lengths="long"),
+    Form("silu, padding", "normalize=none, score=0.001*s*sigmoid(0.1*s), mask=load(0, b, 0, 0, kv) != 0",
+         ("padding",)),
+    Form("decay", f"normalize=none, score=s*exp(0.1*{SLOPES}*(kv - q)), mask={CAUSAL}",
+         ("slopes",)),
+    Form("relu and its sums", "normalize=sums, score=max(0.1*s + load(0, b, kv), 0)", ("keys",)),
+    Form("sigmoid, documents", f"normalize=none, score=sigmoid(0.1*s), mask=(load(0, b, q) == load(0, b, kv)) & {CAUSAL}",
+         ("documents",), lengths="square"),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
