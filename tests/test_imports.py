@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "lower": {"runtime", "spec", *BASE},
     "frontend": {"spec", *BASE},
     "selection": {"frontend", "lower", "runtime", "spec", *BASE},
-    "pipeline": {"selection", "frontend", "lower", "runtime", "spec", *BASE},
+    "mask_tensors": {"selection", "frontend", "lower", "runtime", "spec", *BASE},
+    "pipeline": {"mask_tensors", "selection", "frontend", "lower", "runtime", "spec", *BASE},
     **dict.fromkeys(BASE, BASE),
 }
 # Entry points stand above the pipeline and may import anything.

@@ -101,6 +101,48 @@ def streaming(b, h, q, kv, sinks=4, window=30):
     return (q >= kv) & ((kv < sinks) | (q - kv <= window))
 
 
+def dilated_natten(b, h, q, kv, kernel=3, dilation=2):
+    """NATTEN among the pixels whose row and column have the query's remainder."""
+    (row, column), (kv_row, kv_column) = pixels(q), pixels(kv)
+    near = ((row - kv_row).abs() <= dilation * (kernel // 2)) & (
+        (column - kv_column).abs() <= dilation * (kernel // 2)
+    )
+    return (
+        near & (row % dilation == kv_row % dilation) & (column % dilation == kv_column % dilation)
+    )
+
+
+def square_tiles(b, h, q, kv, tile=4, kernel=1):
+    """STA of an image: windows of whole tiles of 4 x 4 pixels, numbered tile by tile."""
+    across = WIDTH // tile
+    (row, column), (kv_row, kv_column) = (
+        (x // tile**2 // across, x // tile**2 % across) for x in (q, kv)
+    )
+    return ((row - kv_row).abs() <= kernel) & ((column - kv_column).abs() <= kernel)
+
+
+def morton(b, h, q, kv, window=2):
+    """A square of pixels in Morton order, whose bits are the row's and the column's in turn."""
+
+    def place(x):
+        row = sum((x // 2 ** (2 * i + 1)) % 2 * 2**i for i in range(3))
+        column = sum((x // 2 ** (2 * i)) % 2 * 2**i for i in range(4))
+        return row, column
+
+    (row, column), (kv_row, kv_column) = place(q), place(kv)
+    return ((row - kv_row).abs() <= window) & ((column - kv_column).abs() <= window)
+
+
+def global_tokens(b, h, q, kv, tokens=20, window=18):
+    """Longformer: some tokens see all and are seen by all, the others their neighbours."""
+    return (q < tokens) | (kv < tokens) | ((q - kv).abs() <= window)
+
+
+def block_sparse(b, h, q, kv, block=16, stride=3):
+    """Sparse transformers: one's own block, and every third before it."""
+    return (q >= kv) & ((q // block == kv // block) | (kv // block % stride == stride - 1))
+
+
 MASKS = {
     f.__name__: f
     for f in (
@@ -115,6 +157,11 @@ MASKS = {
         frames,
         by_head,
         streaming,
+        dilated_natten,
+        square_tiles,
+        morton,
+        global_tokens,
+        block_sparse,
     )
 }
 
@@ -153,6 +200,31 @@ def prefixes(b, h, q, kv, lengths):
     return (kv < lengths[b]) | (q >= kv)
 
 
+# Of each text token: which image it follows (flamingo); of each token: its image (transfusion).
+IMAGES = torch.stack([torch.arange(LENGTH) // x for x in (32, 50)])
+SPANS = torch.where(torch.arange(LENGTH) % 40 < 25, torch.arange(LENGTH) // 40 + 1, 0)
+OFFSETS = torch.tensor([0, 40, 48, 100, 128])
+
+
+def flamingo(b, h, q, kv, images):
+    """Text to image tokens: 32 of each image, those of the last image before the text."""
+    return images[b, q] == kv // 32
+
+
+def transfusion(b, h, q, kv, spans):
+    """Causal text, and images whose tokens see one another."""
+    return (q >= kv) | ((spans[q] == spans[kv]) & (spans[q] != 0))
+
+
+def jagged(b, h, q, kv, offsets):
+    """Sequences behind one another, by their offsets alone."""
+
+    def sequence(x):
+        return (x.unsqueeze(-1) >= offsets[1:]).sum(-1)
+
+    return (sequence(q) == sequence(kv)) & (q >= kv)
+
+
 # name -> (mask, the tensors that it captures)
 MASKS_OF_DATA = {
     "documents": (documents, (DOCUMENTS,)),
@@ -161,6 +233,9 @@ MASKS_OF_DATA = {
     "documents with prefixes": (document_prefixes, (DOCUMENTS, STARTS)),
     "padding": (padding, (PADDED,)),
     "prefixes": (prefixes, (PREFIXES,)),
+    "flamingo": (flamingo, (IMAGES,)),
+    "transfusion": (transfusion, (SPANS,)),
+    "jagged": (jagged, (OFFSETS,)),
 }
 
 
