@@ -8,6 +8,7 @@ and dtype. It prints the report and compares with eager.
 from __future__ import annotations
 
 import re
+import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -216,13 +217,18 @@ def _lines(region: RegionReport) -> list[str]:
 
 
 def _says_the_same(script: str, region: RegionReport) -> bool:
-    module: dict[str, Any] = {"__name__": "repro"}
-    exec(compile(script, "repro.py", "exec"), module)
-    settings = module["SETTINGS"]
-    report = explain_with(
-        rewritten, module["attention"], module["inputs"](), {}, settings["options"],
-        settings["training"],
-    )  # fmt: skip
+    module = types.ModuleType("fa3_compile_repro")
+    # Dynamo of torch 2.11 imports a function's module by its name to read its globals.
+    sys.modules[module.__name__] = module
+    try:
+        exec(compile(script, "repro.py", "exec"), module.__dict__)
+        settings = module.SETTINGS
+        report = explain_with(
+            rewritten, module.attention, module.inputs(), {}, settings["options"],
+            settings["training"],
+        )  # fmt: skip
+    finally:
+        del sys.modules[module.__name__]
     return any((r.fused, r.code) == (region.fused, region.code) for r in report.regions)
 
 

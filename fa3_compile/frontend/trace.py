@@ -47,6 +47,7 @@ KEPT_WHOLE = (
     aten._safe_softmax.default,
     aten.nan_to_num.default,
     aten.logsumexp.default,
+    aten.linalg_vector_norm.default,
 )
 
 
@@ -121,7 +122,8 @@ def _shadow(gm: fx.GraphModule, scope: _Scope) -> Shadow:
 @functools.cache
 def _decompositions() -> dict:
     table = dict(torch._decomp.core_aten_decompositions())
-    # Kept whole: their element rules are shorter than what they decompose into.
+    # Kept whole: what is known of them is shorter than what they decompose into, and torch
+    # versions differ in which they decompose.
     for op in KEPT_WHOLE:
         table.pop(op, None)
     return table
