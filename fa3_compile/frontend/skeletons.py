@@ -30,7 +30,7 @@ NO_ATTENTION = frozenset(
 
 @dataclass
 class Skeleton:
-    """A product with V, and the softmaxes that its weights are made of.
+    """A product with V, and the softmaxes that its weights are made of, or the weights themselves.
 
     nearest  whether it is the first product after one of them; only then is it worth saying why
              it is no attention
