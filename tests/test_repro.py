@@ -1,5 +1,8 @@
 """`python -m fa3_compile repro`: a region cut out of a model says of itself what it said there."""
 
+import sys
+import types
+
 import pytest
 import torch
 from torch import nn
@@ -37,9 +40,10 @@ def x():
 
 
 def run(script):
-    module = {"__name__": "repro"}
-    exec(script, module)
-    return module
+    """The script imported, which registers it: Dynamo may read a function's globals there."""
+    sys.modules["repro"] = module = types.ModuleType("repro")
+    exec(script, module.__dict__)
+    return module.__dict__
 
 
 def test_the_first_region_that_was_left_is_cut_out_and_declines_alike():
