@@ -44,7 +44,8 @@ def killed(expr: Expr, reach: float) -> Boolean:
     if (bias := bias_of(expr)) is not None:
         return bias[1] <= 0 if _is_fill(-bias[0], reach) else sympy.false
     if isinstance(expr, floored):
-        return killed(expr.args[0], reach)
+        x, floor, _ = expr.args
+        return killed(x, reach) if _is_fill(floor, reach) else sympy.false
     if isinstance(expr, where):
         condition, a, b = expr.args
         if_true, if_false = killed(a, reach), killed(b, reach)
@@ -76,7 +77,8 @@ def killed(expr: Expr, reach: float) -> Boolean:
 def live(expr: Expr, reach: float) -> Expr:
     """The expression where it is not killed: the branches that are out of reach dropped."""
     if isinstance(expr, floored):
-        return live(expr.args[0], reach)
+        x, floor, _ = expr.args
+        return live(x, reach) if _is_fill(floor, reach) else expr
     if isinstance(expr, where):
         condition, a, b = expr.args
         if S in condition.free_symbols or bias_of(expr):

@@ -75,6 +75,10 @@ ORDERS = {
     "-inf by the score, then lowest": lambda s: s.masked_fill(s < 0.5, -INF).masked_fill(
         upper(), LOWEST
     ),
+    "-inf by the score and by the place, above a floor": lambda s: torch.max(
+        s.masked_fill(s < 0.5, -INF).masked_fill(upper(), -INF), torch.tensor(LOWEST)
+    ),
+    "-inf above a floor": lambda s: s.masked_fill(upper(), -INF).clamp(min=LOWEST),
     "added by the score and by the place": lambda s: (
         s + torch.where(s > 0.5, 0, LOWEST) + upper() * LOWEST
     ),
