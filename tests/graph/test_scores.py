@@ -127,6 +127,15 @@ def test_functions_of_large_scores(function):
     check(attention, *large())
 
 
+@pytest.mark.parametrize("name", ["asin", "acos", "atanh", "acosh"])
+def test_inverse_functions(name):
+    def attention(q, k, v):
+        s = scores_of(q, k)
+        return attend(getattr(torch, name)(s.abs() + 2 if name == "acosh" else 0.9 * s.tanh()), v)
+
+    assert [region.fused for region in check(attention, *qkv()).regions] == [True]
+
+
 def test_functions_that_are_undefined_where_they_are_masked():
     def square_root(s):
         return (s - (-distance()).sqrt()).masked_fill(distance() > 0, -INF)

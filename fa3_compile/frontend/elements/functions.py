@@ -77,6 +77,10 @@ def _asinh(x: Expr) -> Expr:
     return sympy.sign(x) * sympy.log(size + sympy.sqrt(size**2 + 1))
 
 
+def _asin(x: Expr) -> Expr:
+    return sympy.atan(x / sympy.sqrt((1 - x) * (1 + x)))
+
+
 # As functions that overflow neither themselves nor in their derivative.
 UNARY = {
     aten.exp.default: sympy.exp,
@@ -96,6 +100,10 @@ UNARY = {
     aten.mish.default: lambda x: x * sympy.tanh(_softplus(x)),
     aten.erfc.default: lambda x: 1 - E.erf(x),
     aten.asinh.default: _asinh,
+    aten.acosh.default: lambda x: sympy.log(x + sympy.sqrt(x - 1) * sympy.sqrt(x + 1)),
+    aten.atanh.default: lambda x: sympy.log((1 + x) / (1 - x)) / 2,
+    aten.asin.default: _asin,
+    aten.acos.default: lambda x: math.pi / 2 - _asin(x),
     aten.exp2.default: lambda x: sympy.exp(x * math.log(2)),
     aten.expm1.default: lambda x: sympy.exp(x) - 1,
     aten.log2.default: lambda x: sympy.log(x) / math.log(2),
