@@ -8,7 +8,7 @@
 // in the order of the accumulators: through shared memory (FlashAttention-3) it would take a fifth
 // of that memory's bandwidth, which bounds this kernel as much as the tensor cores do.
 #pragma once
-#include "sm90/backward_block.cuh"
+#include "sm90/backward_consumer.cuh"
 
 namespace fa3 {
 
@@ -43,8 +43,8 @@ struct BackwardConfig {
 };
 
 template <class Config, class Variant>
-struct AttentionBackward : BackwardBlock<Config, Variant> {
-  using Block = BackwardBlock<Config, Variant>;
+struct AttentionBackward : BackwardConsumer<Config, Variant> {
+  using Block = BackwardConsumer<Config, Variant>;
   using typename Block::Consumer, typename Block::Dtype, typename Block::ElementBits,
       typename Block::OTile, typename Block::Params, typename Block::QTile,
       typename Block::RowValues, typename Block::TileTerms;
@@ -233,31 +233,12 @@ struct AttentionBackward : BackwardBlock<Config, Variant> {
   }
 
   FA3_DEVICE void consume() const {
-    Consumer c = Block::consumer();
-    TileRing tiles = this->ring();
-    for (;;) {
-      TileCoord tile = tiles.receive();
-      if (tile.query_block < 0) break;
-      QuerySequence seq = this->sequence(tile);
-      if (seq.count > 0) attend(c, tile, seq);
-      else this->store_zeros(tile);
-    }
-    if (Variant::kTileGradient) bulk_wait();
+    this->each_tile([&](Consumer& c, const TileCoord& tile, const QuerySequence& seq) {
+      attend(c, tile, seq);
+    });
   }
 
-  FA3_DEVICE static void run(const Params& p) {
-    extern __shared__ char memory[];
-    AttentionBackward self{{p, (shared_address(memory) + 1023) & ~1023u}};
-    if (threadIdx.x == 0) self.init_barriers();
-    __syncthreads();
-    if (threadIdx.x < 128) {
-      shrink_registers<Config::kProducerRegisters>();
-      if (threadIdx.x == 0) self.produce();
-    } else {
-      grow_registers<Config::kConsumerRegisters>();
-      self.consume();
-    }
-  }
+  FA3_DEVICE static void run(const Params& p) { run_backward<AttentionBackward>(p); }
 };
 
 }  // namespace fa3

@@ -5,7 +5,7 @@
 //   scores    dP^T = V dO^T, dS^T = P^T (dP^T - delta) dscore/ds, dK += dS^T Q; shares dS^T
 // and some columns of dQ = dS K each, the weights' warpgroup one query block later: it is ahead.
 #pragma once
-#include "sm90/backward_block.cuh"
+#include "sm90/backward_consumer.cuh"
 
 namespace fa3 {
 
@@ -33,8 +33,8 @@ struct WideBackwardConfig {
 };
 
 template <class Config, class Variant>
-struct WideAttentionBackward : BackwardBlock<Config, Variant> {
-  using Block = BackwardBlock<Config, Variant>;
+struct WideAttentionBackward : BackwardConsumer<Config, Variant> {
+  using Block = BackwardConsumer<Config, Variant>;
   using typename Block::Consumer, typename Block::Dtype, typename Block::ElementBits,
       typename Block::OTile, typename Block::Params, typename Block::Pipe, typename Block::QTile,
       typename Block::RowValues, typename Block::TileTerms;
@@ -203,36 +203,14 @@ struct WideAttentionBackward : BackwardBlock<Config, Variant> {
   }
 
   FA3_DEVICE void consume() const {
-    Consumer c = Block::consumer();
-    TileRing tiles = this->ring();
-    for (;;) {
-      TileCoord tile = tiles.receive();
-      if (tile.query_block < 0) break;
-      QuerySequence seq = this->sequence(tile);
-      if (seq.count > 0) {
-        if (c.warpgroup == 0) attend_weights(c, tile, seq);
-        else attend_scores(c, tile, seq);
-        c.kv.advance();
-      } else {
-        this->store_zeros(tile);
-      }
-    }
-    if (Variant::kTileGradient) bulk_wait();
+    this->each_tile([&](Consumer& c, const TileCoord& tile, const QuerySequence& seq) {
+      if (c.warpgroup == 0) attend_weights(c, tile, seq);
+      else attend_scores(c, tile, seq);
+      c.kv.advance();
+    });
   }
 
-  FA3_DEVICE static void run(const Params& p) {
-    extern __shared__ char memory[];
-    WideAttentionBackward self{{p, (shared_address(memory) + 1023) & ~1023u}};
-    if (threadIdx.x == 0) self.init_barriers();
-    __syncthreads();
-    if (threadIdx.x < 128) {
-      shrink_registers<Config::kProducerRegisters>();
-      if (threadIdx.x == 0) self.produce();
-    } else {
-      grow_registers<Config::kConsumerRegisters>();
-      self.consume();
-    }
-  }
+  FA3_DEVICE static void run(const Params& p) { run_backward<WideAttentionBackward>(p); }
 };
 
 }  // namespace fa3

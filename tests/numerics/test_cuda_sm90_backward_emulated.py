@@ -38,6 +38,7 @@ HEADERS = (
     "captured", "philox", "variant", "block_map", "block_map_build", "operand_tile",
     "query_blocks", "query_map", "scheduler", "fragment", "tile_ring", "backward_rows",
 )  # fmt: skip
+HOPPER_HEADERS = ("backward_block", "backward_weigher", "backward_consumer")
 ENTRY = """
 extern "C" void {name}(const void* p, unsigned x, unsigned y, unsigned z, int threads) {{
   launch<{kernel}, {kernel}::Params>(p, x, y, z, threads);
@@ -52,9 +53,7 @@ def between(text: str, first: str, last: str) -> str:
 
 def header(name: str) -> str:
     """A header of the kernels without what emulated_sm90.hpp has in its place."""
-    folder = resources.kernels() / (
-        "sm90" if "bwd" in name or "backward_b" in name else "include/fa3"
-    )
+    folder = resources.kernels() / ("include/fa3" if name in HEADERS else "sm90")
     text = re.sub(r"#include.*|#pragma.*", "", (folder / f"{name}.cuh").read_text())
     if name == "captured":
         return "namespace fa3 {" + text[text.index("// min and max of CUDA") :]
@@ -74,7 +73,7 @@ def header(name: str) -> str:
 def compiled(key: CudaBackwardKey, folder) -> ctypes.CDLL:
     source = key.source()
     own = between(source, "struct alignas(8) Aux", "}  // namespace fa3")
-    main = ("backward_block", "attention_bwd_wide" if key.config.wide else "attention_bwd")
+    main = (*HOPPER_HEADERS, "attention_bwd_wide" if key.config.wide else "attention_bwd")
     emulated = resources.kernels().parent / "tests/numerics/emulated_sm90.hpp"
     parts = [f'#define DTYPE {key.dtype}\n#include "{emulated}"']
     parts += [*map(header, (*HEADERS, *main)), "namespace fa3 {", own, "}", "using namespace fa3;"]
