@@ -90,7 +90,7 @@ class _GraphBreaks:
         # Imported here, as the stages are: `import fa3_compile` stays quick.
         from fa3_compile import mask_tensors
 
-        with mask_tensors.asked() as kept:
+        with mask_tensors.asked(gm) as kept:
             compiled = self.compile_graph(gm, example_inputs, **kwargs)
         return mask_tensors.counting(compiled, kept)
 

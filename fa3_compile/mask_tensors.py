@@ -72,14 +72,16 @@ class MaskTensors:
         return values
 
 
-_asked: ContextVar[list[MaskTensors] | None] = ContextVar("asked", default=None)
+_asked: ContextVar[tuple[fx.GraphModule, list[MaskTensors]] | None]
+_asked = ContextVar("asked", default=None)
 
 
 @contextmanager
-def asked() -> Iterator[list[MaskTensors]]:
-    """Keeps the mask tensors of the regions that are rewritten inside the `with` block."""
+def asked(gm: fx.GraphModule) -> Iterator[list[MaskTensors]]:
+    """Keeps the mask tensors of the regions of `gm` that are rewritten inside the `with` block;
+    not those of its checkpoints' bodies, whose inputs are not the graph's."""
     found: list[MaskTensors] = []
-    token = _asked.set(found)
+    token = _asked.set((gm, found))
     try:
         yield found
     finally:
@@ -88,12 +90,12 @@ def asked() -> Iterator[list[MaskTensors]]:
 
 def keep(gm: fx.GraphModule, region: Region, entry: RegionReport) -> None:
     """Keeps what the mask of a rewritten region reads, if anyone asked and it can be kept."""
-    found = _asked.get()
+    asked_of, found = _asked.get() or (None, [])
+    if asked_of is not gm or not region.spec.mask.has(load) or region.sizes:
+        return
     layout = region.layout
     sizes = (layout.batch, [*layout.kv_heads, *layout.group], layout.query)
     lengths = [*map(layout.total, sizes), region.key_length]
-    if found is None or not region.spec.mask.has(load) or region.sizes:
-        return
     if not all(x.is_Integer for x in lengths) or lengths[2] * lengths[3] > MOST_ELEMENTS:
         return
     read = {x.tensor for x in region.spec.mask.atoms(load)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from fa3_compile.backend import rewritten
 from fa3_compile.explaining import explain_with
@@ -66,6 +67,15 @@ def test_mask_that_is_dear_to_compute_is_not():
         return masked(q, k, v, (k @ gate)[:, :, None, :, 0] > 0)
 
     assert str(tiles_of(attention, *inputs(), normal(4, 1).detach())) == "known when it runs"
+
+
+def test_mask_of_a_checkpoint_is_not():
+    def attention(q, k, v, seen):
+        return checkpoint(masked, q, k, v, seen, use_reentrant=False)
+
+    seen = torch.ones(LENGTH, LENGTH, dtype=torch.bool)
+    q, k, v = (x.requires_grad_() for x in inputs())
+    assert str(tiles_of(attention, q, k, v, seen)) == "known when it runs"
 
 
 def test_mask_that_is_written_to_is_not():
