@@ -34,7 +34,6 @@ def test_the_gallery_shows_every_form_fused(pages):
         assert f"def {function.__name__}(" in gallery
     # A picture for each mask that positions alone decide, or decide in part.
     assert gallery.count("<svg") == 14
-    assert "tiles: known when it runs" in gallery
     assert "`50*tanh(0.005*s)`" in gallery
     assert "ALiBi + causal" in gallery
     assert "stays with Inductor" in gallery and "`cuda_sm90`" in gallery
