@@ -27,6 +27,9 @@ NO_ATTENTION = frozenset(
     product-axes product-chain product-read-twice single-key weights-on-both-sides""".split()
 )
 
+# What the norms of layers begin with, and what no weights without a softmax are read through.
+NORMS = ("aten.sum.", "aten.mean.", "aten.var")
+
 
 @dataclass
 class Skeleton:
@@ -45,8 +48,9 @@ class Skeleton:
 
     def worth_saying(self, decline: Decline) -> bool:
         """Whether a reader who looks for attention wants to know why this is none."""
-        attends = self.softmaxes[0].normalizes or decline.code not in NO_ATTENTION
-        return self.nearest and attends
+        normed = decline.code == "not-pointwise" and decline.message.startswith(NORMS)
+        none = decline.code in NO_ATTENTION or normed
+        return self.nearest and (self.softmaxes[0].normalizes or not none)
 
     def softmax_holder(self, shadow: Shadow) -> fx.Node:
         """The Dynamo node of the softmax, the line that its reader would call the attention."""
