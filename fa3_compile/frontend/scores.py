@@ -70,9 +70,11 @@ def read_scores(
 
 
 def _around_a_product(softmax: Softmax, holder, read, shadow: Shadow) -> Scores:
-    """The reading around the first product before the softmax that can be read around."""
+    """The reading around a product before the softmax: the largest that can be read around, since
+    what the others give, position terms of a few heads, is read from memory. The nearest of equals.
+    """
     first: Decline | None = None
-    for node in products_before(softmax.scores):
+    for node in sorted(products_before(softmax.scores), key=_extent, reverse=True):
         try:
             return read(Product(node))
         except Opaque as opaque:
@@ -85,6 +87,12 @@ def _around_a_product(softmax: Softmax, holder, read, shadow: Shadow) -> Scores:
         "Take the softmax of a product of queries and keys.",
         message="the softmax is not of a product's result",
     )
+
+
+def _extent(product: fx.Node) -> tuple[int, int]:
+    """What products are compared by: dimensions, then elements where their number is known."""
+    shape = product.meta["val"].shape
+    return len(shape), math.prod(shape) if all(isinstance(n, int) for n in shape) else 0
 
 
 def _positions(softmax: Softmax, at: Index, key_length: Expr, holder) -> tuple[Index, list[Expr]]:

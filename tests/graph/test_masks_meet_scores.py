@@ -266,6 +266,17 @@ def test_bias_made_of_the_queries():
     )
 
 
+@pytest.mark.parametrize("heads", [(), (H,)], ids=["shared", "of each head"])
+def test_bias_that_is_a_product_of_positions(heads):
+    # The larger product is that of queries and keys, wherever the bias stands.
+    def attention(q, k, v, table):
+        return attend(table @ table.mT + scores_of(q, k), v)
+
+    report = check(attention, *qkv(), normal(*heads, S, 3))
+    index = "h, q, kv" if heads else "q, kv"
+    assert specs(report) == f"attention(score=load(0, {index}) + 0.25*s, aux=[float])"
+
+
 def test_distances_by_products():
     # -|q - k|^2, expanded as everyone writes it.
     def attention(q, k, v):
