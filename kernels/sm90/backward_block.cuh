@@ -235,7 +235,8 @@ struct BackwardBlock {
   // One of this thread's two keys; past the last key that one, where the variant reads it.
   FA3_DEVICE static int key(const TileTerms& t, int r) {
     int kv = t.first_kv + 8 * r;
-    bool read = Variant::kScore || Variant::kMask || Variant::kColumnMask || Variant::kDerivative;
+    bool read = Variant::kScore || Variant::kMask || Variant::kColumnMask ||
+                Variant::kDerivative || Variant::kWeight;
     return read ? min(kv, t.at.keys - 1) : kv;
   }
 
