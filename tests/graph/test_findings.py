@@ -140,3 +140,12 @@ def test_multihead_attention(options, need_weights):
     padding = torch.arange(11) >= torch.tensor([[11], [6]])
     k, v = normal(B, 11, options.get("kdim", 32)), normal(B, 11, options.get("vdim", 32))
     assert len(check(Attention(), normal(B, 9, 32), k, v, padding).fused) == 1
+
+
+def test_booleans_among_the_outputs():
+    def attention(q, k, v):
+        scores = q @ k.mT
+        return scores.softmax(-1) @ v, (q > 0).any(-1)
+
+    [region] = check(attention, *qkv()).regions
+    assert region.fused
