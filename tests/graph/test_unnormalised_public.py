@@ -91,9 +91,8 @@ def test_retention():
 
 
 def test_retention_divided_by_sizes_that_are_held_constant():
-    assert_expected_inline(
-        specs(check(Retention(rows=True), normal(B, S, 32))), """lift: not-pointwise"""
-    )
+    # The sum of sizes of weights of both signs is not what the op gives.
+    assert check(Retention(rows=True), normal(B, S, 32)).fused == []
 
 
 def test_linear_attention_in_its_quadratic_form():
