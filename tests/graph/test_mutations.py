@@ -49,7 +49,7 @@ WRITES = {
     "in place by position": lambda x: F.leaky_relu(x, 0.1, True),
     "out by position": lambda x: F.normalize(x, 2.0, -1, 1e-12, x),
     "in-place operator as a method": lambda x: x.__ipow__(2),
-    "list of tensors": lambda x: torch._foreach_mul_([x], 2.0),
+    "list of tensors": lambda x: torch.ops.aten._foreach_mul_([x], 2.0),
     "aten": lambda x: torch.ops.aten.mul_(x, 2),
     "aten overload": lambda x: torch.ops.aten.mul_.Scalar(x, 2),
     "custom operator": double,
