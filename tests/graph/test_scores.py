@@ -437,7 +437,7 @@ def test_positions_of_all_but_the_first_token():
     bias = normal(H, S - 1, S - 1).requires_grad_()
     assert_expected_inline(
         specs(check(attention, *qkv(), bias)),
-        """attention(score=where(q >= 1, where(kv >= 1, load(0, h, mod(q - 1, 19), mod(kv - 1, 19)) + 0.25*s, 0.25*s), 0.25*s), aux=[float])""",
+        """attention(score=where(q >= 1, where(kv >= 1, load(0, h, mod(q - 1, 23), mod(kv - 1, 23)) + 0.25*s, 0.25*s), 0.25*s), aux=[float])""",
     )
     assert specs(check(moved, *qkv(), bias)) == "detect: product-read-twice"
 
