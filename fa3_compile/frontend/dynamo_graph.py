@@ -84,8 +84,9 @@ def storage_of(node: fx.Node) -> int | None:
 def may_be_infinite(node: fx.Node) -> bool:
     """Whether a float may be -inf or inf: one that is given, or made with an infinite constant.
 
-    Parameters, integers, and what is computed of them by finite numbers count as finite. So does
-    a product of matrices, as Q K^T itself: infinity among its terms is NaN in its sums.
+    Parameters that learn, integers, and what is computed of them by finite numbers count as finite;
+    a frozen parameter may be a mask. So does a product of matrices, as Q K^T itself: infinity among
+    its terms is NaN in its sums.
     """
     seen: set[fx.Node] = set()
     stack = [node]
@@ -98,7 +99,7 @@ def may_be_infinite(node: fx.Node) -> bool:
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             continue
         if current.op in ("placeholder", "get_attr"):
-            if not isinstance(value, torch.nn.Parameter):
+            if not isinstance(value, torch.nn.Parameter) or not value.requires_grad:
                 return True
             continue
         numbers = _flat([*current.args, *current.kwargs.values()])
