@@ -179,7 +179,9 @@ class TestMasks:
             return e / e.sum(-1, keepdim=True) @ v
 
         report = check(attention, *qkv(), torch.linspace(-1, 2, S))
-        assert specs(report) == "detect: not-exponential"
+        assert specs(report) == (
+            "attention(normalize=sums, score=exp(0.25*s)*load(0, kv), aux=[float])"
+        )
 
     def test_masked_twice(self):
         def normalise(s):
