@@ -46,6 +46,9 @@ log = logging.getLogger(__name__)
 # What the kernels that take lists of blocks walk over.
 WALKS = {"key_blocks": "q", "query_blocks": "kv"}
 ROW_TERMS = TritonConfig(64, 64, 4, 2)
+# Bytes of one matrix of float32 scores. Up to here eager's memory is no matter, and cuBLAS, which
+# blocks float32 products far better than 32 x 32 tiles do, is taken for its gradients.
+LARGE_SCORES = 2**30
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,10 @@ class Wanted:
 def supports_backward(problem: Problem) -> str | None:
     """None, or why these gradients are left to the reference, as a sentence."""
     spec = problem.spec
+    if problem.dtype == torch.float32 and problem.device.type == "cuda":
+        scores = 4 * problem.batch * problem.heads * problem.q_len * problem.kv_len
+        if spec.normalized and scores < LARGE_SCORES:
+            return "float32 gradients of less than 1 GiB of scores are left to cuBLAS"
     wanted = tuple(i for i, n in enumerate(problem.aux_needs_grad) if n)
     if reason := _unsupported(spec, wanted):
         return reason
