@@ -19,7 +19,7 @@ from fa3_compile.frontend.sizes import hint
 from fa3_compile.spec import simplify, unnormalised
 from fa3_compile.spec.expr import KV, Expr, Q, load, loads_in
 from fa3_compile.spec.index import Ranges, is_nonnegative
-from fa3_compile.spec.separate import Separated, separate, unmasked, without_dead_rows
+from fa3_compile.spec.separate import Separated, in_float32, separate, unmasked, without_dead_rows
 
 Fields = tuple[Separated, Expr, tuple[Expr, ...]]
 
@@ -48,7 +48,7 @@ def read_fields(
     witnesses = [sympy.S.Zero, reading.key_length - 1]
     if is_nonnegative(reading.key_length - ranges[Q]):
         witnesses += [Q, Q + reading.key_length - ranges[Q]]
-    separated = without_dead_rows(separated, witnesses)
+    separated = in_float32(without_dead_rows(separated, witnesses))
     if softmax.less_logsumexp and _has_large_fill(separated):
         raise Decline(
             "rows-of-fill",

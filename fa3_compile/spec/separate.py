@@ -7,13 +7,13 @@ fill that a large score could meet (-10000, -1e9) stays a bias, unless the score
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 from sympy.logic.boolalg import Boolean
 
 from fa3_compile.spec import fills
-from fa3_compile.spec.expr import KV, Expr, load
+from fa3_compile.spec.expr import KV, Expr, load, where
 from fa3_compile.spec.simplify import (
     assuming,
     exact_at_one,
@@ -99,3 +99,20 @@ def without_dead_rows(separated: Separated, witnesses: list[Expr]) -> Separated:
             certain = not separated.may_lose_rows
             return Separated(separated.score, separated.mask, "nan", None, certain)
     return separated
+
+
+def in_float32(separated: Separated) -> Separated:
+    """Values beyond float32's, such as twice finfo.min, are infinite there."""
+    score, fill = (x if x is None else _in_float32(x) for x in (separated.score, separated.fill))
+    assert score is not None
+    return replace(separated, score=score, fill=fill)
+
+
+def _in_float32(expr: Expr) -> Expr:
+    """Of whole values only: a number in a sum may be taken back by the rest of it."""
+    if expr.is_Float and abs(expr) > -fills.LOWEST:
+        return sympy.oo if expr > 0 else -sympy.oo
+    return expr.replace(
+        lambda x: isinstance(x, where),
+        lambda x: where(x.args[0], *(_in_float32(y) if y.is_Float else y for y in x.args[1:])),
+    )

@@ -129,8 +129,8 @@ def programs(draw: st.DrawFn) -> Program:
         "kernels": one_of(("reference",), ("cpu", "reference")),
     }
     if dead and softmax == "unshifted":
-        # A fill that is an input there: whether its exponential vanishes is not known.
-        run["dynamic"] = None
+        # 0 / 0 in eager, where all of a row vanishes: docs/numerics.md.
+        softmax = "by hand"
     if dead and fill in ("-1e4", "-65504"):
         # A row that is all -1e4 has scores of three digits: any other order rounds otherwise.
         run["kernels"] = ("reference",)

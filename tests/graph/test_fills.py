@@ -137,3 +137,18 @@ class TestHints:
             lambda q, k, v: attend(scores_of(q, k).masked_fill(future(), LOWEST), v)
         )
         assert not self.hint(lambda q, k, v: attend(F.leaky_relu(q @ k.mT * SCALE), v))
+
+
+class TestBeyondFloat32:
+    def test_the_least_number_twice_is_infinite(self):
+        def attention(q, k, v, lengths):
+            at = torch.arange(S)
+            s = scores_of(q, k).masked_fill(at >= lengths[:, None, None, None], -INF)
+            bias = torch.where(at > at[:, None], LOWEST, 0.0)
+            return attend(s + bias + bias, v)
+
+        spec = specs(check(attention, *qkv(), torch.tensor([S, 0])))
+        assert_expected_inline(
+            spec,
+            """attention(score=0.25*s, mask=(kv < load(0, b)) & (kv <= q), dead=score, fill=where(kv >= load(0, b), -inf, 0.25*s) + where(kv >= q + 1, -inf, 0), aux=[int])""",
+        )
