@@ -11,7 +11,7 @@ import sympy
 import torch
 from torch import fx
 
-from fa3_compile.frontend.lift import Element, Index, Opaque, sym
+from fa3_compile.frontend.lift import Element, Index, Opaque, ancestors, sym
 from fa3_compile.frontend.shadow_operators import UNKNOWN
 
 # Above this, computing the value would cost more than it can save.
@@ -95,11 +95,7 @@ def _constant(node: fx.Node) -> torch.Tensor:
 def _sources(node: fx.Node) -> set[fx.Node]:
     """What the node is made of. `Opaque` if an input, a random number or a dynamic size is."""
     seen: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current in seen:
-            continue
+    for current in ancestors(node):
         seen.add(current)
         value = current.meta.get("val")
         if current.op == "placeholder" or len(seen) > MOST_NODES:
@@ -118,5 +114,4 @@ def _sources(node: fx.Node) -> set[fx.Node]:
             and not isinstance(value, (tuple, list))
         ):
             raise Opaque(node, "a dynamic number")
-        stack.extend(current.all_input_nodes)
     return seen

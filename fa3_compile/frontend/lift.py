@@ -6,7 +6,7 @@ A tensor that has no rule, or whose rule would be dearer than reading it, is a l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import sympy
@@ -255,6 +255,18 @@ def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
             seen.add(node)
             stack.extend(node.users)
     return seen
+
+
+def ancestors(node: fx.Node) -> Iterator[fx.Node]:
+    """The node and everything that it is computed from, each once, found as it is asked for."""
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current not in seen:
+            seen.add(current)
+            yield current
+            stack.extend(current.all_input_nodes)
 
 
 def declined(opaque: Opaque, shadow: Shadow) -> Decline:

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from fa3_compile.frontend.activations import activations
-from fa3_compile.frontend.lift import shape_of
+from fa3_compile.frontend.lift import ancestors, shape_of
 from fa3_compile.frontend.normalize import Softmax, unnormalised
 from fa3_compile.frontend.operands import is_movement
 from fa3_compile.frontend.product import PRODUCTS, products_before, sides_of
@@ -48,18 +48,8 @@ class PlainWeights:
         if self._given is None:
             [graph] = {holder.graph for holder in self.shadow.aten_of}
             self._given = activations(graph)
-        seen: set[fx.Node] = set()
-        stack = [node]
-        while stack:
-            current = stack.pop()
-            if current in seen:
-                continue
-            seen.add(current)
-            holders = self.shadow.dynamo_of[current] if current.op == "placeholder" else []
-            if any(x in self._given for x in holders):
-                return True
-            stack.extend(current.all_input_nodes)
-        return False
+        inputs = (x for x in ancestors(node) if x.op == "placeholder")
+        return any(x in self._given for given in inputs for x in self.shadow.dynamo_of[given])
 
 
 def _unmoved(side: fx.Node) -> fx.Node:

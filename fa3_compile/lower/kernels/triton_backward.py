@@ -20,8 +20,9 @@ from fa3_compile.lower.bound import precision
 from fa3_compile.lower.build import load
 from fa3_compile.lower.choose import Gradients, KernelBuildError, Problem, reference
 from fa3_compile.lower.config import TritonConfig
-from fa3_compile.lower.elements import Shape, elements
+from fa3_compile.lower.elements import Shape
 from fa3_compile.lower.kernels import triton_forward as forward
+from fa3_compile.lower.kernels.sinks import sink_cotangents
 from fa3_compile.lower.kernels.triton_blocks import Lists, bind_lists
 from fa3_compile.lower.kernels.triton_captured import Gathered, Layout, chained
 from fa3_compile.lower.kernels.triton_dead_rows import finish_rows
@@ -217,11 +218,7 @@ def _captured(problem, tensors, q, k, lse, aux, sizes, needs) -> list[Tensor | N
     for i, x in enumerate(key_sums(spec, wanted.aux)):
         parts.append((x, tensors[f"key_sum{i}_ptr"].unsqueeze(2)))
     if any(x.tensor in wanted.aux for x in E.loads_in(*spec.sinks)):
-        with torch.no_grad():
-            values = elements(spec.sinks, spec, shape, None, aux, sizes, torch.float32, q.device)
-            for x, value in zip(spec.sinks, values):
-                weight = torch.exp(value.to(torch.float32) - lse.unsqueeze(3))
-                parts.append((x, -weight * tensors["delta_ptr"].unsqueeze(3)))
+        parts += sink_cotangents(spec, lse, tensors["delta_ptr"], shape, aux, sizes)
     own, gathered = {}, {}
     for i, x in enumerate(dense_loads(spec, wanted.aux)):
         if (grad := tensors.get(f"dense{i}_grad")) is None:
