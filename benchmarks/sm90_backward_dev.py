@@ -97,10 +97,12 @@ def build(check: Check) -> tuple[Check, str, float]:
     if reason := backward.supports_backward(problem):
         return check, f"declined: {reason}", 0.0
     layout = layout_of(problem.spec, aux)
+    if not (keys := backward_keys_of(problem, layout)):
+        return check, "declined: a dense input that TMA cannot describe", 0.0
     try:
         if torch.cuda.is_available():
             load_first(keys_of(problem, layout))
-        key, built = load_first(backward_keys_of(problem, layout))
+        key, built = load_first(keys)
     except KernelBuildError as error:
         return check, f"does not build: {error}"[:600], 0.0
     c = key.config

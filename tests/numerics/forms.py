@@ -221,7 +221,13 @@ def inputs(form: Form, shape: Shape, dtype: torch.dtype, device: str, layout: st
     q = normal(shape.heads, shape.q_len, shape.dim)
     k = normal(shape.kv_heads, shape.kv_len, shape.dim)
     v = normal(shape.kv_heads, shape.kv_len, shape.v_dim)
-    return q, k, v, [captured(x, shape, dtype, generator).to(device) for x in form.aux]
+    return q, k, v, [moved(captured(x, shape, dtype, generator), device) for x in form.aux]
+
+
+def moved(x: Tensor, device: str) -> Tensor:
+    """With its strides: `x.to` would drop the columns that its rows are padded with."""
+    whole = x if x._base is None else x._base
+    return whole.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 def captured(kind: str, shape: Shape, dtype: torch.dtype, generator) -> Tensor:

@@ -129,8 +129,10 @@ class BoundBackward:
                 return self(problem, dout, dlse, q, k, v, out, lse, aux, sizes, needs)
         stream = torch._C._cuda_getCurrentRawStream(self.device)
         of_q, of_k, of_v = self.grad_strides
-        dq = empty_cuda(q.shape, of_q, q.dtype)
-        dk, dv = empty_cuda(k.shape, of_k, k.dtype), empty_cuda(v.shape, of_v, v.dtype)
+        # An exact tuple: the function refuses a torch.Size.
+        dq = empty_cuda(tuple(q.shape), of_q, q.dtype)
+        dk = empty_cuda(tuple(k.shape), of_k, k.dtype)
+        dv = empty_cuda(tuple(v.shape), of_v, v.dtype)
         scratch = empty_cuda((self.scratch_words,), (1,), torch.float32)
         counter, kept = self.module.counter(stream) if self.config.longest_first else (0, None)
         delta = torch.empty_like(lse) if self.keeps_delta else None
