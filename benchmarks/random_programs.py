@@ -1,12 +1,18 @@
 """Many random attention programs (tests/graph/programs.py) against float64 eager, summarised.
 
     python benchmarks/random_programs.py --count 5000 --seed 1 --out benchmarks/results/FILE.csv
+    python benchmarks/random_programs.py --device cuda --processes 14 --seconds 500 --out FILE.csv
+    TRITON_INTERPRET=1 python benchmarks/random_programs.py --kernels triton_forward
 
-Runs on the CPU: outputs, gradients and what was fused are checked, not the GPU kernels. A wrong
-program is printed as it is found, and the rest still run; the exit status is then 1. With
-`--processes n` each of n processes draws its share with a seed of its own, counted up from
-`--seed`. Rows of the CSV: a part of the grammar, its value, programs with it, fused, left as they
-were, wrong.
+On the CPU outputs, gradients and what was fused are checked; with `--device cuda`, or `--kernels`,
+also the kernels that are chosen. Each of `--processes n` draws its share with a seed of its own,
+counted up from `--seed`. A wrong program is printed as it is found, with what repeats it:
+
+    python benchmarks/random_programs.py --device cuda --seed 3 --only 117
+
+The rest still run, and the exit status is then 1. The file is written as programs are done, so
+that a run that is stopped is not lost. Its rows: a part of the grammar or the kernel family that
+ran, its value, programs with it, fused, left as they were, wrong.
 """
 
 from __future__ import annotations
@@ -14,10 +20,15 @@ from __future__ import annotations
 import argparse
 import collections
 import csv
+import itertools
+import logging
 import multiprocessing
 import sys
 import time
 import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import torch
@@ -26,37 +37,48 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from fa3_compile.lower import choose
 from tests.graph.check_program import check_program
 from tests.graph.programs import Program, programs
 
 COLUMNS = ("part", "value", "programs", "fused", "left", "wrong")
 
 
-def _zeros() -> list[int]:
-    return [0] * 4
+@dataclass
+class Outcome:
+    """What became of one program.
+
+    parts     of the grammar, and the kernel families that ran, by name
+    fused     attentions
+    wrong     what was, "" for nothing
+    is_lost   its process cannot go on
+    """
+
+    number: int
+    parts: dict[str, str]
+    fused: int
+    wrong: str
+    is_lost: bool = False
 
 
 class Tally:
     """Programs, fused, left and wrong, for each part of the grammar and its value."""
 
     def __init__(self) -> None:
-        self.counts: dict[tuple[str, str], list[int]] = collections.defaultdict(_zeros)
-        self.wrong: list[str] = []
+        self.counts: dict[tuple[str, str], list[int]] = collections.defaultdict(lambda: [0] * 4)
 
-    def add(self, program: Program, fused: int, wrong: str) -> None:
-        parts = {"all": "", **program.made_of, "expected": program.expected}
-        parts |= {name: str(value) for name, value in program.run.items()}
-        if wrong:
-            self.wrong.append(wrong)
-        for part in parts.items():
-            count = self.counts[part]
-            for i, yes in enumerate((True, fused > 0, fused == 0, bool(wrong))):
-                count[i] += yes
+    def add(self, outcome: Outcome) -> None:
+        found = (True, outcome.fused > 0, outcome.fused == 0, bool(outcome.wrong))
+        for part in ({"all": ""} | outcome.parts).items():
+            self.counts[part] = [a + b for a, b in zip(self.counts[part], found)]
 
-    def merge(self, other: Tally) -> None:
-        self.wrong += other.wrong
-        for part, counts in other.counts.items():
-            self.counts[part] = [a + b for a, b in zip(self.counts[part], counts)]
+    @property
+    def programs(self) -> int:
+        return self.counts["all", ""][0]
+
+    @property
+    def wrong(self) -> int:
+        return self.counts["all", ""][3]
 
     def write(self, path: Path, about: str) -> None:
         rows = [(*part, *count) for part, count in sorted(self.counts.items())]
@@ -65,64 +87,227 @@ class Tally:
             csv.writer(file).writerows([COLUMNS, *rows])
 
 
-def run(count: int, first_seed: int, report_every: int, out: Path | None = None) -> Tally:
-    """Draws and checks `count` programs; a seed always gives the same ones. What is done is
-    written to `out` at every report, so that a run that is stopped is not lost."""
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    tally, start = Tally(), time.perf_counter()
+@dataclass
+class Recorder:
+    """The kernel families whose kernels ran, forward and backward, since the last `take`."""
 
-    @seed(first_seed)
-    @settings(
-        max_examples=count,
-        deadline=None,
-        database=None,
-        phases=(Phase.generate,),
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(programs())
-    def each(program: Program) -> None:
-        fused, wrong = 0, ""
+    ran: dict[str, list[str]] = field(default_factory=lambda: {"run": [], "run_backward": []})
+
+    def install(self) -> None:
+        for kernel in choose.kernels():
+            for method, names in self.ran.items():
+                setattr(kernel, method, self._recorded(getattr(kernel, method), kernel.name, names))
+
+    @staticmethod
+    def _recorded(function, name: str, names: list[str]):
+        def call(*arguments):
+            before = len(names)
+            result = function(*arguments)
+            if len(names) == before:  # and it did not leave the work to another family
+                names.append(name)
+            return result
+
+        return call
+
+    def take(self) -> dict[str, str]:
+        """Without those of the attempts that follow a first one: the names, not how often."""
+        found = {x: " ".join(sorted(set(names))) for x, names in self.ran.items()}
+        for names in self.ran.values():
+            names.clear()
+        return {"forward kernel": found["run"], "backward kernel": found["run_backward"]}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """`count` programs of a seed, always the same ones; `kernels` instead of their own."""
+
+    seed: int
+    count: int
+    device: str
+    kernels: tuple[str, ...] | None
+
+    def each(self, todo: Callable[[int, Program], None]) -> None:
+        """Calls `todo(number, program)`, until the last or until that raises _Stop."""
+        number = 0
+
+        @seed(self.seed)
+        @settings(
+            max_examples=self.count,
+            deadline=None,
+            database=None,
+            phases=(Phase.generate,),
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(programs(self.device))
+        def one(program: Program) -> None:
+            nonlocal number
+            number += 1
+            if self.kernels:
+                program.run["kernels"] = self.kernels
+            todo(number, program)
+
         try:
-            fused = len(check_program(program).fused)
-        except Exception as error:
-            cause = error.__cause__ or error
-            wrong = f"{type(cause).__name__}: {cause}"
-            print(f"WRONG {program!r}\n  {wrong[:1500]}", flush=True)
-        tally.add(program, fused, wrong)
-        done = tally.counts["all", ""][0]
-        if done % report_every == 0:
-            spent = time.perf_counter() - start
-            print(f"{done} programs, {len(tally.wrong)} wrong, {spent:.0f} s", flush=True)
-            if out:
-                tally.write(out, f"seed {first_seed}, {done} programs, torch {torch.__version__}")
+            one()
+        except _Stop:
+            pass
 
-    each()
-    return tally
+
+class _Stop(KeyboardInterrupt):
+    """The time is up: the one kind of exception that Hypothesis lets through at once."""
+
+
+def _parts(program: Program) -> dict[str, str]:
+    run = {name: str(value) for name, value in program.run.items()}
+    return program.made_of | {"expected": program.expected} | run
+
+
+def _checked(number: int, program: Program, recorder: Recorder) -> Outcome:
+    outcome = Outcome(number, _parts(program), 0, "")
+    try:
+        outcome.fused = len(check_program(program).fused)
+        if program.arguments[0].is_cuda:
+            torch.cuda.synchronize()
+    except Exception as error:
+        cause = error.__cause__ or error
+        outcome.wrong = f"{program!r}\n  {type(cause).__name__}: {str(cause)[:1500]}"
+        outcome.is_lost = not _works(program.arguments[0].device)
+    outcome.parts |= recorder.take()
+    return outcome
+
+
+def _works(device: torch.device) -> bool:
+    """Whether the process can still use the GPU: a fault in a kernel is for good."""
+    try:
+        return bool((torch.ones(1, device=device) + 1).cpu()[0] == 2)
+    except RuntimeError:
+        return False
+
+
+def work(drawn: Drawn, until: float, sent: Connection) -> None:
+    """Checks programs in a process of its own; sends what is begun, and Outcomes."""
+    warnings.filterwarnings("ignore")
+    logging.basicConfig(format=f"seed {drawn.seed}: %(message).600s")
+    torch.set_num_threads(1)
+    recorder = Recorder()
+    recorder.install()
+
+    def check(number: int, program: Program) -> None:
+        if time.time() > until:
+            raise _Stop
+        sent.send((number, repr(program)))
+        outcome = _checked(number, program, recorder)
+        sent.send(outcome)
+        if outcome.is_lost:
+            raise _Stop
+
+    drawn.each(check)
+    sent.close()
+
+
+@dataclass
+class Worker:
+    """A process and what it is at.
+
+    drawn  what is still to be checked
+    begun  number and text of the program that is being checked; 0 for none
+    """
+
+    drawn: Drawn
+    process: multiprocessing.process.BaseProcess
+    received: Connection
+    begun: tuple[int, str] = (0, "")
+
+    @classmethod
+    def start(cls, drawn: Drawn, until: float) -> Worker:
+        context = multiprocessing.get_context("spawn")
+        received, sent = context.Pipe(duplex=False)
+        process = context.Process(target=work, args=(drawn, until, sent))
+        process.start()
+        sent.close()
+        return cls(drawn, process, received)
+
+    def outcome(self) -> Outcome | None:
+        """The next; None where a program is begun. EOFError after the last."""
+        try:
+            message = self.received.recv()
+        except EOFError:
+            self.process.join()
+            number, text = self.begun
+            if not number:
+                raise
+            wrong = f"{text}\n  its process ended with status {self.process.exitcode}"
+            message = Outcome(number, {}, 0, wrong, is_lost=True)
+        if not isinstance(message, Outcome):
+            self.begun = message
+            return None
+        self.begun = (0, "")
+        self.drawn = replace(self.drawn, count=self.drawn.count - 1)
+        return message
+
+
+def outcomes(drawn: Drawn, processes: int, seconds: float) -> Iterator[tuple[int, Outcome]]:
+    """(seed, Outcome) as programs are done. Where a program ends its process, another one goes on
+    with a seed of its own."""
+    until = time.time() + seconds
+    drawn = replace(drawn, count=-(-drawn.count // processes))
+    seeds = itertools.count(drawn.seed)
+    workers = [Worker.start(replace(drawn, seed=next(seeds)), until) for _ in range(processes)]
+    while workers:
+        ready = wait([worker.received for worker in workers])
+        for worker in [x for x in workers if x.received in ready]:
+            try:
+                outcome = worker.outcome()
+            except EOFError:
+                workers.remove(worker)
+                continue
+            if outcome:
+                yield worker.drawn.seed, outcome
+            if outcome and outcome.is_lost and worker.drawn.count:
+                workers.append(Worker.start(replace(worker.drawn, seed=next(seeds)), until))
+
+
+def repeat(drawn: Drawn) -> int:
+    """Checks the last program of a seed, and prints what was fused. The exit status."""
+    found: list[Program] = []
+    drawn.each(lambda _, program: found.append(program))
+    print(found[-1])
+    print(check_program(found[-1]))
+    return 0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--count", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--kernels", help="the families that may run; default: each program's own")
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after these")
+    parser.add_argument("--only", type=int, metavar="N", help="check the N-th of the seed alone")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--report-every", type=int, default=250)
     arguments = parser.parse_args()
-    share = -(-arguments.count // arguments.processes)
-    seeds = range(arguments.seed, arguments.seed + arguments.processes)
-    calls = [(share, seed, arguments.report_every) for seed in seeds]
-    tally = Tally()
-    if len(calls) == 1:
-        tally.merge(run(*calls[0], arguments.out))
-    else:
-        with multiprocessing.get_context("spawn").Pool(len(calls)) as pool:
-            for part in pool.starmap(run, calls):
-                tally.merge(part)
-    about = f"seeds {seeds[0]} to {seeds[-1]}, {share} programs each, torch {torch.__version__}"
-    print(f"{tally.counts['all', ''][0]} programs, {len(tally.wrong)} wrong ({about}, CPU)")
-    if arguments.out:
-        tally.write(arguments.out, about)
+    kernels = tuple(arguments.kernels.split(",")) if arguments.kernels else None
+    drawn = Drawn(arguments.seed, arguments.only or arguments.count, arguments.device, kernels)
+    if arguments.only:
+        return repeat(drawn)
+    where = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
+    tally, start = Tally(), time.time()
+
+    def report() -> None:
+        spent = f"{time.time() - start:.0f} s"
+        print(f"{tally.programs} programs, {tally.wrong} wrong, {spent}", flush=True)
+        if arguments.out:
+            about = f"{tally.programs} programs in {spent}, torch {torch.__version__}, {where}"
+            tally.write(arguments.out, about)
+
+    for of_seed, outcome in outcomes(drawn, arguments.processes, arguments.seconds):
+        tally.add(outcome)
+        if outcome.wrong:
+            print(f"WRONG {outcome.wrong}\n  --seed {of_seed} --only {outcome.number}", flush=True)
+        if outcome.wrong or tally.programs % arguments.report_every == 0:
+            report()
+    report()
     return 1 if tally.wrong else 0
 
 

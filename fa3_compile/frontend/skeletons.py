@@ -83,6 +83,9 @@ def skeletons(shadow: Shadow) -> Iterator[Skeleton]:
     found += [(p, p, plain.pop(p), True) for p in [*plain] if p not in finder.taken]
     for product, last, of, is_nearest in sorted(found, key=lambda x: order[x[0]]):
         output = _output_node(shadow, last)
+        if output is None and is_nearest:
+            # No node holds the product, which is then declined, in the softmax's name.
+            output = next(iter(shadow.dynamo_of.get(of[-1].node, ())), None)
         if output is not None:
             weights = plain.get(product, []) if last is product else []
             yield Skeleton(of, product, output, is_nearest, weights)

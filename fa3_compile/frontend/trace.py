@@ -49,6 +49,13 @@ KEPT_WHOLE = (
     aten.logsumexp.default,
     aten.linalg_vector_norm.default,
 )
+NOT_READING = (
+    MARK,
+    aten.sym_size.int,
+    aten.sym_stride.int,
+    aten.sym_numel.default,
+    aten.sym_storage_offset.default,
+)
 
 
 @dataclass
@@ -68,8 +75,8 @@ class Shadow:
     declined: list[Decline] = field(default_factory=list)
 
     def users(self, node: fx.Node) -> list[fx.Node]:
-        """The readers of a shadow node, markers left out."""
-        return [user for user in node.users if user.target is not MARK]
+        """The readers of a shadow node's elements: markers and questions of sizes left out."""
+        return [user for user in node.users if user.target not in NOT_READING]
 
 
 def shadow(gm: fx.GraphModule) -> Shadow | None:
@@ -366,6 +373,8 @@ def _connect(
     traced: fx.GraphModule, cuts: list[fx.Node], marks: _Marks, declined: list[Decline]
 ) -> Shadow:
     graph = traced.graph
+    # What functionalisation made of an alias that nobody reads would count as a second reader.
+    graph.eliminate_dead_code()
     aten_of: dict[fx.Node, fx.Node] = {}
     dynamo_of: dict[fx.Node, list[fx.Node]] = {}
     since: dict[tuple[fx.Node, fx.Node], fx.Node] = {}

@@ -1,57 +1,77 @@
 """What random attention programs are made of: layouts, masks, score modifiers, softmaxes, and
 weights without one.
 
-Everything takes its sizes from the tensors it is given, so that a program may run with dynamic
-shapes, and its dtype from the scores, so that float64 eager is the same program.
+Everything takes its sizes and device from the tensors it is given, so that a program may run with
+dynamic shapes, and its dtype from the scores, so that float64 eager is the same program.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BATCH, HEADS, DIM = 2, 4, 8
+BATCH, HEADS = 2, 4
 Scores = Callable[[Tensor], Tensor]
 
 
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+@dataclass(frozen=True)
+class Sizes:
+    """Queries, keys, head dim, and the device of a program's tensors."""
+
+    n: int
+    m: int
+    dim: int = 8
+    device: str = "cpu"
 
 
-def positions(n: int, m: int) -> tuple[Tensor, Tensor]:
-    return torch.arange(n)[:, None], torch.arange(m)[None, :]
+def normal(seed: int, *shape: int, device: str = "cpu") -> Tensor:
+    """The same numbers on every device."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
-def _blocks(n: int, m: int) -> Tensor:
-    return torch.block_diag(torch.ones(3, 5), torch.ones(13, 11)).bool()[:n, :m]
+def positions(s: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of the queries [n, 1] and of the keys [1, m]."""
+    n, m = s.shape[-2:]
+    return torch.arange(n, device=s.device)[:, None], torch.arange(m, device=s.device)[None, :]
 
 
-# name -> (n, m) -> boolean [.., n, m], True where a key is seen
-MASKS: dict[str, Callable[[int, int], Tensor]] = {
-    "causal": lambda n, m: positions(n, m)[1] <= positions(n, m)[0],
-    "tril": lambda n, m: torch.ones(n, m, dtype=torch.bool).tril(),
-    "tril float": lambda n, m: torch.tril(torch.ones(n, m)) != 0,
-    "bottom right": lambda n, m: torch.ones(n, m, dtype=torch.bool).tril(m - n),
-    "window": lambda n, m: (positions(n, m)[0] - positions(n, m)[1]).abs() < 4,
-    "band": lambda n, m: (
-        (positions(n, m)[1] <= positions(n, m)[0]) & (positions(n, m)[0] - positions(n, m)[1] < 5)
-    ),
-    "prefix": lambda n, m: (positions(n, m)[1] <= positions(n, m)[0]) | (positions(n, m)[1] < 3),
-    "chunks": lambda n, m: positions(n, m)[0] // 4 == positions(n, m)[1] // 4,
-    "dilated": lambda n, m: (positions(n, m)[0] - positions(n, m)[1]) % 3 == 0,
-    "strict": lambda n, m: positions(n, m)[1] < positions(n, m)[0],
+def _ones(q: Tensor, kv: Tensor, dtype: torch.dtype = torch.bool) -> Tensor:
+    return torch.ones(q.shape[0], kv.shape[1], dtype=dtype, device=q.device)
+
+
+def _blocks(q: Tensor, kv: Tensor) -> Tensor:
+    shapes = ((3, 5), (13, 11), (150, 100), (200, 300))
+    blocks = torch.block_diag(*(torch.ones(*shape, device=q.device) for shape in shapes))
+    return blocks.bool()[: q.shape[0], : kv.shape[1]]
+
+
+def _by_head(q: Tensor, kv: Tensor) -> Tensor:
+    return q - kv < 3 * torch.arange(1, HEADS + 1, device=q.device)[:, None, None]
+
+
+# name -> (`positions`) -> boolean [.., n, m], True where a key is seen
+MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "causal": lambda q, kv: kv <= q,
+    "tril": lambda q, kv: _ones(q, kv).tril(),
+    "tril float": lambda q, kv: torch.tril(_ones(q, kv, torch.float32)) != 0,
+    "bottom right": lambda q, kv: _ones(q, kv).tril(kv.shape[1] - q.shape[0]),
+    "window": lambda q, kv: (q - kv).abs() < 4,
+    "band": lambda q, kv: (kv <= q) & (q - kv < 5),
+    "prefix": lambda q, kv: (kv <= q) | (kv < 3),
+    "chunks": lambda q, kv: q // 4 == kv // 4,
+    "dilated": lambda q, kv: (q - kv) % 3 == 0,
+    "strict": lambda q, kv: kv < q,
     "block": _blocks,
-    "first and near": lambda n, m: (
-        (positions(n, m)[1] == 0) | ((positions(n, m)[0] - positions(n, m)[1]).abs() <= 2)
+    "first and near": lambda q, kv: (kv == 0) | ((q - kv).abs() <= 2),
+    "by head": _by_head,
+    "not own": lambda q, kv: ~torch.eye(
+        q.shape[0], kv.shape[1], dtype=torch.bool, device=q.device
     ),
-    "by head": lambda n, m: (
-        positions(n, m)[0] - positions(n, m)[1] < 3 * torch.arange(1, HEADS + 1)[:, None, None]
-    ),
-    "not own": lambda n, m: ~torch.eye(n, m, dtype=torch.bool),
 }
 
 FILLS = {
@@ -77,7 +97,9 @@ HOWS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "where": lambda s, seen, x: torch.where(seen, s, x),
     "where tensor": lambda s, seen, x: torch.where(seen, s, torch.full((), x, dtype=s.dtype)),
     "where other way": lambda s, seen, x: torch.where(~seen, x, s),
-    "added": lambda s, seen, x: s + torch.zeros(seen.shape, dtype=s.dtype).masked_fill(~seen, x),
+    "added": lambda s, seen, x: (
+        s + torch.zeros(seen.shape, dtype=s.dtype, device=s.device).masked_fill(~seen, x)
+    ),
     "added where": lambda s, seen, x: s + torch.where(seen, 0.0, x).to(s.dtype),
     "added in place": lambda s, seen, x: (s * 1).add_(torch.where(seen, 0.0, x).to(s.dtype)),
     "product": lambda s, seen, x: s + (1.0 - seen.to(s.dtype)) * x,
@@ -93,7 +115,12 @@ def fill(s: Tensor, seen: Tensor, how: str, name: str) -> Tensor:
 
 
 def _distance(s: Tensor) -> Tensor:
-    return torch.arange(s.shape[-1])[None, :] - torch.arange(s.shape[-2])[:, None]
+    q, kv = positions(s)
+    return kv - q
+
+
+def _slopes(s: Tensor) -> Tensor:
+    return torch.tensor([0.5, 0.25, 0.125, 0.0625], device=s.device)[:, None, None]
 
 
 MODIFIERS: dict[str, Scores] = {
@@ -102,12 +129,10 @@ MODIFIERS: dict[str, Scores] = {
     "abs": lambda s: s.abs(),
     "cube": lambda s: s + 0.1 * s**3,
     "sigmoid": lambda s: 4 * torch.sigmoid(s),
-    "ALiBi": lambda s: (
-        s + (torch.tensor([0.5, 0.25, 0.125, 0.0625])[:, None, None] * _distance(s)).to(s.dtype)
-    ),
+    "ALiBi": lambda s: s + (_slopes(s) * _distance(s)).to(s.dtype),
     "distance": lambda s: s - 0.1 * _distance(s).abs(),
-    "key bias": lambda s: s + torch.arange(s.shape[-1]) * 0.03,
-    "query bias": lambda s: s + torch.arange(s.shape[-2])[:, None] * 0.1,
+    "key bias": lambda s: s + positions(s)[1] * 0.03,
+    "query bias": lambda s: s + positions(s)[0] * 0.1,
     "half": lambda s: s / 2 + 1,
     "leaky": lambda s: torch.where(s > 0, s, 0.1 * s),
     "relu": lambda s: torch.relu(s) - s * 0.5,
@@ -175,34 +200,35 @@ SINKS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor], Te
 
 
 def scaled(q: Tensor, k: Tensor, scale: str) -> tuple[Tensor, Tensor]:
+    dim = q.shape[-1]
     if scale == "on q":
-        return q * DIM**-0.5, k
+        return q * dim**-0.5, k
     if scale == "on q in place":
-        return (q * 1).mul_(DIM**-0.5), k
+        return (q * 1).mul_(dim**-0.5), k
     if scale == "on k":
-        return q, k / math.sqrt(DIM)
+        return q, k / math.sqrt(dim)
     if scale == "both":
-        return q * DIM**-0.25, k * DIM**-0.25
+        return q * dim**-0.25, k * dim**-0.25
     return q, k
 
 
 SCALES = ("after", "on q", "on q in place", "on k", "both", "divided", "tensor", "none")
 
 
-def rescaled(s: Tensor, scale: str) -> Tensor:
+def rescaled(s: Tensor, scale: str, dim: int) -> Tensor:
     if scale == "divided":
-        return s / math.sqrt(DIM)
+        return s / math.sqrt(dim)
     if scale == "tensor":
-        return s / torch.sqrt(torch.tensor(DIM, dtype=s.dtype))
-    return s * DIM**-0.5 if scale == "after" else s
+        return s / torch.sqrt(torch.tensor(dim, dtype=s.dtype))
+    return s * dim**-0.5 if scale == "after" else s
 
 
-def layout(name: str, n: int, m: int, seed: int):
+def layout(name: str, sizes: Sizes, seed: int):
     """(tensors, tensors -> (q, k, v, what is done with the output))."""
-    b, h, d = BATCH, HEADS, DIM
+    b, h, n, m, d = BATCH, HEADS, sizes.n, sizes.m, sizes.dim
 
     def leaf(i, *shape):
-        return normal(10 * seed + i, *shape).requires_grad_()
+        return normal(10 * seed + i, *shape, device=sizes.device).requires_grad_()
 
     def plain(q, k, v):
         return q, k, v, lambda out: out.transpose(1, 2).reshape(b, -1, h * d)
@@ -309,36 +335,42 @@ LAYOUTS = (
 )
 
 
-def captured(name: str, n: int, m: int, seed: int):
+def captured(name: str, sizes: Sizes, seed: int):
     """(tensors, (scores, *tensors) -> scores)"""
+    n, m, device = sizes.n, sizes.m, sizes.device
+
+    def leaf(i, *shape):
+        return normal(seed + i, *shape, device=device).requires_grad_()
+
     if name == "bias":
-        return (normal(seed + 50, 1, HEADS, n, m).requires_grad_(),), lambda s, x: s + x
+        return (leaf(50, 1, HEADS, n, m),), lambda s, x: s + x
     if name == "temperature":
-        return (normal(seed + 51, HEADS, 1, 1).requires_grad_(),), lambda s, x: s * x.exp()
+        return (leaf(51, HEADS, 1, 1),), lambda s, x: s * x.exp()
     if name == "padding":
-        keep = torch.ones(BATCH, m, dtype=torch.long)
+        keep = torch.ones(BATCH, m, dtype=torch.long, device=device)
         keep[0, m // 2 :] = 0
         return (keep,), lambda s, x: s.masked_fill(x[:, None, None, :] == 0, -math.inf)
     if name == "additive padding":
-        keep = torch.ones(BATCH, m)
+        keep = torch.ones(BATCH, m, device=device)
         keep[1, : m // 3] = 0
         return (
             keep,
         ), lambda s, x: s + (1.0 - x[:, None, None, :].to(s.dtype)) * torch.finfo(s.dtype).min
     if name == "random mask":
-        seen = normal(seed + 52, BATCH, 1, n, m) > 0
+        seen = normal(seed + 52, BATCH, 1, n, m, device=device) > 0
         return (seen,), lambda s, x: s.masked_fill(~x, -1e4)
     if name == "documents" and n == m:
-        ids = (torch.arange(n) // 5).expand(BATCH, n).contiguous()
-        return (ids,), lambda s, x: torch.where(
+        ids = torch.arange(n, device=device) // max(5, n // 4)
+        return (ids.expand(BATCH, n).contiguous(),), lambda s, x: torch.where(
             x[:, None, :, None] == x[:, None, None, :], s, torch.finfo(s.dtype).min
         )
     if name == "table":
-        table = normal(seed + 53, 9, HEADS).requires_grad_()
-        return (table,), lambda s, x: s + x[_distance(s).clamp(-4, 4) + 4].permute(2, 0, 1)
+        return (leaf(53, 9, HEADS),), lambda s, x: (
+            s + x[_distance(s).clamp(-4, 4) + 4].permute(2, 0, 1)
+        )
     if name == "lengths":
-        return (torch.tensor([m, m // 2]),), lambda s, x: s.masked_fill(
-            torch.arange(s.shape[-1]) >= x[:, None, None, None], -math.inf
+        return (torch.tensor([m, m // 2], device=device),), lambda s, x: s.masked_fill(
+            positions(s)[1] >= x[:, None, None, None], -math.inf
         )
     return (), lambda s: s
 

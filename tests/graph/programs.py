@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.graph import program_parts as parts
-from tests.graph.program_parts import Scores
+from tests.graph.program_parts import Scores, Sizes
 
 Expected = Literal["fused", "left", "either"]
 
@@ -80,16 +80,19 @@ MORE_THAN_ATTENTION = (
 
 
 @st.composite
-def programs(draw: st.DrawFn) -> Program:
-    """One program with its arguments."""
+def programs(draw: st.DrawFn, device: str = "cpu") -> Program:
+    """One program with its arguments; on a GPU of sizes that a kernel has several tiles of."""
 
     def one_of(*values):
         return draw(st.sampled_from(values))
 
     layout = one_of(*parts.LAYOUTS)
-    n = one_of(1, 6, 9, 16)
-    m = one_of(7, 12) if n == 1 else one_of(n, n, 7, 12)
+    on_gpu = device != "cpu"
+    n = one_of(1, 9, 16, 130, 200, 300) if on_gpu else one_of(1, 6, 9, 16)
+    others = (150, 260) if on_gpu else (7, 12)
+    m = one_of(*others) if n == 1 else one_of(n, n, *others)
     n = m if layout == "fused qkv" else n
+    sizes = Sizes(n, m, one_of(8, 32, 64, 80, 128) if on_gpu else 8, device)
     masks = draw(st.lists(st.sampled_from(sorted(parts.MASKS)), max_size=2))
     how, fill = one_of(*parts.HOWS), one_of(*parts.FILLS)
     if how in parts.NEEDS_FINITE and fill == "-inf":
@@ -102,7 +105,7 @@ def programs(draw: st.DrawFn) -> Program:
     sink = one_of("", "", "", "", *parts.SINKS)
     use = one_of("", "", "residual", "twice", "slice", "sum", "in place", "flat")
     # Not float64: the oracle is eager itself there, to the last rounding.
-    dtype = one_of(None, None, None, torch.bfloat16, torch.float16)
+    dtype = one_of(*[None] * (1 if on_gpu else 3), torch.bfloat16, torch.float16)
     mutant = one_of(*[""] * 24, *NO_ATTENTION, *MORE_THAN_ATTENTION)
     seed = draw(st.integers(0, 3))
     if softmax == "unshifted" and dtype in (torch.bfloat16, torch.float16):
@@ -117,7 +120,7 @@ def programs(draw: st.DrawFn) -> Program:
         # In float16 eager's -65504 absorbs a score, and twice that is -inf; ours is in float32.
         dtype = torch.bfloat16
     # Where NaN is added to a row, eager's gradients of it are NaN too; ours are 0.
-    dead = _has_dead_rows(masks, combine, n, m) or captured in MAY_HIDE_ALL
+    dead = _has_dead_rows(masks, combine, sizes) or captured in MAY_HIDE_ALL
     additive = how == "logarithm" or how.startswith("added") and fill == "-inf"
     run: dict[str, Any] = {
         "dtype": dtype,
@@ -134,10 +137,15 @@ def programs(draw: st.DrawFn) -> Program:
     if dead and fill in ("-1e4", "-65504"):
         # A row that is all -1e4 has scores of three digits: any other order rounds otherwise.
         run["kernels"] = ("reference",)
+        fill = "-1e9" if on_gpu else fill
+    if on_gpu:
+        run["kernels"] = None
+    if sizes.dim > 8 and scale == "none":
+        scale = "after"  # scores beyond what a softmax without a maximum takes
 
-    arguments, project = parts.layout(layout, n, m, seed)
-    extra, capture = parts.captured(captured, n, m, seed)
-    sinks = (parts.normal(seed + 60, parts.HEADS).requires_grad_(),) if sink else ()
+    arguments, project = parts.layout(layout, sizes, seed)
+    extra, capture = parts.captured(captured, sizes, seed)
+    sinks = (parts.normal(seed + 60, parts.HEADS, device=device).requires_grad_(),) if sink else ()
     own, more = len(arguments), len(arguments) + len(extra)
     masked = _masking(masks, combine, how, fill)
     normalise = (parts.SOFTMAXES | parts.UNNORMALISED)[softmax]
@@ -147,7 +155,7 @@ def programs(draw: st.DrawFn) -> Program:
         q, k = parts.scaled(q, k, scale)
         if mutant == "K written after the scores":
             k = k * 1
-        s = parts.rescaled(q @ k.transpose(-2, -1), scale)
+        s = parts.rescaled(q @ k.transpose(-2, -1), scale, sizes.dim)
         if mutant == "K written after the scores":
             k.add_(1)
         for name in modifiers:
@@ -176,6 +184,7 @@ def programs(draw: st.DrawFn) -> Program:
     made_of = {
         "layout": layout,
         "lengths": f"{n} {m}",
+        "head dim": str(sizes.dim),
         "masks": f"{combine} of {masks} by {how} of {fill}" if masks else "",
         "modifiers": " ".join(modifiers),
         "captured": captured,
@@ -209,10 +218,11 @@ MAY_HIDE_ALL = ("padding", "additive padding", "random mask", "documents", "leng
 BY_BATCH = (*MAY_HIDE_ALL, "bias")
 
 
-def _has_dead_rows(masks: list[str], combine: str, n: int, m: int) -> bool:
+def _has_dead_rows(masks: list[str], combine: str, sizes: Sizes) -> bool:
     if not masks:
         return False
-    first, *rest = (parts.MASKS[mask](n, m) for mask in masks)
+    at = parts.positions(torch.empty(sizes.n, sizes.m))
+    first, *rest = (parts.MASKS[mask](*at) for mask in masks)
     for other in rest:
         first = first | other if combine == "or" else first & other
     return not bool(first.any(-1).all())
@@ -220,7 +230,7 @@ def _has_dead_rows(masks: list[str], combine: str, n: int, m: int) -> bool:
 
 def _masking(masks: list[str], combine: str, how: str, value: str) -> Scores:
     def apply(s: Tensor) -> Tensor:
-        seen = [parts.MASKS[mask](*s.shape[-2:]) for mask in masks]
+        seen = [parts.MASKS[mask](*parts.positions(s)) for mask in masks]
         if len(seen) == 2 and combine != "twice":
             seen = [seen[0] & seen[1] if combine == "and" else seen[0] | seen[1]]
         for each in seen:
@@ -257,7 +267,7 @@ def _other_weights(p: Tensor, mutant: str) -> Tensor:
     if mutant == "squared weights":
         return p * p
     if mutant == "renormalised weights":
-        p = p * (torch.arange(p.shape[-1]) % 3 + 1).to(p.dtype)
+        p = p * (parts.positions(p)[1] % 3 + 1).to(p.dtype)
         return p / p.sum(-1, keepdim=True)
     if mutant == "thresholded weights":
         return torch.relu(p - 0.05)
@@ -268,9 +278,9 @@ def _other_weights(p: Tensor, mutant: str) -> Tensor:
     if mutant == "running weights":
         return p.cumsum(-1)
     if mutant == "weights multiplied":
-        return p * (torch.arange(p.shape[-1]) % 3).to(p.dtype)
+        return p * (parts.positions(p)[1] % 3).to(p.dtype)
     if mutant == "weights masked":
-        return p.masked_fill(torch.arange(p.shape[-1]) % 2 == 1, 0.0)
+        return p.masked_fill(parts.positions(p)[1] % 2 == 1, 0.0)
     if mutant == "weights detached":
         return p.detach()
     if mutant == "dropout of nothing":

@@ -72,20 +72,6 @@ def supports_backward(problem: Problem) -> str | None:
     return _unprintable(spec)
 
 
-def unconfirmed(problem: Problem) -> str | None:
-    """Why gradients that the kernel can compute are left to Triton all the same.
-
-    These forms are right in the emulation of tests/numerics, but have not been compared with
-    float64 on a Hopper GPU; Triton's have. tests/numerics/test_cuda_sm90_backward.py compares them.
-    """
-    spec = problem.spec
-    if spec.weight is not None:
-        return "its gradients of a factor after the softmax are not confirmed on a GPU yet"
-    if tile_candidate(spec) is not None:
-        return "its gradients beside a dense input are not confirmed on a GPU yet"
-    return None
-
-
 @functools.lru_cache(maxsize=1024)
 def _unprintable(spec: AttentionSpec) -> str | None:
     kinds = {"bool": "unsigned char", "int": "int64_t", "float": "float"}
@@ -164,7 +150,7 @@ def finish(problem: Problem, grads, delta, dead, q, k, v, dout, lse) -> None:
     """Adds what the kernels leave out: rows without a key."""
     if dead is not None:
         add_uniform_rows(problem.spec, dead, delta, grads, q, k, v, dout, torch.bfloat16)
-    elif may_be_nan(problem.spec, q.shape[2], k.shape[2]):
+    if may_be_nan(problem.spec, q.shape[2], k.shape[2]):
         set_nan_rows(grads[2], lse)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fa3_compile.lower import hoist
 from fa3_compile.lower.kernels.triton_forward import may_have_dead_rows
 from fa3_compile.lower.render_backward import fill_slope
 from fa3_compile.spec.attention import AttentionSpec
@@ -12,7 +13,11 @@ from fa3_compile.spec.attention import AttentionSpec
 
 def may_be_nan(spec: AttentionSpec, q_len: int, kv_len: int) -> bool:
     """Whether a row may have no key, or nothing but scores of -inf, and the softmax of that."""
-    return spec.dead == "nan" and not spec.sinks and may_have_dead_rows(spec, q_len, kv_len)
+    if spec.sinks or spec.dead == "zero":
+        return False
+    if spec.dead == "nan":
+        return may_have_dead_rows(spec, q_len, kv_len)
+    return spec.has_mask and hoist.may_be_minus_inf(spec.score)
 
 
 def add_uniform_rows(
