@@ -69,9 +69,7 @@ MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "block": _blocks,
     "first and near": lambda q, kv: (kv == 0) | ((q - kv).abs() <= 2),
     "by head": _by_head,
-    "not own": lambda q, kv: ~torch.eye(
-        q.shape[0], kv.shape[1], dtype=torch.bool, device=q.device
-    ),
+    "not own": lambda q, kv: ~torch.eye(q.shape[0], kv.shape[1], dtype=torch.bool, device=q.device),
 }
 
 FILLS = {
@@ -365,9 +363,9 @@ def captured(name: str, sizes: Sizes, seed: int):
             x[:, None, :, None] == x[:, None, None, :], s, torch.finfo(s.dtype).min
         )
     if name == "table":
-        return (leaf(53, 9, HEADS),), lambda s, x: (
-            s + x[_distance(s).clamp(-4, 4) + 4].permute(2, 0, 1)
-        )
+        return (
+            leaf(53, 9, HEADS),
+        ), lambda s, x: s + x[_distance(s).clamp(-4, 4) + 4].permute(2, 0, 1)
     if name == "lengths":
         return (torch.tensor([m, m // 2], device=device),), lambda s, x: s.masked_fill(
             positions(s)[1] >= x[:, None, None, None], -math.inf
