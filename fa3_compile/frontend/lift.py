@@ -19,7 +19,7 @@ from fa3_compile.errors import Decline
 from fa3_compile.frontend.captured import Captured, Seed
 from fa3_compile.frontend.mutations import overwrite
 from fa3_compile.frontend.sizes import UnknownScalar, scalar, sym
-from fa3_compile.frontend.trace import Shadow
+from fa3_compile.frontend.trace import SIZES, Shadow
 from fa3_compile.spec.expr import Expr, erf, load, round_half_even, sigmoid, trunc, where
 from fa3_compile.spec.index import Ranges
 
@@ -246,19 +246,20 @@ def _rounds_to_half(node: fx.Node) -> bool:
 
 
 def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes and everything computed from them."""
+    """The nodes and everything computed from their elements."""
     seen: set[fx.Node] = set()
     stack = list(nodes)
     while stack:
         node = stack.pop()
         if node not in seen:
             seen.add(node)
-            stack.extend(node.users)
+            stack.extend(user for user in node.users if user.target not in SIZES)
     return seen
 
 
 def ancestors(node: fx.Node) -> Iterator[fx.Node]:
-    """The node and everything that it is computed from, each once, found as it is asked for."""
+    """The node and everything whose elements it is computed from, each once, found as it is asked
+    for."""
     seen: set[fx.Node] = set()
     stack = [node]
     while stack:
@@ -266,7 +267,7 @@ def ancestors(node: fx.Node) -> Iterator[fx.Node]:
         if current not in seen:
             seen.add(current)
             yield current
-            stack.extend(current.all_input_nodes)
+            stack.extend(() if current.target in SIZES else current.all_input_nodes)
 
 
 def declined(opaque: Opaque, shadow: Shadow) -> Decline:
@@ -278,9 +279,19 @@ def declined(opaque: Opaque, shadow: Shadow) -> Decline:
         "not-pointwise",
         holders[0] if holders else opaque.node,
         "Keep what lies between the two products to element-wise operations.",
-        message=f"{opaque.node.target}: {opaque.why}",
+        message=f"{_described(opaque.node)}: {opaque.why}",
         stage="lift",
     )
+
+
+def _described(node: fx.Node) -> str:
+    """An operator by name; sums of squares, which norms begin with, are told from other sums."""
+    name = str(node.target)
+    summed = node.args[0] if name.startswith("aten.sum.") else None
+    if not isinstance(summed, fx.Node):
+        return name
+    square = str(summed.target).startswith(("aten.pow.", "aten.mul."))
+    return f"{name} of squares" if square and summed.args[1] in (2, summed.args[0]) else name
 
 
 def written_between(source: fx.Node, by: fx.Node) -> Decline:

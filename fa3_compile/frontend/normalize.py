@@ -10,7 +10,7 @@ from torch import fx
 
 from fa3_compile.frontend.elements.movement import dimension
 from fa3_compile.frontend.same import same_value
-from fa3_compile.frontend.trace import Shadow
+from fa3_compile.frontend.trace import SIZES, Shadow
 
 aten = torch.ops.aten
 EXPONENTIALS = (aten.exp.default, aten.exp2.default, aten._softmax.default)
@@ -99,7 +99,7 @@ def _by_hand(node: fx.Node) -> Softmax | None:
     """e / (e.sum(dim) + rest), or e times the reciprocal of that."""
     for top, bottom in _quotients(node):
         for summed in _sums_of_exponentials(bottom):
-            if same_value(summed.args[0], top):
+            if same_value(without_abs(summed.args[0]), top):
                 return Softmax(node, top, _summed_dim(summed), divisor=bottom, summed=summed)
     return None
 
@@ -178,7 +178,7 @@ def _behind(node: fx.Node) -> list[fx.Node]:
     found, queue = [], [node]
     while queue and len(found) < NEAR:
         current = queue.pop(0)
-        if current in found or current.op != "call_function":
+        if current in found or current.op != "call_function" or current.target in SIZES:
             continue
         found.append(current)
         if current.target not in (aten.bmm.default, aten.mm.default, aten.sum.dim_IntList):

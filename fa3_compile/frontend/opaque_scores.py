@@ -10,6 +10,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fa3_compile.errors import Decline
 from fa3_compile.frontend.dynamo_graph import example_value, opaque_target, target_name
+from fa3_compile.frontend.lift import ancestors
 from fa3_compile.frontend.normalize import softmaxes
 from fa3_compile.frontend.product import PRODUCTS, products_before
 from fa3_compile.frontend.trace import Shadow
@@ -59,15 +60,8 @@ def _leads_to_a_product(shadow: Shadow, node: fx.Node) -> bool:
 
 def _taken_as_given(shadow: Shadow, node: fx.Node) -> list[fx.Node]:
     """The Dynamo nodes behind a value that the shadow did not run."""
-    found, stack, seen = [], [node], set()
-    while stack:
-        current = stack.pop()
-        if current.op == "placeholder":
-            found += shadow.dynamo_of.get(current, [])[:1]
-        new = [x for x in current.all_input_nodes if x not in seen]
-        seen.update(new)
-        stack += new
-    return found
+    given = [x for x in ancestors(node) if x.op == "placeholder"]
+    return [holder for x in given for holder in shadow.dynamo_of.get(x, [])[:1]]
 
 
 def _call_of(holder: fx.Node) -> fx.Node | None:

@@ -8,6 +8,7 @@ from torch import fx
 from fa3_compile.errors import Decline
 from fa3_compile.frontend.lift import Index, Lifter, sym
 from fa3_compile.frontend.placeholders import D
+from fa3_compile.frontend.trace import SIZES
 from fa3_compile.spec.expr import KV, Expr, S, depends_on
 
 aten = torch.ops.aten
@@ -43,7 +44,7 @@ def products_before(node: fx.Node) -> list[fx.Node]:
             if current.target in ADDING:
                 queue.append(current.args[0])
             continue
-        queue.extend(current.all_input_nodes)
+        queue.extend(() if current.target in SIZES else current.all_input_nodes)
     return found
 
 

@@ -47,10 +47,9 @@ KEPT_WHOLE = (
     aten._safe_softmax.default,
     aten.nan_to_num.default,
     aten.logsumexp.default,
-    aten.linalg_vector_norm.default,
 )
-NOT_READING = (
-    MARK,
+# Of a tensor's shape alone, whatever its elements are.
+SIZES = (
     aten.sym_size.int,
     aten.sym_stride.int,
     aten.sym_numel.default,
@@ -76,7 +75,7 @@ class Shadow:
 
     def users(self, node: fx.Node) -> list[fx.Node]:
         """The readers of a shadow node's elements: markers and questions of sizes left out."""
-        return [user for user in node.users if user.target not in NOT_READING]
+        return [user for user in node.users if user.target not in (MARK, *SIZES)]
 
 
 def shadow(gm: fx.GraphModule) -> Shadow | None:
@@ -133,7 +132,15 @@ def _decompositions() -> dict:
     # versions differ in which they decompose.
     for op in KEPT_WHOLE:
         table.pop(op, None)
+    table[aten.linalg_vector_norm.default] = _sum_of_sizes
     return table
+
+
+def _sum_of_sizes(x, ord=2, dim=None, keepdim=False, *, dtype=None):
+    """The 1-norm as the sum that it is, so that what it normalises is seen; others are kept."""
+    if ord != 1 or dim is None or dtype not in (None, x.dtype):
+        return NotImplemented
+    return x.abs().sum(dim, keepdim)
 
 
 @contextlib.contextmanager

@@ -43,6 +43,7 @@ class Sm90Config:
     stages: int = 2
     packed: bool = False
     split: bool = False
+    tries: tuple[str, ...] = ()
 
     @property
     def threads(self) -> int:

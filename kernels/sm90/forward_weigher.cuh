@@ -68,6 +68,18 @@ struct ForwardWeigher : ForwardBlock<Config, Variant> {
     return m;
   }
 
+#ifdef FA3_TRY_LDMATRIX
+  // This thread's two elements of both rows in columns 8 j and 8 j + 8 of the dense input, j even:
+  // [row 0, row 1, row 0 of j + 1, row 1 of j + 1].
+  FA3_DEVICE void dense_words(int j, uint32_t (&x)[4]) const {
+    int row = warpgroup * 64 + threadIdx.x / 32 % 4 * 16 + lane % 16;
+    uint32_t at = shared + Base::kAtDense + dense.stage() * Base::kDenseBytes + row * 128 +
+                  j / 8 * Base::kDensePanelBytes + ((j % 8 ^ (lane / 16 ^ lane % 8)) << 4);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(at));
+  }
+#else
   // This thread's two elements of each row in columns 8 j of the dense input.
   FA3_DEVICE float2 dense_pair(int r, int j) const {
     int row = warpgroup * 64 + threadIdx.x / 32 % 4 * 16 + lane / 4, swizzle = lane / 4;
@@ -78,6 +90,7 @@ struct ForwardWeigher : ForwardBlock<Config, Variant> {
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(bits) : "r"(at));
     return unpack<typename Variant::TileDtype>(bits);
   }
+#endif
 
   // Score modifier and mask of one key block, then the softmax. Returns whether O must be scaled.
   template <bool Masked>
@@ -92,12 +105,23 @@ struct ForwardWeigher : ForwardBlock<Config, Variant> {
     }
     MaskTerms m;
     if constexpr (Masked) m = mask_terms(t, block);
+#ifdef FA3_TRY_LDMATRIX
+    uint32_t words[4];
+#endif
 #pragma unroll
     for (int j = 0; j < kN / 8; ++j) {
       float2 tile[2];
       if constexpr (Variant::kDenseTile) {
+#ifdef FA3_TRY_LDMATRIX
+        if (j % 2 == 0) dense_words(j, words);
+#endif
 #pragma unroll
-        for (int r = 0; r < 2; ++r) tile[r] = dense_pair(r, j);
+        for (int r = 0; r < 2; ++r)
+#ifdef FA3_TRY_LDMATRIX
+          tile[r] = unpack<typename Variant::TileDtype>(words[j % 2 * 2 + r]);
+#else
+          tile[r] = dense_pair(r, j);
+#endif
       }
 #pragma unroll
       for (int e = 0; e < 2; ++e) {

@@ -1,5 +1,6 @@
 """The whole backward of `cuda_sm90` on the CPU: its kernels compiled by the host's C++ compiler
-against emulated_sm90.hpp, its launches and parameters as they are, its gradients against float64.
+against emulated_sm90.hpp and launched by host_driver.cc, all else as it is on a GPU, its gradients
+against float64.
 
 What ptxas makes of the kernels and how fast they are only a GPU shows; where each element of every
 tile comes from and goes to, and which barrier is waited for, is what runs here.
@@ -10,29 +11,28 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import shutil
-import struct
-import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from benchmarks.sm90_backward_dev import compare
 from fa3_compile import resources
+from fa3_compile.lower.build_nvrtc import Built
 from fa3_compile.lower.choose import Problem
 from fa3_compile.lower.kernels import cuda_sm90_backward as backward
-from fa3_compile.lower.kernels import cuda_sm90_backward_parameters, cuda_sm90_parameters
+from fa3_compile.lower.kernels import cuda_sm90_backward_parameters
 from fa3_compile.lower.kernels.cuda_sm90_backward_keys import keys_of
-from fa3_compile.lower.kernels.cuda_sm90_backward_parameters import BackwardParameters
 from fa3_compile.lower.kernels.cuda_sm90_keys import layout_of, tile_candidate
 from fa3_compile.lower.kernels.reference import attention, attention_backward
 from fa3_compile.lower.render_cuda_backward import CudaBackwardKey
 from fa3_compile.spec import expr as E
+from tests.host_driver import launches, on_device, on_host, shared_library
 from tests.numerics.forms import BY_NAME, DROPOUT, Form, Shape, inputs
 
-COMPILER = shutil.which("g++")
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++")
+__all__ = ["launches"]
 
 HEADERS = (
     "captured", "philox", "variant", "block_map", "block_map_build", "operand_tile",
@@ -70,7 +70,8 @@ def header(name: str) -> str:
     return text.replace("extern __shared__ char memory[];", "char* memory = nullptr;")
 
 
-def compiled(key: CudaBackwardKey, folder) -> ctypes.CDLL:
+def compiled(key: CudaBackwardKey, to: Path) -> Path:
+    """A library of a key's kernels."""
     source = key.source()
     own = between(source, "struct alignas(8) Aux", "}  // namespace fa3")
     main = (*HOPPER_HEADERS, "attention_bwd_wide" if key.config.wide else "attention_bwd")
@@ -87,67 +88,8 @@ def compiled(key: CudaBackwardKey, folder) -> ctypes.CDLL:
     if "block_map(" in source:
         parts += [re.sub("fa3::", "", "".join(re.findall(r"using Map[VK][ae]r.*;\n?", source)))]
         parts += [ENTRY.format(name="block_map", kernel="MapKernel")]
-    (folder / "kernel.cc").write_text("\n".join(parts))
-    command = [str(COMPILER), "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread"]
-    done = subprocess.run([*command, "kernel.cc", "-o", "kernel.so"], cwd=folder, text=True,
-                          capture_output=True)  # fmt: skip
-    assert done.returncode == 0, done.stderr[:4000]
-    return ctypes.CDLL(str(folder / "kernel.so"))
-
-
-class EmulatedLaunch:
-    """As launch_cuda.Launch, of a function of the compiled library."""
-
-    def __init__(self, kernel, grid, threads, shared, content: bytes, places, names) -> None:
-        self.kernel, self.grid, self.threads = kernel, grid, threads
-        self.content, self.places, self.names = content, places, names
-
-    def __call__(self, addresses: list[int]) -> None:
-        content = bytearray(self.content)
-        for offset, what, add in self.places:
-            at = self.names.index(what) if isinstance(what, str) else what + len(self.names)
-            struct.pack_into("Q", content, offset, addresses[at] + add)
-        self.kernel(bytes(content), *self.grid, self.threads)
-
-
-def emulated_map(x: Tensor, sizes, strides, box) -> bytes:
-    content = struct.pack("Q4i4q", x.data_ptr(), *reversed(sizes), *reversed(strides))
-    return content + struct.pack("ii", *box[1:]) + bytes(64)
-
-
-def gradients(problem: Problem, key, folder, dout, dlse, q, k, v, out, lse, aux, sizes, needs):
-    library = compiled(key, folder)
-
-    class Module:
-        shared_bytes = 0
-
-        def kernel(self, name: str):
-            return getattr(library, name)
-
-    parameters = BackwardParameters(key, Module(), q, k, v, dout, out, aux, sizes)  # pyright: ignore
-    sinks = any(needs[3 + x.tensor] for x in E.loads_in(*problem.spec.sinks))
-    launches = parameters.launches(dlse is not None, key.dead_rows or sinks)
-    scratch = torch.full((parameters.scratch_words,), float("nan"))
-    counter = torch.zeros(1, dtype=torch.int32)
-    dq, dk, dv = (torch.full_like(x, float("nan")) for x in (q, k, v))
-    delta, dead = torch.empty_like(lse), torch.empty_like(lse, dtype=torch.int8)
-    tile = key.tile if key.tile_gradient else None
-    dtile = torch.zeros(1)
-    if tile is not None:
-        strides = cuda_sm90_backward_parameters.gradient_strides(aux[tile])
-        dtile = aux[tile].new_empty_strided(aux[tile].shape, strides)
-        whole = cuda_sm90_backward_parameters.is_stored_whole(key, q, k, aux)
-        dtile.fill_(float("nan") if whole else 0.0)
-    tensors = (q, k, v, out, lse, dout, lse if dlse is None else dlse, dq, dk, dv, counter)
-    addresses = [x.data_ptr() for x in (*tensors, scratch, delta, dead, dtile, *aux)]
-    for launch in launches:
-        launch(addresses)  # pyright: ignore
-    assert counter.item() == 0
-    grads = (dq, dk, dv)
-    flags = dead if key.dead_rows else None
-    backward.finish(problem, grads, delta, flags, q, k, v, dout, lse)
-    found = backward.captured_gradients(problem, tile, dtile, lse, delta, q, k, aux, sizes, needs)
-    return *grads, found
+    parts += ['extern "C" { int shared_bytes = Kernel::kSharedBytes, counters[256]; }']
+    return shared_library("\n".join(parts), to)
 
 
 # (form, head dims, lengths, query heads of a KV head, which of the candidates)
@@ -199,7 +141,7 @@ CHOSEN = CASES if os.environ.get("FA3_ALL_FORMS") == "1" else [CASES[i] for i in
 
 
 @pytest.mark.parametrize("case", CHOSEN, ids=lambda x: f"{x[0]}-{x[1][0]}-{x[4]}")
-def test_gradients(case, tmp_path, monkeypatch) -> None:
+def test_gradients(case, tmp_path, monkeypatch, launches) -> None:
     name, dims, lengths, group, which = case
     form = NAMED[name]
     spec = form.spec()
@@ -220,21 +162,27 @@ def test_gradients(case, tmp_path, monkeypatch) -> None:
                       aux_needs_grad=tuple(wanted))  # fmt: skip
     assert backward.supports_backward(problem) is None
     key = keys_of(problem, layout_of(spec, aux))[which]
-    for module in (cuda_sm90_parameters, cuda_sm90_backward_parameters):
-        monkeypatch.setattr(module, "tensor_map", emulated_map)
-        monkeypatch.setattr(module, "Launch", EmulatedLaunch)
+    library = compiled(key, tmp_path / "kernels.so")
+    built = Built(bytes(library) + b"\0", "", 168, 0, False)
+    monkeypatch.setattr(backward, "keys_of", lambda *_: [key])
+    monkeypatch.setattr(backward, "load_first", lambda keys, at_once: (key, built))
+    monkeypatch.setattr(backward, "_bound", {})
     monkeypatch.setattr(cuda_sm90_backward_parameters, "processors", lambda device: 2)
     out, lse = attention(spec, q, k, v, aux, form.sizes)
-    lse = lse.contiguous()
     torch.manual_seed(0)
     dout, dlse = torch.randn_like(out), None if which else torch.randn_like(lse)
-    arguments = (dout, dlse, q, k, v, out.contiguous(), lse, aux, form.sizes, needs)
-    found = gradients(problem, key, tmp_path, *arguments)
+    tensors = on_device(dout, q, k, v, out.contiguous(), lse.contiguous(), *aux)
+    dlse_ = None if dlse is None else on_device(dlse)[0]
+    found = backward.run_backward(
+        problem, tensors[0], dlse_, *tensors[1:6], tensors[6:], form.sizes, needs
+    )
+    assert "attention_bwd" in [x.name for x in launches]
+    assert not any((ctypes.c_int * 256).in_dll(ctypes.CDLL(str(library)), "counters"))
     wide = [x.double() if x.is_floating_point() else x for x in aux]
     exact = attention_backward(
         spec, dout.double(), None if dlse is None else dlse.double(), q.double(), k.double(),
         v.double(), wide, form.sizes, needs,
     )  # fmt: skip
     eager = attention_backward(spec, dout, dlse, q, k, v, aux, form.sizes, needs)
-    wrong, _ = compare(found, exact, eager)
+    wrong, _ = compare(pytree.tree_map_only(Tensor, on_host, found), exact, eager)
     assert wrong is None

@@ -73,7 +73,7 @@ class CudaSm90(BindingKernel):
         return f"{key.config.block_m} x {key.config.block_n}"
 
     def supports_backward(self, problem: Problem) -> str | None:
-        return backward.supports_backward(problem) or backward.unconfirmed(problem)
+        return backward.supports_backward(problem)
 
     def run_backward(self, *arguments) -> Gradients:
         return backward.run_backward(*arguments)
