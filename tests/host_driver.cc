@@ -1,0 +1,219 @@
+// libcuda.so.1 on a machine without a GPU: what cuda-bindings and Triton ask of the CUDA driver,
+// with the driver's own refusals. Device memory is the host's, streams are numbers. A "cubin" is the
+// path of a shared library, and a launch calls its function of that name; any other cubin's kernels
+// do nothing. Built and loaded by host_driver.py.
+#include <dlfcn.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <set>
+#include <string>
+
+namespace {
+enum Result { kSuccess = 0, kInvalidValue = 1, kNotInitialised = 3, kNotFound = 500 };
+enum FunctionAttribute { kMaxThreads = 0, kSharedBytes = 1, kLocalBytes = 3, kRegisters = 4,
+                         kMaxDynamicShared = 8, kLastAttribute = 15 };
+enum DeviceAttribute { kMaxSharedPerBlock = 8, kWarpSize = 10, kMaxRegisters = 12, kClockRate = 13,
+                       kProcessors = 16, kMemoryClock = 36, kBusWidth = 37, kMajor = 75,
+                       kMaxSharedPerProcessor = 81, kMaxSharedOptin = 97 };
+constexpr unsigned kLargestShared = 232448, kSharedWithoutAsking = 49152;
+
+// Of a launch that host_driver.py asks for.
+struct Launched {
+  const char* name;
+  unsigned grid[3], threads, shared;
+  std::uint64_t stream;
+};
+// A kernel of a library: reads its parameter struct, and runs every block.
+using Kernel = void (*)(const void* params, unsigned x, unsigned y, unsigned z, int threads);
+struct Function {
+  std::string name;
+  Kernel run;
+  unsigned dynamic_shared = kSharedWithoutAsking;
+};
+struct Module {
+  void* library;  // none: any kernel is there, and does nothing
+  std::map<std::string, Function> functions;
+};
+
+std::mutex lock;
+std::set<Module*> modules;
+std::set<void*> functions;
+void (*observer)(const Launched*) = nullptr;
+
+bool is_function(void* function) { return functions.count(function) != 0; }
+
+Result launched(void* handle, const unsigned (&grid)[3], const unsigned (&block)[3],
+                unsigned shared, void* stream, void** params, void** extra) {
+  if (!is_function(handle) || params == nullptr || extra != nullptr) return kInvalidValue;
+  auto* function = static_cast<Function*>(handle);
+  std::uint64_t threads = std::uint64_t(block[0]) * block[1] * block[2];
+  if (!threads || threads > 1024 || block[2] > 64 || shared > function->dynamic_shared) {
+    return kInvalidValue;
+  }
+  if (!grid[0] || !grid[1] || !grid[2] || grid[0] > 0x7fffffffu || grid[1] > 65535u ||
+      grid[2] > 65535u) {
+    return kInvalidValue;
+  }
+  if (observer) {
+    Launched seen{function->name.c_str(), {grid[0], grid[1], grid[2]}, unsigned(threads), shared,
+                  reinterpret_cast<std::uint64_t>(stream)};
+    observer(&seen);
+  }
+  if (function->run) function->run(params[0], grid[0], grid[1], grid[2], int(threads));
+  return kSuccess;
+}
+}  // namespace
+
+extern "C" {
+// For host_driver.py.
+
+void host_driver_observe(void (*function)(const Launched*)) { observer = function; }
+
+// The driver.
+
+Result cuInit(unsigned) { return kSuccess; }
+Result cuDriverGetVersion(int* version) { *version = 13000; return kSuccess; }
+Result cuGetErrorString(Result, const char** text) { *text = "refused"; return kSuccess; }
+Result cuGetErrorName(Result, const char** text) { *text = "refused"; return kSuccess; }
+
+Result cuDeviceGet(int* device, int ordinal) { *device = ordinal; return kSuccess; }
+Result cuDeviceGetCount(int* count) { *count = 1; return kSuccess; }
+Result cuCtxGetCurrent(void** context) { *context = &lock; return kSuccess; }
+Result cuCtxSetCurrent(void*) { return kSuccess; }
+Result cuCtxGetDevice(int* device) { *device = 0; return kSuccess; }
+Result cuDevicePrimaryCtxRetain(void** context, int) { *context = &lock; return kSuccess; }
+Result cuCtxGetLimit(std::size_t* value, int) { *value = 0; return kSuccess; }
+Result cuCtxSetLimit(int, std::size_t) { return kSuccess; }
+Result cuDeviceGetAttribute(int* value, int attribute, int) {
+  switch (attribute) {
+    case kMaxSharedPerBlock: *value = kSharedWithoutAsking; break;
+    case kWarpSize: *value = 32; break;
+    case kMaxRegisters: *value = 65536; break;
+    case kProcessors: *value = 132; break;
+    case kMajor: *value = 9; break;
+    case kMaxSharedPerProcessor: *value = kLargestShared + 1024; break;
+    case kMaxSharedOptin: *value = kLargestShared; break;
+    case kClockRate: case kMemoryClock: case kBusWidth: *value = 1; break;
+    default: *value = 0;
+  }
+  return kSuccess;
+}
+Result cuStreamIsCapturing(void*, int* status) { *status = 0; return kSuccess; }
+
+Result cuModuleLoadData(Module** module, const char* image) {
+  std::lock_guard hold(lock);
+  if (image == nullptr) return kInvalidValue;
+  void* library = image[0] == '/' ? dlopen(image, RTLD_NOW | RTLD_LOCAL) : nullptr;
+  if (image[0] == '/' && library == nullptr) return kInvalidValue;
+  modules.insert(*module = new Module{library, {}});
+  return kSuccess;
+}
+Result cuModuleUnload(Module* module) { return modules.count(module) ? kSuccess : kInvalidValue; }
+Result cuModuleGetFunction(Function** function, Module* module, const char* name) {
+  std::lock_guard hold(lock);
+  if (!modules.count(module)) return kInvalidValue;
+  auto run = module->library ? reinterpret_cast<Kernel>(dlsym(module->library, name)) : nullptr;
+  if (module->library && run == nullptr) return kNotFound;
+  *function = &module->functions.try_emplace(name, Function{name, run}).first->second;
+  functions.insert(*function);
+  return kSuccess;
+}
+Result cuModuleGetGlobal_v2(void** address, std::size_t* bytes, Module* module, const char* name) {
+  std::lock_guard hold(lock);
+  if (!modules.count(module)) return kInvalidValue;
+  void* found = module->library ? dlsym(module->library, name) : nullptr;
+  if (found == nullptr) return kNotFound;
+  if (address) *address = found;
+  if (bytes) *bytes = 0;
+  return kSuccess;
+}
+Result cuMemcpyDtoH_v2(void* to, const void* from, std::size_t bytes) {
+  std::memcpy(to, from, bytes);
+  return kSuccess;
+}
+Result cuFuncGetAttribute(int* value, int attribute, void* function) {
+  if (!is_function(function)) return kInvalidValue;
+  *value = attribute == kMaxThreads ? 1024 : attribute == kRegisters ? 128 : 0;
+  return kSuccess;
+}
+Result cuFuncSetAttribute(void* function, int attribute, int value) {
+  if (!is_function(function) || attribute > kLastAttribute || value < 0) return kInvalidValue;
+  if (attribute == kMaxDynamicShared) {
+    if (unsigned(value) > kLargestShared) return kInvalidValue;
+    static_cast<Function*>(function)->dynamic_shared = value;
+  }
+  return kSuccess;
+}
+Result cuFuncSetCacheConfig(void* function, int) {
+  return is_function(function) ? kSuccess : kInvalidValue;
+}
+Result cuOccupancyMaxActiveClusters(int* count, void*, const void*) {
+  *count = 1;
+  return kSuccess;
+}
+Result cuPointerGetAttribute(void* value, int, std::uintptr_t address) {
+  if (!address) return kInvalidValue;
+  std::memcpy(value, &address, sizeof address);
+  return kSuccess;
+}
+
+Result cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned block_x,
+                      unsigned block_y, unsigned block_z, unsigned shared, void* stream,
+                      void** params, void** extra) {
+  return launched(function, {x, y, z}, {block_x, block_y, block_z}, shared, stream, params, extra);
+}
+struct LaunchConfig {
+  unsigned grid[3], block[3], shared;
+  void* stream;
+  void* attributes;
+  unsigned attribute_count;
+};
+Result cuLaunchKernelEx(const LaunchConfig* config, void* function, void** params, void** extra) {
+  return launched(function, config->grid, config->block, config->shared, config->stream, params,
+                  extra);
+}
+
+// The map is what emulated_sm90.hpp reads: address, sizes, strides in elements, rows and columns of
+// a box. 16-bit elements.
+Result cuTensorMapEncodeTiled(void* map, int, unsigned rank, void* address,
+                              const std::uint64_t* sizes, const std::uint64_t* strides,
+                              const std::uint32_t* box, const std::uint32_t* element_strides,
+                              int interleave, int swizzle, int, int) {
+  if (rank != 4 || interleave != 0) return kInvalidValue;
+  if (!address || reinterpret_cast<std::uintptr_t>(address) % 16) return kInvalidValue;
+  constexpr unsigned kSwizzleBytes[] = {1u << 20, 32, 64, 128};
+  if (swizzle < 0 || swizzle > 3 || 2 * box[0] > kSwizzleBytes[swizzle] || 2 * box[0] % 16) {
+    return kInvalidValue;
+  }
+  struct { void* address; int sizes[4]; std::int64_t strides[4]; int rows, columns; char rest[64]; }
+      content{};
+  static_assert(sizeof content == 128);
+  content.address = address;
+  for (unsigned i = 0; i < rank; ++i) {
+    if (!sizes[i] || sizes[i] > (1ull << 32) || !box[i] || box[i] > 256) return kInvalidValue;
+    if (element_strides[i] != 1) return kInvalidValue;
+    if (i && (strides[i - 1] % 16 || strides[i - 1] >= (1ull << 40))) return kInvalidValue;
+    content.sizes[i] = int(sizes[i]);
+    content.strides[i] = i ? std::int64_t(strides[i - 1] / 2) : 1;
+  }
+  content.rows = int(box[1]);
+  content.columns = int(box[0]);
+  std::memcpy(map, &content, sizeof content);
+  return kSuccess;
+}
+
+// Names as the driver's users know them, the version after them left out.
+Result cuGetProcAddress_v2(const char* name, void** function, int, std::uint64_t, int* status) {
+  Dl_info own;
+  dladdr(reinterpret_cast<void*>(&cuInit), &own);
+  void* self = dlopen(own.dli_fname, RTLD_NOW | RTLD_NOLOAD);
+  *function = dlsym(self, name);
+  if (*function == nullptr) *function = dlsym(self, (std::string(name) + "_v2").c_str());
+  if (status) *status = *function ? 0 : 1;
+  return *function ? kSuccess : kNotFound;
+}
+}

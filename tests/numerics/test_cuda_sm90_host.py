@@ -1,0 +1,92 @@
+"""What a call of `cuda_sm90` does on the host, up to its launches, against a driver as strict as a
+GPU's: allocations, tensor maps, parameters and grids, forward and backward."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from fa3_compile.lower.build_nvrtc import Built
+from fa3_compile.lower.kernels import cuda_sm90, cuda_sm90_backward
+from fa3_compile.runtime.launch import Attention, AttentionBackward
+from tests.host_driver import DEVICE, STREAM, OnDevice, kernels_of, launches, on_device
+from tests.numerics.forms import BY_NAME, Shape, inputs
+
+__all__ = ["launches"]
+
+# The kernels that a form launches, forward and backward; "" where another family's gradients run.
+FORMS = {
+    "full": ("attention_fwd", "row_terms attention_bwd query_gradient"),
+    "causal": ("attention_fwd", "row_terms attention_bwd query_gradient"),
+    "left padding": (
+        "block_map attention_fwd dead_rows", "block_map row_terms attention_bwd query_gradient",
+    ),
+    "documents": ("block_map attention_fwd", "block_map row_terms attention_bwd query_gradient"),
+    "dense bias": ("attention_fwd", "row_terms attention_bwd query_gradient"),
+    "dense mask": ("block_map attention_fwd", "block_map row_terms attention_bwd query_gradient"),
+    "sink": ("attention_fwd", "row_terms attention_bwd query_gradient"),
+    "dropout, causal": ("attention_fwd", "row_terms attention_bwd query_gradient"),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch, tmp_path, launches):
+    """Kernels without effect in place of what NVRTC would build."""
+
+    @functools.cache
+    def built(key) -> Built:
+        to = tmp_path / f"{key.digest}.so"
+        return Built(bytes(kernels_of(key.source(), to)) + b"\0", "", 168, 0, False)
+
+    for module in (cuda_sm90, cuda_sm90_backward):
+        monkeypatch.setattr(module, "load_first", lambda keys, at_once=1: (keys[0], built(keys[0])))
+
+
+def of_form(name: str, shape: Shape):
+    return on_device(inputs(BY_NAME[name], shape, torch.bfloat16, "cpu"))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forward_and_backward_reach_their_launches(name: str, launches) -> None:
+    form, (forward, backward) = BY_NAME[name], FORMS[name]
+    q, k, v, aux = of_form(name, Shape(2, 4, 2, 150, 150, 64, 64))
+    text = f"{form.spec()} #;kernels=cuda_sm90"
+    for _ in range(2):
+        out, lse = Attention(text)(q, k, v, aux, form.sizes)
+    assert [x.name for x in launches] == forward.split() * 2
+    assert {x.stream for x in launches} == {STREAM}
+    assert (out.shape, lse.shape, out.device) == (q.shape, q.shape[:3], DEVICE)
+    launches.clear()
+    scored = [x.is_floating_point() and x.dtype == q.dtype for x in aux]
+    needs = [True, True, True, *scored]
+    call = AttentionBackward(text, needs)
+    for dlse in (None, torch.ones((), device=DEVICE).expand(lse.shape)):
+        dq, dk, dv, daux = call(out, dlse, q, k, v, out, lse, aux, form.sizes)
+    assert [x.name for x in launches] == backward.split() * 2
+    assert [x.shape for x in (dq, dk, dv)] == [q.shape, k.shape, v.shape]
+    assert [x.shape for x in daux] == [x.shape if n else (0,) for x, n in zip(aux, scored)]
+    assert all(isinstance(x, OnDevice) for x in (dq, dk, dv, *daux))
+
+
+def test_few_queries_are_dealt_out_and_combined(launches) -> None:
+    q, k, v, _ = of_form("full", Shape(1, 2, 1, 3, 9000, 128, 128))
+    Attention(f"{BY_NAME['full'].spec()} #;kernels=cuda_sm90")(q, k, v, [], [])
+    assert [x.name for x in launches] == ["attention_fwd", "combine"]
+
+
+def test_what_tma_cannot_describe_is_copied(launches) -> None:
+    q, k, v, _ = of_form("causal", Shape(1, 2, 1, 20, 24, 64, 64))
+    odd = on_device(torch.zeros(1, 2, 64, 20).bfloat16()).transpose(2, 3)
+    text = f"{BY_NAME['causal'].spec()} #;kernels=cuda_sm90"
+    out, lse = Attention(text)(odd, k, v, [], [])
+    AttentionBackward(text, [True] * 3)(out, None, odd, k, v, out, lse, [], [])
+    assert len(launches) == 4
+
+
+def test_a_graph_that_is_captured_has_a_counter_of_its_own(launches, monkeypatch) -> None:
+    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: True)
+    q, k, v, _ = of_form("causal", Shape(1, 2, 1, 200, 200, 64, 64))
+    Attention(f"{BY_NAME['causal'].spec()} #;kernels=cuda_sm90")(q, k, v, [], [])
+    assert len(launches) == 1

@@ -1,0 +1,78 @@
+"""What a call of the Triton kernels does on the host, up to the launch: Triton's own driver, on a
+CUDA driver as strict as a GPU's, takes what we give it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fa3_compile.lower import tune_forward
+from fa3_compile.lower.config import TritonConfig
+from fa3_compile.lower.kernels import triton_backward, triton_forward
+from fa3_compile.lower.tune_backward import Configs
+from fa3_compile.runtime.launch import Attention, AttentionBackward
+from tests.host_driver import STREAM, OnDevice, launches, on_device, triton_driver
+from tests.numerics.forms import BY_NAME, Shape, inputs
+
+__all__ = ["launches", "triton_driver"]
+
+# What a form launches, forward and backward.
+FORMS = {
+    "causal": ("attention_forward", "row_terms key_blocks query_blocks"),
+    "documents": (
+        "block_lists attention_forward",
+        "row_terms block_lists key_blocks block_lists query_blocks",
+    ),
+    "relative bias": ("attention_forward", "row_terms dense0"),
+}
+# A small tile is built in a quarter of the time of those that run.
+TILE = TritonConfig(16, 16, 4, 1)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch, triton_driver):
+    monkeypatch.setattr(tune_forward, "table_config", lambda _: TILE)
+    monkeypatch.setattr(triton_backward, "table_configs", lambda _: Configs(TILE, TILE))
+    monkeypatch.setattr(triton_backward, "ROW_TERMS", TILE)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forward_and_backward_reach_their_launches(name: str, launches, caplog) -> None:
+    form, (forward, backward) = BY_NAME[name], FORMS[name]
+    length = 1024 if "block_lists" in forward else 70
+    shape = Shape(1, 2, 1, length, length, 16, 16)
+    q, k, v, aux = on_device(inputs(form, shape, torch.bfloat16, "cpu"))
+    text = f"{form.spec()} #;kernels=triton_forward"
+    call = Attention(text)
+    for _ in range(2):
+        out, lse = call(q, k, v, aux, form.sizes)
+    assert not caplog.messages
+    assert [x.name for x in launches] == forward.split() * 2
+    assert {x.stream for x in launches} == {STREAM}
+    launches.clear()
+    captured = [x.is_floating_point() for x in aux]
+    call = AttentionBackward(text, [not any(captured)] * 3 + captured)
+    grads = call(out, lse, q, k, v, out, lse, aux, form.sizes)
+    assert not caplog.messages
+    assert [x.name for x in launches] == backward.split()
+    assert all(isinstance(x, OnDevice) for x in (*grads[:3], *grads[3]))
+
+
+def test_tensor_descriptors_have_scratch_memory(launches, monkeypatch) -> None:
+    monkeypatch.setattr(tune_forward, "table_config", lambda _: replace(TILE, tma=True))
+    sizes, scratch = [], triton_forward._scratch
+
+    def noted(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+        sizes.append(size)
+        return scratch(size, alignment, stream)
+
+    monkeypatch.setattr(triton_forward, "_scratch", noted)
+    form = BY_NAME["full"]
+    shape = Shape(1, 1, 1, 20, 20, 64, 64)
+    q, k, v, _ = on_device(inputs(form, shape, torch.bfloat16, "cpu"))
+    Attention(f"{form.spec()} #;kernels=triton_forward")(q, k, v, [], [])
+    assert len(sizes) == len(launches) == 1 and sizes[0] > 0
