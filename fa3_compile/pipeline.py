@@ -26,6 +26,7 @@ from fa3_compile.frontend.liveness import remove_dead
 from fa3_compile.frontend.opaque_scores import opaque_scores
 from fa3_compile.frontend.region import Region
 from fa3_compile.frontend.skeletons import skeletons
+from fa3_compile.frontend.split_bodies import split_attention
 from fa3_compile.lower.choose import Choice
 from fa3_compile.options import Options
 from fa3_compile.report import RegionReport
@@ -59,16 +60,15 @@ def graphs(gm: fx.GraphModule) -> list[fx.GraphModule]:
 def _rewrite_graph(gm: fx.GraphModule, options: Options, graph_name: str, fused: int) -> int:
     expanded = expand.expand_calls(gm.graph)
     shadow = trace.shadow(gm)
-    if shadow is None:
-        return 0
     entries: list[tuple[RegionReport, Region | None]] = []
-    for decline in (*shadow.declined, *opaque_scores(shadow)):
+    hidden = (*shadow.declined, *opaque_scores(shadow)) if shadow else ()
+    for decline in (*split_attention(gm), *hidden):
         at = where(decline.node) if decline.node is not None else ""
         entries.append((RegionReport.declined(len(entries), graph_name, decline, where=at), None))
     replaced: dict[fx.Node, fx.Node] = {}
     rewritten: list[Region] = []
     attended: set[fx.Node] = set()
-    for skeleton in skeletons(shadow):
+    for skeleton in skeletons(shadow) if shadow else ():
         known: dict[str, Any] = {"where": where(skeleton.softmax_holder(shadow))}
         try:
             if options.fuel is not None and fused + len(rewritten) >= options.fuel:

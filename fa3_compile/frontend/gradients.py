@@ -38,14 +38,19 @@ def _cuts_gradient(node: fx.Node) -> bool:
     value = example_value(node)
     if node.op not in ("call_function", "call_method") or not _is_float(value):
         return False
-    name = target_name(node)
-    if _has_gradient(value) or name in CREATION or name.startswith("new_"):
+    if _has_gradient(value) or _creates(node):
         return False
+    name = target_name(node)
     sources = [s for s in node.all_input_nodes if _is_float(example_value(s))]
     if name == "detach" and sources and _is_row_maximum(sources[0]):
         # A softmax does not depend on what is taken off a whole row, nor does its gradient.
         return False
     return any(_had_gradient(s) for s in sources)
+
+
+def _creates(node: fx.Node) -> bool:
+    name = target_name(node)
+    return name in CREATION or name.startswith("new_")
 
 
 def _had_gradient(node: fx.Node) -> bool:
@@ -58,7 +63,7 @@ def _had_gradient(node: fx.Node) -> bool:
         seen.add(current)
         if _is_float(example_value(current)) and _has_gradient(example_value(current)):
             return True
-        if target_name(current) != "detach":
+        if target_name(current) != "detach" and not _creates(current):
             stack.extend(s for s in current.all_input_nodes if len(seen) < 64)
     return False
 

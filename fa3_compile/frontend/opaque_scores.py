@@ -1,22 +1,28 @@
-"""Softmaxes of scores that come through a call that is not looked into: told, not passed over."""
+"""Softmaxes of scores that no product is seen in: told, not passed over."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fa3_compile.errors import Decline
+from fa3_compile.errors import NOTHING, Decline
 from fa3_compile.frontend.dynamo_graph import example_value, opaque_target, target_name
 from fa3_compile.frontend.lift import ancestors
 from fa3_compile.frontend.normalize import softmaxes
 from fa3_compile.frontend.product import PRODUCTS, products_before
+from fa3_compile.frontend.sizes import hint
 from fa3_compile.frontend.trace import Shadow
 
+aten = torch.ops.aten
 # Products by their names in a Dynamo graph.
 NAMES = frozenset("matmul bmm baddbmm mm addmm einsum tensordot".split())
+# The most by which scores may be padded for a convolution.
+PADDED = 16
+MULTIPLY = "Write q @ k.transpose(-2, -1), which needs no tensor of all queries, keys and features."
 KEEP = "Keep what lies between the two products to element-wise operations."
 DISTANCES = (
     "-|q - k|^2 is 2 * q @ k.mT - (q * q).sum(-1)[..., None] - (k * k).sum(-1)[..., None, :], "
@@ -26,24 +32,56 @@ DISTANCES = (
 
 def opaque_scores(shadow: Shadow) -> Iterator[Decline]:
     """A `Decline` for every softmax that leads to a product with V and whose scores are made of a
-    product by way of such a call, or of distances by torch.cdist."""
+    product by way of such a call, of distances by torch.cdist, or of queries and keys otherwise
+    than by a product."""
     for softmax in softmaxes(shadow):
         scores = softmax.scores
-        if products_before(scores) or not _leads_to_a_product(shadow, softmax.node):
+        if not products_before(scores) and _leads_to_a_product(shadow, softmax.node):
+            found = _by_a_call(shadow, scores) or _by_broadcasting(shadow, scores)
+            if found is not None:
+                found.stage = "detect"
+                yield found
+
+
+def _by_a_call(shadow: Shadow, scores: fx.Node) -> Decline | None:
+    for holder in _taken_as_given(shadow, scores):
+        call = _call_of(holder)
+        if call is None:
             continue
-        size = scores.meta["val"].numel()
-        for holder in _taken_as_given(shadow, scores):
-            call = _call_of(holder)
-            if call is None:
-                continue
-            if target_name(call) == "cdist":
-                why, hint = "the scores are distances, not products", DISTANCES
-            elif _made_of_a_product(call, size):
-                why, hint = f"{target_name(call)} of the scores is not element-wise", KEEP
-            else:
-                continue
-            yield Decline("opaque-scores", call, hint, message=why, stage="detect")
-            break
+        if target_name(call) == "cdist":
+            why = "the scores are distances, not products"
+            return Decline("opaque-scores", call, DISTANCES, message=why)
+        if made_of_a_product(call.all_input_nodes, scores.meta["val"].shape):
+            why = f"{target_name(call)} of the scores is not element-wise"
+            return Decline("opaque-scores", call, KEEP, message=why)
+    return None
+
+
+def _by_broadcasting(shadow: Shadow, scores: fx.Node) -> Decline | None:
+    """Scores that are sums, over the head dimension or of two terms, of what broadcasts."""
+    for node in ancestors(scores):
+        holders = shadow.dynamo_of.get(node)
+        if not holders or not node.meta["val"].is_floating_point():
+            continue
+        if node.target is aten.sum.dim_IntList and _broadcasts(node.args[0], aten.mul.Tensor):
+            why = "the scores are a sum of element-wise products"
+            return Decline("no-product", holders[0], MULTIPLY, message=why)
+        if _broadcasts(node, aten.add.Tensor):
+            why = "the scores are sums of a term of the query and one of the key, not products"
+            return Decline("no-product", holders[0], NOTHING, message=why)
+    return None
+
+
+def _broadcasts(node, target) -> bool:
+    """Whether an operator's two floats each lack an axis that the other one has."""
+    if node.target is not target or not all(isinstance(x, fx.Node) for x in node.args):
+        return False
+    values = [x.meta["val"] for x in node.args]
+    shapes = [(1,) * (node.meta["val"].dim() - x.dim()) + tuple(x.shape) for x in values]
+    pairs = [[bool(n == 1) for n in sizes] for sizes in zip(*shapes)]
+    given = all(any(y.op == "placeholder" for y in ancestors(x)) for x in node.args)
+    floats = all(x.is_floating_point() for x in values)
+    return given and floats and [True, False] in pairs and [False, True] in pairs
 
 
 def _leads_to_a_product(shadow: Shadow, node: fx.Node) -> bool:
@@ -71,15 +109,15 @@ def _call_of(holder: fx.Node) -> fx.Node | None:
     return holder if opaque_target(holder) else None
 
 
-def _made_of_a_product(call: fx.Node, size) -> bool:
-    """Whether tensors of this many elements lead from a product to the call."""
-    stack, seen = [*call.all_input_nodes], set()
+def made_of_a_product(nodes: Iterable[fx.Node], shape: Sequence) -> bool:
+    """Whether values of this shape, or nearly so, lead from a product to one of the nodes."""
+    stack, seen = [*nodes], set()
     while stack:
         node = stack.pop()
         value = example_value(node)
         if node in seen or not isinstance(value, torch.Tensor):
             continue
-        if not statically_known_true(value.numel() == size):
+        if not alike(value.shape, shape):
             continue
         seen.add(node)
         if target_name(node) in NAMES:
@@ -87,3 +125,11 @@ def _made_of_a_product(call: fx.Node, size) -> bool:
         if not opaque_target(node):
             stack += node.all_input_nodes
     return False
+
+
+def alike(shape: Sequence, other: Sequence) -> bool:
+    """Whether a tensor may be the other's, its elements moved, padded or cropped."""
+    if statically_known_true(math.prod(shape) == math.prod(other)):
+        return True
+    last = zip(shape[-2:], other[-2:])
+    return len(shape) == len(other) and all(abs(hint(a) - hint(b)) <= PADDED for a, b in last)

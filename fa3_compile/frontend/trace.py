@@ -21,6 +21,7 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import rebind_unbacked
 
 from fa3_compile.errors import Decline
 from fa3_compile.frontend import flex, transforms
@@ -108,14 +109,16 @@ def _shadow(gm: fx.GraphModule, scope: _Scope) -> Shadow:
     stopping = stops(gm.graph)
     marks = _Marks()
 
-    def run(*values):
-        cut_values = dict(zip(cuts, values, strict=True))
-        # `boxed_run` and `run` want one argument a placeholder; cut values stand in for them.
-        return _Reader(gm, scope, keep, cut_values, marks, stopping).run_cut()
-
     values = [example_value(node) for node in cuts]
     # Dynamo's values live in a mode of their own, older than TracingContext's.
     fake_mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
+    shape_env = fake_mode.shape_env if fake_mode is not None else None
+
+    def run(*values):
+        cut_values = dict(zip(cuts, values, strict=True))
+        # `boxed_run` and `run` want one argument a placeholder; cut values stand in for them.
+        return _Reader(gm, scope, keep, cut_values, marks, stopping, shape_env).run_cut()
+
     with _analysis_only(fake_mode):
         traced = make_fx(
             dispatch_functionalize(run),
@@ -153,6 +156,8 @@ def _analysis_only(fake_mode) -> Iterator[None]:
             stack.enter_context(TracingContext.patch(fake_mode=fake_mode))
         if fake_mode is not None:
             stack.enter_context(fake_mode)
+            # As for every further trace: what was read from tensors before is read anew.
+            fake_mode.epoch += 1
             if fake_mode.shape_env is not None:
                 stack.enter_context(fake_mode.shape_env.ignore_fresh_unbacked_symbols())
                 # Composite operators in Python: some of those in C++ ask for sizes as numbers.
@@ -253,9 +258,10 @@ class _Marks:
 class _Reader(fx.Interpreter):
     """Runs the relevant nodes of the Dynamo graph on fakes, marking every tensor they make."""
 
-    def __init__(self, gm, scope, keep, cut_values, marks, stopping):
+    def __init__(self, gm, scope, keep, cut_values, marks, stopping, shape_env):
         super().__init__(gm, garbage_collect_values=False)
         self.scope, self.keep, self.cut_values = scope, keep, cut_values
+        self.shape_env = shape_env
         self.marks, self.stopping = marks, stopping
 
     def run_cut(self):
@@ -271,6 +277,8 @@ class _Reader(fx.Interpreter):
                     _make_unknown(self.env.get(changed))
             else:
                 self.env[node] = self.run_node(node)
+                # A number that is read from a tensor keeps the symbol that Dynamo has for it.
+                rebind_unbacked(self.shape_env, node, self.env[node])
                 written = [node, *written]
             for changed in written:
                 value = self.env.get(changed)

@@ -144,6 +144,25 @@ class TestSums:
         assert not any(r.fused for r in check(of_weights(normalise), *qkv()).regions)
 
 
+class TestOneNorm:
+    """F.normalize(w, p=1) divides by the sum of sizes."""
+
+    def test_of_shifted_exponentials(self):
+        normalise = of_weights(lambda s: F.normalize(shifted(s)[0], p=1, dim=-1))
+        assert became(normalise) == "attention(score=0.25*s)"
+
+    def test_of_exponentials_whose_sum_may_be_small(self):
+        normalise = of_weights(lambda s: F.normalize(s.exp(), p=1, dim=-1))
+        assert became(normalise) == "attention(normalize=sums, score=exp(0.25*s))"
+
+    def test_of_weights_that_may_be_negative(self):
+        assert became(of_weights(lambda s: F.normalize(s, p=1, dim=-1))) == "lift: row-sums"
+
+    def test_two_norm(self):
+        normalise = of_weights(lambda s: F.normalize(s.exp(), p=2, dim=-1))
+        assert became(normalise) == "lift: not-pointwise"
+
+
 class TestMasks:
     """Multiplied to the exponentials, or to the weights before they are normalised again."""
 

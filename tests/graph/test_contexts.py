@@ -100,6 +100,16 @@ class TestGradientModes:
         report = check(attention, *qkv())
         assert specs(report) == "attention(score=0.25*s, mask=kv <= q, dead=nan)"
 
+    def test_fill_made_like_the_scores(self):
+        def attention(q, k, v, keep):
+            s = scores_of(q, k)
+            return attend(torch.where(keep, s, -9e15 * torch.ones_like(s)), v)
+
+        assert_expected_inline(
+            specs(check(attention, *qkv(), uniform(S, S) < 0.5)),
+            """attention(score=where(load(0, q, kv) != 0, 0.25*s, -9000000000000000.0), aux=[bool])""",
+        )
+
     def test_no_grad_around_the_weights(self):
         # The weights are constants for the gradient, and V is not.
         def attention(q, k, v):

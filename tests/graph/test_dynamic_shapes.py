@@ -327,6 +327,25 @@ def test_one_compilation_for_every_length():
     assert len(report.regions) == 1
 
 
+def test_products_by_einsum():
+    def attention(q, k, v, extra):
+        k, v = (torch.cat([x[None].expand(B, -1, -1, -1), y], -2) for x, y in zip(extra, (k, v)))
+        p = torch.einsum("bhid,bhjd->bhij", q, k).softmax(-1)
+        return torch.einsum("bhij,bhjd->bhid", p, v)
+
+    inputs = [(*qkv(B, H, n, D), normal(2, H, 1, D)) for n in (9, 14)]
+    assert runs(attention, inputs) == "attention(score=s)"
+
+
+def test_a_near_miss_is_reported_as_of_fixed_sizes():
+    def attention(q, k, v):
+        p = scores_of(q, k).sigmoid()
+        return (p / p.cumsum(-1)) @ v
+
+    for dynamic in (False, True):
+        assert specs(check(attention, *qkv(), dynamic=dynamic)) == "lift: not-pointwise"
+
+
 def test_repeated_heads_of_dynamic_number():
     # Two of a size share a symbol, so that the heads are 2 * b**2 / b.
     def repeated(x):

@@ -114,6 +114,15 @@ def test_sdpa_by_its_aten_name(overload):
     assert specs(check(attention, *qkv())) == "attention(score=0.25*s, mask=kv <= q, dead=nan)"
 
 
+def test_transposed_output_is_written_in_place():
+    def attention(q, k, v):
+        y = attend(scores_of(q, k), v).transpose(1, 2)
+        y.mul_(2)
+        return y
+
+    assert specs(check(attention, *qkv())) == "attention(score=0.25*s)"
+
+
 def test_memory_of_one_element_written_by_what_is_not_looked_into():
     def attention(q, k, v):
         v = (v[:, :, :1] * 1).expand(B, H, S, D)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.graph.harness import check
-from tests.graph.inputs import S, normal, qkv, scores_of
+from tests.graph.inputs import H, S, normal, qkv, scores_of
 
 HIDDEN = {
     "cdist": lambda q, k: -torch.cdist(q, k),
@@ -15,6 +15,14 @@ HIDDEN = {
     "sort": lambda q, k: scores_of(q, k).sort(-1).values,
     "linear": lambda q, k: F.linear(scores_of(q, k).mT, torch.eye(S)).mT,
 }
+
+
+def padded_convolution(q, k):
+    s = F.pad(scores_of(q, k).tril(), (1, 1, 2, 0))
+    return F.conv2d(s, torch.full((H, H, 3, 3), 0.1))
+
+
+HIDDEN["conv2d"] = padded_convolution
 
 
 @pytest.mark.parametrize("name", HIDDEN)
@@ -25,7 +33,21 @@ def test_reported(name):
     assert "test_opaque_scores.py" in region.where and region.reason and region.hint
 
 
+BROADCAST = {
+    "products": lambda q, k: (q[..., None, :] * k[..., None, :, :]).sum(-1),
+    "terms": lambda q, k: F.leaky_relu(q[..., :1] + k[..., None, :, 0], 0.2),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", BROADCAST)
+def test_scores_without_a_product_are_reported(name, dynamic):
+    report = check(lambda q, k, v: BROADCAST[name](q, k).softmax(-1) @ v, *qkv(), dynamic=dynamic)
+    assert [(x.fused, x.code) for x in report.regions] == [(False, "no-product")]
+
+
 NO_ATTENTION = {
+    "pooling by a product": lambda x, w, e: (x * w[0]).sum(-1).softmax(-1)[:, None] @ x,
     "router": lambda x, w, e: torch.einsum("bne,edf,bnd->bnf", F.linear(x, w).softmax(-1), e, x),
     "router of a norm": lambda x, w, e: F.linear(F.layer_norm(x, (8,)), w).softmax(-1) @ e[:, 0],
     "pooling": lambda x, w, e: F.linear(x, w[:1]).softmax(1).mT @ x,

@@ -1,0 +1,73 @@
+"""Attention whose softmax is in the body of a call and one of its products outside: told, not
+passed over.
+
+Bodies of checkpoints, torch.cond, scans and autograd functions are graphs of their own, and each is
+rewritten for itself. An attention that is in one of them as a whole is found there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import fx
+
+from fa3_compile.errors import Decline
+from fa3_compile.frontend import flex
+from fa3_compile.frontend.dynamo_graph import example_value, is_softmax_like, target_name
+from fa3_compile.frontend.opaque_scores import NAMES, alike, made_of_a_product
+
+HINT = "Put the softmax and both of its products into the call, or none of them."
+
+
+def split_attention(gm: fx.GraphModule) -> Iterator[Decline]:
+    """A `Decline` for every call that holds the softmax of scores, and not both products."""
+    for call in gm.graph.nodes:
+        if not isinstance(call.target, torch._ops.HigherOrderOperator) or flex.is_call(call):
+            continue
+        for body in _bodies(gm, call):
+            if any(_is_split(call, softmax) for softmax in _softmaxes(body)):
+                why = f"the softmax of the scores is in the body of {target_name(call)}"
+                yield Decline(
+                    "split-attention", call, HINT, message=f"{why}, V is not", stage="detect"
+                )
+                break
+
+
+def _bodies(gm: fx.GraphModule, call: fx.Node) -> list[fx.GraphModule]:
+    """The graphs that a call runs forward."""
+    given = [n for n in call.args if isinstance(n, fx.Node) and n.op == "get_attr"]
+    found = [getattr(gm, str(n.target), None) for n in given]
+    bodies = [x for x in found if isinstance(x, fx.GraphModule)]
+    return bodies[:1] if "autograd_function_apply" in str(call.target) else bodies
+
+
+def _softmaxes(body: fx.GraphModule) -> list[fx.Node]:
+    named = [n for n in body.graph.nodes if is_softmax_like(n) and "attention" not in str(n.target)]
+    return [n for n in named if isinstance(example_value(n), torch.Tensor)]
+
+
+def _is_split(call: fx.Node, softmax: fx.Node) -> bool:
+    shape = example_value(softmax).shape
+    before = made_of_a_product(softmax.all_input_nodes, shape)
+    after = _leads_to_a_product(softmax, shape)
+    if before and after:
+        return False
+    before = before or made_of_a_product(call.all_input_nodes, shape)
+    return before and (after or _leads_to_a_product(call, shape))
+
+
+def _leads_to_a_product(node: fx.Node, shape: Sequence) -> bool:
+    """Whether values of this shape lead from the node to a product."""
+    stack, seen = [node], set()
+    while stack:
+        for user in stack.pop().users:
+            if target_name(user) in NAMES:
+                return True
+            value = example_value(user)
+            parts = value if isinstance(value, (tuple, list)) else [value]
+            whole = any(isinstance(x, torch.Tensor) and alike(x.shape, shape) for x in parts)
+            if user not in seen and whole:
+                seen.add(user)
+                stack.append(user)
+    return False

@@ -1,0 +1,122 @@
+"""Attention and the bodies of higher-order operators: fused in there, or told."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._higher_order_ops.scan import scan
+from torch._higher_order_ops.while_loop import while_loop
+from torch.utils.checkpoint import checkpoint
+
+from tests.graph.harness import check, specs
+from tests.graph.inputs import attend, qkv, scores_of
+
+PLAIN = "attention(score=0.25*s)"
+SPLIT = "detect: split-attention"
+
+
+def plain(q, k, v):
+    return attend(scores_of(q, k), v)
+
+
+class Softmax(torch.autograd.Function):
+    """With the gradient written out."""
+
+    @staticmethod
+    def forward(ctx, s):
+        p = s.softmax(-1)
+        ctx.save_for_backward(p)
+        return p
+
+    @staticmethod
+    def backward(ctx, g):
+        (p,) = ctx.saved_tensors
+        return p * (g - (g * p).sum(-1, keepdim=True))
+
+
+class Clamped(torch.autograd.Function):
+    """A clamp with the gradient of the identity."""
+
+    @staticmethod
+    def forward(ctx, s):
+        return s.clamp(-1, 1)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+def branches(q, k, v):
+    return torch.cond(q.sum() > 0, plain, lambda q, k, v: attend(2 * scores_of(q, k), v), (q, k, v))
+
+
+def steps(q, k, v):
+    def step(carry, x):
+        y = plain(carry, k, v) + x
+        return y.clone(), y.clone()
+
+    return scan(step, q, torch.stack([q, q]), dim=0)[1]
+
+
+def loop(q, k, v):
+    def again(i, x):
+        return i < 3
+
+    def body(i, x):
+        return i + 1, plain(x, k, v)
+
+    return while_loop(again, body, (torch.tensor(0), q.clone()))[1]
+
+
+@pytest.mark.parametrize("function", [branches, steps, loop])
+def test_whole_in_a_body(function):
+    fused = specs(check(function, *qkv(), training=False)).split("\n")
+    assert fused[0] == PLAIN and len(fused) == 1 + (function is branches)
+
+
+def softmax_of_a_branch(q, k, v):
+    s = scores_of(q, k)
+    branches = lambda s: s.softmax(-1), lambda s: (2 * s).softmax(-1)
+    return torch.cond(q.sum() > 0, *branches, (s,)) @ v
+
+
+HALVES = {
+    "function": lambda q, k, v: Softmax.apply(scores_of(q, k)) @ v,
+    "checkpoint": lambda q, k, v: (
+        checkpoint(lambda q, k: scores_of(q, k).softmax(-1), q, k, use_reentrant=False) @ v
+    ),
+    "checkpoint of V too": lambda q, k, v: checkpoint(
+        lambda s, v: s.softmax(-1) @ v, scores_of(q, k), v, use_reentrant=False
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_half_in_a_body(name):
+    [region] = check(HALVES[name], *qkv()).regions
+    assert (region.code, region.fused) == ("split-attention", False)
+    assert "test_bodies.py" in region.where
+
+
+def test_half_in_a_branch():
+    assert specs(check(softmax_of_a_branch, *qkv(), training=False)) == SPLIT
+
+
+def test_scores_through_a_body():
+    def attention(q, k, v):
+        return attend(Clamped.apply(scores_of(q, k)), v)
+
+    assert specs(check(attention, *qkv())) == "detect: opaque-scores"
+
+
+NO_ATTENTION = {
+    "router": lambda q, k, v: (
+        checkpoint(lambda x: x.softmax(-1), q[..., :3], use_reentrant=False) @ k[:, :, :3]
+    ),
+    "gate": lambda q, k, v: plain(q, k, v) * checkpoint(lambda x: x.exp(), q, use_reentrant=False),
+}
+
+
+@pytest.mark.parametrize("name", NO_ATTENTION)
+def test_no_attention_in_a_body(name):
+    assert SPLIT not in specs(check(NO_ATTENTION[name], *qkv()))
