@@ -14,9 +14,9 @@ from fa3_compile.spec import expr as E
 
 
 class KernelPrinter(CudaPrinter):
-    """C++ with tanh.approx, and with min and max of mixed integers."""
+    """C++ with tanh and sigmoid of fa3/ptx.cuh, and with min and max of mixed integers."""
 
-    FUNCTIONS = {**CudaPrinter.FUNCTIONS, "tanh": "tanh_approx"}
+    FUNCTIONS = {**CudaPrinter.FUNCTIONS, "tanh": "tanh_approx", "sigmoid": "sigmoid_approx"}
 
     def rewrite(self, expr):
         return expr

@@ -83,6 +83,7 @@ FORMS = [
     Form("not itself", "score=0.1*s, mask=(q != kv)"),
     Form("softcap", f"score=20.0*tanh(0.005*s), mask={WINDOW}"),
     Form("softcap, full", "score=20.0*tanh(0.005*s)"),
+    Form("sigmoid of s", f"score=4.0*sigmoid(0.1*s), mask={CAUSAL}"),
     Form("alibi", f"score=0.1*s + {SLOPES}*(kv - q), mask={CAUSAL}", ("slopes",)),
     Form("alibi by key", f"score=0.1*s + {SLOPES}*kv, mask={CAUSAL}", ("slopes",)),
     Form("alibi, no mask", f"score=0.1*s + {SLOPES}*(kv - q)", ("slopes",)),

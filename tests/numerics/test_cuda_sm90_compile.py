@@ -18,11 +18,12 @@ from fa3_compile.lower.config_sm90 import (
     table,
 )
 from fa3_compile.lower.cuda_terms import map_kind, mask_parts
-from fa3_compile.lower.kernels import cuda_sm90
+from fa3_compile.lower.kernels import cuda_sm90, cuda_sm90_backward
 from fa3_compile.lower.kernels.cuda_sm90 import CudaSm90
 from fa3_compile.lower.kernels.cuda_sm90_keys import keys_of, likely_layout
 from fa3_compile.lower.render_cuda import CudaKey, render
 from fa3_compile.spec.attention import AttentionSpec
+from fa3_compile.spec.text import FUNCTIONS
 from tests.numerics.forms import BY_NAME, FORMS, inputs, shape_for
 
 needs_nvrtc = pytest.mark.skipif(build_nvrtc.missing() is not None, reason="no cuda-bindings")
@@ -33,6 +34,7 @@ BUILT = [
     ("causal", 128, 128),
     ("window", 256, 256),
     ("softcap", 96, 96),
+    ("sigmoid of s", 64, 64),
     ("alibi", 40, 40),
     ("dense bias", 128, 128),
     ("sink, filled", 192, 128),
@@ -80,6 +82,16 @@ def test_every_form_has_a_text(form) -> None:
     assert source == render(keys(asked)[0])
     assert source.count("{") == source.count("}")
     assert source.startswith(f"// {asked.spec}\n")
+
+
+@pytest.mark.parametrize("name", sorted(set(FUNCTIONS) - {"load", "where", "uniform"}))
+def test_every_function_has_a_text(name: str) -> None:
+    arguments = {"floordiv": "q, 3", "mod": "q, 3", "min": "s, 3", "max": "s, 3", "pow": "s, 0.3"}
+    score = f"{name}({arguments.get(name, '0.1*s')})"
+    spec = AttentionSpec.parse(f"attention(score=s + {score})")
+    asked = replace(problem("full", 64, 64), spec=spec)
+    assert CudaSm90().supports(asked) is None
+    assert cuda_sm90_backward.supports_backward(asked) is None
 
 
 @pytest.mark.parametrize("dim", range(8, 257, 8))

@@ -42,6 +42,11 @@ FA3_DEVICE float tanh_approx(float x) {
   return y;
 }
 
+// 1 / (1 + e^-x), whose small values keep their digits.
+FA3_DEVICE float sigmoid_approx(float x) {
+  return __fdividef(1.0f, 1.0f + exp2_approx(-kLog2e * x));
+}
+
 template <class Dtype>
 FA3_DEVICE uint32_t pack(float lo, float hi);
 
