@@ -127,6 +127,14 @@ def map_kind(spec: AttentionSpec) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
+def same_in_every_call(spec: AttentionSpec) -> bool:
+    """Whether a mask that leaves rows more than one interval of keys depends on lengths alone, so
+    that lists of its blocks need making but once."""
+    mask = spec.mask
+    return spec.has_mask and not (mask.has(E.load, E.uniform) or row_interval(mask))
+
+
+@functools.lru_cache(maxsize=1024)
 def fills_dead_rows(spec: AttentionSpec) -> str:
     """ "never", "long" (only where Sq > Skv) or "maybe": whether fill() decides a row."""
     if not spec.has_mask or spec.dead != "score":

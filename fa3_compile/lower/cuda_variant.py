@@ -24,7 +24,6 @@ from fa3_compile.lower.cuda_terms import (
     drawn,
     fills_dead_rows,
     head_scalars,
-    map_kind,
     mask_parts,
     named_mask,
     uniform_fill,
@@ -135,7 +134,7 @@ class VariantWriter:
 
     def blocks(self) -> list[str]:
         """Which key blocks a query block meets."""
-        kind = map_kind(self.spec)
+        kind = self.key.map_kind
         if not kind:
             return self.bounds()
         intervals = self.intervals() if kind == "Interval" else []

@@ -81,7 +81,7 @@ def load_module(cubin: bytes, attention: str = "attention_fwd") -> Module:
 
 
 # What a kernel's parameters may point to, beside the captured tensors.
-NAMES = ("q", "k", "v", "out", "lse", "counter", "scratch")
+NAMES = ("q", "k", "v", "out", "lse", "counter", "scratch", "lists")
 
 
 class Launch:

@@ -14,7 +14,7 @@ import jinja2
 
 from fa3_compile import resources
 from fa3_compile.lower.config_sm90 import Sm90Config
-from fa3_compile.lower.cuda_terms import fills_dead_rows, map_kind
+from fa3_compile.lower.cuda_terms import fills_dead_rows, map_kind, same_in_every_call
 from fa3_compile.lower.cuda_variant import VariantWriter
 from fa3_compile.spec.attention import AttentionSpec
 
@@ -44,6 +44,15 @@ class CudaKey:
         return render(self)
 
     @property
+    def map_kind(self) -> str:
+        """As cuda_terms.map_kind. Lists that are made but once may look at each element: intervals
+        do not see every hole of a tiled or dilated window. With few queries, whose keys are more
+        in every call of a growing cache, they are not made at all."""
+        if self.config.block_m > 64 and same_in_every_call(self.spec):
+            return "Dense"
+        return map_kind(self.spec)
+
+    @property
     def digest(self) -> str:
         """Names the kernel on disk; other sources of ours give another name."""
         rest = (self.dtype, self.dim_qk, self.dim_v, self.config, self.elements, self.unit)
@@ -61,7 +70,7 @@ def render(key: CudaKey) -> str:
         dim_v=key.dim_v,
         aux_fields="\n".join(writer.aux_members()),
         variant="\n".join(writer.variant()),
-        block_map=map_kind(key.spec),
+        block_map=key.map_kind,
         dead_rows=fills_dead_rows(key.spec) != "never",
     )
     lines = (line.rstrip() for line in text.splitlines())

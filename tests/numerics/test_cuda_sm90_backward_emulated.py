@@ -51,8 +51,8 @@ def between(text: str, first: str, last: str) -> str:
 
 def header(name: str) -> str:
     """A header of the kernels without what emulated_sm90.hpp has in its place."""
-    folder = resources.kernels() / ("include/fa3" if name in HEADERS else "sm90")
-    text = re.sub(r"#include.*|#pragma.*", "", (folder / f"{name}.cuh").read_text())
+    (file,) = resources.kernels().rglob(f"{name}.cuh")
+    text = re.sub(r"#include.*|#pragma.*", "", file.read_text())
     if name == "captured":
         return "namespace fa3 {" + text[text.index("// min and max of CUDA") :]
     if name == "fragment":

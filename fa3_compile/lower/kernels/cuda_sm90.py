@@ -29,6 +29,7 @@ from fa3_compile.lower.kernels.cuda_sm90_keys import (
     layout_of,
     likely_layout,
 )
+from fa3_compile.lower.kernels.cuda_sm90_lists import kept_lists
 from fa3_compile.lower.launch_cuda import Launch, Module, describable, empty_cuda, load_module
 from fa3_compile.lower.printer import UnprintableError
 from fa3_compile.lower.render_cuda import CudaKey, render
@@ -116,6 +117,7 @@ class Bound:
     """The kernels of a call for one set of shapes and strides; calling it launches them.
 
     scratch_words  int32 that the lists of key blocks, and the parts of a split, take
+    lists          the address of lists that are kept between calls, or 0
     """
 
     device: int
@@ -125,6 +127,7 @@ class Bound:
     out_shape: tuple[int, ...]
     out_stride: tuple[int, ...]
     scratch_words: int
+    lists: int
     launches: tuple[Launch, ...]
 
     def __post_init__(self) -> None:
@@ -151,7 +154,7 @@ class Bound:
             scratch = words.data_ptr()
         addresses = [
             q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), counter,
-            scratch,
+            scratch, self.lists or scratch,
         ]  # fmt: skip
         for x in aux:
             addresses.append(x.data_ptr())
@@ -182,8 +185,10 @@ def bind(problem: Problem, q, k, v, aux, sizes, key: CudaKey | None = None) -> B
     module = _module(key, built.cubin, q.device.index)
     shape = (*q.shape[:3], v.shape[3])
     stride = out_strides(shape, spec.out_order)
-    launches, words = ForwardParameters(spec, key, module, q, k, v, aux, sizes).launches(stride)
-    return Bound(q.device.index, q.dtype, key.config, module, shape, stride, words, launches)
+    parameters = ForwardParameters(spec, key, module, q, k, v, aux, sizes)
+    lists = kept_lists(parameters, q.device.index)
+    launches, words = parameters.launches(stride, kept=bool(lists))
+    return Bound(q.device.index, q.dtype, key.config, module, shape, stride, words, lists, launches)
 
 
 def _tuned(problem: Problem, keys: Sequence[CudaKey], q, k, v, aux, sizes) -> CudaKey:

@@ -8,7 +8,7 @@ import struct
 from torch import Tensor
 
 from fa3_compile.lower.config_sm90 import Packing, packing, panel_columns, split_count
-from fa3_compile.lower.cuda_terms import fills_dead_rows, map_kind, uniform_fill
+from fa3_compile.lower.cuda_terms import fills_dead_rows, uniform_fill
 from fa3_compile.lower.kernels.cuda_sm90_keys import mask_axes, processors
 from fa3_compile.lower.kernels.cuda_sm90_parameters import SECTION_BYTES, Parameters, Places
 from fa3_compile.lower.launch_cuda import MAP_BYTES, Launch, Module, tensor_map
@@ -45,14 +45,15 @@ class ForwardParameters(Parameters):
         self.scratch_bytes += -(-bytes_ // 16) * 16
         return start
 
-    def launches(self, out_stride) -> tuple[tuple[Launch, ...], int]:
-        """(the kernels of a call in their order, int32 words of scratch memory)."""
+    def launches(self, out_stride, kept: bool = False) -> tuple[tuple[Launch, ...], int]:
+        """(the kernels of a call in their order, int32 words of scratch memory).
+
+        kept  the lists of key blocks are there; otherwise they are made where scratch memory begins
+        """
         found = []
-        kind = map_kind(self.spec)
-        if kind:
-            self.map_counts = self.scratch(8 * self.map_rows)
-            self.map_indices = self.scratch(4 * self.map_rows * self.key_blocks)
-            found.append(self.block_map(kind))
+        if self.key.map_kind and not kept:
+            self.scratch(self.list_bytes)
+            found.append(self.block_map())
         if self.splits > 1:
             self.part_states = self.scratch(8 * self.splits * self.rows)
             self.parts = self.scratch(4 * self.splits * self.rows * self.v.shape[3])
@@ -82,10 +83,19 @@ class ForwardParameters(Parameters):
         batches, heads = self.map_shape
         return batches * heads * self.query_blocks
 
-    def block_map(self, kind: str) -> Launch:
+    @property
+    def map_indices(self) -> int:
+        """Where they begin, behind the counts; in bytes, as below."""
+        return -(-8 * self.map_rows // 16) * 16
+
+    @property
+    def list_bytes(self) -> int:
+        return self.map_indices + 4 * self.map_rows * self.key_blocks
+
+    def block_map(self) -> Launch:
         return self.lists(
-            kind, self.map_shape, (self.query_blocks, self.key_blocks), self.packing.rows,
-            (self.queries, self.keys), self.map_indices, self.map_counts,
+            self.key.map_kind, self.map_shape, (self.query_blocks, self.key_blocks),
+            self.packing.rows, (self.queries, self.keys), self.map_indices, 0, "lists",
         )  # fmt: skip
 
     # The attention.
@@ -105,16 +115,21 @@ class ForwardParameters(Parameters):
         grid = min(tiles, self.processors)
         beside = "BATCH_FIRST" in config.tries
         content += struct.pack(
-            "iiiiii", tiles, self.query_blocks, self.batch if beside else self.grid_heads,
-            self.batch if beside else self._section(), self.splits, grid
+            "iiiiii",
+            tiles,
+            self.query_blocks,
+            self.batch if beside else self.grid_heads,
+            self.batch if beside else self._section(),
+            self.splits,
+            grid,
         )
         if config.longest_first:
             places.append((len(content), "counter", 0))
         content += bytes(8)
         batches, heads = self.map_shape
-        if map_kind(self.spec):
-            places += [(len(content), "scratch", self.map_indices)]
-            places += [(len(content) + 8, "scratch", self.map_counts)]
+        if self.key.map_kind:
+            places += [(len(content), "lists", self.map_indices)]
+            places += [(len(content) + 8, "lists", 0)]
         content += struct.pack(
             "QQiii4x", 0, 0, heads * self.query_blocks if batches > 1 else 0,
             self.query_blocks if heads > 1 else 0, self.key_blocks,

@@ -82,6 +82,7 @@ class Parameters:
         lengths: tuple[int, int],
         indices: int,
         counts: int,
+        memory: str = "scratch",
     ) -> Launch:
         """The kernel that lists the blocks of one axis for each block of the other.
 
@@ -89,11 +90,11 @@ class Parameters:
         blocks          (lists of each, entries of each)
         rows            of a block that has a list
         lengths         of the axis of the lists, then of the entries
-        indices, counts  where they lie in scratch memory, in bytes
+        indices, counts  where they lie in `memory`, in bytes
         """
         batches, heads = outer
         content = struct.pack("QQiiiiiii4x", 0, 0, batches, heads, *blocks, rows, *lengths)
-        places: Places = [(0, "scratch", indices), (8, "scratch", counts)]
+        places: Places = [(0, memory, indices), (8, memory, counts)]
         each = INTERVAL_ROWS if kind == "Interval" else 1
         threads = 32 * INTERVAL_ROWS if kind == "Interval" else 256
         grid = (-(-blocks[0] // each), heads, batches)

@@ -1,0 +1,112 @@
+"""The forward of `cuda_sm90` on the CPU, as test_cuda_sm90_backward_emulated.py runs its backward:
+kernels, launches and parameters, against the reference; and which key blocks are listed."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fa3_compile import resources
+from fa3_compile.lower.build_nvrtc import Built
+from fa3_compile.lower.choose import Problem
+from fa3_compile.lower.kernels import cuda_sm90, cuda_sm90_lists
+from fa3_compile.lower.kernels.cuda_sm90_keys import keys_of, layout_of
+from fa3_compile.lower.kernels.cuda_sm90_lists import kept_lists
+from fa3_compile.lower.render_cuda import CudaKey
+from fa3_compile.spec.attention import AttentionSpec
+from fa3_compile.spec.tiles import EMPTY, FULL, PARTIAL, tile_map
+from tests.graph import test_attention_gym as gym
+from tests.host_driver import launches, on_device, on_host, shared_library
+from tests.numerics.forms import BY_NAME, Shape, compare, inputs
+from tests.numerics.test_cuda_sm90_backward_emulated import ENTRY, HEADERS, between, header
+
+__all__ = ["launches"]
+
+FORWARD_HEADERS = (
+    "softmax", "finish_row", "forward_block", "forward_epilogue", "forward_weigher",
+    "forward_consumer", "forward_producer", "attention_fwd",
+)  # fmt: skip
+# Warpgroups take turns for speed alone.
+NO_TURNS = """namespace fa3 { template <int, bool> struct PingPong {
+  static void start(int) {} static void wait(int) {} static void pass(int) {} }; }"""
+
+
+def compiled(key: CudaKey, to: Path) -> Path:
+    """A library of a key's kernels, without those for rows that see no key."""
+    source = key.source()
+    own = between(source, "struct alignas(8) Aux", "}  // namespace fa3")
+    emulated = resources.kernels().parent / "tests/numerics/emulated_sm90.hpp"
+    parts = [f'#define DTYPE {key.dtype}\n#include "{emulated}"', NO_TURNS]
+    parts += [header(x) for x in HEADERS if not x.startswith(("query", "backward"))]
+    parts += [header(x) for x in FORWARD_HEADERS]
+    parts += ["namespace fa3 {", own, "}", "using namespace fa3;"]
+    parts += [ENTRY.format(name="attention_fwd", kernel="Kernel")]
+    if key.map_kind:
+        parts += [re.sub("fa3::", "", between(source, "using BlockMapKernel", 'extern "C"'))]
+        parts += [ENTRY.format(name="block_map", kernel="BlockMapKernel")]
+    parts += ['extern "C" { int shared_bytes = Kernel::kSharedBytes, counters[256]; }']
+    return shared_library("\n".join(parts), to)
+
+
+def lister(key: CudaKey, to: Path) -> Path:
+    """A library of the kernel that lists key blocks."""
+    source = key.source()
+    own = between(source, "struct alignas(8) Aux", "using Config")
+    emulated = resources.kernels().parent / "tests/numerics/emulated_sm90.hpp"
+    parts = [f'#define DTYPE {key.dtype}\n#include "{emulated}"']
+    parts += [header(x) for x in ("captured", "philox", "variant", "block_map", "block_map_build")]
+    config = f"struct Config {{ static constexpr int kBlockN = {key.config.block_n}; }};"
+    parts += ["namespace fa3 {", own, config, "}", "using namespace fa3;"]
+    parts += [re.sub("fa3::", "", between(source, "using BlockMapKernel", 'extern "C"'))]
+    parts += [ENTRY.format(name="block_map", kernel="BlockMapKernel")]
+    parts += ['extern "C" void attention_fwd(const void*, unsigned, unsigned, unsigned, int) {}']
+    parts += ['extern "C" { int shared_bytes = 1024, counters[256]; }']
+    return shared_library("\n".join(parts), to, "-O0")
+
+
+def listed(parameters, address: int) -> np.ndarray:
+    """EMPTY, PARTIAL or FULL for each [batch, head, query block, key block] of kept lists."""
+    words = (ctypes.c_int * (parameters.list_bytes // 4)).from_address(address)
+    rows, blocks = parameters.map_rows, parameters.key_blocks
+    counts = np.array(words[: 2 * rows]).reshape(rows, 2)
+    lists = np.array(words[parameters.map_indices // 4 :]).reshape(rows, blocks)
+    found = np.full((rows, blocks), EMPTY)
+    for row, (partial, full) in enumerate(counts):
+        found[row, lists[row, :partial]] = PARTIAL
+        found[row, lists[row, blocks - full :]] = FULL
+    return found.reshape(*parameters.map_shape, parameters.query_blocks, blocks)
+
+
+# Masks whose rows see keys with holes between them, of tests/graph/test_attention_gym.py.
+HOLES = ("tiled_natten", "streaming", "dilated_natten", "morton")
+
+
+@pytest.mark.parametrize("name", HOLES)
+def test_visited_blocks_are_those_of_the_report(name, tmp_path, monkeypatch, launches) -> None:
+    """And they are listed once for all calls."""
+    monkeypatch.setattr(gym, "LENGTH", length := 512)
+    monkeypatch.setattr(gym, "WIDTH", 32)
+    spec = AttentionSpec.parse(str(gym.fused(gym.MASKS[name])[0]))
+    q, k, v = on_device([torch.zeros(1, 2, length, 64, dtype=torch.bfloat16)] * 3)
+    problem = Problem(spec, q.dtype, q.device, (9, 0), 1, 2, 2, length, length, 64, 64)
+    key = keys_of(problem, layout_of(spec, []))[0]
+    key = replace(key, config=replace(key.config, block_m=128, block_n=16))
+    built = Built(bytes(lister(key, tmp_path / "kernels.so")) + b"\0", "", 168, 0, False)
+    monkeypatch.setattr(cuda_sm90, "load_first", lambda keys: (keys[0], built))
+    monkeypatch.setattr(cuda_sm90_lists, "_kept", {})
+    seen = []
+    monkeypatch.setattr(cuda_sm90, "kept_lists", lambda p, i: seen.append(p) or kept_lists(p, i))
+    bound = cuda_sm90.bind(problem, q, k, v, [], (), key)
+    cuda_sm90.bind(problem, q, k, v, [], (), key)
+    for _ in range(2):
+        bound(q, k, v, [])
+    assert [x.name for x in launches] == ["block_map", "attention_fwd", "attention_fwd"]
+    expected = tile_map(spec, length, length, 128, 16)
+    assert (expected == EMPTY).any() and (expected == PARTIAL).any()
+    assert (listed(seen[0], bound.lists) == expected).all()
