@@ -205,9 +205,12 @@ def _file(path: Path) -> ModuleType:
 
 def _driver() -> str:
     """The newest CUDA that the driver can run, such as 13.0."""
-    import torch
+    from fa3_compile.lower.launch_cuda import checked, driver
 
-    version = torch._C._cuda_getDriverVersion()  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        version = checked(driver().cuDriverGetVersion())
+    except (ImportError, RuntimeError) as error:
+        return f"unknown: {error}"
     return f"CUDA {version // 1000}.{version % 1000 // 10}"
 
 

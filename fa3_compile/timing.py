@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -24,7 +25,9 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], device: torch.device) ->
     synchronize(device)
     estimate = (time.perf_counter() - started) / 2
     rounds = int(min(max(SECONDS / max(estimate, 1e-6), LEAST_ROUNDS), MOST_ROUNDS))
-    stopwatch = _on_gpu if device.type == "cuda" else _on_cpu
+    stopwatch = _on_cpu
+    if device.type == "cuda":
+        stopwatch = functools.partial(_on_gpu, torch.cuda.current_stream(device))
     times: dict[str, list[Callable[[], float]]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -51,11 +54,11 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _on_gpu(call: Callable[[], Any]) -> Callable[[], float]:
+def _on_gpu(stream: torch.cuda.Stream, call: Callable[[], Any]) -> Callable[[], float]:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+    start.record(stream)
     call()
-    end.record()
+    end.record(stream)
     return lambda: start.elapsed_time(end)
 
 

@@ -5,7 +5,7 @@
 #include <dlfcn.h>
 
 #include <cstdint>
-#include <cstdio>
+#include <cstdlib>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -138,7 +138,8 @@ Result cuMemcpyDtoH_v2(void* to, const void* from, std::size_t bytes) {
 }
 Result cuMemAlloc_v2(void** address, std::size_t bytes) {
   if (address == nullptr || bytes == 0) return kInvalidValue;
-  *address = std::memset(std::malloc(bytes), 0xff, bytes);
+  bytes = (bytes + 255) / 256 * 256;
+  *address = std::memset(std::aligned_alloc(256, bytes), 0xff, bytes);
   return kSuccess;
 }
 Result cuStreamSynchronize(void*) { return kSuccess; }

@@ -14,6 +14,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,14 +28,9 @@ from torch._C._dynamo import guards
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from fa3_compile.lower import choose, dispatch, launch_cuda
+from fa3_compile.lower import choose, dispatch
 from fa3_compile.lower.bound import BindingKernel
-from fa3_compile.lower.kernels import (
-    cuda_sm90,
-    cuda_sm90_backward,
-    triton_backward,
-    triton_forward,
-)
+from fa3_compile.lower.kernels import cuda_sm90_backward, cuda_sm90_lists, triton_backward
 
 COMPILER = shutil.which("g++")
 DEVICE = torch.device("cuda", 0)
@@ -94,8 +90,8 @@ def on_host(tensors: Any) -> Any:
 
 
 class _Devices(TorchFunctionMode):
-    """Makes "cuda" mean the CPU's memory, refuses operators on tensors of two devices, and leaves
-    NaN in what is not initialised."""
+    """Makes "cuda" mean the CPU's memory, refuses operators on tensors of two devices and addresses
+    of others, and leaves NaN in what is not initialised."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")
@@ -104,6 +100,8 @@ class _Devices(TorchFunctionMode):
         ours = [isinstance(x, OnDevice) for x in tensors if x.dim() or isinstance(x, OnDevice)]
         if any(ours) and not all(ours) and name not in CROSSING:
             raise RuntimeError(f"Expected all tensors to be on the same device: {name}")
+        if name == "data_ptr" and not any(ours):
+            return -func(*args)  # aligned alike, and no address that a kernel's parameters take
         asked = any(map(_is_cuda, leaves))
         args, kwargs = pytree.tree_map(lambda x: "cpu" if _is_cuda(x) else x, (args, kwargs or {}))
         found = func(*args, **kwargs)
@@ -176,13 +174,15 @@ def launches(monkeypatch) -> Iterator[list[Launched]]:
     monkeypatch.setattr(torch.cuda, "device", _Guard)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
-    for module in (launch_cuda, cuda_sm90, cuda_sm90_backward, triton_forward):
-        monkeypatch.setattr(module, "empty_cuda", _empty_strided)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fa3_compile.") and hasattr(module, "empty_cuda"):
+            monkeypatch.setattr(module, "empty_cuda", _empty_strided)
     # Nothing that is known of another device, and nothing that others would know of this one.
     for kernel in choose.kernels():
         if isinstance(kernel, BindingKernel):
             monkeypatch.setattr(kernel, "_bound", {})
     monkeypatch.setattr(cuda_sm90_backward, "_bound", {})
+    monkeypatch.setattr(cuda_sm90_lists, "_kept", {})
     monkeypatch.setattr(triton_backward, "_launches", {})
     _forget()
     with _Devices():

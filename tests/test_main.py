@@ -1,6 +1,7 @@
 """`python -m fa3_compile`."""
 
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -11,6 +12,9 @@ import fa3_compile
 from fa3_compile import report
 from fa3_compile.__main__ import main
 from fa3_compile.lower import cache
+from tests.host_driver import launches
+
+__all__ = ["launches"]
 
 
 @pytest.fixture
@@ -43,6 +47,15 @@ def test_env_names_versions_kernels_and_the_cache(capsys, tmp_path, monkeypatch)
     for expected in (fa3_compile.__version__, torch.__version__, str(tmp_path / "kernels")):
         assert expected in printed
     assert "reference" in printed
+
+
+def test_env_names_the_gpu_and_its_driver(capsys, launches, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
+    assert main(["env"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search("driver +CUDA 13.0\n", printed) and "a card, sm_90" in printed
 
 
 def test_a_wrong_option_in_the_environment_is_said_not_raised(capsys, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fa3_compile.lower.build_nvrtc import Built
+from fa3_compile.lower.dispatch import make_problem
 from fa3_compile.lower.kernels import cuda_sm90, cuda_sm90_backward
 from fa3_compile.runtime.launch import Attention, AttentionBackward
 from tests.host_driver import DEVICE, STREAM, OnDevice, kernels_of, launches, on_device
@@ -70,6 +71,14 @@ def test_forward_and_backward_reach_their_launches(name: str, launches) -> None:
     assert all(isinstance(x, OnDevice) for x in (dq, dk, dv, *daux))
 
 
+def test_lists_that_lengths_decide_are_made_once(launches) -> None:
+    q, k, v, _ = of_form("global and window", Shape(1, 2, 1, 200, 200, 64, 64))
+    call = Attention(f"{BY_NAME['global and window'].spec()} #;kernels=cuda_sm90")
+    for queries in (q, q, q.transpose(1, 2).contiguous().transpose(1, 2)):
+        call(queries, k, v, [], [])
+    assert [x.name for x in launches] == ["block_map"] + ["attention_fwd"] * 3
+
+
 def test_few_queries_are_dealt_out_and_combined(launches) -> None:
     q, k, v, _ = of_form("full", Shape(1, 2, 1, 3, 9000, 128, 128))
     Attention(f"{BY_NAME['full'].spec()} #;kernels=cuda_sm90")(q, k, v, [], [])
@@ -90,3 +99,12 @@ def test_a_graph_that_is_captured_has_a_counter_of_its_own(launches, monkeypatch
     q, k, v, _ = of_form("causal", Shape(1, 2, 1, 200, 200, 64, 64))
     Attention(f"{BY_NAME['causal'].spec()} #;kernels=cuda_sm90")(q, k, v, [], [])
     assert len(launches) == 1
+
+
+def test_integers_beyond_32_bits_are_left_to_others(launches, caplog) -> None:
+    form = BY_NAME["dynamic prefix"]
+    q, k, v, _ = of_form(form.name, Shape(1, 2, 1, 20, 24, 64, 64))
+    asked = make_problem(f"{form.spec()} #;kernels=cuda_sm90", q, k, v, [])
+    assert cuda_sm90.CudaSm90().bind(asked, q, k, v, [], [2**31 - 1]) is not None
+    assert cuda_sm90.CudaSm90().bind(asked, q, k, v, [], [2**31]) is None
+    assert "2147483648" in caplog.text

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fa3_compile.lower.choose import KernelBuildError
 from fa3_compile.lower.cuda_terms import Field, aux_fields
 from fa3_compile.lower.kernels.cuda_sm90_keys import tile_candidate
 from fa3_compile.lower.launch_cuda import NAMES, Launch, Module, tensor_map
@@ -56,9 +57,10 @@ class Parameters:
             return bytes(8)
         if x.kind == "stride":
             return struct.pack("q", self.aux[x.index].stride(x.axis))
-        if x.kind == "size":
-            return struct.pack("i", self.aux[x.index].shape[x.axis])
-        return struct.pack("i", self.sizes[x.index])
+        value = self.aux[x.index].shape[x.axis] if x.kind == "size" else self.sizes[x.index]
+        if not -(2**31) <= value < 2**31:
+            raise KernelBuildError(f"it takes integers of 32 bits, {value} is not one")
+        return struct.pack("i", value)
 
     def tile_map(
         self, x: Tensor, rows: int, strides: tuple[int, ...] = ()
