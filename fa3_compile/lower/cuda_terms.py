@@ -15,7 +15,7 @@ from fa3_compile.lower import block_map, hoist
 from fa3_compile.lower.render import aux_parameters
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
-from fa3_compile.spec.blocks import kv_bounds, kv_full_bounds
+from fa3_compile.spec.blocks import row_interval
 
 # Below this, float32 has no room for any ordinary score beside the fill.
 ABSORBING = -1e33
@@ -80,13 +80,6 @@ def named_mask(spec: AttentionSpec) -> E.Boolean:
     return spec.mask.xreplace(head_scalars(spec))
 
 
-@functools.lru_cache(maxsize=1024)
-def row_interval(mask: E.Boolean) -> tuple[E.Expr, E.Expr] | None:
-    """(begin, end) where the mask holds for exactly the keys in between, for every row."""
-    bounds = kv_bounds(mask, E.Q, E.Q)
-    return bounds if bounds == kv_full_bounds(mask, E.Q, E.Q) else None
-
-
 @dataclass(frozen=True)
 class MaskParts:
     """A mask as the kernel takes it: what holds in all of three parts.
@@ -124,14 +117,6 @@ def map_kind(spec: AttentionSpec) -> str:
     if not spec.has_mask or row_interval(mask) or not block_map.needs_map(mask):
         return ""
     return "Dense" if block_map.reads_dense(spec.mask) else "Interval"
-
-
-@functools.lru_cache(maxsize=1024)
-def same_in_every_call(spec: AttentionSpec) -> bool:
-    """Whether a mask that leaves rows more than one interval of keys depends on lengths alone, so
-    that lists of its blocks need making but once."""
-    mask = spec.mask
-    return spec.has_mask and not (mask.has(E.load, E.uniform) or row_interval(mask))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,6 +1,7 @@
-"""Lists of the blocks that a mask of captured tensors leaves, as the source of a Triton kernel.
+"""Lists of the blocks that a mask leaves, as the source of a Triton kernel.
 
-Where documents begin and what is padding is known when the attention runs. One cheap kernel looks
+For masks of captured tensors, since where documents begin and what is padding is known when the
+attention runs; and for those that leave holes between the keys of a row. One cheap kernel looks
 at the mask alone and writes, for each block of queries or of keys, which blocks of the other axis
 it fills and which it cuts; the attention's kernels then walk those.
 """
@@ -15,7 +16,7 @@ from fa3_compile.lower import hoist, render
 from fa3_compile.lower.render import Writer
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
-from fa3_compile.spec.blocks import kv_bounds, q_bounds
+from fa3_compile.spec.blocks import kv_bounds, may_have_holes, q_bounds
 
 FIRST, LAST = sympy.symbols("first_of_tile last_of_tile", integer=True, nonnegative=True)
 # Scores of a head below which another launch costs more than the blocks it saves.
@@ -24,7 +25,8 @@ WORTHWHILE = 2**20
 
 def uses_lists(spec: AttentionSpec, q_len: int, kv_len: int) -> bool:
     """Whether the kernels for these lengths walk lists."""
-    return bool(E.loads_in(spec.mask)) and q_len * kv_len >= WORTHWHILE
+    holes = bool(E.loads_in(spec.mask)) or may_have_holes(spec.mask)
+    return holes and q_len * kv_len >= WORTHWHILE
 
 
 def owner(spec: AttentionSpec) -> str:

@@ -14,9 +14,10 @@ import jinja2
 
 from fa3_compile import resources
 from fa3_compile.lower.config_sm90 import Sm90Config
-from fa3_compile.lower.cuda_terms import fills_dead_rows, map_kind, same_in_every_call
+from fa3_compile.lower.cuda_terms import fills_dead_rows, map_kind
 from fa3_compile.lower.cuda_variant import VariantWriter
 from fa3_compile.spec.attention import AttentionSpec
+from fa3_compile.spec.blocks import may_have_holes
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class CudaKey:
         """As cuda_terms.map_kind. Lists that are made but once may look at each element: intervals
         do not see every hole of a tiled or dilated window. With few queries, whose keys are more
         in every call of a growing cache, they are not made at all."""
-        if self.config.block_m > 64 and same_in_every_call(self.spec):
+        if self.config.block_m > 64 and may_have_holes(self.spec.mask):
             return "Dense"
         return map_kind(self.spec)
 

@@ -11,6 +11,7 @@ tensor, a function without a rule) counts as "may hold, may not": sound by const
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import sympy
@@ -63,6 +64,20 @@ def kv_full_bounds(mask: Boolean, q_lo: Expr, q_hi: Expr) -> tuple[Expr, Expr]:
     """
     lo, hi = _bounds(_normal(mask), q_lo, q_hi).full
     return sympy.Max(ZERO, lo), sympy.Min(SKV, hi)
+
+
+@functools.lru_cache(maxsize=1024)
+def row_interval(mask: Boolean) -> tuple[Expr, Expr] | None:
+    """(begin, end) where the mask holds for exactly the keys in between, for every row."""
+    bounds = kv_bounds(mask, Q, Q)
+    return bounds if bounds == kv_full_bounds(mask, Q, Q) else None
+
+
+@functools.lru_cache(maxsize=1024)
+def may_have_holes(mask: Boolean) -> bool:
+    """Whether lengths alone decide a mask, and blocks that it leaves empty may lie between others:
+    a tiled or dilated window. Lists of its blocks are the same in every call."""
+    return not mask.has(load, E.uniform) and row_interval(mask) is None
 
 
 def q_bounds(mask: Boolean, kv_lo: Expr, kv_hi: Expr) -> tuple[Expr, Expr]:

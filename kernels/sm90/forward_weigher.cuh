@@ -1,6 +1,7 @@
 // From the scores of a key block to its weights: score modifier, mask, softmax, and the factor after
 // it, on the accumulators of one consumer warpgroup.
 #pragma once
+#include "fa3/fragment.cuh"
 #include "fa3/softmax.cuh"
 #include "sm90/forward_block.cuh"
 
@@ -75,9 +76,7 @@ struct ForwardWeigher : ForwardBlock<Config, Variant> {
     int row = warpgroup * 64 + threadIdx.x / 32 % 4 * 16 + lane % 16;
     uint32_t at = shared + Base::kAtDense + dense.stage() * Base::kDenseBytes + row * 128 +
                   j / 8 * Base::kDensePanelBytes + ((j % 8 ^ (lane / 16 ^ lane % 8)) << 4);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(at));
+    load_tiles(x, at);
   }
 #else
   // This thread's two elements of each row in columns 8 j of the dense input.

@@ -21,6 +21,8 @@ struct float4 { float x, y, z, w; };
 struct uint4 { unsigned x, y, z, w; };
 struct dim3_ { unsigned x, y, z; };
 inline int2 make_int2(int x, int y) { return {x, y}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float __fdividef(float x, float y) { return x / y; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 namespace emulated {
@@ -349,6 +351,11 @@ inline void store_transposed(uint32_t row, const uint32_t* x) {
   turned(row, const_cast<uint32_t*>(x), false);
 }
 inline void load_transposed(uint32_t* x, uint32_t row) { turned(row, x, true); }
+inline void load_tiles(uint32_t (&x)[4], uint32_t row) {
+  int lane = emulated::thread % 32;
+  for (int i = 0; i < 4; ++i)
+    x[i] = at_shared<uint32_t>(shuffle(row, 8 * i + lane / 4) + lane % 4 * 4);
+}
 inline void add_global(float* to, float a, float b, float c, float d) {
   std::lock_guard hold(emulated::global_lock);
   to[0] += a, to[1] += b, to[2] += c, to[3] += d;

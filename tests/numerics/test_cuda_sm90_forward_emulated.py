@@ -15,7 +15,7 @@ import torch
 from fa3_compile import resources
 from fa3_compile.lower.build_nvrtc import Built
 from fa3_compile.lower.choose import Problem
-from fa3_compile.lower.kernels import cuda_sm90, cuda_sm90_lists
+from fa3_compile.lower.kernels import cuda_sm90, cuda_sm90_forward_parameters, cuda_sm90_lists
 from fa3_compile.lower.kernels.cuda_sm90_keys import keys_of, layout_of
 from fa3_compile.lower.kernels.cuda_sm90_lists import kept_lists
 from fa3_compile.lower.render_cuda import CudaKey
@@ -43,6 +43,7 @@ def compiled(key: CudaKey, to: Path) -> Path:
     own = between(source, "struct alignas(8) Aux", "}  // namespace fa3")
     emulated = resources.kernels().parent / "tests/numerics/emulated_sm90.hpp"
     parts = [f'#define DTYPE {key.dtype}\n#include "{emulated}"', NO_TURNS]
+    parts += re.findall("#define FA3_TRY.*", source)
     parts += [header(x) for x in HEADERS if not x.startswith(("query", "backward"))]
     parts += [header(x) for x in FORWARD_HEADERS]
     parts += ["namespace fa3 {", own, "}", "using namespace fa3;"]
@@ -52,6 +53,42 @@ def compiled(key: CudaKey, to: Path) -> Path:
         parts += [ENTRY.format(name="block_map", kernel="BlockMapKernel")]
     parts += ['extern "C" { int shared_bytes = Kernel::kSharedBytes, counters[256]; }']
     return shared_library("\n".join(parts), to)
+
+
+# (form, head dims, lengths, query heads of a KV head, tile)
+CASES = [
+    ("causal", (64, 64), (200, 200), 1, {}),
+    ("documents", (64, 64), (300, 300), 2, {}),
+    ("dense bias", (64, 64), (136, 136), 1, {"tries": ("LDMATRIX", "NARROW")}),
+    (
+        "dense bias, one batch",
+        (64, 64),
+        (136, 136),
+        2,
+        {"tries": ("LDMATRIX", "NARROW", "BATCH_FIRST"), "block_m": 192, "block_n": 64},
+    ),
+    ("dense bias with -inf", (64, 64), (150, 136), 1, {"tries": ("LDMATRIX", "NARROW")}),
+    ("documents", (64, 64), (300, 300), 2, {"tries": ("PLAIN_START",)}),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda x: x[0])
+def test_attention(case, tmp_path, monkeypatch, launches) -> None:
+    name, dims, lengths, group, tile = case
+    form = BY_NAME[name]
+    spec, shape = form.spec(), Shape(2, 2, 2 // group, *lengths, *dims)
+    q, k, v, aux = inputs(form, shape, torch.bfloat16, "cpu")
+    problem = Problem(spec, q.dtype, torch.device("cuda:0"), (9, 0), *vars(shape).values(),
+                      aux_dtypes=tuple(x.dtype for x in aux))  # fmt: skip
+    key = keys_of(problem, layout_of(spec, aux))[0]
+    key = replace(key, config=replace(key.config, split=False, longest_first=True, **tile))
+    built = Built(bytes(compiled(key, tmp_path / "kernels.so")) + b"\0", "", 168, 0, False)
+    monkeypatch.setattr(cuda_sm90, "load_first", lambda keys: (keys[0], built))
+    monkeypatch.setattr(cuda_sm90_forward_parameters, "processors", lambda device: 2)
+    arguments = on_device((q, k, v, aux))
+    bound = cuda_sm90.bind(problem, *arguments, form.sizes, key)
+    out, lse = on_host(bound(*arguments))
+    assert compare(form, out, lse, q, k, v, aux) is None
 
 
 def lister(key: CudaKey, to: Path) -> Path:

@@ -107,6 +107,7 @@ CASES = [
     Case("documents, lists, wide keys", "score=0.25*s, mask=(load(0, b, q) == load(0, b, kv))", (1, 2, 1, 64, 64, 16, 16), aux=("documents",), block=(16, 32), lists=True),
     Case("key mask, lists", "score=0.25*s, mask=load(0, b, 0, 0, kv) != 0, dead=zero", (2, 2, 1, 9, 45, 16, 16), aux=("padding",), lists=True),
     Case("dense mask by head, least fill, lists", f"score=0.25*s, mask=(load(0, h, q, kv) != 0) & {CAUSAL}, dead=score, fill={MIN}", (2, 2, 1, 50, 40, 16, 16), aux=("dense_by_head",), lists=True),
+    Case("tiles with holes, lists", "score=0.25*s, mask=(mod(floordiv(q, 4), 4) - mod(floordiv(kv, 4), 4) <= 0) & (mod(q - kv, 2) <= 0)", (1, 2, 1, 70, 45, 16, 16), lists=True),
     Case("masks of heads and batches, lists", "score=0.25*s, mask=(load(0, b, h) > kv) & (kv < n0)", (2, 2, 1, 37, 45, 16, 16), aux=("lengths",), sizes=(40,), lists=True),
     Case("lazy", "score=0.25*s", lazy=True),
     Case("lazy, large scores", "score=40.0*s", lazy=True),

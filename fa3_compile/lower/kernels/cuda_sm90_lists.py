@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fa3_compile.lower.cuda_terms import same_in_every_call
 from fa3_compile.lower.kernels.cuda_sm90_forward_parameters import ForwardParameters
 from fa3_compile.lower.launch_cuda import NAMES, checked, driver
+from fa3_compile.spec.blocks import may_have_holes
 
 # What all kept lists may take of a device's memory, in bytes.
 LARGEST = 64 * 2**20
@@ -19,7 +19,7 @@ def kept_lists(parameters: ForwardParameters, device: int) -> int:
     """The address of the lists of a call; 0 where each call has to make its own: because tensors
     decide them, there is no room for more, or a CUDA graph is being captured."""
     spec, key = parameters.spec, parameters.key
-    if not key.map_kind or not same_in_every_call(spec):
+    if not key.map_kind or not may_have_holes(spec.mask):
         return 0
     lengths = (parameters.batch, parameters.heads, parameters.queries, parameters.keys)
     tile = (parameters.packing.rows, key.config.block_n)

@@ -89,6 +89,14 @@ FA3_DEVICE void load_transposed(uint32_t* x, uint32_t row) {
                : "r"(row));
 }
 
+// Four 8x8 tiles of 16 bits: lane l says where row l % 8 of tile l / 8 begins, and gets of each tile
+// what an accumulator has of it: of row l / 4 the columns 2 * (l % 4) + {0, 1}.
+FA3_DEVICE void load_tiles(uint32_t (&x)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(row));
+}
+
 FA3_DEVICE void add_global(float* to, float a, float b, float c, float d) {
   asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a), "f"(b), "f"(c),
                "f"(d)
