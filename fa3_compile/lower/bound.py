@@ -10,6 +10,7 @@ from torch import Tensor
 from fa3_compile.lower.choose import Kernel, Problem, next_after
 from fa3_compile.runtime.launch import Call, layout_key, make_room
 from fa3_compile.runtime.op import outputs_as_declared
+from fa3_compile.spec.expr import LONGEST
 
 # A bound kernel takes a few kilobytes of host memory.
 LARGEST = 2048
@@ -73,6 +74,11 @@ class BindingKernel(Kernel):
             return call(q, k, v, aux)
         out, lse = next_after(self, problem).run(problem, q, k, v, aux, sizes)
         return outputs_as_declared(q, v, out, lse, problem.spec.out_order)
+
+
+def are_small(sizes: Sequence[int]) -> bool:
+    """Whether kernels may add each of them to a position in 32 bits."""
+    return all(abs(n) < LONGEST for n in sizes)
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -51,6 +51,8 @@ S = sympy.Symbol("s", real=True)
 B, H, Q, KV = sympy.symbols("b h q kv", integer=True, nonnegative=True)
 SQ, SKV = sympy.symbols("Sq Skv", integer=True, positive=True)
 COORDINATES = (B, H, Q, KV)
+# No coordinate or length reaches this: kernels add two of them in 32 bits.
+LONGEST = 2**30
 
 
 def size_symbol(index: int) -> sympy.Symbol:

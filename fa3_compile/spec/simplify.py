@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import sympy
 from sympy.logic.boolalg import Boolean
 
-from fa3_compile.spec.expr import Expr, S, load, where
+from fa3_compile.spec.expr import COORDINATES, LONGEST, SKV, SQ, Expr, S, load, where
 
 
 class floored(sympy.Function):
@@ -230,9 +231,9 @@ def _tidy_mask(mask):
             if symbol in rest.free_symbols:
                 continue
             if coefficient == 1:
-                return _decide(sympy.Le(symbol, -rest), symbol, -rest, upper=True)
+                return _decide(sympy.Le(symbol, -rest), -rest, upper=True)
             if coefficient == -1:
-                return _decide(sympy.Ge(symbol, rest), symbol, rest, upper=False)
+                return _decide(sympy.Ge(symbol, rest), rest, upper=False)
     return relation
 
 
@@ -305,13 +306,29 @@ def _of_one_load(relation, difference: Expr) -> Boolean | None:
     return function(x, -constant * coefficient)
 
 
-def _decide(relation, symbol, limit, *, upper: bool):
-    """Comparisons that hold for every nonnegative coordinate."""
-    if not upper and limit.is_nonpositive:
-        return sympy.true
-    if upper and limit.is_negative:
+def _decide(relation, limit, *, upper: bool):
+    """Comparisons that hold for every coordinate, or for none: a window of 2**31 - 1 is none, and
+    kernels would count beyond 32 bits in it."""
+    low, high = _limits(limit)
+    if (limit.is_negative or high < 0) if upper else low >= LONGEST:
         return sympy.false
+    if low >= LONGEST if upper else (limit.is_nonpositive or high <= 0):
+        return sympy.true
     return relation
+
+
+def _limits(expr: Expr) -> tuple[float, float]:
+    """Between which numbers a sum of multiples of coordinates and lengths lies."""
+    low = high = 0
+    for term in sympy.Add.make_args(expr):
+        factor, x = term.as_coeff_Mul()
+        if x == 1:
+            low, high = low + factor, high + factor
+        elif x in (*COORDINATES, SQ, SKV):
+            low, high = low + min(factor * LONGEST, 0), high + max(factor * LONGEST, 0)
+        else:
+            return -math.inf, math.inf
+    return low, high
 
 
 def _is_index(expr: Expr) -> bool:

@@ -179,6 +179,18 @@ def test_windows():
     )
 
 
+@pytest.mark.parametrize("width", [2**31 - 1, 2**31, 2**63 - 1], ids=str)
+def test_a_window_of_the_largest_integer_is_none(width):
+    assert_expected_inline(
+        by_positions(lambda q, kv: (kv - q < width) & (q - kv < width)),
+        """attention(score=0.25*s)""",
+    )
+    assert_expected_inline(
+        by_positions(lambda q, kv: (kv <= q) & (kv > q - 2**29)),
+        """attention(score=0.25*s, mask=(kv <= q) & (kv >= q - 536870911), dead=nan)""",
+    )
+
+
 def test_prefix():
     assert_expected_inline(
         by_positions(lambda q, kv: (kv < 7) | (kv <= q)),

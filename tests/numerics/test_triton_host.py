@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from fa3_compile.lower import tune_forward
 from fa3_compile.lower.config import TritonConfig
+from fa3_compile.lower.dispatch import make_problem
 from fa3_compile.lower.kernels import triton_backward, triton_forward
 from fa3_compile.lower.tune_backward import Configs
 from fa3_compile.runtime.launch import Attention, AttentionBackward
@@ -76,3 +77,11 @@ def test_tensor_descriptors_have_scratch_memory(launches, monkeypatch) -> None:
     q, k, v, _ = on_device(inputs(form, shape, torch.bfloat16, "cpu"))
     Attention(f"{form.spec()} #;kernels=triton_forward")(q, k, v, [], [])
     assert len(sizes) == len(launches) == 1 and sizes[0] > 0
+
+
+def test_integers_too_large_for_32_bits_are_left_to_others(launches) -> None:
+    form = BY_NAME["dynamic prefix"]
+    q, k, v, _ = on_device(inputs(form, Shape(1, 2, 1, 20, 24, 16, 16), torch.bfloat16, "cpu"))
+    asked = make_problem(str(form.spec()), q, k, v, [])
+    assert triton_forward.TritonForward().bind(asked, q, k, v, [], [2**30 - 1]) is not None
+    assert triton_forward.TritonForward().bind(asked, q, k, v, [], [2**30]) is None

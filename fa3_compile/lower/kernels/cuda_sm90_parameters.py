@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fa3_compile.lower.bound import are_small
 from fa3_compile.lower.choose import KernelBuildError
 from fa3_compile.lower.cuda_terms import Field, aux_fields
 from fa3_compile.lower.kernels.cuda_sm90_keys import tile_candidate
@@ -58,8 +59,8 @@ class Parameters:
         if x.kind == "stride":
             return struct.pack("q", self.aux[x.index].stride(x.axis))
         value = self.aux[x.index].shape[x.axis] if x.kind == "size" else self.sizes[x.index]
-        if not -(2**31) <= value < 2**31:
-            raise KernelBuildError(f"it takes integers of 32 bits, {value} is not one")
+        if not are_small([value]):
+            raise KernelBuildError(f"it adds in 32 bits, and is given the length {value}")
         return struct.pack("i", value)
 
     def tile_map(

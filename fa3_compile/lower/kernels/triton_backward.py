@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fa3_compile.lower.bound import precision
+from fa3_compile.lower.bound import are_small, precision
 from fa3_compile.lower.build import load
 from fa3_compile.lower.choose import Gradients, KernelBuildError, Problem, reference
 from fa3_compile.lower.config import TritonConfig
@@ -136,6 +136,8 @@ def _launches_or_none(problem, dlse, q, k, v, dout, out, aux, sizes, needs):
     if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
         return None
     if any(x.device != q.device for x in (k, v, dout, out, *aux)):
+        return None
+    if not are_small([*sizes, *(n for x in aux for n in x.shape)]):
         return None
     if supports_backward(problem) is not None:  # the lengths were hints when it was asked
         return None

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fa3_compile.lower import hoist, tune, tune_forward
-from fa3_compile.lower.bound import BindingKernel, precision
+from fa3_compile.lower.bound import BindingKernel, are_small, precision
 from fa3_compile.lower.build import load
 from fa3_compile.lower.choose import Gradients, KernelBuildError, Problem, register
 from fa3_compile.lower.config import TritonConfig
@@ -95,6 +95,8 @@ class TritonForward(BindingKernel):
         if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
             return None
         if any(x.device != q.device for x in (k, v, *aux)):  # scalars on the CPU, for one
+            return None
+        if not are_small([*sizes, *(n for x in aux for n in x.shape)]):
             return None
         if max(s for x in (q, k, v) for s in x.stride()[2:]) >= LARGEST_STRIDE:
 
