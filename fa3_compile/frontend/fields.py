@@ -13,7 +13,6 @@ from fa3_compile.frontend import after_softmax
 from fa3_compile.frontend.captured import Captured, Seed
 from fa3_compile.frontend.detect import Reading
 from fa3_compile.frontend.dynamo_graph import may_be_infinite
-from fa3_compile.frontend.lift import shape_of
 from fa3_compile.frontend.normalize import without_abs
 from fa3_compile.frontend.sizes import hint
 from fa3_compile.spec import simplify, unnormalised
@@ -95,7 +94,9 @@ def read_unnormalised(
             message="weights that may be negative are divided by the sum of their sizes",
         )
     if unnormalised.is_linear(score, mask):
-        cheaper = hint(reading.key_length) > hint(shape_of(reading.scores.product.left)[-1])
+        softmax, left = reading.term.softmax, reading.scores.product.left
+        keys = softmax.scores.meta["val"].shape[softmax.dim]
+        cheaper = hint(keys) > hint(left.meta["val"].shape[-1])
         raise Decline(
             "linear" if cheaper else "product-chain",
             at,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sympy
 import torch
+from sympy.core.relational import Relational
 from torch import fx
 
 from fa3_compile.errors import NOTHING, Decline
@@ -205,7 +206,8 @@ def _layout(reading: Reading, skeleton: Skeleton) -> Layout:
     shared = [a for a in rest if a in in_key | in_value]
     free = [a for a in rest if a not in shared]
     row = reading.rows[-1].free_symbols
-    queries = [a for a in free if a in row][-1:] or [a for a in free if a in in_query][-1:]
+    queries = _queries(reading, [a for a in free if a in row])
+    queries = queries or [a for a in free if a in in_query][-1:]
     contracted = set() if shape_of(reading.scores.product.left)[-1] == 1 else {D}
     if not ({KV} | contracted <= in_key and KV in in_value and contracted <= in_query):
         raise Decline(
@@ -232,6 +234,13 @@ def _layout(reading: Reading, skeleton: Skeleton) -> Layout:
     else:
         batch, kv_heads, group = free[:1], [], free[1:]
     return Layout(batch, kv_heads, group, queries, head_dim, dict(reading.sizes))
+
+
+def _queries(reading: Reading, rows: list[sympy.Symbol]) -> list[sympy.Symbol]:
+    """The axis of queries among those that the rows of one product run over, which others have as
+    heads: the last that is compared with keys, else the last of all."""
+    compared = {x for c in reading.score.atoms(Relational) if c.has(KV) for x in c.free_symbols}
+    return [a for a in rows if a in compared][-1:] or rows[-1:]
 
 
 def _order(reading: Reading, every) -> list[sympy.Symbol]:

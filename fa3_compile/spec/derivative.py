@@ -42,9 +42,9 @@ _OUTER: dict[type, Callable[[Expr], Expr]] = {
 def derivative(expr: Expr, by: Expr) -> Expr:
     """d expr / d by; `by` is `s` or a load, which is differentiated as a variable of its own.
 
-    At a corner: abs has slope 0; so has a maximum or minimum with a number (relu, hardtanh, and
-    torch.clamp from torch 2.14 on, whose slope was 1 before); one of two expressions has the mean
-    of both (torch.maximum). Conditions, rounding and indices have none. TypeError for a function
+    At a corner: abs has slope 0; so has a maximum or minimum with a number (relu, hardtanh); one
+    of two expressions has the mean of both (torch.maximum). What has another slope there, as
+    torch.clamp has before torch 2.14, is read as a select. Conditions, rounding and indices have none. TypeError for a function
     without a rule.
     """
     if expr == by:

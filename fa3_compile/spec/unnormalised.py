@@ -19,6 +19,7 @@ from sympy.logic.boolalg import Boolean
 from fa3_compile.spec import simplify
 from fa3_compile.spec.expr import KV, Expr, Q, S, erf, load, uniform, where
 from fa3_compile.spec.fills import MODERATE, OUT_OF_REACH
+from fa3_compile.spec.value_bounds import as_extreme
 
 # Conditions that are looked at together: each doubles the cases.
 MOST_CONDITIONS = 8
@@ -101,6 +102,8 @@ def _vanishes(value: Expr) -> bool:
 def is_nonnegative_weight(weight: Expr) -> bool:
     """Whether a weight is at least 0 for every s."""
     if isinstance(weight, where):
+        if (extreme := as_extreme(weight)) is not None:
+            return is_nonnegative_weight(extreme)
         return all(is_nonnegative_weight(x) for x in weight.args[1:])
     if isinstance(weight, sympy.Mul):
         return all(is_nonnegative_weight(x) for x in weight.args)

@@ -19,6 +19,8 @@ def value_bounds(expr: Expr) -> tuple[float, float] | None:
     if isinstance(expr, (uniform, sigmoid)):
         return (0.0, 1.0)
     if isinstance(expr, where):
+        if (extreme := as_extreme(expr)) is not None:
+            return _clamp_bounds(extreme)
         a, b = value_bounds(expr.args[1]), value_bounds(expr.args[2])
         return (min(a[0], b[0]), max(a[1], b[1])) if a and b else None
     if isinstance(expr, sympy.Add):
@@ -41,6 +43,25 @@ def value_bounds(expr: Expr) -> tuple[float, float] | None:
     if isinstance(expr, (sympy.Max, sympy.Min)):
         return _clamp_bounds(expr)
     return None
+
+
+def as_extreme(expr: where) -> Expr | None:
+    """where(x < c, c, x) as max(x, c), and where(x < c, c, where(x > d, d, x)) and the like; at a
+    tie x may be written in another way."""
+    condition, bound, rest = expr.args
+    if not isinstance(condition, (sympy.Lt, sympy.Gt)) or condition.rhs != bound:
+        return None
+    whole = condition.lhs
+    if isinstance(rest, where):
+        inner = whole if rest.args[1] == whole else as_extreme(rest)
+        if inner is None or not inner.has(whole):
+            return None
+    elif rest != whole:
+        return None
+    else:
+        inner = whole
+    extreme = sympy.Max if isinstance(condition, sympy.Lt) else sympy.Min
+    return extreme(inner, bound, evaluate=False)
 
 
 def _clamp_bounds(expr) -> tuple[float, float] | None:

@@ -346,6 +346,13 @@ def test_a_near_miss_is_reported_as_of_fixed_sizes():
         assert specs(check(attention, *qkv(), dynamic=dynamic)) == "lift: not-pointwise"
 
 
+def test_products_without_a_softmax():
+    def attention(q, k, v):
+        return (scores_of(q, k) + 0.1) @ v
+
+    assert specs(check(attention, *qkv(), dynamic=True)) == "lift: linear"
+
+
 def test_repeated_heads_of_dynamic_number():
     # Two of a size share a symbol, so that the heads are 2 * b**2 / b.
     def repeated(x):

@@ -8,7 +8,7 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 
 from tests.graph.harness import check, rewrite_only, specs
-from tests.graph.inputs import SCALE, B, D, H, S, attend, chance, normal, qkv, scores_of
+from tests.graph.inputs import INF, SCALE, B, D, H, S, attend, chance, normal, qkv, scores_of
 
 
 def fused(function, *args) -> str:
@@ -410,4 +410,19 @@ def test_mask_in_the_layout_of_the_scores():
     assert_expected_inline(
         fused(attention, *qkv(B, S, H, D), mask),
         """attention(score=0.25*s, mask=load(0, b, q, kv) == 0, dead=nan, aux=[bool])""",
+    )
+
+
+def test_positions_before_heads_that_share_their_keys():
+    # The rows of one product run over positions and heads: those compared with keys are queries.
+    def attention(q, k, v):
+        s = torch.einsum("bshd,btd->bsht", q, k) * SCALE
+        hidden = torch.ones(S, S, dtype=torch.bool).triu(1)
+        p = s.masked_fill(hidden[:, None], -INF).softmax(-1)
+        return torch.einsum("bsht,btd->bshd", p, v)
+
+    q, k, v = normal(B, S, H, D), normal(B, S, D, seed=1), normal(B, S, D, seed=2)
+    assert_expected_inline(
+        specs(check(attention, q, k, v)),
+        """attention(score=0.25*s, mask=kv <= q, dead=nan, out_order=bqhd)""",
     )

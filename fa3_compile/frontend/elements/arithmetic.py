@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import sympy
 import torch
+from sympy.logic.boolalg import Boolean
 
 from fa3_compile.frontend.elements.pointwise import is_bool, is_float, through_where
 from fa3_compile.frontend.elements.rounding import rounded_down, to_integer, truncated
@@ -18,7 +20,7 @@ from fa3_compile.frontend.lift import (
     truth,
 )
 from fa3_compile.frontend.placeholders import prob
-from fa3_compile.spec.expr import Expr, where
+from fa3_compile.spec.expr import Expr, S, where
 from fa3_compile.spec.fills import OUT_OF_REACH
 from fa3_compile.spec.index import bounds, divide, remainder
 from fa3_compile.spec.simplify import exact_at_one, floored
@@ -182,7 +184,19 @@ def _(node, index, ctx: Lifter) -> Element:
 
 @element_of(aten.minimum.default)
 def _(node, index, ctx: Lifter) -> Element:
-    return through_where(sympy.Min, *(ctx.broadcast(x, index) for x in node.args))
+    return through_where(_minimum, *(ctx.broadcast(x, index) for x in node.args))
+
+
+def _minimum(a: Expr, b: Expr) -> Expr:
+    for x, bound in ((a, b), (b, a)):
+        if bound.is_number and S in x.free_symbols:
+            return _shared(x, bound, x > bound, x < bound)
+    return sympy.Min(a, b)
+
+
+def _shared(x: Expr, bound: Expr, beyond: Boolean, within: Boolean) -> Expr:
+    """The extreme of a score and a number, which at a tie has half of the score's gradient."""
+    return where(beyond, bound, where(within, x, (x + bound) / 2))
 
 
 @element_of(aten.maximum.default)
@@ -194,6 +208,8 @@ def _maximum(a: Expr, b: Expr) -> Expr:
     for x, floor in ((a, b), (b, a)):
         if _is_floor(x, floor):
             return floored(x, floor, sympy.Rational(1, 2))
+        if floor.is_number and S in x.free_symbols:
+            return _shared(x, floor, x < floor, x > floor)
     return sympy.Max(a, b)
 
 
@@ -203,7 +219,26 @@ def _is_floor(x: Expr, floor: Expr) -> bool:
 
 
 def _clamped_below(x: Expr, floor: Expr) -> Expr:
-    return floored(x, floor, _clamp_slope()) if _is_floor(x, floor) else sympy.Max(x, floor)
+    if _is_floor(x, floor):
+        return floored(x, floor, _clamp_slope())
+    return _sloped(x, floor, sympy.Lt) if _keeps_slope(x) else sympy.Max(x, floor)
+
+
+def _clamped_above(x: Expr, ceiling: Expr) -> Expr:
+    return _sloped(x, ceiling, sympy.Gt) if _keeps_slope(x) else sympy.Min(x, ceiling)
+
+
+def _keeps_slope(x: Expr) -> bool:
+    """Whether a score that is clamped has its gradient at the very bound."""
+    return S in x.free_symbols and _clamp_slope() == 1
+
+
+def _sloped(x: Expr, bound: Expr, beyond: Callable) -> Expr:
+    """The bound where x is beyond it, else x; into the branches of selects, that they stay masks
+    and x stays in sight."""
+    if isinstance(x, where):
+        return where(x.args[0], *(_sloped(y, bound, beyond) for y in x.args[1:]))
+    return where(beyond(x, bound), bound, x)
 
 
 @functools.cache
@@ -223,7 +258,7 @@ def _(node, index, ctx: Lifter) -> Element:
     if low is not None:
         x = through_where(_clamped_below, x, ctx.broadcast(low, index))
     if high is not None:
-        x = through_where(sympy.Min, x, ctx.broadcast(high, index))
+        x = through_where(_clamped_above, x, ctx.broadcast(high, index))
     return x
 
 
@@ -234,4 +269,4 @@ def _(node, index, ctx: Lifter) -> Element:
 
 @element_of(aten.clamp_max.default, aten.clamp_max.Tensor)
 def _(node, index, ctx: Lifter) -> Element:
-    return through_where(sympy.Min, *(ctx.broadcast(x, index) for x in node.args[:2]))
+    return through_where(_clamped_above, *(ctx.broadcast(x, index) for x in node.args[:2]))
