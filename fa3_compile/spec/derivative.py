@@ -44,8 +44,8 @@ def derivative(expr: Expr, by: Expr) -> Expr:
 
     At a corner: abs has slope 0; so has a maximum or minimum with a number (relu, hardtanh); one
     of two expressions has the mean of both (torch.maximum). What has another slope there, as
-    torch.clamp has before torch 2.14, is read as a select. Conditions, rounding and indices have none. TypeError for a function
-    without a rule.
+    torch.clamp has before torch 2.14, is read as a select. Conditions, rounding and indices have
+    none. TypeError for a function without a rule.
     """
     if expr == by:
         return sympy.S.One
