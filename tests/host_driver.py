@@ -136,6 +136,24 @@ def _empty_strided(shape, stride, dtype) -> Tensor:
     return (found.fill_(float("nan")) if dtype.is_floating_point else found).as_subclass(OnDevice)
 
 
+class Event:
+    """torch.cuda.Event: the later of two, by the order of their records, is a millisecond later."""
+
+    records = 0
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.times = enable_timing
+        self.at: int | None = None
+
+    def record(self, stream: object = None) -> None:
+        Event.records += 1
+        self.at = Event.records
+
+    def elapsed_time(self, end: Event) -> float:
+        assert self.times and end.times and self.at is not None and end.at is not None
+        return float(end.at - self.at)
+
+
 class _Launched(ctypes.Structure):
     _fields_ = [("name", ctypes.c_char_p), ("grid", 3 * ctypes.c_uint), ("threads", ctypes.c_uint),
                 ("shared", ctypes.c_uint), ("stream", ctypes.c_uint64)]  # fmt: skip
@@ -174,6 +192,9 @@ def launches(monkeypatch) -> Iterator[list[Launched]]:
     monkeypatch.setattr(torch.cuda, "device", _Guard)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _=None: "the host")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _=None: None)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
     for name, module in list(sys.modules.items()):
         if name.startswith("fa3_compile.") and hasattr(module, "empty_cuda"):
             monkeypatch.setattr(module, "empty_cuda", _empty_strided)

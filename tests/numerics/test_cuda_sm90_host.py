@@ -4,6 +4,7 @@ GPU's: allocations, tensor maps, parameters and grids, forward and backward."""
 from __future__ import annotations
 
 import functools
+import json
 
 import pytest
 import torch
@@ -98,6 +99,23 @@ def test_a_graph_that_is_captured_has_a_counter_of_its_own(launches, monkeypatch
     monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: True)
     q, k, v, _ = of_form("causal", Shape(1, 2, 1, 200, 200, 64, 64))
     Attention(f"{BY_NAME['causal'].spec()} #;kernels=cuda_sm90")(q, k, v, [], [])
+    assert len(launches) == 1
+
+
+def test_tuning_measures_each_tile_and_keeps_the_choice(launches, monkeypatch, tmp_path) -> None:
+    def load_all(keys):
+        return {x: cuda_sm90.load_first([x])[1] for x in keys}
+
+    monkeypatch.setenv("FA3_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(cuda_sm90, "load_all", load_all)
+    call = Attention(f"{BY_NAME['causal'].spec()} #;autotune=quick;kernels=cuda_sm90")
+    q, k, v, _ = of_form("causal", Shape(1, 2, 1, 200, 200, 64, 64))
+    call(q, k, v, [], [])
+    [found] = (tmp_path / "cache").glob("tuned/*/config.json")
+    measured = json.loads(found.read_text())["measured"]
+    assert len(measured) > 1 and {x["ms"] for x in measured} == {1.0}
+    launches.clear()
+    call(q[:, :, :180], k, v, [], [])  # lengths of one power of two share a choice
     assert len(launches) == 1
 
 
