@@ -123,7 +123,12 @@ def _stored(key: str, candidates: Sequence[ConfigT]) -> ConfigT | None:
         chosen = json.loads(content[FILE])["config"]
     except (KeyError, ValueError, TypeError):
         return None
-    return next((x for x in candidates if asdict(x) == chosen), None)  # pyright: ignore
+    return next((x for x in candidates if _as_read(x) == chosen), None)
+
+
+def _as_read(config) -> dict:
+    """Its fields as they come out of JSON: lists for tuples."""
+    return json.loads(json.dumps(asdict(config)))
 
 
 def _progress(line: str) -> None:
