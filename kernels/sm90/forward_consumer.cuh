@@ -226,6 +226,90 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
     }
   }
 
+#ifdef FA3_TRY_MERGED
+  // All blocks of a tile but its last values, which wait for the next tile or for finish(): they are
+  // those of `tile` then. `before` blocks are skipped already.
+  FA3_DEVICE void attend(const TileCoord& tile, const BlockSequence& seq, const BlockSequence& own,
+                         int before, TileCoord& previous) {
+    Terms t = this->terms(tile, first_row(), lane);
+    int i = seq.first - own.first;  // 0 where blocks are listed
+    begin(t, previous, own.block(0), i + 1 == seq.count, own.masked > 0);
+    skip_values(before);
+    int own_end = i + own.count;
+    int block = 0;
+    int next = own.count > 1 ? own.block(1) : 0;  // listed blocks are read one step ahead
+    int masked_end = i + own.masked, full_end = masked_end + own.full, first = i++;
+    auto advance = [&] {
+      block = next;
+      if (++i < own_end) next = own.block(i - first);
+      return i == seq.count;
+    };
+    while (i < masked_end) {
+      bool last = advance();
+      step<true>(t, block, last);
+    }
+    if (!Variant::kLeftBlocks) full_end = own_end;
+    while (i < full_end) {
+      bool last = advance();
+      step<false>(t, block, last);
+    }
+    if constexpr (Variant::kLeftBlocks) {
+      while (i < own_end) {
+        bool last = advance();
+        step<true>(t, block, last);
+      }
+    }
+    previous = tile;
+    if constexpr (kOwnBlocks) {
+      if (own_end < seq.count) {
+        finish(tile);
+        skip(own_end, seq.count, seq.count, true);
+        skip_values(1);
+        previous = kNoTile;
+      }
+    }
+  }
+
+  FA3_DEVICE void run() {
+    TileRing ring = this->ring();
+    TileCoord previous = kNoTile;
+    Turns::start(warpgroup);
+    for (;;) {
+      TileCoord tile = ring.receive();
+      BlockSequence seq{}, own{};
+      int before = 0;
+      if (tile.query_block >= 0) {
+        seq = this->sequence(tile);
+        own = own_sequence(tile, seq);
+        if constexpr (kOwnBlocks) before = own.count > 0 ? seq.first - own.first : seq.count;
+      }
+      // Values of the previous tile may hold a stage only while the producer can go on without.
+      if (previous.query_block >= 0 && (own.count == 0 || before > kStages)) {
+        finish(previous);
+        previous = kNoTile;
+      }
+      if (tile.query_block < 0) break;
+      bool empty = own.count == 0;
+      if constexpr (kOwnBlocks) {
+        bool held = previous.query_block >= 0;
+        if (before > 0) {
+          wait_q();  // the last block lets go of the queries, looked at or not
+          skip(0, before, seq.count, !held);
+          if (!held) {
+            if (empty) skip_values(1);
+            before = 1;
+          }
+        }
+      }
+      if (empty) {
+        clear();
+        store(tile);
+      } else {
+        attend(tile, seq, own, before, previous);
+      }
+    }
+  }
+#else
   // All of a tile but its last values, which wait for the next tile or for finish(). `previous` is
   // the tile whose last values wait, and becomes this one.
   FA3_DEVICE void attend(const TileCoord& tile, const BlockSequence& seq, TileCoord& previous) {
@@ -308,6 +392,7 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
     }
     if (previous.query_block >= 0) finish(previous);
   }
+#endif
 };
 
 }  // namespace fa3

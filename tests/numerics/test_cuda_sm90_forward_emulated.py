@@ -68,6 +68,11 @@ CASES = [
         {"tries": ("LDMATRIX", "NARROW", "BATCH_FIRST"), "block_m": 192, "block_n": 64},
     ),
     ("dense bias with -inf", (64, 64), (150, 136), 1, {"tries": ("LDMATRIX", "NARROW")}),
+    ("causal", (32, 32), (400, 400), 1, {"tries": ("MERGED",), "block_m": 192, "block_n": 16}),
+    ("window", (32, 32), (400, 400), 1, {"tries": ("MERGED",), "block_m": 192, "block_n": 16}),
+    ("window, nan", (32, 32), (420, 210), 1, {"tries": ("MERGED",), "block_m": 192, "block_n": 16}),
+    ("all dead, zero", (32, 32), (200, 210), 1, {"tries": ("MERGED",), "block_m": 192, "block_n": 16}),
+    ("full", (32, 32), (200, 210), 1, {"tries": ("MERGED",), "block_m": 192, "block_n": 16}),
     ("documents", (64, 64), (300, 300), 2, {"tries": ("PLAIN_START",)}),
 ]
 
