@@ -62,13 +62,13 @@ def test_uniform_is_the_upper_bits_of_a_word(seed):
 
 
 def test_keep_rate():
-    b, h, q, kv = (torch.arange(n) for n in (2, 3, 1300, 1300))
+    b, h, q, kv = (torch.arange(n) for n in (2, 3, 700, 700))
     seed = torch.tensor([20260801])
     u = uniform(seed, b.view(-1, 1, 1, 1), h.view(-1, 1, 1), q.view(-1, 1), kv)
     for p in (0.1, 0.5):
         kept = (u >= p).double()
         sigma = (p * (1 - p) / kept.numel()) ** 0.5
-        assert kept.numel() > 10**7 and abs(kept.mean() - (1 - p)) < 4 * sigma
+        assert kept.numel() > 2 * 10**6 and abs(kept.mean() - (1 - p)) < 4 * sigma
         # Neighbours along each axis are independent.
         for axis in range(4):
             left, right = kept.narrow(axis, 0, 1), kept.narrow(axis, 1, 1)
