@@ -233,15 +233,19 @@ def test_gradcheck(name):
 
 
 @pytest.mark.parametrize("name", [n for n, kernel in KERNELS if kernel == "cpu"])
-def test_cpu_gradients_are_the_references(name):
+@pytest.mark.parametrize("of_lse", [0.0, 3.0])
+def test_cpu_gradients_are_the_references(name, of_lse):
     case = CASES[name]
     found = []
     for kernel in ("cpu", "reference"):
         q, k, v, aux = case.tensors()
         inputs = [x.requires_grad_() for x in (q, k, v)]
-        out, _ = attention(q, k, v, aux, list(case.sizes), case.text(kernel))
+        out, lse = attention(q, k, v, aux, list(case.sizes), case.text(kernel))
         weight = torch.linspace(-1, 1, out.numel()).view(out.shape)
-        found.append(torch.autograd.grad(out, inputs, weight))
+        total = (out * weight).sum()
+        if of_lse:  # of rows that see a key
+            total = total + (of_lse * weight[..., 0] * lse).masked_fill(lse < -1e8, 0.0).sum()
+        found.append(torch.autograd.grad(total, inputs))
     for got, want, x in zip(*found, inputs):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, equal_nan=True)
         assert got.stride() == torch.empty_like(x).stride()

@@ -197,14 +197,17 @@ class Cpu(Kernel):
     def run_backward(self, problem, dout, dlse, q, k, v, out, lse, aux, sizes, needs) -> Gradients:
         spec, plan = problem.spec, _made(problem)
         bias, _ = _bias(problem, q, k, aux, sizes)
-        dim = max(problem.dim, problem.v_dim)
+        dim = max(problem.dim, problem.v_dim + (2 if dlse is not None else 0))
         corrections = None
         if bias is not None:
             masked = (lse < MASKED).unsqueeze(-1)
             corrections = _masked_rows_backward(spec, plan, dout, q, k, v, lse)
             dout = torch.where(masked, 0.0, dout)
             out = torch.where(masked, 0.0, out)
+            dlse = None if dlse is None else torch.where(lse < MASKED, 0.0, dlse)
             lse = torch.where(lse < MASKED, 0.0, lse)
+        if dlse is not None:
+            dout, out = _with_lse(dout, out, dlse)
         grads = FLASH_BACKWARD(
             *(_padded(x, dim).contiguous() for x in (dout, q, k, v, out)),
             lse.contiguous(),
@@ -218,6 +221,17 @@ class Cpu(Kernel):
             grads = [(g + c).to(g.dtype) for g, c in zip(grads, corrections)]
         dq, dk, dv = (g if n else None for g, n in zip(grads, needs))
         return dq, dk, dv, [None] * len(aux)
+
+
+def _with_lse(dout: Tensor, out: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor]:
+    """dO and O with two columns more, for the LSE's gradient: dS = P (dP - delta + dLSE), and the
+    kernel computes delta as the sum of dO * O. Where V's columns are zeros they change dP nowhere.
+    """
+    high = dlse.to(out.dtype)
+    low = (dlse - high).to(out.dtype)
+    ones = torch.ones_like(dout[..., :1])
+    dout = torch.cat((dout, ones, ones), -1)
+    return dout, torch.cat((out, -high.unsqueeze(-1), -low.unsqueeze(-1)), -1)
 
 
 def _masked_rows_backward(
