@@ -21,11 +21,17 @@ Drop = Callable[[Tensor, float], Tensor]
 
 def drawn_as_fused(weights: Tensor, p: float) -> Tensor:
     """Dropout of weights [.., H, Sq, Skv] (batches flattened) by the numbers of a fused one."""
-    seed = torch.randint(2**63 - 1, (1,))
-    shape = (-1, *weights.shape[-3:])
-    b, h, q, kv = torch.meshgrid(*map(torch.arange, weights.view(shape).shape), indexing="ij")
+    device, shape = weights.device, (-1, *weights.shape[-3:])
+    seed = torch.randint(2**63 - 1, (1,), device=device)
+    places = (torch.arange(n, device=device) for n in weights.view(shape).shape)
+    b, h, q, kv = torch.meshgrid(*places, indexing="ij")
     keeps = (uniform(seed, b, h, q, kv) >= p).view(weights.shape)
     return weights * keeps / (1 - p)
+
+
+def dropped(weights: Tensor, p: float) -> Tensor:
+    """Dropout where it is compiled, and in eager what a fused one drops."""
+    return (F.dropout if torch.compiler.is_compiling() else drawn_as_fused)(weights, p)
 
 
 def check_dropout(

@@ -1,5 +1,5 @@
-"""What random attention programs are made of: layouts, masks, score modifiers, softmaxes, and
-weights without one.
+"""What random attention programs are made of: masks, score modifiers, softmaxes, and weights without
+one.
 
 Everything takes its sizes and device from the tensors it is given, so that a program may run with
 dynamic shapes, and its dtype from the scores, so that float64 eager is the same program.
@@ -13,7 +13,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from hypothesis import strategies as st
 from torch import Tensor
+
+from tests.graph.dropout import dropped
 
 BATCH, HEADS = 2, 4
 Scores = Callable[[Tensor], Tensor]
@@ -25,8 +28,19 @@ class Sizes:
 
     n: int
     m: int
-    dim: int = 8
-    device: str = "cpu"
+    dim: int
+    device: str
+
+
+@st.composite
+def sizes(draw: st.DrawFn, device: str, square: bool = False) -> Sizes:
+    """On a GPU such that a kernel has several tiles; `square`: as many queries as keys."""
+    on_gpu = device != "cpu"
+    n = draw(st.sampled_from((1, 9, 16, 130, 200, 300) if on_gpu else (1, 6, 9, 16)))
+    others = (150, 260) if on_gpu else (7, 12)
+    m = draw(st.sampled_from(others if n == 1 else (n, n, *others)))
+    dim = draw(st.sampled_from((8, 32, 64, 80, 128) if on_gpu else (8,)))
+    return Sizes(m if square else n, m, dim, device)
 
 
 def normal(seed: int, *shape: int, device: str = "cpu") -> Tensor:
@@ -160,6 +174,12 @@ def _detached_maximum(s: Tensor) -> Tensor:
     return e / torch.sum(e, dim=-1, keepdim=True)
 
 
+def _off_by_one(s: Tensor) -> Tensor:
+    top = s.amax(-1, keepdim=True)
+    e = (s - top).exp()
+    return e / (e.sum(-1, keepdim=True) + torch.exp(-top))
+
+
 SOFTMAXES: dict[str, Scores] = {
     "function": lambda s: F.softmax(s, dim=-1),
     "method": lambda s: s.softmax(-1),
@@ -172,7 +192,10 @@ SOFTMAXES: dict[str, Scores] = {
     "last dim": lambda s: torch.softmax(s, s.dim() - 1),
     # In float32 only: exp overflows half precision.
     "unshifted": _unshifted,
+    "off by one": _off_by_one,
 }
+# Of a row that is all -inf, or one large negative number, these are no longer the softmax.
+NEEDS_KEYS = ("unshifted", "off by one")
 
 
 # Weights that nothing normalises, or the program itself by their sums.
@@ -180,6 +203,9 @@ UNNORMALISED: dict[str, Scores] = {
     "sigmoid": lambda s: torch.sigmoid(s - 1),
     "relu": lambda s: F.relu(s) / s.shape[-1],
     "elu": lambda s: F.elu(s) + 1,
+    "squared relu": lambda s: F.relu(s).square() / s.shape[-1],
+    "silu": lambda s: F.silu(s) / s.shape[-1],
+    "retention": lambda s: s * torch.exp(-0.1 * _distance(s).abs()).to(s.dtype),
     "relu of its sum": lambda s: (w := F.relu(s)) / (w.sum(-1, keepdim=True) + 1),
 }
 
@@ -219,118 +245,6 @@ def rescaled(s: Tensor, scale: str, dim: int) -> Tensor:
     if scale == "tensor":
         return s / torch.sqrt(torch.tensor(dim, dtype=s.dtype))
     return s * dim**-0.5 if scale == "after" else s
-
-
-def layout(name: str, sizes: Sizes, seed: int):
-    """(tensors, tensors -> (q, k, v, what is done with the output))."""
-    b, h, n, m, d = BATCH, HEADS, sizes.n, sizes.m, sizes.dim
-
-    def leaf(i, *shape):
-        return normal(10 * seed + i, *shape, device=sizes.device).requires_grad_()
-
-    def plain(q, k, v):
-        return q, k, v, lambda out: out.transpose(1, 2).reshape(b, -1, h * d)
-
-    def as_it_is(q, k, v):
-        return q, k, v, lambda out: out
-
-    def four(kv_heads=h):
-        return leaf(0, b, h, n, d), leaf(1, b, kv_heads, m, d), leaf(2, b, kv_heads, m, d)
-
-    if name == "bhsd":
-        return four(), plain
-    if name == "bshd einsum":
-
-        def einsum(q, k, v):
-            q, k, v = (torch.einsum("bshd->bhsd", x) for x in (q, k, v))
-            return q, k, v, lambda out: torch.einsum("bhsd->bshd", out)
-
-        return (leaf(0, b, n, h, d), leaf(1, b, m, h, d), leaf(2, b, m, h, d)), einsum
-    if name == "sbhd":
-
-        def sequence_first(q, k, v):
-            q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-            return q, k, v, lambda out: out.permute(2, 0, 1, 3).contiguous()
-
-        return (leaf(0, n, b, h, d), leaf(1, m, b, h, d), leaf(2, m, b, h, d)), sequence_first
-    if name == "flat batch":
-
-        def flat(q, k, v):
-            q, k, v = (x.reshape(b * h, -1, d) for x in (q, k, v))
-            # Scores are [b, h, n, m] again while they are modified.
-            return q.view(b, h, -1, d), k.view(b, h, -1, d), v.view(b, h, -1, d), lambda out: out
-
-        return four(), flat
-    if name == "fused qkv":
-
-        def fused(x):
-            q, k, v = x.view(b, -1, 3, h, d).permute(2, 0, 3, 1, 4).unbind(0)
-            return q, k, v, lambda out: out.transpose(1, 2).contiguous().view(b, -1, h * d)
-
-        return (leaf(0, b, n, 3 * h * d),), fused
-    if name == "strided":
-
-        def strided(q, k, v):
-            return q[..., ::2], k[..., 3 : 3 + d], v[:, :, 1:-1], lambda out: out
-
-        shapes = ((b, h, n, 2 * d), (b, h, m, 2 * d), (b, h, m + 2, d))
-        return tuple(leaf(i, *shape) for i, shape in enumerate(shapes)), strided
-    if name == "K transposed":
-
-        def transposed(q, k, v):
-            return q, k.transpose(-1, -2), v, lambda out: out.flatten(1)
-
-        return (leaf(0, b, h, n, d), leaf(1, b, h, d, m), leaf(2, b, h, m, d)), transposed
-    if name == "windows":
-        return tuple(leaf(i, b, 2, h, x, d) for i, x in enumerate((n, m, m))), as_it_is
-    if name == "one batch of K":
-
-        def expanded(q, k, v):
-            return q, k.expand(b, -1, -1, -1), v.expand(b, -1, -1, -1), lambda out: out
-
-        return (leaf(0, b, h, n, d), leaf(1, 1, h, m, d), leaf(2, 1, h, m, d)), expanded
-    if name == "K is V":
-        return (leaf(0, b, h, n, d), leaf(1, b, h, m, d)), lambda q, k: (q, k, k, lambda o: o)
-    if name == "no batch":
-        return (leaf(0, h, n, d), leaf(1, h, m, d), leaf(2, h, m, d)), as_it_is
-    if name == "wide V":
-        tensors = leaf(0, b, h, n, d), leaf(1, b, h, m, d), leaf(2, b, h, m, 2 * d)
-        return tensors, as_it_is
-    groups = 1 if name == "mqa" else 2
-
-    def grouped(q, k, v):
-        if name == "gqa repeat":
-            k, v = (x.repeat_interleave(h // groups, 1) for x in (k, v))
-        elif name == "gqa expand":
-            k, v = (
-                x[:, :, None].expand(b, groups, h // groups, -1, d).reshape(b, h, -1, d)
-                for x in (k, v)
-            )
-        elif name == "gqa tiled":
-            k, v = (x.repeat(1, h // groups, 1, 1) for x in (k, v))
-        return plain(q, k, v)
-
-    return four(groups), grouped
-
-
-LAYOUTS = (
-    "bhsd",
-    "bshd einsum",
-    "sbhd",
-    "flat batch",
-    "fused qkv",
-    "strided",
-    "K transposed",
-    "windows",
-    "one batch of K",
-    "K is V",
-    "no batch",
-    "wide V",
-    "gqa repeat",
-    "gqa expand",
-    "gqa tiled",
-    "mqa",
-)
 
 
 def captured(name: str, sizes: Sizes, seed: int):
@@ -385,3 +299,21 @@ CAPTURED = (
     "table",
     "lengths",
 )
+
+
+def after(name: str, sizes: Sizes, seed: int):
+    """What follows the softmax: (tensors, (weights, *tensors) -> weights)"""
+
+    def leaf(i, *shape):
+        return normal(seed + i, *shape, device=sizes.device).requires_grad_()
+
+    if name == "key gate":
+        return (leaf(70, sizes.m),), lambda p, x: p * torch.sigmoid(x)
+    if name == "head gate":
+        return (leaf(71, HEADS, 1, 1),), lambda p, x: p * x
+    if name == "dropout":
+        return (), lambda p: dropped(p, 0.25)
+    return (), lambda p: p
+
+
+AFTER = ("", "", "", "key gate", "head gate", "dropout")

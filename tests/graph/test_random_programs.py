@@ -11,7 +11,8 @@ import os
 from hypothesis import HealthCheck, given, note, settings
 
 from tests.graph.check_program import check_program
-from tests.graph.programs import Program, programs
+from tests.graph.program import Program
+from tests.graph.programs import programs
 
 COUNT = int(os.environ.get("FA3_RANDOM_PROGRAMS", "200"))
 

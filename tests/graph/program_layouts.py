@@ -1,0 +1,149 @@
+"""How Q, K and V of random attention programs lie in what they are given, and their two products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tests.graph.program_parts import BATCH, HEADS, Sizes, normal
+
+
+def layout(name: str, sizes: Sizes, seed: int):
+    """(tensors, tensors -> (q, k, v, what is done with the output))."""
+    b, h, n, m, d = BATCH, HEADS, sizes.n, sizes.m, sizes.dim
+
+    def leaf(i, *shape):
+        return normal(10 * seed + i, *shape, device=sizes.device).requires_grad_()
+
+    def plain(q, k, v):
+        return q, k, v, lambda out: out.transpose(1, 2).reshape(b, -1, h * d)
+
+    def as_it_is(q, k, v):
+        return q, k, v, lambda out: out
+
+    def four(kv_heads=h):
+        return leaf(0, b, h, n, d), leaf(1, b, kv_heads, m, d), leaf(2, b, kv_heads, m, d)
+
+    if name == "bhsd":
+        return four(), plain
+    if name == "bshd einsum":
+
+        def einsum(q, k, v):
+            q, k, v = (torch.einsum("bshd->bhsd", x) for x in (q, k, v))
+            return q, k, v, lambda out: torch.einsum("bhsd->bshd", out)
+
+        return (leaf(0, b, n, h, d), leaf(1, b, m, h, d), leaf(2, b, m, h, d)), einsum
+    if name == "sbhd":
+
+        def sequence_first(q, k, v):
+            q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+            return q, k, v, lambda out: out.permute(2, 0, 1, 3).contiguous()
+
+        return (leaf(0, n, b, h, d), leaf(1, m, b, h, d), leaf(2, m, b, h, d)), sequence_first
+    if name == "flat batch":
+
+        def flat(q, k, v):
+            q, k, v = (x.reshape(b * h, -1, d) for x in (q, k, v))
+            # Scores are [b, h, n, m] again while they are modified.
+            return q.view(b, h, -1, d), k.view(b, h, -1, d), v.view(b, h, -1, d), lambda out: out
+
+        return four(), flat
+    if name == "fused qkv":
+
+        def fused(x):
+            q, k, v = x.view(b, -1, 3, h, d).permute(2, 0, 3, 1, 4).unbind(0)
+            return q, k, v, lambda out: out.transpose(1, 2).contiguous().view(b, -1, h * d)
+
+        return (leaf(0, b, n, 3 * h * d),), fused
+    if name == "strided":
+
+        def strided(q, k, v):
+            return q[..., ::2], k[..., 3 : 3 + d], v[:, :, 1:-1], lambda out: out
+
+        shapes = ((b, h, n, 2 * d), (b, h, m, 2 * d), (b, h, m + 2, d))
+        return tuple(leaf(i, *shape) for i, shape in enumerate(shapes)), strided
+    if name == "K transposed":
+
+        def transposed(q, k, v):
+            return q, k.transpose(-1, -2), v, lambda out: out.flatten(1)
+
+        return (leaf(0, b, h, n, d), leaf(1, b, h, d, m), leaf(2, b, h, m, d)), transposed
+    if name == "windows":
+        return tuple(leaf(i, b, 2, h, x, d) for i, x in enumerate((n, m, m))), as_it_is
+    if name == "one batch of K":
+
+        def expanded(q, k, v):
+            return q, k.expand(b, -1, -1, -1), v.expand(b, -1, -1, -1), lambda out: out
+
+        return (leaf(0, b, h, n, d), leaf(1, 1, h, m, d), leaf(2, 1, h, m, d)), expanded
+    if name == "K is V":
+        return (leaf(0, b, h, n, d), leaf(1, b, h, m, d)), lambda q, k: (q, k, k, lambda o: o)
+    if name == "no batch":
+        return (leaf(0, h, n, d), leaf(1, h, m, d), leaf(2, h, m, d)), as_it_is
+    if name == "wide V":
+        tensors = leaf(0, b, h, n, d), leaf(1, b, h, m, d), leaf(2, b, h, m, 2 * d)
+        return tensors, as_it_is
+    groups = 1 if name == "mqa" else 2
+
+    def grouped(q, k, v):
+        if name == "gqa repeat":
+            k, v = (x.repeat_interleave(h // groups, 1) for x in (k, v))
+        elif name == "gqa expand":
+            k, v = (
+                x[:, :, None].expand(b, groups, h // groups, -1, d).reshape(b, h, -1, d)
+                for x in (k, v)
+            )
+        elif name == "gqa tiled":
+            k, v = (x.repeat(1, h // groups, 1, 1) for x in (k, v))
+        return plain(q, k, v)
+
+    return four(groups), grouped
+
+
+LAYOUTS = (
+    "bhsd",
+    "bshd einsum",
+    "sbhd",
+    "flat batch",
+    "fused qkv",
+    "strided",
+    "K transposed",
+    "windows",
+    "one batch of K",
+    "K is V",
+    "no batch",
+    "wide V",
+    "gqa repeat",
+    "gqa expand",
+    "gqa tiled",
+    "mqa",
+)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.flatten(0, -3)
+
+
+def _batched(left: Tensor, right: Tensor) -> Tensor:
+    return torch.bmm(_flat(left), _flat(right)).view(*left.shape[:-1], right.shape[-1])
+
+
+def _batched_and_added(left: Tensor, right: Tensor) -> Tensor:
+    nothing = left.new_empty(1, 1, 1)
+    product = torch.baddbmm(nothing, _flat(left), _flat(right), beta=0, alpha=0.5)
+    return 2 * product.view(*left.shape[:-1], right.shape[-1])
+
+
+# [.., n, x] and [.., x, m] -> [.., n, m]
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "operator": lambda left, right: left @ right,
+    "function": torch.matmul,
+    "einsum": lambda left, right: torch.einsum("...ij,...jk->...ik", left, right),
+    "other way": lambda left, right: (right.mT @ left.mT).mT,
+    "bmm": _batched,
+    "baddbmm": _batched_and_added,
+}
+# Of operands of the same batches and heads.
+BATCHED = ("bmm", "baddbmm")
