@@ -91,6 +91,7 @@ def _rewrite_graph(gm: fx.GraphModule, options: Options, graph_name: str, fused:
                 entries.append((RegionReport(len(entries), graph_name, True, **known), region))
             continue
         except Decline as decline:
+            decline.stage = decline.stage or "rewrite"
             declined = decline
         except Exception as error:
             if options.strict:

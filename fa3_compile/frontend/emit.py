@@ -9,11 +9,12 @@ from collections.abc import Callable
 import sympy
 import torch
 from torch import fx
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fa3_compile.errors import Decline
 from fa3_compile.frontend.captured import Captured, Seed
-from fa3_compile.frontend.dynamo_graph import example_value, unwrapped
+from fa3_compile.frontend.dynamo_graph import example_value, target_name, unwrapped
 from fa3_compile.frontend.lift import sym
 from fa3_compile.frontend.logsumexp import Lse
 from fa3_compile.frontend.placeholders import D
@@ -100,6 +101,10 @@ class Emitter:
                 self.seeds[x] = self.seed(x, device)
             return self.seeds[x]
         value = example_value(x.source)
+        number = _changing_float(x.source)
+        if number is not None:
+            one = self.function(torch.ones, (), dtype=value.dtype, device=device)
+            return self.function(operator.mul, one, number)
         if value.device == device:
             return x.source
         if value.dim() == 0 and value.device.type == "cpu":
@@ -210,6 +215,20 @@ class Emitter:
                 ],
             )
         return out
+
+
+def _changing_float(source: fx.Node) -> fx.Node | None:
+    """The number that a Python float is read as, which Dynamo passes as a tensor.
+
+    AOTAutograd has the float compiled in, and the graph compiled again for each value, unless it
+    sees the number in arithmetic with a tensor.
+    """
+    for user in source.users:
+        value = example_value(user)
+        if target_name(user) == "item" and isinstance(value, torch.SymFloat):
+            if all(symbol_is_type(x, SymT.FLOAT) for x in value.node.expr.free_symbols):
+                return user
+    return None
 
 
 def _dim_before(view, place: int) -> int:

@@ -15,11 +15,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import guard_scalar
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fa3_compile.frontend.dynamo_graph import example_value
+from fa3_compile.frontend.emit import Emitter
 from fa3_compile.frontend.mutations import is_mutation
+from fa3_compile.frontend.sizes import sym
 
 # Keys and values given in place of their projections: nothing in torch.nn does that.
 RARE = ("static_k", "static_v")
@@ -38,7 +41,13 @@ def expand_calls(graph: fx.Graph) -> int:
 def _arguments(node: fx.Node) -> dict[str, Any]:
     bound = inspect.signature(F.multi_head_attention_forward).bind(*node.args, **node.kwargs)
     bound.apply_defaults()
-    return bound.arguments
+    given = bound.arguments
+    if not given["training"]:
+        given["dropout_p"] = 0.0
+    elif _is_node(given["dropout_p"]):
+        # PyTorch compiles the probability of a dropout in, and so do we.
+        given["dropout_p"] = guard_scalar(example_value(given["dropout_p"]))
+    return given
 
 
 def _expandable(node: fx.Node) -> bool:
@@ -46,7 +55,7 @@ def _expandable(node: fx.Node) -> bool:
     outputs = [u for u in node.users if u.target is operator.getitem and u.args[1] == 0]
     others = [u for u in node.users if u not in outputs and _is_read(u)]
     values = [example_value(x) for x in tree_leaves(list(given.values())) if _is_node(x)]
-    drops = given["training"] and given["dropout_p"] > 0
+    drops = given["dropout_p"] > 0
     return (
         bool(outputs)
         and not (others and drops)
@@ -72,7 +81,7 @@ def _expand(graph: fx.Graph, node: fx.Node) -> None:
         id(fakes[name]): x for name, x in given.items() if _is_node(x) and fakes[name] is not None
     }
     with graph.inserting_before(node), tensors[0].fake_mode:  # pyright: ignore
-        recorder = _Recorder(graph, nodes, node)
+        recorder = _Recorder(Emitter(graph, node, tensors[0]), nodes)
         with recorder:
             results = multi_head_attention(fakes)
         made = [recorder.nodes[id(x)] if x is not None else None for x in results]
@@ -95,9 +104,9 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
 class _Recorder(TorchFunctionMode):
     """Writes every torch call made under it into a graph, with its fake value."""
 
-    def __init__(self, graph: fx.Graph, nodes: dict[int, fx.Node], like: fx.Node):
+    def __init__(self, emit: Emitter, nodes: dict[int, fx.Node]):
         super().__init__()
-        self.graph, self.nodes, self.like = graph, nodes, like
+        self.emit, self.graph, self.nodes, self.like = emit, emit.graph, nodes, emit.before
         # Ids stay unique only while their tensors live.
         self.alive: list[Any] = []
 
@@ -123,6 +132,8 @@ class _Recorder(TorchFunctionMode):
         return value
 
     def _node(self, x):
+        if isinstance(x, torch.SymInt):
+            return self.emit.size(sym(x))
         return self.nodes[id(x)] if isinstance(x, torch.Tensor) else x
 
 
@@ -156,7 +167,7 @@ def multi_head_attention(given: dict[str, Any]) -> tuple[torch.Tensor, torch.Ten
     if padding is not None:
         padding = padding.view(batch, 1, 1, -1)
         mask = padding if mask is None else mask + padding
-    p = given["dropout_p"] if given["training"] else 0.0
+    p = given["dropout_p"]
     weights = None
     if given["need_weights"]:
         scores = (q * math.sqrt(1.0 / q.shape[-1])) @ k.transpose(-2, -1)

@@ -219,7 +219,8 @@ class Lifter:
             if self.wide and _rounds_to_half(node) and node not in self.inside:
                 raise Opaque(node, "arithmetic that the program rounds to half precision")
             return rule(node, index, self)
-        except Opaque as opaque:
+        except (Opaque, UnknownScalar) as error:
+            opaque = error if isinstance(error, Opaque) else Opaque(node, str(error))
             try:
                 return self._without_rule(node, index)
             except Opaque:

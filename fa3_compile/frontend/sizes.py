@@ -60,7 +60,12 @@ class UnknownScalar(Exception):
 
 
 def sym(value: Any) -> Expr:
-    """An int, float, SymInt or SymFloat as an expression. `UnknownScalar` for other symbols."""
+    """An int, float, SymInt or SymFloat, or a scalar node of the shadow, as an expression.
+
+    `UnknownScalar` for symbols that are none of a size.
+    """
+    if isinstance(value, fx.Node):
+        value = value.meta["val"]
     if isinstance(value, (torch.SymInt, torch.SymFloat)):
         return _translated(value.node.expr)
     if isinstance(value, bool):
@@ -107,7 +112,7 @@ def scalar(node: fx.Node, read) -> Expr:
     if node.target is torch.ops.aten._local_scalar_dense.default:
         return read(node.args[0])
     try:
-        return sym(node.meta["val"])
+        return sym(node)
     except UnknownScalar:
         combine = SCALAR_OPERATORS.get(node.target)
         if combine is None:

@@ -22,25 +22,25 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import rebind_unbacked
+from torch.utils._pytree import key_get
 
 from fa3_compile.errors import Decline
 from fa3_compile.frontend import flex, transforms
 from fa3_compile.frontend.dynamo_graph import (
     example_value,
-    opaque_target,
     storage_of,
-    target_name,
     unwrapped,
 )
 from fa3_compile.frontend.gradients import stops
 from fa3_compile.frontend.mutations import is_mutation, mutated_nodes
+from fa3_compile.frontend.scope import Scope, relevant
 from fa3_compile.frontend.seeds import seeds
 from fa3_compile.frontend.shadow_operators import MARK, STOP, UNKNOWN
 from fa3_compile.frontend.spell_out import SPELLED_OUT
 
 log = logging.getLogger(__name__)
 
-READABLE = "Write score_mod and mask_mod with element-wise operations and reads of tensors."
+SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 aten = torch.ops.aten
 KEPT_WHOLE = (
     aten.baddbmm.default,
@@ -48,6 +48,7 @@ KEPT_WHOLE = (
     aten._safe_softmax.default,
     aten.nan_to_num.default,
     aten.logsumexp.default,
+    aten.all.dim,
 )
 # Of a tensor's shape alone, whatever its elements are.
 SIZES = (
@@ -83,7 +84,7 @@ def shadow(gm: fx.GraphModule) -> Shadow | None:
     """The shadow of the part of `gm` that attention can be made of; None if there is none."""
     if not seeds(gm.graph):
         return None
-    scope = _Scope(gm)
+    scope = Scope(gm)
     while True:
         try:
             with transforms.nesting_restored():
@@ -101,8 +102,8 @@ class _Unreadable(Exception):
         self.node = node
 
 
-def _shadow(gm: fx.GraphModule, scope: _Scope) -> Shadow:
-    keep = _relevant(gm.graph, scope)
+def _shadow(gm: fx.GraphModule, scope: Scope) -> Shadow:
+    keep = relevant(gm.graph, scope)
     cuts = [n for n in gm.graph.nodes if n in keep and scope.is_cut(n)]
     cuts = [n for n in cuts if _is_value(example_value(n)) and not transforms.is_wrapped(n)]
     # Asked while the program's own gradient mode is on, which the analysis turns off.
@@ -156,8 +157,6 @@ def _analysis_only(fake_mode) -> Iterator[None]:
             stack.enter_context(TracingContext.patch(fake_mode=fake_mode))
         if fake_mode is not None:
             stack.enter_context(fake_mode)
-            # As for every further trace: what was read from tensors before is read anew.
-            fake_mode.epoch += 1
             if fake_mode.shape_env is not None:
                 stack.enter_context(fake_mode.shape_env.ignore_fresh_unbacked_symbols())
                 # Composite operators in Python: some of those in C++ ask for sizes as numbers.
@@ -167,74 +166,6 @@ def _analysis_only(fake_mode) -> Iterator[None]:
             yield
         finally:
             torch.set_grad_enabled(grad)
-
-
-class _Scope:
-    """Which nodes the shadow runs, and which it takes as given."""
-
-    def __init__(self, gm: fx.GraphModule):
-        # The span of transforms that each of these nodes is in: run, or cut as a whole.
-        self.batched: dict[fx.Node, transforms.Span] = {}
-        self.cut: dict[fx.Node, transforms.Span] = {}
-        # Calls of flex_attention that are more than their mods say.
-        self.refused: set[fx.Node] = set()
-        self.declined: list[Decline] = []
-        for span in transforms.spans(gm.graph):
-            if span.batches_alone and not any(map(_cannot_run, span.nodes)):
-                self.batched.update(dict.fromkeys(span.nodes, span))
-            else:
-                self._cut(span, "only plain vmap can be read")
-        for node in gm.graph.nodes:
-            if flex.is_call(node) and node not in self.cut:
-                try:
-                    flex.check(node, gm)
-                except Decline as decline:
-                    self._refuse(node, decline)
-
-    def is_cut(self, node: fx.Node) -> bool:
-        """Whether the shadow takes the node's value as given instead of running the node."""
-        if node in self.batched or node in self.cut:
-            return node in self.cut
-        first = node.args[0] if node.args else None
-        refused = node in self.refused or isinstance(first, fx.Node) and first in self.refused
-        return refused or _is_cut(node)
-
-    def cut_out(self, node: fx.Node, why: str) -> None:
-        """Takes the value of what has turned out unreadable as given."""
-        if node in self.batched:
-            self._cut(self.batched[node], why)
-        else:
-            self._refuse(node, Decline("flex-unreadable", None, READABLE, message=why))
-
-    def _cut(self, span: transforms.Span, why: str) -> None:
-        for node in span.nodes:
-            self.batched.pop(node, None)
-            self.cut[node] = span
-        softmax = transforms.softmax_of(span)
-        if softmax is not None:
-            self.declined.append(
-                Decline(
-                    "functorch",
-                    softmax,
-                    "Take gradients by loss.backward() or torch.autograd.grad.",
-                    message=f"attention under {span.name} is left as it was: {why}",
-                    stage="trace",
-                )
-            )
-
-    def _refuse(self, node: fx.Node, decline: Decline) -> None:
-        decline.node, decline.stage = node, "trace"
-        self.refused.add(node)
-        self.declined.append(decline)
-
-
-def _cannot_run(node: fx.Node) -> bool:
-    """Whether a node has no meaning for vmap."""
-    return not transforms.is_transform(node) and (
-        node.op == "call_module"
-        or isinstance(node.target, torch._ops.HigherOrderOperator)
-        or "dropout" in target_name(node)
-    )
 
 
 @dataclass
@@ -277,8 +208,7 @@ class _Reader(fx.Interpreter):
                     _make_unknown(self.env.get(changed))
             else:
                 self.env[node] = self.run_node(node)
-                # A number that is read from a tensor keeps the symbol that Dynamo has for it.
-                rebind_unbacked(self.shape_env, node, self.env[node])
+                self._keep_symbols(node)
                 written = [node, *written]
             for changed in written:
                 value = self.env.get(changed)
@@ -302,6 +232,16 @@ class _Reader(fx.Interpreter):
         self.marks.add(weights, n, n, within=True)
         return outputs
 
+    def _keep_symbols(self, node: fx.Node) -> None:
+        """Gives numbers that were read from a tensor the symbols that Dynamo has for them.
+
+        A fake tensor that Dynamo read too remembers its own; one that was made here does not.
+        """
+        bindings = node.meta.get("unbacked_bindings") or {}
+        read = [(symbol, key_get(self.env[node], path)) for symbol, path in bindings.items()]
+        if all(isinstance(x, SYMBOLIC) and x.node._expr != symbol for symbol, x in read):
+            rebind_unbacked(self.shape_env, node, self.env[node])
+
     def _written_by(self, mutation: fx.Node) -> list[fx.Node]:
         """The nodes whose values a mutation changes, through whatever view."""
         storages = {storage_of(n) for n in mutated_nodes(mutation)} - {None}
@@ -321,67 +261,7 @@ def _make_unknown(value) -> None:
 
 
 def _is_value(value) -> bool:
-    return isinstance(value, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool))
-
-
-def _is_cut(node: fx.Node) -> bool:
-    if node.op in ("placeholder", "get_attr"):
-        return True
-    if flex.is_call(node):
-        return False
-    if node.op == "call_module" or opaque_target(node):
-        return True
-    # What a cut tuple was taken apart into is cut too.
-    first = node.args[0] if node.args else None
-    return (
-        node.op == "call_function"
-        and getattr(node.target, "__name__", "") == "getitem"
-        and isinstance(first, fx.Node)
-        and not isinstance(example_value(first), torch.Tensor)
-        and _is_cut(first)
-    )
-
-
-def _relevant(graph: fx.Graph, scope: _Scope) -> set[fx.Node]:
-    """Ancestors and descendants of the seeds, up to cuts, with all mutations kept."""
-    forward: set[fx.Node] = set()
-    stack = [node for node in seeds(graph) if not scope.is_cut(node)]
-    while stack:
-        node = stack.pop()
-        if node in forward or node.op == "output":
-            continue
-        forward.add(node)
-        stack.extend(user for user in node.users if not scope.is_cut(user))
-    keep: set[fx.Node] = set()
-    stack = list(forward)
-    stack += [n for n in graph.nodes if _changes_mode(n)]
-    stack += [n for n in scope.batched if transforms.enters(n) or transforms.leaves(n)]
-    mutations = [n for n in graph.nodes if is_mutation(n)]
-    while True:
-        while stack:
-            node = stack.pop()
-            if node in keep:
-                continue
-            keep.add(node)
-            if scope.is_cut(node):
-                stack.extend(mutated_nodes(node))
-            else:
-                stack.extend(flex.inputs(node) if flex.is_call(node) else node.all_input_nodes)
-        # A write reaches what is kept through any view of the same memory.
-        storages = {storage_of(n) for n in keep} - {None}
-        stack = [n for n in mutations if n not in keep and _writes_to(n, keep, storages)]
-        if not stack:
-            return keep
-
-
-def _writes_to(mutation: fx.Node, nodes: set[fx.Node], storages: set) -> bool:
-    written = mutated_nodes(mutation)
-    return any(n in nodes or storage_of(n) in storages or storage_of(n) is None for n in written)
-
-
-def _changes_mode(node: fx.Node) -> bool:
-    name = getattr(node.target, "__name__", "")
-    return name in ("_enter_autocast", "_exit_autocast", "_set_grad_enabled")
+    return isinstance(value, (torch.Tensor, *SYMBOLIC))
 
 
 def _connect(

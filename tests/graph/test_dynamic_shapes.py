@@ -10,7 +10,7 @@ from torch import nn
 
 from fa3_compile.report import collect
 from tests.graph.harness import check, rewrite_only, specs
-from tests.graph.inputs import INF, SCALE, B, D, H, attend, normal, qkv, scores_of
+from tests.graph.inputs import INF, SCALE, B, D, H, S, attend, normal, qkv, scores_of
 
 
 def runs(function, inputs, *, dynamic: bool | None = True, training: bool = True) -> str:
@@ -364,3 +364,55 @@ def test_repeated_heads_of_dynamic_number():
 
     report = check(attention, normal(2, 4, 9, 16), *(x[:, :2] for x in qkv()[1:]), dynamic=True)
     assert [r.fused for r in report.regions] == [True]
+
+
+def test_lengths_that_are_computed():
+    # One split by numbers that are read from a tensor, which is no input of the graph.
+    def attention(q, k, v, lengths):
+        parts = (x.split(lengths.tolist(), 2) for x in (q, k, v))
+        return torch.cat([attend(scores_of(q, k), v) for q, k, v in zip(*parts)], 2)
+
+    inputs = [(*qkv(), torch.tensor([n, S - n])) for n in (8, 13)]
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        assert_expected_inline(
+            runs(attention, inputs, dynamic=None),
+            """\
+attention(score=0.25*s, out_order=qbhd)
+attention(score=0.25*s, out_order=qbhd)""",
+        )
+
+
+def test_padding_by_a_length():
+    # Transformer-XL's shift.
+    def attention(q, k, v, places):
+        n = q.size(2)
+        bias = F.pad(q @ places[: 2 * n - 1].mT, (0, 1)).flatten(2)
+        bias = F.pad(bias, (0, n - 1)).view(*q.shape[:2], n + 1, -1)[:, :, :n, n - 1 :]
+        return attend(scores_of(q, k) + bias, v)
+
+    inputs = [(*x, normal(99, D, seed=9)) for x in of_lengths(9, 12)]
+    assert_expected_inline(
+        runs(attention, inputs),
+        """attention(score=load(0)*s + load(1, b, h, q, Skv + kv - q - 1), aux=[float, float])""",
+    )
+
+
+@pytest.mark.filterwarnings("error:Raw SymInt")
+@pytest.mark.parametrize("training", [False, True])
+def test_multi_head_attention(training):
+    layer = nn.MultiheadAttention(32, H, dropout=0.0, batch_first=True).train(training)
+
+    def attention(x):
+        return layer(x, x, x, need_weights=False)[0]
+
+    assert_expected_inline(
+        runs(attention, [(normal(n, m, 32),) for n, m in ((2, 8), (3, 9))]),
+        """attention(score=0.35355339059327373*s, out_order=qbhd)""",
+    )
+
+
+def test_a_size_that_cannot_be_written():
+    def attention(q, k, v, on):
+        return attend(scores_of(q, k) * bool(on), v)
+
+    assert runs(attention, [(*qkv(), 0.5)]) == "rewrite: size-unclear"

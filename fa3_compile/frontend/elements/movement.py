@@ -121,7 +121,7 @@ def _slice_arguments(node: fx.Node):
 def _(node, index, ctx: Lifter) -> Element:
     source, d, i = node.args
     d = dimension(d, len(source.meta["val"].shape))
-    at = sym(i.meta["val"] if isinstance(i, fx.Node) else i)
+    at = sym(i)
     if at.is_negative:
         at += shape_of(source)[d]
     return ctx.element(source, (*index[:d], at, *index[d:]))
@@ -238,17 +238,13 @@ def _(node, index, ctx: Lifter) -> Element:
         return ctx.element(source, (*index[:d], sympy.Integer(n), *index[d:]))
     if split.target is aten.split_with_sizes.default:
         source, sizes = split.args[:2]
-        start = sum((sym(_value(size)) for size in sizes[:n]), sympy.S.Zero)
+        start = sum((sym(size) for size in sizes[:n]), sympy.S.Zero)
     elif split.target is aten.split.Tensor:
         source, size = split.args[:2]
-        start = n * sym(_value(size))
+        start = n * sym(size)
     else:
         raise Opaque(node, f"an output of {split.target}")
     d = dimension(split.args[2] if len(split.args) > 2 else 0, len(index))
     moved = list(index)
     moved[d] = moved[d] + start
     return ctx.element(source, moved)
-
-
-def _value(x):
-    return x.meta["val"] if isinstance(x, fx.Node) else x

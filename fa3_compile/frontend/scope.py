@@ -1,0 +1,147 @@
+"""Which nodes of a Dynamo graph the shadow runs, and which it takes as given."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from fa3_compile.errors import Decline
+from fa3_compile.frontend import flex, transforms
+from fa3_compile.frontend.dynamo_graph import (
+    example_value,
+    opaque_target,
+    storage_of,
+    target_name,
+)
+from fa3_compile.frontend.mutations import is_mutation, mutated_nodes
+from fa3_compile.frontend.seeds import seeds
+
+READABLE = "Write score_mod and mask_mod with element-wise operations and reads of tensors."
+
+
+class Scope:
+    """Which nodes the shadow runs, and which it takes as given."""
+
+    def __init__(self, gm: fx.GraphModule):
+        # The span of transforms that each of these nodes is in: run, or cut as a whole.
+        self.batched: dict[fx.Node, transforms.Span] = {}
+        self.cut: dict[fx.Node, transforms.Span] = {}
+        # Calls of flex_attention that are more than their mods say.
+        self.refused: set[fx.Node] = set()
+        self.declined: list[Decline] = []
+        for span in transforms.spans(gm.graph):
+            if span.batches_alone and not any(map(_cannot_run, span.nodes)):
+                self.batched.update(dict.fromkeys(span.nodes, span))
+            else:
+                self._cut(span, "only plain vmap can be read")
+        for node in gm.graph.nodes:
+            if flex.is_call(node) and node not in self.cut:
+                try:
+                    flex.check(node, gm)
+                except Decline as decline:
+                    self._refuse(node, decline)
+
+    def is_cut(self, node: fx.Node) -> bool:
+        """Whether the shadow takes the node's value as given instead of running the node."""
+        if node in self.batched or node in self.cut:
+            return node in self.cut
+        first = node.args[0] if node.args else None
+        refused = node in self.refused or isinstance(first, fx.Node) and first in self.refused
+        return refused or _is_cut(node)
+
+    def cut_out(self, node: fx.Node, why: str) -> None:
+        """Takes the value of what has turned out unreadable as given."""
+        if node in self.batched:
+            self._cut(self.batched[node], why)
+        else:
+            self._refuse(node, Decline("flex-unreadable", None, READABLE, message=why))
+
+    def _cut(self, span: transforms.Span, why: str) -> None:
+        for node in span.nodes:
+            self.batched.pop(node, None)
+            self.cut[node] = span
+        softmax = transforms.softmax_of(span)
+        if softmax is not None:
+            self.declined.append(
+                Decline(
+                    "functorch",
+                    softmax,
+                    "Take gradients by loss.backward() or torch.autograd.grad.",
+                    message=f"attention under {span.name} is left as it was: {why}",
+                    stage="trace",
+                )
+            )
+
+    def _refuse(self, node: fx.Node, decline: Decline) -> None:
+        decline.node, decline.stage = node, "trace"
+        self.refused.add(node)
+        self.declined.append(decline)
+
+
+def _cannot_run(node: fx.Node) -> bool:
+    """Whether a node has no meaning for vmap."""
+    return not transforms.is_transform(node) and (
+        node.op == "call_module"
+        or isinstance(node.target, torch._ops.HigherOrderOperator)
+        or "dropout" in target_name(node)
+    )
+
+
+def _is_cut(node: fx.Node) -> bool:
+    if node.op in ("placeholder", "get_attr"):
+        return True
+    if flex.is_call(node):
+        return False
+    if node.op == "call_module" or opaque_target(node):
+        return True
+    # What a cut tuple was taken apart into is cut too.
+    first = node.args[0] if node.args else None
+    return (
+        node.op == "call_function"
+        and getattr(node.target, "__name__", "") == "getitem"
+        and isinstance(first, fx.Node)
+        and not isinstance(example_value(first), torch.Tensor)
+        and _is_cut(first)
+    )
+
+
+def relevant(graph: fx.Graph, scope: Scope) -> set[fx.Node]:
+    """Ancestors and descendants of the seeds, up to cuts, with all mutations kept."""
+    forward: set[fx.Node] = set()
+    stack = [node for node in seeds(graph) if not scope.is_cut(node)]
+    while stack:
+        node = stack.pop()
+        if node in forward or node.op == "output":
+            continue
+        forward.add(node)
+        stack.extend(user for user in node.users if not scope.is_cut(user))
+    keep: set[fx.Node] = set()
+    stack = list(forward)
+    stack += [n for n in graph.nodes if _changes_mode(n)]
+    stack += [n for n in scope.batched if transforms.enters(n) or transforms.leaves(n)]
+    mutations = [n for n in graph.nodes if is_mutation(n)]
+    while True:
+        while stack:
+            node = stack.pop()
+            if node in keep:
+                continue
+            keep.add(node)
+            if scope.is_cut(node):
+                stack.extend(mutated_nodes(node))
+            else:
+                stack.extend(flex.inputs(node) if flex.is_call(node) else node.all_input_nodes)
+        # A write reaches what is kept through any view of the same memory.
+        storages = {storage_of(n) for n in keep} - {None}
+        stack = [n for n in mutations if n not in keep and _writes_to(n, keep, storages)]
+        if not stack:
+            return keep
+
+
+def _writes_to(mutation: fx.Node, nodes: set[fx.Node], storages: set) -> bool:
+    written = mutated_nodes(mutation)
+    return any(n in nodes or storage_of(n) in storages or storage_of(n) is None for n in written)
+
+
+def _changes_mode(node: fx.Node) -> bool:
+    name = getattr(node.target, "__name__", "")
+    return name in ("_enter_autocast", "_exit_autocast", "_set_grad_enabled")
