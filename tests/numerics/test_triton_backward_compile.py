@@ -23,14 +23,20 @@ from fa3_compile.spec.attention import AttentionSpec  # noqa: E402
 from tests.numerics.test_triton_compile import (  # noqa: E402
     CAUSAL,
     FORMS,
+    VERSION,
     own_caches,  # noqa: F401
     problem,
     spilled_bytes,
 )
 
 RELATIVE = "attention(score=0.125*s + load(0, h, kv - q + 99), aux=[float])"
-# Bytes of spills that the fastest measured tile of Hopper has, by head dim.
+# Bytes of spills that the fastest measured tile of Hopper has, by head dim; and what another version
+# than Triton 3.7 makes of the same tiles.
 SPILLS = {(90, 128): 128, (90, 192): 300, (90, 256): 1200}
+SPILLS |= {
+    "3.6": {(80, 128): 64},
+    "3.9": {(90, 128): 280, (90, 256): 1332, (100, 128): 48},
+}.get(VERSION, {})
 
 
 def compiled(asked: Problem, name: str, config: TritonConfig, wanted: tuple[int, ...] = ()):
