@@ -9,6 +9,8 @@ from sympy.logic.boolalg import Boolean
 from torch import fx
 
 from fa3_compile.errors import Decline
+from fa3_compile.frontend.lift import truth
+from fa3_compile.frontend.placeholders import some, without_some
 from fa3_compile.spec import simplify
 from fa3_compile.spec.expr import Expr, where
 from fa3_compile.spec.separate import Separated
@@ -26,6 +28,7 @@ def merged(
     may_lose_rows: whether all visible scores of a row may be -inf.
     """
     kept = simplify.tidy_mask(kept)
+    separated, kept = _rows_filled(separated, kept, may_lose_rows)
     if separated.dead == "score":
         multiplied, weight = _conditions(weight)
         kept = simplify.tidy_mask(sympy.And(kept, multiplied))
@@ -43,6 +46,22 @@ def merged(
             message="a row without keys is NaN after the softmax, and then filled in part",
         )
     return dataclasses.replace(separated, dead="zero"), _where_masked(weight, separated.mask)
+
+
+def _rows_filled(
+    separated: Separated, kept: Boolean, may_lose_rows: bool
+) -> tuple[Separated, Boolean]:
+    """The same, with rows of zeros where `kept` asks for some key that the mask shows."""
+    rest = []
+    for condition in _conjuncts(kept):
+        asked = condition.lhs if isinstance(condition, sympy.Ne) else None
+        if isinstance(asked, some) and not may_lose_rows:
+            shown = simplify.tidy_mask(truth(asked.args[1]))
+            if _conjuncts(shown) == _conjuncts(separated.mask):
+                separated = dataclasses.replace(separated, dead="zero", fill=None)
+                continue
+        rest.append(condition)
+    return separated, simplify.tidy_mask(without_some(sympy.And(*rest)))
 
 
 def _conjuncts(mask: Boolean) -> set[Boolean]:

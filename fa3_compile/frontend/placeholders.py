@@ -30,3 +30,16 @@ class total(sympy.Function):
 
     is_real = True
     is_positive = True
+
+
+class some(sympy.Function):
+    """`some(held, of)`: 1 if `of` is 1 for any key of a row, else 0; `held` is its value in memory,
+    and `of` is of a row and a key."""
+
+    nargs = 2
+    is_real = True
+
+
+def without_some(expr):
+    """The expression with every `some` as it is read from memory."""
+    return expr.xreplace({x: x.args[0] for x in expr.atoms(some)})

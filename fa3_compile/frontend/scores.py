@@ -21,7 +21,7 @@ from fa3_compile.frontend.lift import (
     shape_of,
 )
 from fa3_compile.frontend.normalize import Softmax, largest_is_one, row_statistic
-from fa3_compile.frontend.placeholders import row_stat, total
+from fa3_compile.frontend.placeholders import row_stat, total, without_some
 from fa3_compile.frontend.product import Product, products_before
 from fa3_compile.frontend.trace import Shadow
 from fa3_compile.frontend.weights import Term, Weights
@@ -145,7 +145,7 @@ def _read(
             n: _softmax_inside(lifter, n, first + i) for i, n in enumerate(inner) if n in computed
         }
     product.lifter = lifter
-    element = number(lifter.element(x, index))
+    element = without_some(number(lifter.element(x, index)))
     product.check(holder(product.node))
 
     def logit(element: Expr) -> Expr:

@@ -18,7 +18,7 @@ from fa3_compile.errors import Decline
 from fa3_compile.frontend.captured import Captured, Seed
 from fa3_compile.frontend.lift import Index, Lifter, number
 from fa3_compile.frontend.normalize import Softmax
-from fa3_compile.frontend.placeholders import ROW_SUM, prob, total
+from fa3_compile.frontend.placeholders import ROW_SUM, prob, total, without_some
 from fa3_compile.frontend.trace import Shadow
 from fa3_compile.spec.expr import KV, Expr, depends_on, uniform, where
 from fa3_compile.spec.index import Ranges
@@ -83,8 +83,9 @@ def weights(
         softmax = softmaxes[int(which.args[0])]
         kept = sympy.Or(*(k for _, k in parts))
         factor = parts[0][0] if len(parts) == 1 else sympy.Add(*(where(k, f, 0) for f, k in parts))
-        coefficient, weight = _apart(sympy.sympify(factor))
+        coefficient, weight = _apart(without_some(sympy.sympify(factor)))
         if not softmax.normalizes:
+            kept = without_some(kept)
             softmax = replace(softmax, dim=_keys_at(which.args[1:], at))
             coefficient = _of_own_row(coefficient, softmax, which.args[1:])
             changed = weight != 1 or kept != sympy.true

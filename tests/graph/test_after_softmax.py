@@ -583,3 +583,55 @@ def test_product_with_v_that_adds_to_something():
 
     report = check(attention, *qkv(H, S, D), normal(H, S, D))
     assert_expected_inline(specs(report), """detect: product-adds""")
+
+
+def hidden():
+    """[B, 1, S, S], some rows all hidden."""
+    made = chance(0.5, B, 1, S, S)
+    made[0, 0, 3] = made[1, 0, 5] = True
+    return made
+
+
+ROWS = {
+    "all": lambda p, m: p.masked_fill(m.all(-1, keepdim=True), 0.0),
+    "any": lambda p, m: torch.where(m.logical_not().any(-1, keepdim=True), p, 0.0),
+    "all, unsqueezed": lambda p, m: p.masked_fill(m.all(-1)[..., None], 0.0),
+}
+
+
+@pytest.mark.parametrize("fill", [-INF, LOWEST])
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_without_a_key_are_filled(name, fill):
+    def attention(q, k, v, m):
+        p = scores_of(q, k).masked_fill(m, fill).softmax(-1)
+        return ROWS[name](p, m) @ v
+
+    spec = "attention(score=0.25*s, mask=load(0, b, 0, q, kv) == 0, dead=zero, aux=[bool])"
+    assert specs(check(attention, *qkv(), hidden())) == spec
+
+
+OTHER_ROWS = {
+    "of another mask": lambda p, m: p.masked_fill(m.roll(1, -2).all(-1, keepdim=True), 0.0),
+    "of columns": lambda p, m: p.masked_fill(m.all(-2, keepdim=True), 0.0),
+    "with any hidden": lambda p, m: p.masked_fill(m.any(-1, keepdim=True), 0.0),
+    "with a key": lambda p, m: p.masked_fill(~m.all(-1, keepdim=True), 0.0),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_ROWS)
+def test_other_rows_are_filled(name):
+    def attention(q, k, v, m):
+        p = scores_of(q, k).masked_fill(m, -INF).softmax(-1)
+        return OTHER_ROWS[name](p, m) @ v
+
+    assert specs(check(attention, *qkv(), hidden())) == "lift: mask-after-softmax"
+
+
+def test_rows_multiplied_by_whether_they_have_a_key():
+    # NaN times 0 is NaN: no row is filled.
+    def attention(q, k, v, m):
+        p = scores_of(q, k).masked_fill(m, -INF).softmax(-1)
+        return p * m.logical_not().any(-1, keepdim=True) @ v
+
+    spec = "attention(score=0.25*s, mask=load(0, b, 0, q, kv) == 0, dead=nan, aux=[bool])"
+    assert specs(check(attention, *qkv(), hidden())) == spec

@@ -17,8 +17,9 @@ from fa3_compile.frontend.lift import (
     number,
     truth,
 )
+from fa3_compile.frontend.placeholders import some
 from fa3_compile.spec import expr as E
-from fa3_compile.spec.expr import Expr, where
+from fa3_compile.spec.expr import KV, Expr, where
 
 aten = torch.ops.aten
 
@@ -86,6 +87,20 @@ def _reads_floats(x: Expr, ctx: Lifter) -> bool:
 
 def _no(node: fx.Node):
     raise Opaque(node, "whether a loaded value is finite is known only when it runs")
+
+
+@element_of(aten.all.dim, aten.any.dim)
+def _(node, index, ctx: Lifter) -> Element:
+    """Whether a row of a mask has any key, which is asked to fill the row after the softmax."""
+    mask, d, *kept = node.args
+    if not ctx.weighs or mask.meta["val"].dtype != torch.bool:
+        raise Opaque(node, "all or any of an axis")
+    d %= mask.meta["val"].dim()
+    held = truth(ctx.load(node, index))
+    of = truth(ctx.element(mask, (*index[:d], KV, *index[d + any(kept) :])))
+    if node.target is aten.any.dim:
+        return sympy.Ne(some(where(held, 1, 0), where(of, 1, 0)), 0)
+    return sympy.Eq(some(where(held, 0, 1), where(of, 0, 1)), 0)
 
 
 def _logic(combine):
