@@ -128,7 +128,11 @@ def by_hand(draw: st.DrawFn, device: str) -> Program:
     decayed = softmax == "retention" and (masks or captured in MAY_HIDE_ALL)
     # Sums are given for weights that nothing has changed.
     summed = softmax == "relu of its sum" and after
+    # Which heads are whose is not known where their numbers are symbols.
+    merged = use == "flat" if layout == "fused qkv" else (of_scores, of_values) != ("operator",) * 2
+    symbols = run["dynamic"] and (layout == "fused qkv" or layout.startswith("gqa")) and merged
     odd = shared or nothing or maximum or infinite or filled or autocast or decayed or summed
+    odd = odd or symbols
     if expected == "fused" and (mutant or odd) or mutant in OF_ELEMENTS and plain:
         expected = "either"
     if after == "dropout" and (expected != "fused" or layout in OTHER_BATCHES):
