@@ -14,7 +14,7 @@
 #include <string>
 
 namespace {
-enum Result { kSuccess = 0, kInvalidValue = 1, kNotInitialised = 3, kNotFound = 500 };
+enum Result { kSuccess = 0, kInvalidValue = 1, kInvalidContext = 201, kNotFound = 500 };
 enum FunctionAttribute { kMaxThreads = 0, kSharedBytes = 1, kLocalBytes = 3, kRegisters = 4,
                          kMaxDynamicShared = 8, kLastAttribute = 15 };
 enum DeviceAttribute { kMaxSharedPerBlock = 8, kWarpSize = 10, kMaxRegisters = 12, kClockRate = 13,
@@ -45,10 +45,14 @@ std::set<Module*> modules;
 std::set<void*> functions;
 void (*observer)(const Launched*) = nullptr;
 
+// Every thread begins without a context: no call of CUDA's runtime gives it one here.
+thread_local void* current = nullptr;
+
 bool is_function(void* function) { return functions.count(function) != 0; }
 
 Result launched(void* handle, const unsigned (&grid)[3], const unsigned (&block)[3],
                 unsigned shared, void* stream, void** params, void** extra) {
+  if (!current) return kInvalidContext;
   if (!is_function(handle) || params == nullptr || extra != nullptr) return kInvalidValue;
   auto* function = static_cast<Function*>(handle);
   std::uint64_t threads = std::uint64_t(block[0]) * block[1] * block[2];
@@ -83,8 +87,8 @@ Result cuGetErrorName(Result, const char** text) { *text = "refused"; return kSu
 
 Result cuDeviceGet(int* device, int ordinal) { *device = ordinal; return kSuccess; }
 Result cuDeviceGetCount(int* count) { *count = 1; return kSuccess; }
-Result cuCtxGetCurrent(void** context) { *context = &lock; return kSuccess; }
-Result cuCtxSetCurrent(void*) { return kSuccess; }
+Result cuCtxGetCurrent(void** context) { *context = current; return kSuccess; }
+Result cuCtxSetCurrent(void* context) { current = context; return kSuccess; }
 Result cuCtxGetDevice(int* device) { *device = 0; return kSuccess; }
 Result cuDevicePrimaryCtxRetain(void** context, int) { *context = &lock; return kSuccess; }
 Result cuCtxGetLimit(std::size_t* value, int) { *value = 0; return kSuccess; }
@@ -106,6 +110,7 @@ Result cuDeviceGetAttribute(int* value, int attribute, int) {
 Result cuStreamIsCapturing(void*, int* status) { *status = 0; return kSuccess; }
 
 Result cuModuleLoadData(Module** module, const char* image) {
+  if (!current) return kInvalidContext;
   std::lock_guard hold(lock);
   if (image == nullptr) return kInvalidValue;
   void* library = image[0] == '/' ? dlopen(image, RTLD_NOW | RTLD_LOCAL) : nullptr;
@@ -133,22 +138,25 @@ Result cuModuleGetGlobal_v2(void** address, std::size_t* bytes, Module* module, 
   return kSuccess;
 }
 Result cuMemcpyDtoH_v2(void* to, const void* from, std::size_t bytes) {
+  if (!current) return kInvalidContext;
   std::memcpy(to, from, bytes);
   return kSuccess;
 }
 Result cuMemAlloc_v2(void** address, std::size_t bytes) {
+  if (!current) return kInvalidContext;
   if (address == nullptr || bytes == 0) return kInvalidValue;
   bytes = (bytes + 255) / 256 * 256;
   *address = std::memset(std::aligned_alloc(256, bytes), 0xff, bytes);
   return kSuccess;
 }
-Result cuStreamSynchronize(void*) { return kSuccess; }
+Result cuStreamSynchronize(void*) { return current ? kSuccess : kInvalidContext; }
 Result cuFuncGetAttribute(int* value, int attribute, void* function) {
   if (!is_function(function)) return kInvalidValue;
   *value = attribute == kMaxThreads ? 1024 : attribute == kRegisters ? 128 : 0;
   return kSuccess;
 }
 Result cuFuncSetAttribute(void* function, int attribute, int value) {
+  if (!current) return kInvalidContext;
   if (!is_function(function) || attribute > kLastAttribute || value < 0) return kInvalidValue;
   if (attribute == kMaxDynamicShared) {
     if (unsigned(value) > kLargestShared) return kInvalidValue;

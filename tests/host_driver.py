@@ -89,7 +89,7 @@ def on_host(tensors: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda x: x.as_subclass(Tensor), tensors)
 
 
-class _Devices(TorchFunctionMode):
+class Devices(TorchFunctionMode):
     """Makes "cuda" mean the CPU's memory, refuses operators on tensors of two devices and addresses
     of others, and leaves NaN in what is not initialised."""
 
@@ -183,6 +183,7 @@ def launches(monkeypatch) -> Iterator[list[Launched]]:
 
     observer = ctypes.CFUNCTYPE(None, ctypes.POINTER(_Launched))(note)
     library.host_driver_observe(observer)
+    library.cuCtxSetCurrent(None)
     for name, value in (
         ("_cuda_getDevice", lambda: 0),
         ("_cuda_getCurrentRawStream", _raw_stream),
@@ -206,7 +207,7 @@ def launches(monkeypatch) -> Iterator[list[Launched]]:
     monkeypatch.setattr(cuda_sm90_lists, "_kept", {})
     monkeypatch.setattr(triton_backward, "_launches", {})
     _forget()
-    with _Devices():
+    with Devices():
         yield found
     _forget()
     library.host_driver_observe(None)

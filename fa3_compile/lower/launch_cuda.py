@@ -37,6 +37,18 @@ def checked(result: tuple) -> Any:
     return values[0] if len(values) == 1 else values
 
 
+def ensure_context(device: int) -> None:
+    """Gives this thread the context of a device, as CUDA's runtime does when it is first called.
+
+    One of autograd's threads, or a server's, may get here before that: tensors come from PyTorch's
+    cache, and the current device is 0 without a call.
+    """
+    cu = driver()
+    if not int(checked(cu.cuCtxGetCurrent())):
+        context = checked(cu.cuDevicePrimaryCtxRetain(checked(cu.cuDeviceGet(device))))
+        checked(cu.cuCtxSetCurrent(context))
+
+
 @dataclass(frozen=True)
 class Module:
     """A cubin in the current context, its kernels by name, and the attention's shared memory.
@@ -115,6 +127,7 @@ class Launch:
         self._moved = [x for x in at if x[2]]
         self._launch = driver().cuLaunchKernel
         self._success = driver().CUresult.CUDA_SUCCESS
+        self._no_context = driver().CUresult.CUDA_ERROR_INVALID_CONTEXT
         self._arguments = (kernel, *grid, threads, 1, 1, shared)
         # The driver copies the parameters while it launches, without the interpreter's lock.
         self._lock = threading.Lock()
@@ -128,6 +141,9 @@ class Launch:
             for word, index, more in self._moved:
                 words[word] = addresses[index] + more
             (status,) = self._launch(*self._arguments, stream, self._pointer, 0)
+            if status is self._no_context:
+                ensure_context(torch._C._cuda_getDevice())
+                (status,) = self._launch(*self._arguments, stream, self._pointer, 0)
         if status is not self._success:
             raise RuntimeError(f"cuda_sm90 could not be launched: {status.name}")
 

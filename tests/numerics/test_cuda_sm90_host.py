@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,7 +14,15 @@ from fa3_compile.lower.build_nvrtc import Built
 from fa3_compile.lower.dispatch import make_problem
 from fa3_compile.lower.kernels import cuda_sm90, cuda_sm90_backward
 from fa3_compile.runtime.launch import Attention, AttentionBackward
-from tests.host_driver import DEVICE, STREAM, OnDevice, kernels_of, launches, on_device
+from tests.host_driver import (
+    DEVICE,
+    STREAM,
+    Devices,
+    OnDevice,
+    kernels_of,
+    launches,
+    on_device,
+)
 from tests.numerics.forms import BY_NAME, Shape, inputs
 
 __all__ = ["launches"]
@@ -100,6 +109,24 @@ def test_a_graph_that_is_captured_has_a_counter_of_its_own(launches, monkeypatch
     q, k, v, _ = of_form("causal", Shape(1, 2, 1, 200, 200, 64, 64))
     Attention(f"{BY_NAME['causal'].spec()} #;kernels=cuda_sm90")(q, k, v, [], [])
     assert len(launches) == 1
+
+
+@pytest.mark.parametrize("bound", [False, True], ids=["new", "bound"])
+def test_a_thread_that_never_called_cuda(bound: bool, launches) -> None:
+    q, k, v, _ = of_form("causal", Shape(1, 2, 1, 200, 200, 64, 64))
+    text = f"{BY_NAME['causal'].spec()} #;kernels=cuda_sm90"
+    forward, backward = Attention(text), AttentionBackward(text, [True] * 3)
+
+    def train() -> None:
+        with Devices():
+            out, lse = forward(q, k, v, [], [])
+            backward(out, None, q, k, v, out, lse, [], [])
+
+    if bound:
+        train()
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(train).result()
+    assert len(launches) == (8 if bound else 4)
 
 
 def test_tuning_measures_each_tile_and_keeps_the_choice(launches, monkeypatch, tmp_path) -> None:

@@ -30,7 +30,14 @@ from fa3_compile.lower.kernels.cuda_sm90_keys import (
     likely_layout,
 )
 from fa3_compile.lower.kernels.cuda_sm90_lists import kept_lists
-from fa3_compile.lower.launch_cuda import Launch, Module, describable, empty_cuda, load_module
+from fa3_compile.lower.launch_cuda import (
+    Launch,
+    Module,
+    describable,
+    empty_cuda,
+    ensure_context,
+    load_module,
+)
 from fa3_compile.lower.printer import UnprintableError
 from fa3_compile.lower.render_cuda import CudaKey, render
 from fa3_compile.runtime.launch import Call
@@ -182,6 +189,7 @@ def bind(problem: Problem, q, k, v, aux, sizes, key: CudaKey | None = None) -> B
     else:
         keys = [key]
     key, built = load_first(keys)
+    ensure_context(q.device.index)
     module = _module(key, built.cubin, q.device.index)
     shape = (*q.shape[:3], v.shape[3])
     stride = out_strides(shape, spec.out_order)

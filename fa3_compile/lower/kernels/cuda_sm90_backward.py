@@ -36,10 +36,17 @@ from fa3_compile.lower.kernels.cuda_sm90_backward_parameters import (
     gradient_strides,
     is_stored_whole,
 )
-from fa3_compile.lower.kernels.cuda_sm90_keys import layout_of, tile_candidate
+from fa3_compile.lower.kernels.cuda_sm90_keys import layout_of
 from fa3_compile.lower.kernels.dead_rows import add_uniform_rows, may_be_nan, set_nan_rows
 from fa3_compile.lower.kernels.sinks import sink_gradients
-from fa3_compile.lower.launch_cuda import Launch, Module, describable, empty_cuda, load_module
+from fa3_compile.lower.launch_cuda import (
+    Launch,
+    Module,
+    describable,
+    empty_cuda,
+    ensure_context,
+    load_module,
+)
 from fa3_compile.lower.printer import UnprintableError
 from fa3_compile.lower.render_backward import has_fill_rows
 from fa3_compile.lower.render_cuda_backward import CudaBackwardKey
@@ -235,6 +242,7 @@ def bind(
     layout = layout_of(spec, aux)
     keys = keys_of(problem, layout) if key is None else [key]
     key, built = load_first(keys, at_once=BUILT_AT_ONCE)
+    ensure_context(q.device.index)
     module = _module(key, built.cubin, q.device.index)
     wanted = [i for i, n in enumerate(needs[3:]) if n]
     keeps_delta = key.dead_rows or any(x.tensor in wanted for x in E.loads_in(*spec.sinks))
