@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -103,6 +105,21 @@ def test_tuned_kernels_are_right_and_kept(effort, tmp_path, monkeypatch):
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     torch.testing.assert_close(out, want, rtol=0, atol=0.02)
     assert len(list(tmp_path.glob("tuned/*/config.json"))) == 1
+
+
+@each_family
+def test_a_thread_that_never_called_cuda(family):
+    """Its memory comes from PyTorch's cache, so that the kernel is its first call."""
+    call = Attention(f"attention(score=0.125*s) #;kernels={family}")
+    q, k, v, _ = inputs()
+    want, _ = call(q, k, v, [], [])
+    del _
+    kept = [torch.empty_like(want) for _ in range(4)]
+    torch.cuda.synchronize()
+    del kept
+    with ThreadPoolExecutor(1) as threads:
+        out, _ = threads.submit(call, q, k, v, [], []).result()
+    assert torch.equal(out, want)
 
 
 @each_family
