@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import inspect
 import os
 import platform
 import shutil
@@ -40,14 +41,18 @@ def _parser() -> argparse.ArgumentParser:
     shape = explain.add_mutually_exclusive_group()
     shape.add_argument("--json", action="store_const", dest="form", const="json")
     shape.add_argument("--markdown", action="store_const", dest="form", const="markdown")
-    explain.add_argument("--html", metavar="FILE", help="also write the report as a page")
+    explain.add_argument(
+        "--html", type=_new_file, metavar="FILE", help="also write the report as a page"
+    )
     explain.set_defaults(run=_explain, form="text")
 
     bench = commands.add_parser(
         "bench", help="time a model in eager mode, through Inductor, and through fa3"
     )
     _add_model(bench)
-    bench.add_argument("--html", metavar="FILE", help="also write the report as a page")
+    bench.add_argument(
+        "--html", type=_new_file, metavar="FILE", help="also write the report as a page"
+    )
     bench.set_defaults(run=_bench)
 
     repro = commands.add_parser(
@@ -60,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NUMBER",
         help="as explain numbers them; default: the first that is not fused",
     )
-    repro.add_argument("--out", default="repro.py", metavar="FILE", help="default: repro.py")
+    repro.add_argument(
+        "--out", default="repro.py", type=_new_file, metavar="FILE", help="default: repro.py"
+    )
     repro.set_defaults(run=_repro)
 
     cache = commands.add_parser("cache", help="print where kernels are cached and how many")
@@ -169,14 +176,51 @@ def _cache(parsed: argparse.Namespace) -> int:
 
 
 def _made(place: str) -> tuple[Any, Sequence[Any], Mapping[str, Any]]:
-    model, arguments, *keywords = _load(place)()
+    factory = _load(place)
+    try:
+        inspect.signature(factory).bind()
+    except (TypeError, ValueError) as error:
+        raise _wrong_factory(f"{place} cannot be called without arguments: {error}") from error
+    made = factory()
+    if not isinstance(made, (tuple, list)) or len(made) not in (2, 3):
+        raise _wrong_factory(f"{place} returned {_kind(made)}, not (model, arguments)")
+    model, arguments, *keywords = made
+    if not callable(model):
+        raise _wrong_factory(f"{place} returned {_kind(model)} in the place of a model")
+    if not isinstance(arguments, (tuple, list)):
+        raise _wrong_factory(f"{place} returned {_kind(arguments)} in the place of the arguments")
+    if not all(isinstance(x, Mapping) for x in keywords):
+        raise _wrong_factory(f"{place} returned {_kind(*keywords)} in the place of the keywords")
     return model, arguments, keywords[0] if keywords else {}
+
+
+def _wrong_factory(message: str) -> Fa3Error:
+    return Fa3Error(
+        message,
+        where="python -m fa3_compile",
+        todo="return (model, (x, y)), or (model, (x, y), {'name': z}); a single argument is (x,)",
+    )
+
+
+def _kind(value: Any) -> str:
+    length = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
+    return f"{type(value).__name__}{length}"
+
+
+def _new_file(text: str) -> str:
+    """A path that can be written to, asked before a model is compiled for minutes."""
+    folder = Path(text).resolve().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK) or Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} cannot be written: {folder} is no folder for it")
+    return text
 
 
 def _load(place: str) -> Callable[[], Any]:
     module, _, name = place.partition(":")
     file = Path(module)
     try:
+        if not name:
+            raise ValueError("no function is named")
         return getattr(_file(file) if file.suffix == ".py" else _module(module), name)
     except (ImportError, OSError, AttributeError, ValueError) as error:
         raise Fa3Error(

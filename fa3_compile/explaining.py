@@ -15,6 +15,12 @@ from torch.utils._pytree import tree_leaves
 from fa3_compile.report import Report, collect
 from fa3_compile.source import short_path
 
+NOTHING_FOUND = (
+    "no attention was found: in no graph is the product of two activations changed, by a softmax "
+    "or otherwise, and multiplied by another. What a compiled extension computes (flash_attn, "
+    "xformers) and what torch.compiler.disable leaves out is in no graph"
+)
+
 
 def explain(
     model_or_fn: nn.Module | Callable[..., Any],
@@ -67,6 +73,8 @@ def explain_with(
                 _run_backward(plain, (args, kwargs), output, report)
             report.compile_seconds = time.perf_counter() - start
             report.graph_breaks = breaks.texts()
+            if not report.regions:
+                report.notes.append(NOTHING_FOUND)
         return report
     finally:
         torch._dynamo.reset()

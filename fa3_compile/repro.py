@@ -75,7 +75,9 @@ def _chosen(report: Report, wanted: int | None) -> int:
             raise Fa3Error(
                 f"nothing was left as it was: {report.summary()}",
                 where=WHERE,
-                todo="name a fused region with --region NUMBER",
+                todo="name a fused region with --region NUMBER"
+                if report.regions
+                else "; ".join(report.notes),
             )
     if not 0 <= wanted < len(report.regions):
         raise Fa3Error(

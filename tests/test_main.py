@@ -32,6 +32,12 @@ def factory(tmp_path, monkeypatch):
         "import torch\n"
         "def make():\n"
         "    return torch.nn.Linear(2, 2), (torch.ones(1, 2),)\n"
+        "def alone():\n"
+        "    return torch.nn.Linear(2, 2)\n"
+        "def one_argument():\n"
+        "    return torch.nn.Linear(2, 2), torch.ones(1, 2)\n"
+        "def asks(x):\n"
+        "    return x\n"
         "def make_with_keywords():\n"
         "    return torch.nn.Linear(2, 2), (), {'input': torch.ones(1, 2)}\n"
     )
@@ -78,6 +84,27 @@ def test_explain_can_print_json_and_choose_the_mode(capsys, stub_backend, factor
 def test_explain_says_how_to_name_a_factory(capsys, factory, place):
     assert main(["explain", place]) == 2
     assert "package.module:function" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("torch", "cannot be called without arguments"),
+        ("asks", "cannot be called without arguments: missing a required argument: 'x'"),
+        ("alone", "returned Linear, not (model, arguments)"),
+        ("one_argument", "returned Tensor in the place of the arguments"),
+    ],
+)
+def test_explain_says_what_a_factory_has_to_be(capsys, factory, name, said):
+    assert main(["explain", f"{factory}:{name}"]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "a single argument is (x,)" in error
+
+
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_compiled(capsys, factory):
+    with pytest.raises(SystemExit):
+        main(["explain", f"{factory}:make", "--html", "nowhere/report.html"])
+    assert "nowhere/report.html cannot be written" in capsys.readouterr().err
 
 
 def test_cache_counts_entries_and_clears_nothing_else(capsys, tmp_path, monkeypatch):

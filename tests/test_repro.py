@@ -73,6 +73,11 @@ def test_what_is_not_there_is_said(summed, region, said):
         repro(Model(summed), (x(),), region=region)
 
 
+def test_no_attention_is_said():
+    with pytest.raises(Fa3Error, match="no attention was found"):
+        repro(nn.Linear(2, 2), (torch.ones(1, 2),))
+
+
 def written_in_between(q, k, v):
     weights = (q @ k.transpose(-2, -1)).softmax(-1)
     v.mul_(2.0)
