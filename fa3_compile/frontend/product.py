@@ -6,8 +6,9 @@ import torch
 from torch import fx
 
 from fa3_compile.errors import Decline
-from fa3_compile.frontend.lift import Index, Lifter, sym
+from fa3_compile.frontend.lift import Index, Lifter, Opaque, sym
 from fa3_compile.frontend.placeholders import D
+from fa3_compile.frontend.sizes import UnknownScalar
 from fa3_compile.frontend.trace import SIZES
 from fa3_compile.spec.expr import KV, Expr, S, depends_on
 
@@ -23,11 +24,19 @@ def sides_of(node: fx.Node) -> tuple[fx.Node, fx.Node]:
     return left, right  # pyright: ignore[reportReturnType]
 
 
-def factors_of(node: fx.Node) -> tuple[Expr, Expr]:
-    """(beta, alpha) of beta * added + alpha * product."""
+def factors_of(node: fx.Node, lifter: Lifter | None = None) -> tuple[Expr, Expr]:
+    """(beta, alpha) of beta * added + alpha * product; a number that changes is a read of
+    `lifter`'s, and `Opaque` without one."""
     if node.target in PLAIN:
         return sym(0), sym(1)
-    beta, alpha = (sym(node.kwargs.get(name, 1)) for name in ("beta", "alpha"))
+    given = [node.kwargs.get(name, 1) for name in ("beta", "alpha")]
+    if lifter is not None:
+        beta, alpha = (lifter.broadcast(x, ()) for x in given)
+        return beta, alpha
+    try:
+        beta, alpha = map(sym, given)
+    except UnknownScalar as unknown:
+        raise Opaque(node, str(unknown)) from unknown
     return beta, alpha
 
 
@@ -66,7 +75,7 @@ class Product:
                 message="one score is made of several elements of Q K^T",
             )
         self.index = index
-        beta, alpha = factors_of(self.node)
+        beta, alpha = factors_of(self.node, self.lifter)
         scaled = alpha * S
         return scaled if beta == 0 else beta * self._added(index) + scaled
 

@@ -346,6 +346,16 @@ def test_a_near_miss_is_reported_as_of_fixed_sizes():
         assert specs(check(attention, *qkv(), dynamic=dynamic)) == "lift: not-pointwise"
 
 
+def test_factor_of_a_product_that_changes():
+    def attention(q, k, v, alpha):
+        s = torch.baddbmm(torch.zeros(1), q, k.mT, beta=0, alpha=alpha)
+        return attend(s, v)
+
+    inputs = [(*qkv(B, n, D), alpha) for n, alpha in ((9, 0.3), (12, 0.7))]
+    spec = "attention(score=load(0)*s, aux=[float], out_order=bqhd)"
+    assert runs(attention, inputs) == spec
+
+
 def test_products_without_a_softmax():
     def attention(q, k, v):
         return (scores_of(q, k) + 0.1) @ v
