@@ -139,27 +139,17 @@ def cross(**axes):
     return found
 
 def plan():
-    P = ("PLAIN_START",)
-    L = ("LDMATRIX",); N = ("NARROW",); LN = L + N; ALL = LN + ("BATCH_FIRST",)
-    docs = [{}, dict(tries=P), dict(tries=P + ("PDL",)), dict(tries=P, longest_first=False), dict(tries=P, ping_pong=False),
-            dict(tries=P, block_n=112), dict(tries=P, block_n=96), dict(tries=P, block_n=64)]
-    bias = [{}, dict(tries=L), dict(tries=N), dict(tries=LN), dict(longest_first=True),
-            dict(tries=("BATCH_FIRST",), longest_first=True), dict(tries=ALL, longest_first=True),
-            dict(tries=ALL + ("DENSE_LAST",), longest_first=True), dict(tries=ALL, longest_first=True, ping_pong=False),
-            dict(tries=ALL, longest_first=True, block_n=64, stages=3), dict(tries=ALL, longest_first=True, block_n=64, stages=4),
-            dict(tries=ALL, longest_first=True, block_n=64, stages=2),
-            dict(tries=ALL, longest_first=True, block_m=192, block_n=64, stages=2),
-            dict(tries=ALL, longest_first=True, block_m=192, block_n=64, stages=3),
-            dict(tries=L, block_m=192, block_n=64, stages=3), dict(block_m=192, block_n=64, stages=3), dict(block_m=192, block_n=64)]
-    M = [{}, dict(tries=("MERGED",))]
-    cells = [f"{n} {d} {l}" for n in ("full", "causal") for d in (64, 128, 256) for l in (2048, 16384)]
-    cells += [f"{n} 128 8192" for n in ("softcap", "alibi", "window1024", "prefix1024")]
-    merged = {c: M for c in cells}
-    holes = {n: [dict(tries=("CLOSED",)), {}, dict(block_n=64), dict(block_n=64, tries=("CLOSED",))] for n in ("squares", "streaming")}
-    docs.append(dict(tries=P + ("MERGED",)))
-    bias.append(dict(tries=ALL + ("MERGED",), longest_first=True))
-    return {**merged, **holes, "full1k": [{}, dict(block_m=128, block_n=128)], "full8k": [{}, dict(block_m=128, block_n=128), dict(stages=3, block_n=64), dict(block_n=64)],
-            "documents": docs, "ragged": docs[:7], "bias": bias, "bias causal": bias[:1] + bias[5:8] + bias[12:14]}
+    P, L, B, Q, X = ("PLAIN_START",), ("LDMATRIX",), ("BITS",), ("QREG",), ("PDL",)
+    full = dict(block_m=128, block_n=128)
+    masks = [{}, dict(tries=P), dict(tries=P + B), dict(tries=P + Q), dict(tries=P + B + Q)]
+    found = {n: masks for n in ("documents", "ragged", "padded causal", "dense mask", "squares")}
+    found["documents"] = masks + [dict(tries=P + Q + X), dict(tries=P + B + Q + X)]
+    found["ragged"] = masks + [dict(tries=P + B, block_n=96), dict(tries=P + B + Q, block_n=96), dict(tries=P + B, block_n=64)]
+    for n in ("bias", "bias causal"):
+        found[n] = [{}, dict(tries=L), dict(tries=Q), dict(tries=L + Q), dict(tries=L + Q + ("BATCH_FIRST",), longest_first=True), dict(tries=L + Q, ping_pong=False)]
+    for n in ("full1k", "full8k", "full 128 2048", "causal 128 2048", "causal 128 16384", "softcap 128 8192", "alibi 128 8192", "window1024 128 8192", "prefix1024 128 8192"):
+        found[n] = [{}, full, {**full, "tries": Q}] + ([dict(tries=("MERGED",))] if n.startswith(("causal", "window")) else [])
+    return found
 
 if __name__ == "__main__":
     wanted = sys.argv[1:]

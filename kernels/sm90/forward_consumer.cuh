@@ -60,6 +60,25 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
 
   // ---- products ----
 
+#ifdef FA3_TRY_QREG
+  uint32_t query[ceil_div(Config::kDimQK, 16) * 4];
+
+  FA3_DEVICE void take_queries() {
+    static_assert(QTile::kSwizzle == 128);
+    int row = warpgroup * 64 + threadIdx.x / 32 % 4 * 16 + lane % 16;
+    uint32_t from = shared + Base::kAtQ + q.stage() * QTile::kBytes + row * 128;
+#pragma unroll
+    for (int i = 0; i < ceil_div(Config::kDimQK, 16); ++i) {
+      uint32_t x[4];
+      load_tiles(x, from + i / 4 * QTile::kPanelBytes + ((i % 4 * 2 ^ (lane / 16 ^ lane % 8)) << 4));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) query[4 * i + j] = x[j];
+    }
+  }
+#else
+  FA3_DEVICE void take_queries() {}
+#endif
+
   // S = Q K^T of one key block; left running.
   FA3_DEVICE void issue_scores(Scores& s) const {
     constexpr int steps = ceil_div(Config::kDimQK, 16);
@@ -71,6 +90,12 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
 #pragma unroll
     for (int i = 0; i < steps; ++i) {
       int panel = i / panel_steps, inside = i % panel_steps * 32;
+#ifdef FA3_TRY_QREG
+      const uint32_t* x = query + 4 * i;
+      Wgmma<Dtype, kN>::held(s, x[0], x[1], x[2], x[3],
+                             KTile::Desc::make(b + (panel * KTile::kPanelBytes + inside) / 16), i > 0);
+      continue;
+#endif
       Wgmma<Dtype, kN>::ss(s, QTile::Desc::make(a + (panel * QTile::kPanelBytes + inside) / 16),
                            KTile::Desc::make(b + (panel * KTile::kPanelBytes + inside) / 16),
                            i > 0);
@@ -110,10 +135,15 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
     wait_v();
     issue_values();
     Turns::pass(warpgroup);
+    typename Weigher::SeenBits bits{};
+    if constexpr (Masked && Weigher::kBits) {
+      wait_v();
+      bits = this->seen_bits(t, block);
+    }
     wgmma_wait<1>();
     wgmma_pin(s);
     release_k(last);
-    bool rescale = this->template weigh<Masked>(t, s, block, alpha);
+    bool rescale = this->template weigh<Masked>(t, s, block, alpha, bits);
     wgmma_wait<0>();
     wgmma_pin(out);
     release_v();
@@ -136,6 +166,7 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
       Turns::wait(warpgroup);
       issue_values();
       wait_q();
+      take_queries();
       wait_k();
       issue_scores(s);
       Turns::pass(warpgroup);
@@ -145,6 +176,7 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
       store(previous);
     } else {
       wait_q();
+      take_queries();
       wait_k();
       Turns::wait(warpgroup);
       issue_scores(s);
@@ -158,7 +190,8 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
     if (Variant::kBlockMap && !masked) this->template weigh<false>(t, s, block, alpha);
     else
 #endif
-    this->template weigh<true>(t, s, block, alpha);
+    if constexpr (Weigher::kBits) this->template weigh<true>(t, s, block, alpha, this->seen_bits(t, block));
+    else this->template weigh<true>(t, s, block, alpha);
     pack_weights(s);
   }
 

@@ -91,9 +91,41 @@ struct ForwardWeigher : ForwardBlock<Config, Variant> {
   }
 #endif
 
+#ifdef FA3_TRY_BITS
+  static constexpr bool kBits = Variant::kMask || Variant::kColumnMask;
+#else
+  static constexpr bool kBits = false;
+#endif
+  // Which of a block's scores this thread's rows see, a bit each in their order.
+  struct SeenBits {
+    uint32_t word[ceil_div(kN / 2, 32)];
+  };
+
+  FA3_DEVICE SeenBits seen_bits(const Terms& t, int block) const {
+    SeenBits bits = {};
+    MaskTerms m = mask_terms(t, block);
+#pragma unroll
+    for (int i = 0; i < kN / 2; ++i) {
+      int r = i / 2 % 2, h = Terms::head_of(r), column = i / 4 * 8 + i % 2;
+      int kv = min(block * kN + 2 * (lane % 4) + column, p.keys - 1);
+      auto col = Variant::col(t.at[h], t.head[h], kv);
+      bool seen = column < m.end[r];
+      if constexpr (Variant::kRowBegin) seen = seen && column >= m.begin[r];
+      if constexpr (Variant::kColumnMask)
+        seen = seen && (m.columns[column / 32] & 1u << column % 32);
+      if constexpr (Variant::kMask)
+        seen = seen && Variant::mask(t.at[h], t.head[h], t.row[r], col, t.q[r], kv, 0.0f);
+      bits.word[i / 32] |= static_cast<uint32_t>(seen) << i % 32;
+    }
+#pragma unroll
+    for (auto& x : bits.word) asm volatile("" : "+r"(x)::"memory");
+    return bits;
+  }
+
   // Score modifier and mask of one key block, then the softmax. Returns whether O must be scaled.
   template <bool Masked>
-  FA3_DEVICE bool weigh(const Terms& t, Scores& s, int block, float (&alpha)[2]) {
+  FA3_DEVICE bool weigh(const Terms& t, Scores& s, int block, float (&alpha)[2],
+                        const SeenBits& bits = {}) {
     int kv0 = block * kN + 2 * (lane % 4);  // this thread's first column
     float base[2] = {0.0f, 0.0f};
     if constexpr (Variant::kDenseTile) wait_dense();
@@ -103,7 +135,7 @@ struct ForwardWeigher : ForwardBlock<Config, Variant> {
       for (int r = 0; r < 2; ++r) base[r] = t.slope[r] * (block_start + t.distance[r]);
     }
     MaskTerms m;
-    if constexpr (Masked) m = mask_terms(t, block);
+    if constexpr (Masked && !kBits) m = mask_terms(t, block);
 #ifdef FA3_TRY_LDMATRIX
     uint32_t words[4];
 #endif
@@ -137,7 +169,10 @@ struct ForwardWeigher : ForwardBlock<Config, Variant> {
           if constexpr (Variant::kAffine) x = fmaf(t.slope[r], static_cast<float>(column), x);
           if constexpr (Variant::kScore)
             x = Variant::score(x, t.at[h], t.head[h], t.row[r], col[h], t.q[r], kv, extra);
-          if constexpr (Masked) {
+          if constexpr (Masked && kBits) {
+            int i = 4 * j + 2 * r + e;
+            if (!(bits.word[i / 32] & 1u << i % 32)) x = -inf();
+          } else if constexpr (Masked) {
             bool seen = column < m.end[r];
             if constexpr (Variant::kRowBegin) seen = seen && column >= m.begin[r];
             if constexpr (Variant::kColumnMask)

@@ -301,9 +301,19 @@ template <class D, int N> struct Wgmma {
              [&](int n, int k) { return at(y.outer(n, k)); }, add);
     warpgroup().arrive_and_wait();
   }
+  static void held(float (&d)[N / 2], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                   uint64_t b, int add) {
+    Operand y(b);
+    product(d, a0, a1, a2, a3, [&](int n, int k) { return at(y.inner(n, k)); }, add);
+  }
   static void rs(float (&d)[N / 2], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                  uint64_t b) {
     Operand y(b);
+    product(d, a0, a1, a2, a3, [&](int n, int k) { return at(y.outer(n, k)); }, true);
+  }
+  template <class B>
+  static void product(float (&d)[N / 2], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, B b,
+                      bool add) {
     auto& own = emulated::block->registers[emulated::thread];
     own[0] = a0, own[1] = a1, own[2] = a2, own[3] = a3;
     warpgroup().arrive_and_wait();
@@ -312,7 +322,7 @@ template <class D, int N> struct Wgmma {
       auto& r = emulated::block->registers[first + m / 16 * 32 + m % 8 * 4 + k % 8 / 2];
       uint32_t pair = r[k / 8 * 2 + m % 16 / 8];
       return value_of<D>(k & 1 ? pair >> 16 : pair & 0xffff);
-    }, [&](int n, int k) { return at(y.outer(n, k)); }, true);
+    }, b, add);
     warpgroup().arrive_and_wait();
   }
 };

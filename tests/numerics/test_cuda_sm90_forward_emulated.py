@@ -73,7 +73,12 @@ CASES = [
     ("window, nan", (32, 32), (420, 210), 1, {"tries": ("MERGED",), "block_m": 192, "block_n": 16}),
     ("all dead, zero", (32, 32), (200, 210), 1, {"tries": ("MERGED",), "block_m": 192, "block_n": 16}),
     ("full", (32, 32), (200, 210), 1, {"tries": ("MERGED",), "block_m": 192, "block_n": 16}),
-    ("documents", (64, 64), (300, 300), 2, {"tries": ("PLAIN_START",)}),
+    ("causal", (64, 64), (300, 300), 1, {"tries": ("QREG",), "block_m": 128, "block_n": 64}),
+    ("causal", (128, 128), (140, 200), 2, {"tries": ("QREG",), "block_m": 128, "block_n": 64}),
+    ("documents", (128, 128), (200, 200), 2, {"tries": ("PLAIN_START", "BITS", "QREG"), "block_m": 128}),
+    ("dense bias", (128, 128), (136, 136), 1, {"tries": ("LDMATRIX", "QREG"), "block_m": 128}),
+    ("key mask", (32, 32), (150, 150), 2, {"tries": ("BITS",)}),
+    ("documents", (64, 64), (300, 300), 2, {"tries": ("PLAIN_START", "BITS")}),
 ]
 
 
