@@ -11,6 +11,7 @@ line (`TORCH_LOGS="+fa3_compile"`), and adds to the reports that are being colle
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -202,20 +203,33 @@ class Report:
         return "fa3_compile: " + ", ".join(said)
 
     def text(self) -> str:
-        """One block a region; a region like an earlier one refers to it."""
+        """One block a region; regions like an earlier one are said to be, a run of them at once."""
         blocks = [self.summary()]
-        for i, region in enumerate(self.regions):
-            verdict = "fused" if region.fused else f"left as it was by {region.stage}"
-            head = f"region {i} (graph {region.graph}): {verdict}"
-            twin = next((j for j in range(i) if self.regions[j].alike(region)), None)
-            if twin is None:
-                rows = [f"  {name:<7} {text}" for name, text in region.rows()]
-                blocks.append("\n".join([head, *rows]))
-            else:
-                blocks.append(f"{head}, like region {twin}")
+        for twin, run in itertools.groupby(range(len(self.regions)), self._twin):
+            indices = list(run)
+            if twin in indices:
+                indices.remove(twin)
+                rows = [f"  {name:<7} {text}" for name, text in self.regions[twin].rows()]
+                blocks.append("\n".join([self._heads([twin]), *rows]))
+            if indices:
+                blocks.append(f"{self._heads(indices)}, like region {twin}")
         for title, lines in (("graph break", self.graph_breaks), ("note", self.notes)):
             blocks.extend(f"{title}: {line}" for line in lines)
         return "\n\n".join(blocks)
+
+    def _twin(self, index: int) -> int:
+        """The first region that this one is like: itself, if there is no earlier one."""
+        region = self.regions[index]
+        return next(i for i, other in enumerate(self.regions) if other.alike(region))
+
+    def _heads(self, indices: list[int]) -> str:
+        """What became of regions that are alike, in a line."""
+        region = self.regions[indices[0]]
+        verdict = "fused" if region.fused else f"left as it was by {region.stage}"
+        graphs = {self.regions[i].graph for i in indices}
+        which = f"graph {region.graph}" if len(graphs) == 1 else f"{len(graphs)} graphs"
+        many = f"regions {indices[0]} to {indices[-1]}"
+        return f"{many if len(indices) > 1 else f'region {indices[0]}'} ({which}): {verdict}"
 
     def json(self) -> str:
         """All fields, as a JSON object."""

@@ -71,6 +71,13 @@ note: the backward runs through the reference""",
     )
 
 
+def test_a_run_of_twins_is_one_line():
+    layers = [dataclasses.replace(GEMMA, index=i, graph=f"{i}/0") for i in range(30)]
+    text = Report(regions=[*layers, TALKING, GEMMA]).text()
+    assert "regions 1 to 29 (29 graphs): fused, like region 0\n" in text
+    assert "region 31 (graph 0/0): fused, like region 0" in text
+
+
 def test_a_region_that_differs_in_its_source_line_gets_its_own_block():
     other = dataclasses.replace(GEMMA, index=1, where="elsewhere.py:9")
     assert "like region" not in Report(regions=[GEMMA, other]).text()
