@@ -22,7 +22,7 @@ from fa3_compile.lower.cuda_variant import SITE, VariantWriter, method
 from fa3_compile.lower.render_cuda import template
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
-from fa3_compile.spec.blocks import q_bounds, q_full_bounds
+from fa3_compile.spec.blocks import may_have_holes, q_bounds, q_full_bounds
 from fa3_compile.spec.derivative import derivative
 
 KV_BEGIN, KV_LAST = sympy.symbols("kv_begin kv_last", integer=True, nonnegative=True)
@@ -87,8 +87,11 @@ def asks_elements(spec: AttentionSpec) -> bool:
 
 
 def query_map_kind(spec: AttentionSpec, grouped: bool) -> str:
-    """As map_kind; heads that share a KV head share its list too."""
-    return "" if grouped and E.H in spec.mask.free_symbols else map_kind(spec)
+    """As map_kind, and as CudaKey's where lists are made but once; heads that share a KV head
+    share its list too."""
+    if grouped and E.H in spec.mask.free_symbols:
+        return ""
+    return "Dense" if spec.has_mask and may_have_holes(spec.mask) else map_kind(spec)
 
 
 def render_backward(key: CudaBackwardKey) -> str:

@@ -18,6 +18,7 @@ from fa3_compile.lower.choose import Problem
 from fa3_compile.lower.kernels import cuda_sm90, cuda_sm90_forward_parameters, cuda_sm90_lists
 from fa3_compile.lower.kernels.cuda_sm90_keys import keys_of, layout_of
 from fa3_compile.lower.kernels.cuda_sm90_lists import kept_lists
+from fa3_compile.lower.kernels.cuda_sm90_parameters import ListShape
 from fa3_compile.lower.render_cuda import CudaKey
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.tiles import EMPTY, FULL, PARTIAL, tile_map
@@ -71,11 +72,23 @@ CASES = [
     ("causal", (32, 32), (400, 400), 1, {"tries": ("MERGED",), "block_m": 192, "block_n": 16}),
     ("window", (32, 32), (400, 400), 1, {"tries": ("MERGED",), "block_m": 192, "block_n": 16}),
     ("window, nan", (32, 32), (420, 210), 1, {"tries": ("MERGED",), "block_m": 192, "block_n": 16}),
-    ("all dead, zero", (32, 32), (200, 210), 1, {"tries": ("MERGED",), "block_m": 192, "block_n": 16}),
+    (
+        "all dead, zero",
+        (32, 32),
+        (200, 210),
+        1,
+        {"tries": ("MERGED",), "block_m": 192, "block_n": 16},
+    ),
     ("full", (32, 32), (200, 210), 1, {"tries": ("MERGED",), "block_m": 192, "block_n": 16}),
     ("causal", (64, 64), (300, 300), 1, {"tries": ("QREG",), "block_m": 128, "block_n": 64}),
     ("causal", (128, 128), (140, 200), 2, {"tries": ("QREG",), "block_m": 128, "block_n": 64}),
-    ("documents", (128, 128), (200, 200), 2, {"tries": ("PLAIN_START", "BITS", "QREG"), "block_m": 128}),
+    (
+        "documents",
+        (128, 128),
+        (200, 200),
+        2,
+        {"tries": ("PLAIN_START", "BITS", "QREG"), "block_m": 128},
+    ),
     ("dense bias", (128, 128), (136, 136), 1, {"tries": ("LDMATRIX", "QREG"), "block_m": 128}),
     ("key mask", (32, 32), (150, 150), 2, {"tries": ("BITS",)}),
     ("documents", (64, 64), (300, 300), 2, {"tries": ("PLAIN_START", "BITS")}),
@@ -117,21 +130,21 @@ def lister(key: CudaKey, to: Path) -> Path:
     return shared_library("\n".join(parts), to, "-O0")
 
 
-def listed(parameters, address: int) -> np.ndarray:
-    """EMPTY, PARTIAL or FULL for each [batch, head, query block, key block] of kept lists."""
-    words = (ctypes.c_int * (parameters.list_bytes // 4)).from_address(address)
-    rows, blocks = parameters.map_rows, parameters.key_blocks
-    counts = np.array(words[: 2 * rows]).reshape(rows, 2)
-    lists = np.array(words[parameters.map_indices // 4 :]).reshape(rows, blocks)
-    found = np.full((rows, blocks), EMPTY)
+def listed(shape: ListShape, address: int) -> np.ndarray:
+    """EMPTY, PARTIAL or FULL for each [batch, head, list, block] of kept lists."""
+    words = (ctypes.c_int * (shape.bytes // 4)).from_address(address)
+    blocks = shape.blocks
+    counts = np.array(words[: 2 * shape.count]).reshape(-1, 2)
+    lists = np.array(words[shape.indices // 4 :]).reshape(-1, blocks)
+    found = np.full(lists.shape, EMPTY)
     for row, (partial, full) in enumerate(counts):
         found[row, lists[row, :partial]] = PARTIAL
         found[row, lists[row, blocks - full :]] = FULL
-    return found.reshape(*parameters.map_shape, parameters.query_blocks, blocks)
+    return found.reshape(shape.batches, shape.heads, shape.lists, blocks)
 
 
 # Masks whose rows see keys with holes between them, of tests/graph/test_attention_gym.py.
-HOLES = ("tiled_natten", "streaming", "dilated_natten", "morton")
+HOLES = ("tiled_natten", "streaming", "dilated_natten", "square_tiles")
 
 
 @pytest.mark.parametrize("name", HOLES)
@@ -156,4 +169,4 @@ def test_visited_blocks_are_those_of_the_report(name, tmp_path, monkeypatch, lau
     assert [x.name for x in launches] == ["block_map", "attention_fwd", "attention_fwd"]
     expected = tile_map(spec, length, length, 128, 16)
     assert (expected == EMPTY).any() and (expected == PARTIAL).any()
-    assert (listed(seen[0], bound.lists) == expected).all()
+    assert (listed(seen[0].list_shape, bound.lists) == expected).all()

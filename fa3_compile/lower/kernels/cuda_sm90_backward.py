@@ -37,6 +37,7 @@ from fa3_compile.lower.kernels.cuda_sm90_backward_parameters import (
     is_stored_whole,
 )
 from fa3_compile.lower.kernels.cuda_sm90_keys import layout_of
+from fa3_compile.lower.kernels.cuda_sm90_lists import kept_lists
 from fa3_compile.lower.kernels.dead_rows import add_uniform_rows, may_be_nan, set_nan_rows
 from fa3_compile.lower.kernels.sinks import sink_gradients
 from fa3_compile.lower.launch_cuda import (
@@ -99,6 +100,8 @@ class BoundBackward:
 
     grad_strides   of dq, dk and dv
     scratch_words  of 4 bytes: the row terms, dQ's sums and the lists of query blocks
+    lists          the address of lists that are kept between calls, or 0
+    lists_at       where else they are in scratch memory, in bytes
     tile           the captured tensor whose gradient the kernel stores
     tile_strides   of that gradient
     tile_is_whole  the kernel stores all of it
@@ -109,6 +112,8 @@ class BoundBackward:
     module: Module
     grad_strides: tuple[Strides, Strides, Strides]
     scratch_words: int
+    lists: int
+    lists_at: int
     keeps_delta: bool
     finds_dead: bool
     tile: int | None
@@ -136,7 +141,9 @@ class BoundBackward:
             for x in (q, k, v, out, lse, dout, dlse, dq, dk, dv)
         ]  # fmt: skip
         addresses += [counter, scratch.data_ptr()]
-        addresses += [0 if x is None else x.data_ptr() for x in (delta, dead, dtile, *aux)]
+        addresses += [0 if x is None else x.data_ptr() for x in (delta, dead, dtile)]
+        addresses.append(self.lists or scratch.data_ptr() + self.lists_at)
+        addresses += [x.data_ptr() for x in aux]
         for launch in self.launches:
             launch(stream, addresses)
         del kept, scratch
@@ -247,6 +254,7 @@ def bind(
     wanted = [i for i, n in enumerate(needs[3:]) if n]
     keeps_delta = key.dead_rows or any(x.tensor in wanted for x in E.loads_in(*spec.sinks))
     parameters = BackwardParameters(key, module, q, k, v, dout, out, aux, sizes)
+    lists = kept_lists(parameters, q.device.index)
     tile = key.tile if key.tile_gradient else None
     q_strides, k_strides, v_strides = (
         torch.empty_like(x, device="meta").stride() for x in (q, k, v)
@@ -256,13 +264,15 @@ def bind(
         key.config,
         module,
         (q_strides, k_strides, v_strides),
-        parameters.scratch_words,
+        parameters.scratch_words(kept=bool(lists)),
+        lists,
+        parameters.lists_at,
         keeps_delta,
         key.dead_rows,
         tile,
         () if tile is None else gradient_strides(aux[tile]),
         is_stored_whole(key, q, k, aux),
-        parameters.launches(dlse is not None, keeps_delta),
+        parameters.launches(dlse is not None, keeps_delta, kept=bool(lists)),
     )
 
 

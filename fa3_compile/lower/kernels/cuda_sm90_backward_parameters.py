@@ -10,14 +10,19 @@ from torch import Tensor
 
 from fa3_compile.lower.config_sm90 import panel_columns
 from fa3_compile.lower.kernels.cuda_sm90_keys import processors, tile_candidate
-from fa3_compile.lower.kernels.cuda_sm90_parameters import SECTION_BYTES, Parameters, Places
+from fa3_compile.lower.kernels.cuda_sm90_parameters import (
+    SECTION_BYTES,
+    ListShape,
+    Parameters,
+    Places,
+)
 from fa3_compile.lower.launch_cuda import MAP_BYTES, Launch, Module, describable, tensor_map
 from fa3_compile.lower.render_cuda_backward import CudaBackwardKey, query_map_kind
 from fa3_compile.spec import expr as E
 
 NAMES = (
     "q", "k", "v", "out", "lse", "dout", "dlse", "dq", "dk", "dv", "counter", "scratch", "delta",
-    "dead", "dtile",
+    "dead", "dtile", "lists",
 )  # fmt: skip
 
 
@@ -42,37 +47,35 @@ class BackwardParameters(Parameters):
         self.kv_blocks = -(-self.keys // config.block_n)
         self.map_kind = query_map_kind(key.spec, config.grouped)
         symbols = key.spec.mask.free_symbols
-        self.map_batches = self.batch if E.B in symbols else 1
-        self.map_heads = self.heads if E.H in symbols else 1
-        self.map_rows = self.map_batches * self.map_heads * self.kv_blocks
-        self.map_words = self.map_rows * (2 + self.query_blocks) if self.map_kind else 0
-        # In scratch memory, behind the row terms and the sums.
-        self.map_counts = 4 * (self.row_floats + self.sum_floats)
-        self.map_indices = self.map_counts + 8 * self.map_rows
+        self.list_shape = ListShape(
+            "q", self.batch if E.B in symbols else 1, self.heads if E.H in symbols else 1,
+            self.kv_blocks, self.query_blocks, config.block_n, config.block_m,
+        )  # fmt: skip
 
     @property
-    def scratch_words(self) -> int:
-        """The row terms, the sums and the lists of query blocks, 4 bytes each."""
-        return self.row_floats + self.sum_floats + self.map_words
+    def lists_at(self) -> int:
+        """Where lists of query blocks that each call makes begin in scratch memory: behind the row
+        terms and the sums, in bytes."""
+        return -(-4 * (self.row_floats + self.sum_floats) // 16) * 16
 
-    def launches(self, has_dlse: bool, keeps_delta: bool) -> tuple[Launch, ...]:
-        """The kernels of a call in their order."""
+    def scratch_words(self, kept: bool) -> int:
+        """The row terms, the sums and, unless they are kept, the lists; 4 bytes each."""
+        makes_lists = self.map_kind and not kept
+        return (self.lists_at + (self.list_shape.bytes if makes_lists else 0)) // 4
+
+    def launches(self, has_dlse: bool, keeps_delta: bool, kept: bool) -> tuple[Launch, ...]:
+        """The kernels of a call in their order. `kept`: the lists of query blocks are there."""
+        makes_lists = self.map_kind and not kept
         return (
-            *self.query_map(),
+            *([self.block_map()] if makes_lists else []),
             self.row_terms(has_dlse, keeps_delta),
             self.attention(),
             self.query_gradient(),
         )
 
-    def query_map(self) -> list[Launch]:
-        """The lists of query blocks, where the mask wants some: queries and keys change places."""
-        if not self.map_kind:
-            return []
-        found = self.lists(
-            self.map_kind, (self.map_batches, self.map_heads), (self.kv_blocks, self.query_blocks),
-            self.key.config.block_n, (self.keys, self.queries), self.map_indices, self.map_counts,
-        )  # fmt: skip
-        return [found]
+    def block_map(self) -> Launch:
+        """The lists of query blocks: queries and keys change places."""
+        return self.lists(self.map_kind, self.list_shape, (self.keys, self.queries))
 
     def row_terms(self, has_dlse: bool, keeps_delta: bool) -> Launch:
         used = ["out", "dout", "lse"] + (["dlse"] if has_dlse else [])
@@ -126,11 +129,12 @@ class BackwardParameters(Parameters):
             places.append((len(content), "counter", 0))
         content += bytes(8)
         if self.map_kind:
-            places += [(len(content), "scratch", self.map_indices)]
-            places += [(len(content) + 8, "scratch", self.map_counts)]
+            places += [(len(content), "lists", self.list_shape.indices)]
+            places += [(len(content) + 8, "lists", 0)]
+        lists = self.list_shape
         content += struct.pack(
-            "QQiii4x", 0, 0, self.map_heads * self.kv_blocks if self.map_batches > 1 else 0,
-            self.kv_blocks if self.map_heads > 1 else 0, self.query_blocks,
+            "QQiii4x", 0, 0, lists.heads * self.kv_blocks if lists.batches > 1 else 0,
+            self.kv_blocks if lists.heads > 1 else 0, self.query_blocks,
         )  # fmt: skip
         group = self.heads // self.kv_heads
         content += struct.pack("iiii", group, self.queries, self.keys, self.query_blocks)

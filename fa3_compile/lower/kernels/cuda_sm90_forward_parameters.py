@@ -10,7 +10,12 @@ from torch import Tensor
 from fa3_compile.lower.config_sm90 import Packing, packing, panel_columns, split_count
 from fa3_compile.lower.cuda_terms import fills_dead_rows, uniform_fill
 from fa3_compile.lower.kernels.cuda_sm90_keys import mask_axes, processors
-from fa3_compile.lower.kernels.cuda_sm90_parameters import SECTION_BYTES, Parameters, Places
+from fa3_compile.lower.kernels.cuda_sm90_parameters import (
+    SECTION_BYTES,
+    ListShape,
+    Parameters,
+    Places,
+)
 from fa3_compile.lower.launch_cuda import MAP_BYTES, Launch, Module, tensor_map
 from fa3_compile.lower.render_cuda import CudaKey
 
@@ -38,6 +43,7 @@ class ForwardParameters(Parameters):
         if key.config.split:
             self.splits = split_count(self.tiles, self.key_blocks, self.processors)
         self.scratch_bytes = 0
+        self.map_kind = key.map_kind
 
     def scratch(self, bytes_: int) -> int:
         """Where that many bytes of scratch memory begin."""
@@ -51,8 +57,8 @@ class ForwardParameters(Parameters):
         kept  the lists of key blocks are there; otherwise they are made where scratch memory begins
         """
         found = []
-        if self.key.map_kind and not kept:
-            self.scratch(self.list_bytes)
+        if self.map_kind and not kept:
+            self.scratch(self.list_shape.bytes)
             found.append(self.block_map())
         if self.splits > 1:
             self.part_states = self.scratch(8 * self.splits * self.rows)
@@ -78,25 +84,13 @@ class ForwardParameters(Parameters):
         of_batches, of_heads = mask_axes(self.spec)
         return self.batch if of_batches else 1, self.heads if of_heads else 1
 
-    @property
-    def map_rows(self) -> int:
-        batches, heads = self.map_shape
-        return batches * heads * self.query_blocks
-
-    @property
-    def map_indices(self) -> int:
-        """Where they begin, behind the counts; in bytes, as below."""
-        return -(-8 * self.map_rows // 16) * 16
-
-    @property
-    def list_bytes(self) -> int:
-        return self.map_indices + 4 * self.map_rows * self.key_blocks
+    @functools.cached_property
+    def list_shape(self) -> ListShape:
+        rows = self.packing.rows, self.key.config.block_n
+        return ListShape("kv", *self.map_shape, self.query_blocks, self.key_blocks, *rows)
 
     def block_map(self) -> Launch:
-        return self.lists(
-            self.key.map_kind, self.map_shape, (self.query_blocks, self.key_blocks),
-            self.packing.rows, (self.queries, self.keys), self.map_indices, 0, "lists",
-        )  # fmt: skip
+        return self.lists(self.map_kind, self.list_shape, (self.queries, self.keys))
 
     # The attention.
 
@@ -127,8 +121,8 @@ class ForwardParameters(Parameters):
             places.append((len(content), "counter", 0))
         content += bytes(8)
         batches, heads = self.map_shape
-        if self.key.map_kind:
-            places += [(len(content), "lists", self.map_indices)]
+        if self.map_kind:
+            places += [(len(content), "lists", self.list_shape.indices)]
             places += [(len(content) + 8, "lists", 0)]
         content += struct.pack(
             "QQiii4x", 0, 0, heads * self.query_blocks if batches > 1 else 0,

@@ -1,11 +1,12 @@
-"""Lists of key blocks that depend on lengths alone: made once, and kept for all later calls."""
+"""Lists of blocks that depend on lengths alone: made once, and kept for all later calls."""
 
 from __future__ import annotations
 
 import torch
 
+from fa3_compile.lower.kernels.cuda_sm90_backward_parameters import BackwardParameters
 from fa3_compile.lower.kernels.cuda_sm90_forward_parameters import ForwardParameters
-from fa3_compile.lower.launch_cuda import NAMES, checked, driver
+from fa3_compile.lower.launch_cuda import checked, driver
 from fa3_compile.spec.blocks import may_have_holes
 
 # What all kept lists may take of a device's memory, in bytes.
@@ -15,24 +16,23 @@ LARGEST = 64 * 2**20
 _kept: dict[tuple, tuple[int, int]] = {}
 
 
-def kept_lists(parameters: ForwardParameters, device: int) -> int:
+def kept_lists(parameters: ForwardParameters | BackwardParameters, device: int) -> int:
     """The address of the lists of a call; 0 where each call has to make its own: because tensors
     decide them, there is no room for more, or a CUDA graph is being captured."""
-    spec, key = parameters.spec, parameters.key
-    if not key.map_kind or not may_have_holes(spec.mask):
+    mask = parameters.spec.mask
+    if not parameters.map_kind or not may_have_holes(mask):
         return 0
-    lengths = (parameters.batch, parameters.heads, parameters.queries, parameters.keys)
-    tile = (parameters.packing.rows, key.config.block_n)
-    decided_by = (spec.mask, key.map_kind, lengths, tile, tuple(parameters.sizes), device)
+    lengths = (parameters.queries, parameters.keys, *parameters.sizes)
+    decided_by = (mask, parameters.list_shape, lengths, device)
     if decided_by not in _kept:
-        bytes_ = parameters.list_bytes
+        bytes_ = parameters.list_shape.bytes
         taken = sum(n for where, (_, n) in _kept.items() if where[-1] == device)
         if taken + bytes_ > LARGEST or torch.cuda.is_current_stream_capturing():
             return 0
         # Not of PyTorch's pools: memory of a graph's pool may not outlive the graph's own tensors.
         address = int(checked(driver().cuMemAlloc(bytes_)))
         stream = torch._C._cuda_getCurrentRawStream(device)
-        addresses = [address if x == "lists" else 0 for x in NAMES]
+        addresses = [address if x == "lists" else 0 for x in parameters.names]
         addresses += [x.data_ptr() for x in parameters.aux]
         parameters.block_map()(stream, addresses)
         checked(driver().cuStreamSynchronize(stream))  # the next call may be on another stream

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +23,40 @@ SECTION_BYTES = 32 * 2**20
 INTERVAL_ROWS = 16
 # Where addresses of a call belong in a parameter struct: see launch_cuda.Launch.
 Places = list[tuple[int, Any, int]]
+
+
+@dataclass(frozen=True)
+class ListShape:
+    """The lists of the blocks of one axis that each block of the other meets.
+
+    walks           the axis whose blocks are listed, "q" or "kv"
+    batches, heads  that have lists of their own
+    lists, blocks   lists of each, entries of each
+    rows, columns   positions of a block that has a list, and of a listed one
+
+    In memory {partial, full} of each list comes first, then the entries; 32 bits each.
+    """
+
+    walks: str
+    batches: int
+    heads: int
+    lists: int
+    blocks: int
+    rows: int
+    columns: int
+
+    @property
+    def count(self) -> int:
+        return self.batches * self.heads * self.lists
+
+    @property
+    def indices(self) -> int:
+        """Bytes from the start of the counts to that of the entries."""
+        return -(-8 * self.count // 16) * 16
+
+    @property
+    def bytes(self) -> int:
+        return self.indices + 4 * self.count * self.blocks
 
 
 class Parameters:
@@ -76,29 +111,15 @@ class Parameters:
         steps = [own[place[a]] if a in place else 1 for a in E.COORDINATES]
         return tensor_map(x, sizes, steps, (1, rows, 64)), (int(E.B in place), int(E.H in place))
 
-    def lists(
-        self,
-        kind: str,
-        outer: tuple[int, int],
-        blocks: tuple[int, int],
-        rows: int,
-        lengths: tuple[int, int],
-        indices: int,
-        counts: int,
-        memory: str = "scratch",
-    ) -> Launch:
-        """The kernel that lists the blocks of one axis for each block of the other.
-
-        outer           (batches, heads) that have lists of their own
-        blocks          (lists of each, entries of each)
-        rows            of a block that has a list
-        lengths         of the axis of the lists, then of the entries
-        indices, counts  where they lie in `memory`, in bytes
-        """
-        batches, heads = outer
-        content = struct.pack("QQiiiiiii4x", 0, 0, batches, heads, *blocks, rows, *lengths)
-        places: Places = [(0, memory, indices), (8, memory, counts)]
+    def lists(self, kind: str, shape: ListShape, lengths: tuple[int, int]) -> Launch:
+        """The kernel that writes lists to the address "lists"; `lengths` of the axis that has
+        them, then of the one whose blocks are listed."""
+        heads, batches = shape.heads, shape.batches
+        content = struct.pack(
+            "QQiiiiiii4x", 0, 0, batches, heads, shape.lists, shape.blocks, shape.rows, *lengths
+        )
+        places: Places = [(0, "lists", shape.indices), (8, "lists", 0)]
         each = INTERVAL_ROWS if kind == "Interval" else 1
         threads = 32 * INTERVAL_ROWS if kind == "Interval" else 256
-        grid = (-(-blocks[0] // each), heads, batches)
+        grid = (-(-shape.lists // each), heads, batches)
         return self.launch("block_map", grid, threads, content, places)
