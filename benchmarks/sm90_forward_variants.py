@@ -143,10 +143,9 @@ def plan():
     full = dict(block_m=128, block_n=128)
     masks = [{}, dict(tries=P), dict(tries=P + B), dict(tries=P + Q), dict(tries=P + B + Q)]
     found = {n: masks for n in ("documents", "ragged", "padded causal", "dense mask", "squares")}
-    found["documents"] = masks + [dict(tries=P + Q + X), dict(tries=P + B + Q + X)]
     found["ragged"] = masks + [dict(tries=P + B, block_n=96), dict(tries=P + B + Q, block_n=96), dict(tries=P + B, block_n=64)]
     for n in ("bias", "bias causal"):
-        found[n] = [{}, dict(tries=L), dict(tries=Q), dict(tries=L + Q), dict(tries=L + Q + ("BATCH_FIRST",), longest_first=True), dict(tries=L + Q, ping_pong=False)]
+        found[n] = [{}, dict(tries=L), dict(tries=Q), dict(tries=L + Q), dict(tries=L + Q, ping_pong=False)]
     for n in ("full1k", "full8k", "full 128 2048", "causal 128 2048", "causal 128 16384", "softcap 128 8192", "alibi 128 8192", "window1024 128 8192", "prefix1024 128 8192"):
         found[n] = [{}, full, {**full, "tries": Q}] + ([dict(tries=("MERGED",))] if n.startswith(("causal", "window")) else [])
     return found

@@ -18,9 +18,6 @@ struct AttentionForward {
     Block block{p, (shared_address(memory) + 1023) & ~1023u};
     if (threadIdx.x == 0) block.init_barriers();
     if constexpr (Config::kPacked) block.clear_queries();
-#ifdef FA3_TRY_PDL
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
     __syncthreads();
     if (threadIdx.x < 128) {
       shrink_registers<Config::kProducerRegisters>();

@@ -156,9 +156,10 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
 
   // First block of a tile. The last values of the tile `previous`, if any, are still to be added:
   // they go first, under them this tile's queries may still arrive, and the previous tile is stored
-  // while the scores of this one run.
-  FA3_DEVICE void begin(const Terms& t, const TileCoord& previous, int block, bool last,
-                        bool masked = true) {
+  // while the scores of this one run. Blocks in closed form begin with one that may reach past the
+  // keys; of listed ones the first may be full.
+  FA3_DEVICE void begin(const Terms& t, const TileCoord& previous, int block, bool masked,
+                        bool last) {
     Scores s;
     float alpha[2];
     if (previous.query_block >= 0) {
@@ -186,10 +187,8 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
     wgmma_pin(s);
     release_k(last);
     clear();
-#ifdef FA3_TRY_PLAIN_START
     if (Variant::kBlockMap && !masked) this->template weigh<false>(t, s, block, alpha);
     else
-#endif
     if constexpr (Weigher::kBits) this->template weigh<true>(t, s, block, alpha, this->seen_bits(t, block));
     else this->template weigh<true>(t, s, block, alpha);
     pack_weights(s);
@@ -266,7 +265,7 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
                          int before, TileCoord& previous) {
     Terms t = this->terms(tile, first_row(), lane);
     int i = seq.first - own.first;  // 0 where blocks are listed
-    begin(t, previous, own.block(0), i + 1 == seq.count, own.masked > 0);
+    begin(t, previous, own.block(0), own.masked > 0, i + 1 == seq.count);
     skip_values(before);
     int own_end = i + own.count;
     int block = 0;
@@ -369,7 +368,7 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
       }
     }
     int i = seq.first - own.first;  // 0 where blocks are listed
-    begin(t, previous, own.block(0), i + 1 == seq.count, own.masked > 0);
+    begin(t, previous, own.block(0), own.masked > 0, i + 1 == seq.count);
     skip_values(before);
     int own_end = i + own.count;
     int block = 0;

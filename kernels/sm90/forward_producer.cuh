@@ -21,12 +21,6 @@ struct ForwardProducer : ForwardBlock<Config, Variant> {
                 tile.query_block * this->tile_rows(), tile.head, tile.batch);
   }
 
-#ifdef FA3_TRY_DENSE_LAST
-  static constexpr uint64_t kDenseHint = kEvictLast;
-#else
-  static constexpr uint64_t kDenseHint = kEvictFirst;
-#endif
-
   FA3_DEVICE void load_k(Pipe at, const TileCoord& tile, int kv_head, int block) const {
     mbarrier_wait(this->barrier(Base::kKEmpty + at.stage()), at.parity() ^ 1);
     uint32_t full = this->barrier(Base::kKFull + at.stage());
@@ -40,7 +34,7 @@ struct ForwardProducer : ForwardBlock<Config, Variant> {
       uint32_t dst = shared + Base::kAtDense + at.stage() * Base::kDenseBytes;
 #pragma unroll
       for (int i = 0; i < kN / 64; ++i)
-        tma_load(dst + i * Base::kDensePanelBytes, p.tile, full, kDenseHint, block * kN + i * 64,
+        tma_load(dst + i * Base::kDensePanelBytes, p.tile, full, kEvictFirst, block * kN + i * 64,
                  tile.query_block * kM, tile.head * p.tile_head, tile.batch * p.tile_batch);
     }
   }

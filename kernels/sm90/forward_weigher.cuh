@@ -69,27 +69,14 @@ struct ForwardWeigher : ForwardBlock<Config, Variant> {
     return m;
   }
 
-#ifdef FA3_TRY_LDMATRIX
-  // This thread's two elements of both rows in columns 8 j and 8 j + 8 of the dense input, j even:
-  // [row 0, row 1, row 0 of j + 1, row 1 of j + 1].
-  FA3_DEVICE void dense_words(int j, uint32_t (&x)[4]) const {
+  // This thread's elements of the dense input, two of each row: in columns 8 j of both rows, then in
+  // columns 8 (j + 1), for an even j.
+  FA3_DEVICE void dense_pairs(int j, uint32_t (&x)[4]) const {
     int row = warpgroup * 64 + threadIdx.x / 32 % 4 * 16 + lane % 16;
-    uint32_t at = shared + Base::kAtDense + dense.stage() * Base::kDenseBytes + row * 128 +
-                  j / 8 * Base::kDensePanelBytes + ((j % 8 ^ (lane / 16 ^ lane % 8)) << 4);
-    load_tiles(x, at);
+    int column = j % 8 ^ lane / 16 ^ lane % 8;  // of 16 bytes, swizzled
+    load_tiles(x, shared + Base::kAtDense + dense.stage() * Base::kDenseBytes +
+                      j / 8 * Base::kDensePanelBytes + row * 128 + column * 16);
   }
-#else
-  // This thread's two elements of each row in columns 8 j of the dense input.
-  FA3_DEVICE float2 dense_pair(int r, int j) const {
-    int row = warpgroup * 64 + threadIdx.x / 32 % 4 * 16 + lane / 4, swizzle = lane / 4;
-    uint32_t at = shared + Base::kAtDense + dense.stage() * Base::kDenseBytes + row * 128 +
-                  lane % 4 * 4 + j / 8 * Base::kDensePanelBytes + r * 1024 +
-                  ((j % 8 ^ swizzle) << 4);
-    uint32_t bits;
-    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(bits) : "r"(at));
-    return unpack<typename Variant::TileDtype>(bits);
-  }
-#endif
 
 #ifdef FA3_TRY_BITS
   static constexpr bool kBits = Variant::kMask || Variant::kColumnMask;
@@ -136,23 +123,15 @@ struct ForwardWeigher : ForwardBlock<Config, Variant> {
     }
     MaskTerms m;
     if constexpr (Masked && !kBits) m = mask_terms(t, block);
-#ifdef FA3_TRY_LDMATRIX
-    uint32_t words[4];
-#endif
+    uint32_t pairs[4];
 #pragma unroll
     for (int j = 0; j < kN / 8; ++j) {
       float2 tile[2];
       if constexpr (Variant::kDenseTile) {
-#ifdef FA3_TRY_LDMATRIX
-        if (j % 2 == 0) dense_words(j, words);
-#endif
+        if (j % 2 == 0) dense_pairs(j, pairs);
 #pragma unroll
         for (int r = 0; r < 2; ++r)
-#ifdef FA3_TRY_LDMATRIX
-          tile[r] = unpack<typename Variant::TileDtype>(words[j % 2 * 2 + r]);
-#else
-          tile[r] = dense_pair(r, j);
-#endif
+          tile[r] = unpack<typename Variant::TileDtype>(pairs[j % 2 * 2 + r]);
       }
 #pragma unroll
       for (int e = 0; e < 2; ++e) {

@@ -107,15 +107,8 @@ class ForwardParameters(Parameters):
         content += struct.pack("QQqqq", 0, 0, *out_stride[:3])
         tiles = self.tiles * self.splits
         grid = min(tiles, self.processors)
-        beside = "BATCH_FIRST" in config.tries
         content += struct.pack(
-            "iiiiii",
-            tiles,
-            self.query_blocks,
-            self.batch if beside else self.grid_heads,
-            self.batch if beside else self._section(),
-            self.splits,
-            grid,
+            "iiiiii", tiles, self.query_blocks, self.grid_heads, self._section(), self.splits, grid
         )
         if config.longest_first:
             places.append((len(content), "counter", 0))

@@ -134,9 +134,6 @@ struct IntervalBlockMap {
   // Grid (ceil(query blocks / kRows), heads, batches).
   FA3_DEVICE static void run(const Params& p) {
     __shared__ Values keys[kChunk][kValues];
-#ifdef FA3_TRY_PDL
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int query_block = blockIdx.x * kRows + warp;
     At at{p.aux, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y), p.queries, p.keys};

@@ -43,10 +43,6 @@ struct TileOrder {
       }
     }
     uint32_t batch = head / heads;
-#ifdef FA3_TRY_BATCH_FIRST
-    return {static_cast<int>(query_block), static_cast<int>(batch),
-            static_cast<int>(head - batch * heads), static_cast<int>(split)};
-#endif
     return {static_cast<int>(query_block), static_cast<int>(head - batch * heads),
             static_cast<int>(batch), static_cast<int>(split)};
   }

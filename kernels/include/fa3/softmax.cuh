@@ -56,19 +56,6 @@ struct Softmax {
         sum[r] *= alpha[r];
       }
     }
-#ifdef FA3_TRY_NARROW
-    if constexpr (Wide) {
-      bool far = fabsf(finite<Guard>(max[0])) > 1024.0f || fabsf(finite<Guard>(max[1])) > 1024.0f;
-      if (__any_sync(~0u, far)) weights<Guard, true>(s, base, scale);
-      else weights<Guard, false>(s, base, scale);
-    } else {
-      weights<Guard, false>(s, base, scale);
-    }
-    return rescale;
-  }
-
-  template <bool Guard, bool Wide>
-  FA3_DEVICE void weights(float (&s)[N / 2], const float (&base)[2], const float (&scale)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float offset = (base[r] - finite<Guard>(max[r])) * scale[r];
@@ -83,25 +70,6 @@ struct Softmax {
         }
       }
     }
-    return;
-  }
-  FA3_DEVICE bool unused() { bool rescale = true;
-#else
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float offset = (base[r] - finite<Guard>(max[r])) * scale[r];
-#pragma unroll
-      for (int j = 0; j < N / 8; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& x = s[4 * j + 2 * r + e];
-          if constexpr (Wide) x = exp2_approx((x - finite<Guard>(max[r])) * scale[r]);
-          else x = exp2_approx(fmaf(x, scale[r], offset));
-          sum[r] += x;
-        }
-      }
-    }
-#endif
     return rescale;
   }
 
