@@ -342,7 +342,7 @@ class _Reader:
 
     def _operand(self, lifter: Lifter, node, index, inner, varying, casts) -> Operand:
         best = deeper = None
-        best_lost = False
+        best_lost = mapped = False
         scaled = inner is not None
         for place in origins(
             node,
@@ -356,6 +356,7 @@ class _Reader:
                 break
             if place.cast is not None and (best or deeper):
                 break
+            mapped = mapped or place.node in self.shadow.within
             holders = self.shadow.dynamo_of.get(place.node)
             if not holders:
                 continue
@@ -372,6 +373,13 @@ class _Reader:
                 best, deeper, best_lost = Operand(source, since, place, view), None, lost
         if deeper is not None and find_split(deeper.place.index, self.sizes):
             return deeper
+        if best is None and mapped:
+            raise Decline(
+                "operand-unclear",
+                self._node(node),
+                "Project queries, keys and values before the transform, or in one product.",
+                message="an operand is computed under torch.vmap, and held by no tensor outside",
+            )
         if best is None:
             raise Decline(
                 "operand-unclear",

@@ -240,6 +240,24 @@ class TestScores:
             """attention(score=load(0, h, min(4, max(-4, q - kv)) + 4) + 0.25*s, dead=zero, aux=[float])""",
         )
 
+    def test_table_read_at_places_that_are_read(self):
+        def score(s, b, h, q, kv, table, place):
+            return s + table[place[q, kv].abs(), h]
+
+        assert_expected_inline(
+            specs(scored(score, normal(9, H), torch.randint(0, 9, (S, S)))),
+            """attention(score=load(1, abs(load(0, q, kv)), h) + 0.25*s, dead=zero, aux=[int, float])""",
+        )
+
+    def test_mask_read_at_places_that_are_read(self):
+        def score(s, b, h, q, kv, page, document):
+            at = page[b, kv // 8] * 8 + kv % 8
+            return torch.where(document[b, at] == document[b, q], s, -float("inf"))
+
+        pages = torch.stack([torch.randperm(S // 8) for _ in range(B)])
+        report = scored(score, pages, torch.randint(0, 3, (B, S)))
+        assert "mask=load(1, b, where(8*load(0, b, floordiv(kv, 8))" in specs(report)
+
     def test_bias(self):
         def score(s, b, h, q, kv, bias):
             return s + bias[b, h, q, kv]

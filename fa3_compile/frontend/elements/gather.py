@@ -2,7 +2,8 @@
 
 A gather whose place is exact integer arithmetic of the coordinates is followed, so that a table
 of relative positions is read in the kernel and masks that index a padding vector stay masks. One
-whose place was itself read for every (q, kv) is not: its result is read instead, once.
+whose place was itself read for every (q, kv) is not: its result is read instead, once, where the
+program has it in memory; a score_mod's is not.
 """
 
 from __future__ import annotations
@@ -11,7 +12,16 @@ import sympy
 import torch
 
 from fa3_compile.frontend.elements.movement import dimension, read_inside
-from fa3_compile.frontend.lift import Element, Lifter, Opaque, element_of, number, shape_of, truth
+from fa3_compile.frontend.lift import (
+    Cheaper,
+    Element,
+    Lifter,
+    Opaque,
+    element_of,
+    number,
+    shape_of,
+    truth,
+)
 from fa3_compile.spec.expr import Expr, load, where
 from fa3_compile.spec.index import bounds, is_nonnegative
 
@@ -21,10 +31,12 @@ aten = torch.ops.aten
 def place(node, at: Expr, size: Expr, ctx: Lifter) -> Expr:
     """A gather's position, negative ones counted from the end."""
     inner = at.atoms(load)
-    if inner and len({symbol for x in inner for symbol in x.free_symbols}) > 1:
-        raise Opaque(node, "places that are read for every element")
-    if inner and not ctx.shadow.dynamo_of.get(node):
-        raise Opaque(node, "places that are read")
+    held = bool(ctx.shadow.dynamo_of.get(node))
+    if len({symbol for x in inner for symbol in x.free_symbols}) > 1:
+        if held or not ctx.computes:
+            raise Cheaper(node, "places that are read for every element")
+    elif inner and not held and not ctx.computes:
+        raise Cheaper(node, "places that are read")
     limits = bounds(at, ctx.ranges)
     if limits is not None and is_nonnegative(limits[0]):
         return at
