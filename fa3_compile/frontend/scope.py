@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
 
 from fa3_compile.errors import Decline
 from fa3_compile.frontend import flex, transforms
@@ -40,11 +42,25 @@ class Scope:
                     flex.check(node, gm)
                 except Decline as decline:
                     self._refuse(node, decline)
+        self.subclassed = {node for node in gm.graph.nodes if _touches_subclass(node)}
+        softmax = transforms.softmax_of([n for n in gm.graph.nodes if n in self.subclassed])
+        if softmax is not None:
+            self.declined.append(
+                Decline(
+                    "tensor-subclass",
+                    softmax,
+                    "Give the attention plain tensors: of a DTensor, its to_local().",
+                    message="the operators of a tensor subclass are its own",
+                    stage="trace",
+                )
+            )
 
     def is_cut(self, node: fx.Node) -> bool:
         """Whether the shadow takes the node's value as given instead of running the node."""
         if node in self.batched or node in self.cut:
             return node in self.cut
+        if node in self.subclassed:
+            return True
         first = node.args[0] if node.args else None
         refused = node in self.refused or isinstance(first, fx.Node) and first in self.refused
         return refused or _is_cut(node)
@@ -60,7 +76,7 @@ class Scope:
         for node in span.nodes:
             self.batched.pop(node, None)
             self.cut[node] = span
-        softmax = transforms.softmax_of(span)
+        softmax = transforms.softmax_of(span.nodes)
         if softmax is not None:
             self.declined.append(
                 Decline(
@@ -76,6 +92,17 @@ class Scope:
         decline.node, decline.stage = node, "trace"
         self.refused.add(node)
         self.declined.append(decline)
+
+
+def is_subclass(value: object) -> bool:
+    """Whether it is a tensor of several, such as a DTensor, or holds one."""
+    values = [value] if isinstance(value, torch.Tensor) else tree_leaves(value)
+    return any(map(is_traceable_wrapper_subclass, values))
+
+
+def _touches_subclass(node: fx.Node) -> bool:
+    values = [example_value(x) for x in (node, *node.all_input_nodes)]
+    return node.op != "output" and any(map(is_subclass, values))
 
 
 def _cannot_run(node: fx.Node) -> bool:

@@ -33,7 +33,7 @@ from fa3_compile.frontend.dynamo_graph import (
 )
 from fa3_compile.frontend.gradients import stops
 from fa3_compile.frontend.mutations import is_mutation, mutated_nodes
-from fa3_compile.frontend.scope import Scope, relevant
+from fa3_compile.frontend.scope import Scope, is_subclass, relevant
 from fa3_compile.frontend.seeds import seeds
 from fa3_compile.frontend.shadow_operators import MARK, STOP, UNKNOWN
 from fa3_compile.frontend.spell_out import SPELLED_OUT
@@ -106,6 +106,7 @@ def _shadow(gm: fx.GraphModule, scope: Scope) -> Shadow:
     keep = relevant(gm.graph, scope)
     cuts = [n for n in gm.graph.nodes if n in keep and scope.is_cut(n)]
     cuts = [n for n in cuts if _is_value(example_value(n)) and not transforms.is_wrapped(n)]
+    cuts = [n for n in cuts if not is_subclass(example_value(n))]
     # Asked while the program's own gradient mode is on, which the analysis turns off.
     stopping = stops(gm.graph)
     marks = _Marks()

@@ -8,7 +8,7 @@ transformers' utilities make, or a whole attention. Any other span is left as it
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,16 +77,16 @@ def spans(graph: fx.Graph) -> list[Span]:
     return found
 
 
-def softmax_of(span: Span) -> fx.Node | None:
-    """A softmax in the span that a product surrounds, by names; None if there is none."""
-    names = [target_name(n) for n in span.nodes]
+def softmax_of(nodes: Sequence[fx.Node]) -> fx.Node | None:
+    """A softmax among the nodes that products surround, by names; None if there is none."""
+    names = [target_name(n) for n in nodes]
     products = ("matmul", "bmm", "einsum", "baddbmm", "mm")
-    at = next((i for i, n in enumerate(span.nodes) if is_softmax_like(n)), None)
+    at = next((i for i, n in enumerate(nodes) if is_softmax_like(n)), None)
     if at is None:
         return None
     whole = "attention" in names[at]
     around = any(n in products for n in names[:at]) and any(n in products for n in names[at:])
-    return span.nodes[at] if whole or around else None
+    return nodes[at] if whole or around else None
 
 
 def is_wrapped(node: fx.Node) -> bool:

@@ -8,6 +8,7 @@ from expecttest import assert_expected_inline
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from fa3_compile.report import collect
 from tests.graph.harness import check, rewrite_only, specs
 from tests.graph.inputs import INF, B, D, H, S, attend, normal, qkv, scores_of, uniform
 
@@ -265,6 +266,23 @@ class TestAutogradFunctions:
 
         report = check(lambda q, k, v: plain(Doubled.apply(q), k, v), *qkv())
         assert specs(report) == PLAIN
+
+
+def test_tensors_of_several():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    def attention(q, k, v, x):
+        return plain(q, k, v), plain(x, x, x)
+
+    pairs = [TwoTensor(x.detach(), 2 * x.detach()) for x in qkv()]
+    args = (*pairs, normal(B, H, S, D, seed=4).detach())
+    with collect() as report:
+        ours = compiled(attention)(*args)
+    torch.testing.assert_close(
+        [ours[0].a, ours[0].b, ours[1]],
+        [plain(*(x.a for x in pairs)), plain(*(x.b for x in pairs)), plain(*args[3:] * 3)],
+    )
+    assert specs(report) == f"trace: tensor-subclass\n{PLAIN}"
 
 
 class TestControlFlow:

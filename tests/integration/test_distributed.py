@@ -8,7 +8,14 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.multiprocessing.spawn import spawn
 
 from fa3_compile.report import collect
@@ -47,7 +54,6 @@ def _data_parallel_around_the_compiled(rank: int) -> None:
 
 
 def _fully_sharded(rank: int) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     model = GPT()
@@ -61,12 +67,37 @@ def _fully_sharded(rank: int) -> None:
     torch.testing.assert_close(whole, _expected(), atol=1e-5, rtol=1e-5)
 
 
+def _tensor_parallel(rank: int) -> None:
+    """Half of the heads in each process; the projections are DTensors, the attention is not."""
+
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleDict({name: nn.Linear(16, 16, bias=False) for name in "qkvo"})
+
+    def attention(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (model[name](x).unflatten(2, (-1, 4)).transpose(1, 2) for name in "qkv")
+        return model["o"](((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    ours, eager, x = made(), made(), torch.randn(2, 8, 16)
+    styles = {"o": RowwiseParallel()} | {name: ColwiseParallel() for name in "qkv"}
+    parallelize_module(ours, init_device_mesh("cpu", (PROCESSES,)), styles)
+    compiled(attention)(ours, x).square().sum().backward()
+    attention(eager, x).square().sum().backward()
+    whole = {n: cast(DTensor, g).full_tensor() for n, g in gradients(ours).items()}
+    torch.testing.assert_close(whole, gradients(eager), atol=1e-4, rtol=1e-4)
+
+
 def _work(rank: int, port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=PROCESSES)
     try:
-        for work in (_data_parallel, _data_parallel_around_the_compiled, _fully_sharded):
+        for work in (
+            _data_parallel,
+            _data_parallel_around_the_compiled,
+            _fully_sharded,
+            _tensor_parallel,
+        ):
             with collect() as report:
                 work(rank)
             assert report.fused and len(report.fused) == len(report.regions), str(report)
