@@ -321,7 +321,7 @@ class VariantWriter:
 
     def zero(self, tensor: int) -> str:
         element = self.element(tensor)
-        return "0.0f" if element in ("Bf16", "Fp16") else f"{element}(0)"
+        return "0.0f" if element in ("Bf16", "Fp16") else f"({element})0"
 
     def base(self, tensor: int, shared: dict[int, list[str]], level: int) -> str:
         """The pointer to what a head or a row shares, a member where that saves work."""

@@ -18,7 +18,7 @@ from fa3_compile.lower.config_sm90 import (
     table,
 )
 from fa3_compile.lower.cuda_terms import map_kind, mask_parts
-from fa3_compile.lower.kernels import cuda_sm90, cuda_sm90_backward
+from fa3_compile.lower.kernels import cuda_sm90, cuda_sm90_backward, cuda_sm90_backward_keys
 from fa3_compile.lower.kernels.cuda_sm90 import CudaSm90
 from fa3_compile.lower.kernels.cuda_sm90_keys import keys_of, likely_layout
 from fa3_compile.lower.render_cuda import CudaKey, render
@@ -73,6 +73,17 @@ def keys(asked: Problem) -> list[CudaKey]:
 def test_builds_without_spills(name: str, dim: int, v_dim: int) -> None:
     _, built = build_nvrtc.load_first(keys(problem(name, dim, v_dim)))
     assert built.healthy, built.log
+
+
+@needs_nvrtc
+def test_places_outside_of_captured_tensors_of_every_type() -> None:
+    kinds = {torch.bool: "bool", torch.int64: "int", torch.float16: "float", torch.float64: "float"}
+    mask = " & ".join(f"(load({i}, kv - q + 9) > 0)" for i in range(len(kinds)))
+    text = f"attention(score=s, mask={mask}, aux=[{', '.join(kinds.values())}])"
+    spec = AttentionSpec.parse(text)
+    asked = replace(problem("full", 64, 64), spec=spec, aux_dtypes=tuple(kinds))
+    for key in (keys(asked)[0], cuda_sm90_backward_keys.likely_keys(asked)[0]):
+        assert build_nvrtc.load(key).cubin
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda x: x.name)
