@@ -77,7 +77,8 @@ def by_hand(draw: st.DrawFn, device: str) -> Program:
         mutant = ""
     if layout == "mqa" and of_scores in layouts.BATCHED:
         of_scores = "operator"
-    if of_values in layouts.BATCHED and (layout == "mqa" or mutant == "mean of heads"):
+    broadcast = layout == "mqa" or layout == "no batch" and captured in BY_BATCH
+    if of_values in layouts.BATCHED and (broadcast or mutant == "mean of heads"):
         of_values = "operator"
     if context == "autocast" and dtype is not None:
         context = ""
@@ -118,7 +119,7 @@ def by_hand(draw: st.DrawFn, device: str) -> Program:
     nothing = n == 1 and "strict" in masks
     # Only the softmax of the scores themselves, added to at most, is blind to the maximum.
     other = modifiers[-1:] != ["CogView"] or masks or captured or sink
-    maximum = "CogView" in modifiers and (other or plain)
+    maximum = "CogView" in modifiers and (other or plain or softmax == "off by one")
     # 0 * -inf is NaN, and fusing would lose that.
     infinite = how == "both" and masks and captured in ("padding", "lengths")
     # Eager does not normalise a row of one finite fill, spelled so.
@@ -135,8 +136,10 @@ def by_hand(draw: st.DrawFn, device: str) -> Program:
     odd = odd or symbols
     if expected == "fused" and (mutant or odd) or mutant in OF_ELEMENTS and plain:
         expected = "either"
-    if after == "dropout" and (expected != "fused" or layout in OTHER_BATCHES):
-        after = ""  # left as it is, it would draw other numbers
+    # One query of several heads that share a key is as good as several queries.
+    others = layout in OTHER_BATCHES or n == 1
+    if after == "dropout" and (expected != "fused" or others):
+        after = ""  # it would draw other numbers
 
     arguments, project = layouts.layout(layout, sizes, seed)
     extra, capture = parts.captured(captured, sizes, seed)
