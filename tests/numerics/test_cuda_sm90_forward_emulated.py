@@ -23,7 +23,7 @@ from fa3_compile.lower.render_cuda import CudaKey
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.tiles import EMPTY, FULL, PARTIAL, tile_map
 from tests.graph import test_attention_gym as gym
-from tests.host_driver import launches, on_device, on_host, shared_library
+from tests.host_driver import kernels_of, launches, on_device, on_host, shared_library
 from tests.numerics.forms import BY_NAME, Shape, compare, inputs
 from tests.numerics.test_cuda_sm90_backward_emulated import ENTRY, HEADERS, between, header
 
@@ -170,3 +170,23 @@ def test_visited_blocks_are_those_of_the_report(name, tmp_path, monkeypatch, lau
     expected = tile_map(spec, length, length, 128, 16)
     assert (expected == EMPTY).any() and (expected == PARTIAL).any()
     assert (listed(seen[0].list_shape, bound.lists) == expected).all()
+
+
+def test_a_graph_that_is_captured_makes_its_own_lists(tmp_path, monkeypatch, launches) -> None:
+    """Once for all calls outside, by each call inside: nothing may be waited for there."""
+    spec = BY_NAME["dilated"].spec()
+    q, k, v = on_device([torch.zeros(1, 2, 300, 64, dtype=torch.bfloat16)] * 3)
+    problem = Problem(spec, q.dtype, q.device, (9, 0), 1, 2, 2, 300, 300, 64, 64)
+    key = keys_of(problem, layout_of(spec, []))[0]
+    kernels = kernels_of(key.source(), tmp_path / "kernels.so")
+    built = Built(bytes(kernels) + b"\0", "", 168, 0, False)
+    monkeypatch.setattr(cuda_sm90, "load_first", lambda keys: (keys[0], built))
+    monkeypatch.setattr(cuda_sm90_lists, "_kept", {})
+    for capturing, expected in ((True, "block_map attention_fwd " * 2),
+                                (False, "block_map " + "attention_fwd " * 2)):  # fmt: skip
+        launches.clear()
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda x=capturing: x)
+        bound = cuda_sm90.bind(problem, q, k, v, [], (), key)
+        for _ in range(2):
+            bound(q, k, v, [])
+        assert [x.name for x in launches] == expected.split()
