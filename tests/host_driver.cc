@@ -6,7 +6,6 @@
 
 #include <cstdint>
 #include <cstdlib>
-#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <mutex>
@@ -15,8 +14,8 @@
 
 namespace {
 enum Result { kSuccess = 0, kInvalidValue = 1, kInvalidContext = 201, kNotFound = 500 };
-enum FunctionAttribute { kMaxThreads = 0, kSharedBytes = 1, kLocalBytes = 3, kRegisters = 4,
-                         kMaxDynamicShared = 8, kLastAttribute = 15 };
+enum FunctionAttribute { kMaxThreads = 0, kRegisters = 4, kMaxDynamicShared = 8,
+                         kLastAttribute = 15 };
 enum DeviceAttribute { kMaxSharedPerBlock = 8, kWarpSize = 10, kMaxRegisters = 12, kClockRate = 13,
                        kProcessors = 16, kMemoryClock = 36, kBusWidth = 37, kMajor = 75,
                        kMaxSharedPerProcessor = 81, kMaxSharedOptin = 97 };
@@ -83,10 +82,10 @@ void host_driver_observe(void (*function)(const Launched*)) { observer = functio
 Result cuInit(unsigned) { return kSuccess; }
 Result cuDriverGetVersion(int* version) { *version = 13000; return kSuccess; }
 Result cuGetErrorString(Result, const char** text) { *text = "refused"; return kSuccess; }
-Result cuGetErrorName(Result, const char** text) { *text = "refused"; return kSuccess; }
 
 Result cuDeviceGet(int* device, int ordinal) { *device = ordinal; return kSuccess; }
-Result cuDeviceGetCount(int* count) { *count = 1; return kSuccess; }
+// None for CUDA's runtime, should PyTorch look for one.
+Result cuDeviceGetCount(int* count) { *count = 0; return kSuccess; }
 Result cuCtxGetCurrent(void** context) { *context = current; return kSuccess; }
 Result cuCtxSetCurrent(void* context) { current = context; return kSuccess; }
 Result cuCtxGetDevice(int* device) { *device = 0; return kSuccess; }

@@ -7,6 +7,7 @@ function of a shared library, or one that does nothing.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -64,6 +65,7 @@ def shared_library(source: Path | str, to: Path, *options: str) -> Path:
 def _library() -> ctypes.CDLL:
     """Whoever asks for libcuda.so.1 from now on gets the library that is loaded."""
     folder = Path(tempfile.mkdtemp(prefix="host_driver"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     source = Path(__file__).with_suffix(".cc")
     return ctypes.CDLL(
         str(shared_library(source, folder / "libcuda.so.1", "-Wl,-soname,libcuda.so.1"))
@@ -228,7 +230,7 @@ def kernels_of(source: str, to: Path) -> Path:
 
 
 @pytest.fixture
-def triton_driver(launches, monkeypatch, tmp_path) -> Iterator[None]:
+def triton_driver(launches, monkeypatch) -> Iterator[None]:
     """Triton's own driver for NVIDIA GPUs on that libcuda."""
     triton = pytest.importorskip("triton")
     from triton.backends.nvidia import driver
