@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from fa3_compile.lower import build  # noqa: E402
+from fa3_compile.lower.assembler import sound_assembler  # noqa: E402
 from fa3_compile.lower.choose import Problem  # noqa: E402
 from fa3_compile.lower.config import SHARED_MEMORY, TritonConfig  # noqa: E402
 from fa3_compile.lower.kernels.triton_backward import render_key, supports_backward  # noqa: E402
@@ -73,11 +74,12 @@ def compiled(asked: Problem, name: str, config: TritonConfig, wanted: tuple[int,
         if parameter not in ("B", "H", "first_tile", "first_outer", "skew"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     major, minor = asked.capability or (8, 0)
-    return triton.compile(
-        ASTSource(kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", 10 * major + minor, 32),
-        options=config.options,
-    )
+    with sound_assembler(10 * major + minor):
+        return triton.compile(
+            ASTSource(kernel, signature, constants, attributes),
+            target=GPUTarget("cuda", 10 * major + minor, 32),
+            options=config.options,
+        )
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])

@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from fa3_compile.lower import build, tune_forward  # noqa: E402
+from fa3_compile.lower.assembler import sound_assembler  # noqa: E402
 from fa3_compile.lower.choose import Problem  # noqa: E402
 from fa3_compile.lower.config import SHARED_MEMORY, TritonConfig  # noqa: E402
 from fa3_compile.lower.kernels.triton_forward import TritonForward, _render_key  # noqa: E402
@@ -65,8 +66,11 @@ def problem(text: str, dim: int, arch: int, dtype=torch.bfloat16, length=4096) -
     return Problem(AttentionSpec.parse(text), dtype, torch.device("cuda"), capability, *shape)
 
 
-def compiled(asked: Problem, config: TritonConfig, lists: bool = False):
-    """Triton's CompiledKernel for contiguous inputs of an even length."""
+def compiled(asked: Problem, config: TritonConfig, lists: bool = False, odd: tuple[str, ...] = ()):
+    """Triton's CompiledKernel for contiguous inputs of an even length.
+
+    odd  how the names begin of integers that are no multiple of 16
+    """
     spec = asked.spec
     kernel = build.load(_render_key(asked, config, lists)).attention_forward
     element = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
@@ -93,20 +97,22 @@ def compiled(asked: Problem, config: TritonConfig, lists: bool = False):
             signature[name] = kinds[spec.aux[int(name[3:])]]
         else:
             signature[name] = "i32"
-        if signature[name] != "constexpr" and name != "H":
+        if signature[name] != "constexpr" and not name.startswith(("H", *odd)):
             attributes[(i,)] = [["tt.divisibility", 16]]
     major, minor = asked.capability or (8, 0)
-    return triton.compile(
-        ASTSource(kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", 10 * major + minor, 32),
-        options=config.options,
-    )
+    with sound_assembler(10 * major + minor):
+        return triton.compile(
+            ASTSource(kernel, signature, constants, attributes),
+            target=GPUTarget("cuda", 10 * major + minor, 32),
+            options=config.options,
+        )
 
 
 def spilled_bytes(kernel, arch: int, folder: Path) -> int:
     from triton.backends.nvidia.compiler import get_ptxas
 
-    ptxas = get_ptxas(arch)
+    with sound_assembler(arch):
+        ptxas = get_ptxas(arch)
     source = folder / "kernel.ptx"
     source.write_text(kernel.asm["ptx"])
     target = f"sm_{arch}{'a' if arch >= 90 else ''}"

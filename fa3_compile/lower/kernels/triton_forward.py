@@ -13,11 +13,13 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fa3_compile.lower import hoist, tune, tune_forward
+from fa3_compile.lower.assembler import sound_assembler
 from fa3_compile.lower.bound import BindingKernel, are_small, precision
 from fa3_compile.lower.build import load
 from fa3_compile.lower.choose import Gradients, KernelBuildError, Problem, register
@@ -283,14 +285,21 @@ def bind_config(problem: Problem, config: TritonConfig, q, k, v, aux, sizes) -> 
 
     tensors = [q, k, v, out, lse, *(aux[i] for i in chosen)]
     tensors += [torch.empty(1, dtype=torch.int32, device=q.device)] * (2 * (lists is not None))
-    with torch.cuda.device(q.device):
-        try:
-            compiled = kernel.warmup(*tensors, *integers, *constants, grid=grid, **config.options)
-            runner = compiled[grid]
-        except Exception as error:
-            raise KernelBuildError(f"{config} does not build: {error}") from error
+    arguments = [*tensors, *integers, *constants]
+    compiled, runner = built(kernel, config, grid, q.device, arguments)
     launch = _launcher(runner, q.device, (*integers, *constants), config.tma)
     return Bound(config, chosen, _with_lists(lists, chosen, launch), compiled.n_spills)
+
+
+def built(kernel, config: TritonConfig, grid, device: torch.device, arguments) -> tuple[Any, Any]:
+    """Triton's CompiledKernel for such arguments, and what launches it. Raises KernelBuildError."""
+    major, minor = torch.cuda.get_device_capability(device)
+    with torch.cuda.device(device), sound_assembler(10 * major + minor):
+        try:
+            compiled = kernel.warmup(*arguments, grid=grid, **config.options)
+            return compiled, compiled[grid]
+        except Exception as error:
+            raise KernelBuildError(f"{kernel.__name__} {config} does not build: {error}") from error
 
 
 def _with_lists(lists, chosen: tuple[int, ...], launch):

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from fa3_compile.lower.choose import KernelBuildError
@@ -63,12 +62,7 @@ def bind_kernel(kernel, config: TritonConfig, programs: int, tensors, integers, 
     if forward.interpreted():
         return Launch(pointers, lambda xs: kernel[grid](*xs, *arguments, **config.options))
     device = tensors["q_ptr"].device
-    with torch.cuda.device(device):
-        try:
-            like = [tensors[x] for x in pointers]
-            compiled = kernel.warmup(*like, *arguments, grid=grid, **config.options)
-            runner = compiled[grid]
-        except Exception as error:
-            raise KernelBuildError(f"{kernel.__name__} {config}: {error}") from error
+    like = [tensors[x] for x in pointers]
+    compiled, runner = forward.built(kernel, config, grid, device, [*like, *arguments])
     launch = forward._launcher(runner, device, arguments, tma=False)
     return Launch(pointers, launch, compiled.n_spills)
