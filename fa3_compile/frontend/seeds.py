@@ -21,12 +21,12 @@ from fa3_compile.frontend.dynamo_graph import (
 PRODUCTS = frozenset(
     """matmul bmm mm einsum baddbmm addmm addbmm tensordot __matmul__ __rmatmul__ inner""".split()
 )
-# Calls that leave each element as it is.
+# Calls that leave each element as it is. x.T is a getattr, numpy_T since torch 2.15.
 MOVEMENTS = frozenset(
     """view reshape transpose permute unsqueeze squeeze flatten unflatten expand expand_as
-    contiguous clone to float half bfloat16 double type type_as getitem getattr t swapaxes
-    swapdims movedim moveaxis chunk split unbind select narrow repeat_interleave view_as
-    detach size""".split()
+    contiguous clone to float half bfloat16 double type type_as getitem getattr t numpy_T
+    matrix_H mT mH adjoint swapaxes swapdims movedim moveaxis chunk split unbind select narrow
+    repeat_interleave view_as detach size""".split()
 )
 # How far a second product is looked for: masks, decays and functions of scores are fewer calls.
 FAR = 64
