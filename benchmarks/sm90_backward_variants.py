@@ -26,11 +26,11 @@ from benchmarks.sm90_dev import (
     made,
     timed,
 )
-from fa3_compile.lower.build_nvrtc import Built, load, load_first
+from fa3_compile.lower.build_nvrtc import Built, load
 from fa3_compile.lower.choose import Problem
 from fa3_compile.lower.kernels import cuda_sm90_backward as backward
 from fa3_compile.lower.kernels.cuda_sm90 import CudaSm90
-from fa3_compile.lower.kernels.cuda_sm90_backward_keys import keys_of
+from fa3_compile.lower.kernels.cuda_sm90_backward_keys import keys_of, load_best
 from fa3_compile.lower.kernels.cuda_sm90_keys import layout_of
 from fa3_compile.lower.render_cuda_backward import CudaBackwardKey
 
@@ -62,7 +62,7 @@ def rows() -> list[Timed]:
 def variants(problem: Problem, aux) -> list[CudaBackwardKey]:
     """What runs, then every other candidate that builds, by those that spill least."""
     keys = keys_of(problem, layout_of(problem.spec, aux))
-    first, _ = load_first(keys)
+    first, _ = load_best(keys)
     others = [x for x in keys if x != first and x.tile == first.tile]
     cubins = {load(first).cubin}
     found = [first]

@@ -12,8 +12,7 @@ from fa3_compile.lower import build_nvrtc
 from fa3_compile.lower.choose import Problem
 from fa3_compile.lower.config_sm90_backward import candidates
 from fa3_compile.lower.kernels import cuda_sm90_backward as backward
-from fa3_compile.lower.kernels.cuda_sm90 import CudaSm90
-from fa3_compile.lower.kernels.cuda_sm90_backward_keys import likely_keys
+from fa3_compile.lower.kernels.cuda_sm90_backward_keys import TALL_SPILLS, likely_keys, load_best
 from fa3_compile.lower.render_cuda_backward import render_backward, two_weights
 from fa3_compile.spec.attention import AttentionSpec
 from tests.numerics.forms import FORMS
@@ -48,8 +47,9 @@ def training(name: str, dim: int, v_dim: int, needs: tuple[bool, ...] = ()) -> P
 @needs_nvrtc
 @pytest.mark.parametrize(("name", "dim", "v_dim"), BUILT)
 def test_builds_without_spills(name: str, dim: int, v_dim: int) -> None:
-    _, built = build_nvrtc.load_first(likely_keys(training(name, dim, v_dim)))
-    assert built.healthy, built.log
+    key, built = load_best(likely_keys(training(name, dim, v_dim)))
+    allowed = TALL_SPILLS if key.config.block_m == 128 else 0
+    assert not built.serialised and built.spill_bytes <= allowed, built.log
 
 
 @needs_nvrtc
@@ -146,9 +146,18 @@ def test_deterministic_algorithms_leave_it_to_others() -> None:
     assert said is not None and "no fixed order" in said
 
 
-def test_the_family_leaves_what_no_gpu_has_confirmed() -> None:
-    family = CudaSm90()
-    assert family.supports_backward(training("causal", 128, 128)) is None
-    for form in ("dense bias", "dropout, causal"):
-        said = family.supports_backward(training(form, 128, 128))
-        assert said is not None and "not confirmed" in said
+def test_a_tall_tile_may_spill_a_little(monkeypatch) -> None:
+    """Measured on an H100: 128 queries with a few spills are faster than 64 without."""
+    keys = likely_keys(training("softcap", 64, 64))
+    tall = [x for x in keys if x.config.block_m == 128]
+    spilled = dict.fromkeys(keys, 0) | dict.fromkeys(tall, 216)
+
+    def load(key):
+        return build_nvrtc.Built(b"", "", registers=240, spill_bytes=spilled[key], serialised=False)
+
+    monkeypatch.setattr(build_nvrtc, "load", load)
+    assert load_best(keys)[0] == tall[0]
+    spilled[tall[1]] = 72
+    assert load_best(keys)[0] == tall[1]
+    spilled |= dict.fromkeys(tall, TALL_SPILLS + 4)
+    assert load_best(keys)[0].config.block_m == 64

@@ -164,7 +164,7 @@ def test_gradients(case, tmp_path, monkeypatch, launches) -> None:
     library = compiled(key, tmp_path / "kernels.so")
     built = Built(bytes(library) + b"\0", "", 168, 0, False)
     monkeypatch.setattr(backward, "keys_of", lambda *_: [key])
-    monkeypatch.setattr(backward, "load_first", lambda keys, at_once: (key, built))
+    monkeypatch.setattr(backward, "load_best", lambda keys, at_once: (key, built))
     monkeypatch.setattr(cuda_sm90_backward_parameters, "processors", lambda device: 2)
     out, lse = attention(spec, q, k, v, aux, form.sizes)
     torch.manual_seed(0)

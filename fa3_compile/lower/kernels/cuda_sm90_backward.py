@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fa3_compile.lower.build_nvrtc import load_first
 from fa3_compile.lower.choose import (
     Gradients,
     KernelBuildError,
@@ -29,6 +28,7 @@ from fa3_compile.lower.elements import Shape
 from fa3_compile.lower.kernels.cuda_sm90_backward_keys import (
     finds_dead_rows,
     keys_of,
+    load_best,
     score_gradient,
 )
 from fa3_compile.lower.kernels.cuda_sm90_backward_parameters import (
@@ -248,7 +248,7 @@ def bind(
     spec = problem.spec
     layout = layout_of(spec, aux)
     keys = keys_of(problem, layout) if key is None else [key]
-    key, built = load_first(keys, at_once=BUILT_AT_ONCE)
+    key, built = load_best(keys, at_once=BUILT_AT_ONCE)
     ensure_context(q.device.index)
     module = _module(key, built.cubin, q.device.index)
     wanted = [i for i, n in enumerate(needs[3:]) if n]

@@ -293,13 +293,13 @@ def bind_config(problem: Problem, config: TritonConfig, q, k, v, aux, sizes) -> 
 
 def built(kernel, config: TritonConfig, grid, device: torch.device, arguments) -> tuple[Any, Any]:
     """Triton's CompiledKernel for such arguments, and what launches it. Raises KernelBuildError."""
-    major, minor = torch.cuda.get_device_capability(device)
-    with torch.cuda.device(device), sound_assembler(10 * major + minor):
-        try:
+    try:
+        major, minor = torch.cuda.get_device_capability(device)
+        with torch.cuda.device(device), sound_assembler(10 * major + minor):
             compiled = kernel.warmup(*arguments, grid=grid, **config.options)
             return compiled, compiled[grid]
-        except Exception as error:
-            raise KernelBuildError(f"{kernel.__name__} {config} does not build: {error}") from error
+    except Exception as error:
+        raise KernelBuildError(f"{kernel.__name__} {config} does not build: {error}") from error
 
 
 def _with_lists(lists, chosen: tuple[int, ...], launch):
