@@ -21,7 +21,7 @@ from fa3_compile.report import collect
 from fa3_compile.timing import interleaved, peak_bytes
 
 NAMES = ("fa3", "inductor", "inductor sdpa")
-# Gradients of two right programs in bf16 differ by about 1% of their norm.
+# Of their norm: how far gradients in bf16 may be from float32's where nothing else is known.
 GRADIENT_TOLERANCE = 0.05
 TINY = {"batch": 1, "length": 64}
 
@@ -39,7 +39,7 @@ def model_rows(
     rows: dict[str, Row] = {}
     calls: dict[str, Callable[[], Any]] = {}
     first: dict[str, Tensor] = {}
-    norm: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
     torch._dynamo.reset()
     for label in (x for x in NAMES if x in wanted):
         row = rows[label] = Row(name, direction, label)
@@ -53,14 +53,14 @@ def model_rows(
             if compile_only:
                 continue
             if training:
-                norm[label] = _gradients(model)
+                gradients[label] = _gradients(model)
             row.peak_gib = (peak_bytes(call, device) + _bytes(model)) / 2**30
             calls[label] = call
         except (torch.OutOfMemoryError, ValueError, RuntimeError) as error:
             row.note = "out of memory" if "out of memory" in str(error) else str(error)[:200]
         _free()
     if not compile_only:
-        _check(name, rows, first, norm, device, tiny)
+        _check(name, rows, first, gradients, device, tiny)
     times = interleaved({n: c for n, c in calls.items() if rows[n].ok}, device)
     for label, milliseconds in times.items():
         rows[label].ms = milliseconds
@@ -104,12 +104,16 @@ def _step(compiled: Callable[..., Any], model: nn.Module, inputs, training: bool
     def train() -> Tensor:
         model.zero_grad(set_to_none=True)
         out = compiled(**inputs)[0]
-        # The square would do nothing: the last normalisation fixes it.
-        target = torch.arange(out.shape[-1], device=out.device).sin()
-        (out.float() - target).square().mean().backward()
+        _loss(out).backward()
         return out
 
     return train if training else forward
+
+
+def _loss(out: Tensor) -> Tensor:
+    # The square alone would do nothing: the last normalisation fixes it.
+    target = torch.arange(out.shape[-1], device=out.device).sin()
+    return (out.float() - target).square().mean()
 
 
 def _gradients(model: nn.Module) -> Tensor:
@@ -120,35 +124,54 @@ def _gradients(model: nn.Module) -> Tensor:
     return torch.cat(found)
 
 
-@torch.no_grad()
-def _check(name: str, rows, first, norm, device: torch.device, tiny: bool) -> None:
-    """The first sequence against eager in float32, gradients against Inductor's."""
+def _check(name: str, rows, first, gradients, device: torch.device, tiny: bool) -> None:
+    """The first sequence, and all gradients, against eager in float32.
+
+    Gradients may be twice as far from float32's as those of eager compiled by Inductor: where a
+    router picks experts, rounding moves some tokens to others, and both are far off.
+    """
     if not first:
         return
     model, inputs = _made(name, "eager", device, tiny)
-    inputs = {key: value[:1] for key, value in inputs.items()}
-    seen = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    one = {key: value[:1] for key, value in inputs.items()}
+    seen = one.get("attention_mask", torch.ones_like(one["input_ids"])).bool()
 
     def shown(x: Tensor) -> list[Tensor]:
         # What padding attends to is nobody's business.
         return [x[seen] if x.shape[1] == seen.shape[1] else x]
 
-    plain = shown(model(**inputs)[0])
-    exact = shown(model.float()(**inputs)[0])
+    with torch.no_grad():
+        plain = shown(model(**one)[0])
+        exact = shown(model.float()(**one)[0])
+    truth = _exact_gradients(model, inputs) if gradients else None
     del model
     _free()
     for label, out in first.items():
         row = rows[label]
         found = error_of(shown(out), plain, exact)
         row.error, row.limit, row.ok = found.ours, found.limit, found.ok
-        other = next((n for n in ("inductor", "inductor sdpa") if n in norm), label)
-        if row.ok and label in norm and label != other:
-            truth = norm[other]
-            off = ((norm[label] - truth).norm() / truth.norm()).item()
-            row.note = f"gradients {off:.2%} from those of {other}"
-            row.ok = off <= GRADIENT_TOLERANCE
-        if not row.ok:
-            row.note = f"WRONG {row.note}".strip()
+    if truth is not None:
+        off = {n: ((x - truth).norm() / truth.norm()).item() for n, x in gradients.items()}
+        limit = max(GRADIENT_TOLERANCE, 2 * off.get("inductor", 0.0))
+        for label in off.keys() & first.keys():
+            rows[label].note = f"gradients {off[label]:.2%} from float32"
+            rows[label].ok = rows[label].ok and off[label] <= limit
+    for label in first:
+        if not rows[label].ok:
+            rows[label].note = f"WRONG {rows[label].note}".strip()
+
+
+def _exact_gradients(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Those of a model in float32, a sequence at a time and each layer's forward done twice, or its
+    scores would not fit."""
+    model.train()
+    model.gradient_checkpointing_enable()
+    model.zero_grad(set_to_none=True)
+    sequences = len(inputs["input_ids"])
+    for i in range(sequences):
+        out = model(**{key: value[i : i + 1] for key, value in inputs.items()})[0]
+        (_loss(out) / sequences).backward()
+    return _gradients(model)
 
 
 def _bytes(model: nn.Module) -> int:
