@@ -24,6 +24,7 @@ def fa3(
 
     Raises OptionError for an unknown or ill-typed option.
     """
+    from torch._dynamo.exc import RestartAnalysis
     from torch._inductor.compile_fx import compile_fx
 
     from fa3_compile import report
@@ -33,8 +34,14 @@ def fa3(
 
     ours, patches = split(options, mode)
     inductor.install()
-    rewrite_attention(gm, ours, report.enter_graph())
-    return compile_fx(gm, list(example_inputs), config_patches=patches or None)
+    graph = report.enter_graph()
+    rewrite_attention(gm, ours, graph)
+    try:
+        return compile_fx(gm, list(example_inputs), config_patches=patches or None)
+    except RestartAnalysis:
+        # A float that changes has to be compiled in: the graph comes again, with its value.
+        report.leave_graph(graph)
+        raise
 
 
 def rewritten(

@@ -301,6 +301,13 @@ def enter_graph() -> str:
     return str(compile_id) if compile_id is not None else "0/0"
 
 
+def leave_graph(graph: str) -> None:
+    """Take back what was reported of a graph that Dynamo will compile anew."""
+    for report in _reports():
+        report.graphs -= 1
+        report.regions[:] = [region for region in report.regions if region.graph != graph]
+
+
 def record(region: RegionReport) -> None:
     """Log what became of a region, and add it to the reports being collected."""
     log.info("%s", region.line())

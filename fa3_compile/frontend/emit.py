@@ -19,8 +19,14 @@ from fa3_compile.frontend.lift import sym
 from fa3_compile.frontend.logsumexp import Lse
 from fa3_compile.frontend.placeholders import D
 from fa3_compile.frontend.region import Layout, Operand, Region
-from fa3_compile.spec.expr import Expr, floordiv
+from fa3_compile.spec.expr import Expr, floordiv, mod
 
+SIZES_OF_TWO = {
+    floordiv: operator.floordiv,
+    mod: operator.mod,
+    sympy.Max: torch.sym_max,
+    sympy.Min: torch.sym_min,
+}
 MOST_SEEDS = 2**63 - 1
 
 
@@ -66,8 +72,8 @@ class Emitter:
                 else:
                     total = self.function(combine, total, other)
             return total
-        if isinstance(size, floordiv):
-            return self.function(operator.floordiv, *map(self.size, size.args))
+        if type(size) in SIZES_OF_TWO and len(size.args) == 2:
+            return self.function(SIZES_OF_TWO[type(size)], *map(self.size, size.args))
         raise Decline(
             "size-unclear",
             self.before,

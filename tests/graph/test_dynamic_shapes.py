@@ -421,6 +421,15 @@ def test_multi_head_attention(training):
     )
 
 
+def test_the_smaller_of_two_lengths():
+    def attention(q, k, v):
+        n = min(q.size(2), k.size(2) // 2)
+        q, k, v = (x[:, :, : 2 * n].reshape(*x.shape[:2], 2, n, -1) for x in (q, k, v))
+        return attend(scores_of(q, k), v)
+
+    assert runs(attention, of_lengths(30, 21)).startswith("attention(score=load(0)*s")
+
+
 def test_a_size_that_cannot_be_written():
     def attention(q, k, v, on):
         return attend(scores_of(q, k) * bool(on), v)

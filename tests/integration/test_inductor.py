@@ -74,6 +74,17 @@ def test_checkpointed_training_step():
     assert_same_gradients(ours, eager)
 
 
+def test_a_graph_that_comes_again_is_reported_once():
+    def attention(q, k, v, scale):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+
+    # PyTorch compiles this operator's scale in, and finds out when it has traced the graph.
+    with collect() as report:
+        ours = torch.compile(attention, backend=fa3, dynamic=True)(*inputs(), 0.3)
+    torch.testing.assert_close(ours, attention(*inputs(), 0.3), atol=1e-5, rtol=1e-5)
+    assert [r.score for r in report.fused] == ["0.3*s"] and report.graphs == 1
+
+
 class TestModes:
     @pytest.fixture
     def told(self, monkeypatch) -> list:
