@@ -126,8 +126,8 @@ def by_hand(draw: st.DrawFn, device: str) -> Program:
     # Eager does not normalise a row of one finite fill, spelled so.
     filled = softmax == "logsumexp" and (masks or captured)
     autocast = context == "autocast"
-    # A masked score is no small weight where it is multiplied by a decay.
-    decayed = softmax == "retention" and (masks or captured in MAY_HIDE_ALL)
+    # A masked score is no small weight where it is multiplied by a decay, and silu(-inf) is NaN.
+    decayed = softmax in ("retention", "silu") and (masks or captured in MAY_HIDE_ALL)
     # Sums are given for weights that nothing has changed.
     summed = softmax == "relu of its sum" and after
     # Which heads are whose is not known where their numbers are symbols.
