@@ -46,6 +46,12 @@ def queries_and_keys(q_len: int = S, kv_len: int = S) -> tuple[Tensor, Tensor]:
     return torch.arange(q_len)[:, None], torch.arange(kv_len)[None, :]
 
 
+def slope_at_bound() -> float:
+    """The gradient of torch.clamp at its bound: 0 since PyTorch 2.14, 1 before."""
+    x = torch.zeros((), requires_grad=True)
+    return torch.autograd.grad(x.clamp(min=0), x)[0].item()
+
+
 def attend(scores: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(-1) @ v
 

@@ -24,6 +24,7 @@ from tests.graph.inputs import (
     qkv,
     queries_and_keys,
     scores_of,
+    slope_at_bound,
     uniform,
 )
 
@@ -90,7 +91,9 @@ def test_clamps(name):
     q, k, v = qkv()
     nothing = torch.zeros_like(q, requires_grad=True)
     for queries in (q, nothing):
-        assert check(attention, queries, k, v).regions[0].fused
+        region = check(attention, queries, k, v).regions[0]
+        # Of crossed bounds nothing but that gradient is left, and not even it where it is 0.
+        assert region.fused or (name, region.code, slope_at_bound()) == ("crossed", "no-product", 0)
 
 
 def test_clamps_are_bounds():
