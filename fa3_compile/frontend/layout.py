@@ -193,13 +193,14 @@ def _layout(reading: Reading, skeleton: Skeleton) -> Layout:
     queries and the rest share their KV head."""
     every = [a for dim in reading.axes for a in dim]
     in_query, in_key, in_value = (_axes_of(x) for x in (reading.query, reading.key, reading.value))
-    head_dim = [a for a in every if a in reading.head_dim.free_symbols]
-    if len(head_dim) > 1 or set(head_dim) & (in_query | in_key):
+    strides = {a: reading.head_dim.coeff(a) for a in reading.head_dim.free_symbols & {*every}}
+    head_dim = sorted(strides, key=lambda a: (-_large(strides[a]), a.name))
+    if {*head_dim} & (in_query | in_key):
         raise Decline(
             "axes-unclear",
             skeleton.output,
             "Give V a last axis of its own, which neither Q nor K has.",
-            message="the head dimension of V is also an axis of Q or K, or several axes",
+            message="the head dimension of V is also an axis of Q or K",
         )
     order = _order(reading, every)
     rest = [a for a in order if a not in head_dim]
@@ -248,12 +249,13 @@ def _order(reading: Reading, every) -> list[sympy.Symbol]:
     ordered: list[sympy.Symbol] = []
     for position in reading.rows:
         symbols = [s for s in position.free_symbols if s in reading.sizes]
-        strides = {
-            s: position.coeff(s).subs(dict.fromkeys(position.coeff(s).free_symbols, 1 << 20))
-            for s in symbols
-        }
-        ordered += sorted(symbols, key=lambda s: (-strides[s], s.name))
+        ordered += sorted(symbols, key=lambda s: (-_large(position.coeff(s)), s.name))
     return [*dict.fromkeys(ordered), *(a for a in every if a not in ordered)]
+
+
+def _large(stride: Expr) -> Expr:
+    """A stride as a number to sort by, dynamic sizes taken as large ones."""
+    return stride.subs(dict.fromkeys(stride.free_symbols, 1 << 20))
 
 
 def _coordinates(layout: Layout, reading: Reading) -> tuple[dict, dict]:

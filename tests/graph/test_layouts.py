@@ -426,3 +426,25 @@ def test_positions_before_heads_that_share_their_keys():
         specs(check(attention, q, k, v)),
         """attention(score=0.25*s, mask=kv <= q, dead=nan, out_order=bqhd)""",
     )
+
+
+def test_features_of_several_axes():
+    # The points of invariant point attention beside its values.
+    def attention(q, k, v, points):
+        p = (torch.einsum("bihd,bjhd->bhij", q, k) * SCALE).softmax(-1)
+        out = torch.einsum("bhij,bjhd->bihd", p, v)
+        return out, torch.einsum("bhij,bjhpc->bcihp", p, points)
+
+    q, k, v = qkv(B, S, H, D)
+    report = check(attention, q, k, v, normal(B, S, H, 4, 3, seed=4))
+    assert_expected_inline(
+        specs(report), """attention(score=0.25*s)\nattention(score=0.25*s)"""
+    )
+
+
+def test_features_that_queries_have_too():
+    def attention(q, k, v):
+        p = (torch.einsum("bihd,bjhd->bhijd", q, k) * SCALE).softmax(-2)
+        return torch.einsum("bhijd,bjhd->bihd", p, v)
+
+    assert not any(x.fused for x in check(attention, *qkv(B, S, H, D)).regions)
