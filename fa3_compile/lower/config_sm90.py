@@ -33,6 +33,8 @@ class Sm90Config:
     stages         key and value tiles in shared memory
     packed         a tile holds queries of several heads that share a KV head (PackGQA)
     split          the key blocks of a tile may be dealt to several thread blocks (split-KV)
+    held_queries   products read queries from registers, not from shared memory each time
+    bits           which elements of a cut block are seen is found under the products, a bit each
     """
 
     block_m: int
@@ -43,7 +45,8 @@ class Sm90Config:
     stages: int = 2
     packed: bool = False
     split: bool = False
-    tries: tuple[str, ...] = ()
+    held_queries: bool = False
+    bits: bool = False
 
     @property
     def threads(self) -> int:

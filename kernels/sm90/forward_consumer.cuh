@@ -26,6 +26,8 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
   Pipe k, v;
   float out[Config::kDimV / 2];
   uint32_t weights[kN / 4];  // P as the A operand of the values product
+  static constexpr int kSteps = ceil_div(Config::kDimQK, 16);
+  uint32_t queries[Config::kHeldQueries ? kSteps : 1][4];  // Q as that of the scores product
 
   FA3_DEVICE ForwardConsumer(const Base& block) : Weigher(block) {}
 
@@ -60,45 +62,38 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
 
   // ---- products ----
 
-#ifdef FA3_TRY_QREG
-  uint32_t query[ceil_div(Config::kDimQK, 16) * 4];
-
+  // The tile's queries, as the A operand of the scores product.
   FA3_DEVICE void take_queries() {
-    static_assert(QTile::kSwizzle == 128);
-    int row = warpgroup * 64 + threadIdx.x / 32 % 4 * 16 + lane % 16;
-    uint32_t from = shared + Base::kAtQ + q.stage() * QTile::kBytes + row * 128;
+    if constexpr (Config::kHeldQueries) {
+      static_assert(QTile::kSwizzle == 128, "panels of 64 columns");
+      int row = warpgroup * 64 + threadIdx.x / 32 % 4 * 16 + lane % 16;
+      uint32_t from = shared + Base::kAtQ + q.stage() * QTile::kBytes + row * 128;
 #pragma unroll
-    for (int i = 0; i < ceil_div(Config::kDimQK, 16); ++i) {
-      uint32_t x[4];
-      load_tiles(x, from + i / 4 * QTile::kPanelBytes + ((i % 4 * 2 ^ (lane / 16 ^ lane % 8)) << 4));
-#pragma unroll
-      for (int j = 0; j < 4; ++j) query[4 * i + j] = x[j];
+      for (int i = 0; i < kSteps; ++i) {
+        int column = i % 4 * 2 ^ lane / 16 ^ lane % 8;  // of 16 bytes, swizzled
+        load_tiles(queries[i], from + i / 4 * QTile::kPanelBytes + column * 16);
+      }
     }
   }
-#else
-  FA3_DEVICE void take_queries() {}
-#endif
 
   // S = Q K^T of one key block; left running.
   FA3_DEVICE void issue_scores(Scores& s) const {
-    constexpr int steps = ceil_div(Config::kDimQK, 16);
     constexpr int panel_steps = QTile::kPanelColumns / 16;
     uint32_t a = QTile::Desc::low(shared + Base::kAtQ + q.stage() * QTile::kBytes +
                                       warpgroup * 64 * QTile::kSwizzle, 16);
     uint32_t b = KTile::Desc::low(shared + Base::kAtK + k.stage() * KTile::kBytes, 16);
     wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < steps; ++i) {
+    for (int i = 0; i < kSteps; ++i) {
       int panel = i / panel_steps, inside = i % panel_steps * 32;
-#ifdef FA3_TRY_QREG
-      const uint32_t* x = query + 4 * i;
-      Wgmma<Dtype, kN>::held(s, x[0], x[1], x[2], x[3],
-                             KTile::Desc::make(b + (panel * KTile::kPanelBytes + inside) / 16), i > 0);
-      continue;
-#endif
-      Wgmma<Dtype, kN>::ss(s, QTile::Desc::make(a + (panel * QTile::kPanelBytes + inside) / 16),
-                           KTile::Desc::make(b + (panel * KTile::kPanelBytes + inside) / 16),
-                           i > 0);
+      uint64_t keys = KTile::Desc::make(b + (panel * KTile::kPanelBytes + inside) / 16);
+      if constexpr (Config::kHeldQueries) {
+        const auto& x = queries[i];
+        Wgmma<Dtype, kN>::held(s, x[0], x[1], x[2], x[3], keys, i > 0);
+      } else {
+        Wgmma<Dtype, kN>::ss(s, QTile::Desc::make(a + (panel * QTile::kPanelBytes + inside) / 16),
+                             keys, i > 0);
+      }
     }
     wgmma_commit();
   }
@@ -258,7 +253,6 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
     }
   }
 
-#ifdef FA3_TRY_MERGED
   // All blocks of a tile but its last values, which wait for the next tile or for finish(): they are
   // those of `tile` then. `before` blocks are skipped already.
   FA3_DEVICE void attend(const TileCoord& tile, const BlockSequence& seq, const BlockSequence& own,
@@ -341,90 +335,6 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
       }
     }
   }
-#else
-  // All of a tile but its last values, which wait for the next tile or for finish(). `previous` is
-  // the tile whose last values wait, and becomes this one.
-  FA3_DEVICE void attend(const TileCoord& tile, const BlockSequence& seq, TileCoord& previous) {
-    BlockSequence own = own_sequence(tile, seq);
-    Terms t = this->terms(tile, first_row(), lane);
-    int before = 0;
-    if constexpr (kOwnBlocks) {
-      before = own.count > 0 ? seq.first - own.first : seq.count;
-      if (before > 0) wait_q();  // the last block lets go of the queries, looked at or not
-      // Values of the previous tile may hold a stage only while the producer can go on without.
-      if (previous.query_block >= 0 && before > kStages) {
-        finish(previous);
-        previous = kNoTile;
-      }
-      bool held = previous.query_block >= 0;
-      skip(0, before, seq.count, !held);
-      if (!held && before > 0 && own.count > 0) before = 1;
-      if (own.count == 0) {
-        if (held) finish(previous);
-        skip_values(held ? before : 1);
-        previous = kNoTile;
-        clear();
-        return store(tile);
-      }
-    }
-    int i = seq.first - own.first;  // 0 where blocks are listed
-    begin(t, previous, own.block(0), own.masked > 0, i + 1 == seq.count);
-    skip_values(before);
-    int own_end = i + own.count;
-    int block = 0;
-    int next = own.count > 1 ? own.block(1) : 0;  // listed blocks are read one step ahead
-    int masked_end = i + own.masked, full_end = masked_end + own.full, first = i++;
-    auto advance = [&] {
-      block = next;
-      if (++i < own_end) next = own.block(i - first);
-      return i == seq.count;
-    };
-    while (i < masked_end) {
-      bool last = advance();
-      step<true>(t, block, last);
-    }
-    if (!Variant::kLeftBlocks) full_end = own_end;
-    while (i < full_end) {
-      bool last = advance();
-      step<false>(t, block, last);
-    }
-    if constexpr (Variant::kLeftBlocks) {
-      while (i < own_end) {
-        bool last = advance();
-        step<true>(t, block, last);
-      }
-    }
-    previous = tile;
-    if constexpr (kOwnBlocks) {
-      if (own_end < seq.count) {
-        finish(tile);
-        skip(own_end, seq.count, seq.count, true);
-        skip_values(1);
-        previous = kNoTile;
-      }
-    }
-  }
-
-  FA3_DEVICE void run() {
-    TileRing ring = this->ring();
-    TileCoord previous = kNoTile;
-    Turns::start(warpgroup);
-    for (;;) {
-      TileCoord tile = ring.receive();
-      if (tile.query_block < 0) break;
-      BlockSequence seq = this->sequence(tile);
-      if (seq.count > 0) {
-        attend(tile, seq, previous);
-      } else {
-        if (previous.query_block >= 0) finish(previous);
-        previous = kNoTile;
-        clear();
-        store(tile);
-      }
-    }
-    if (previous.query_block >= 0) finish(previous);
-  }
-#endif
 };
 
 }  // namespace fa3

@@ -78,11 +78,8 @@ struct ForwardWeigher : ForwardBlock<Config, Variant> {
                       j / 8 * Base::kDensePanelBytes + row * 128 + column * 16);
   }
 
-#ifdef FA3_TRY_BITS
-  static constexpr bool kBits = Variant::kMask || Variant::kColumnMask;
-#else
-  static constexpr bool kBits = false;
-#endif
+  static constexpr bool kBits = Config::kBits && (Variant::kMask || Variant::kColumnMask);
+
   // Which of a block's scores this thread's rows see, a bit each in their order.
   struct SeenBits {
     uint32_t word[ceil_div(kN / 2, 32)];

@@ -44,7 +44,6 @@ def compiled(key: CudaKey, to: Path) -> Path:
     own = between(source, "struct alignas(8) Aux", "}  // namespace fa3")
     emulated = resources.kernels().parent / "tests/numerics/emulated_sm90.hpp"
     parts = [f'#define DTYPE {key.dtype}\n#include "{emulated}"', NO_TURNS]
-    parts += re.findall("#define FA3_TRY.*", source)
     parts += [header(x) for x in HEADERS if not x.startswith(("query", "backward"))]
     parts += [header(x) for x in FORWARD_HEADERS]
     parts += ["namespace fa3 {", own, "}", "using namespace fa3;"]
@@ -58,40 +57,11 @@ def compiled(key: CudaKey, to: Path) -> Path:
 
 # (form, head dims, lengths, query heads of a KV head, tile)
 CASES = [
-    ("causal", (64, 64), (200, 200), 1, {}),
+    ("causal", (64, 64), (300, 300), 1, {"block_m": 192, "block_n": 16}),
+    ("window, nan", (32, 32), (420, 210), 1, {"block_m": 192, "block_n": 16}),
     ("documents", (64, 64), (300, 300), 2, {}),
-    ("dense bias", (64, 64), (136, 136), 1, {"tries": ("LDMATRIX", "NARROW")}),
-    (
-        "dense bias, one batch",
-        (64, 64),
-        (136, 136),
-        2,
-        {"tries": ("LDMATRIX", "NARROW", "BATCH_FIRST"), "block_m": 192, "block_n": 64},
-    ),
-    ("dense bias with -inf", (64, 64), (150, 136), 1, {"tries": ("LDMATRIX", "NARROW")}),
-    ("causal", (32, 32), (400, 400), 1, {"tries": ("MERGED",), "block_m": 192, "block_n": 16}),
-    ("window", (32, 32), (400, 400), 1, {"tries": ("MERGED",), "block_m": 192, "block_n": 16}),
-    ("window, nan", (32, 32), (420, 210), 1, {"tries": ("MERGED",), "block_m": 192, "block_n": 16}),
-    (
-        "all dead, zero",
-        (32, 32),
-        (200, 210),
-        1,
-        {"tries": ("MERGED",), "block_m": 192, "block_n": 16},
-    ),
-    ("full", (32, 32), (200, 210), 1, {"tries": ("MERGED",), "block_m": 192, "block_n": 16}),
-    ("causal", (64, 64), (300, 300), 1, {"tries": ("QREG",), "block_m": 128, "block_n": 64}),
-    ("causal", (128, 128), (140, 200), 2, {"tries": ("QREG",), "block_m": 128, "block_n": 64}),
-    (
-        "documents",
-        (128, 128),
-        (200, 200),
-        2,
-        {"tries": ("PLAIN_START", "BITS", "QREG"), "block_m": 128},
-    ),
-    ("dense bias", (128, 128), (136, 136), 1, {"tries": ("LDMATRIX", "QREG"), "block_m": 128}),
-    ("key mask", (32, 32), (150, 150), 2, {"tries": ("BITS",)}),
-    ("documents", (64, 64), (300, 300), 2, {"tries": ("PLAIN_START", "BITS")}),
+    ("dense bias with -inf", (64, 64), (150, 136), 1, {}),
+    ("documents", (128, 128), (200, 200), 2, {"held_queries": True, "bits": True}),
 ]
 
 
