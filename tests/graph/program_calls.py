@@ -24,7 +24,6 @@ LAYOUTS = (
 # Fewer heads of keys than of queries: `enable_gqa`.
 GROUPED = ("gqa", "mqa")
 
-# name -> (sizes, seed) -> (attn_mask's tensors, (q, *tensors) -> attn_mask)
 MASKS = (
     "", "", "causal", "boolean", "two", "added", "lowest", "bias", "causal bias", "padding",
     "float padding",
@@ -80,7 +79,6 @@ MASK_MODS: dict[str, Callable[[Sizes], Callable[..., Tensor]]] = {
     "documents": lambda sizes: _documents(sizes.n, sizes.m, sizes.device),
 }
 
-# name -> (sizes, seed) -> (tensors, (score, b, h, q, kv, *tensors) -> score)
 SCORE_MODS = ("", "softcap", "ALiBi", "bias", "table", "key bias", "head scale", "fill", "two")
 
 
