@@ -38,7 +38,7 @@ def _cuts_gradient(node: fx.Node) -> bool:
     value = example_value(node)
     if node.op not in ("call_function", "call_method") or not _is_float(value):
         return False
-    if _has_gradient(value) or _creates(node):
+    if has_gradient(value) or _creates(node):
         return False
     name = target_name(node)
     sources = [s for s in node.all_input_nodes if _is_float(example_value(s))]
@@ -61,14 +61,14 @@ def _had_gradient(node: fx.Node) -> bool:
         if current in seen:
             continue
         seen.add(current)
-        if _is_float(example_value(current)) and _has_gradient(example_value(current)):
+        if _is_float(example_value(current)) and has_gradient(example_value(current)):
             return True
         if target_name(current) != "detach" and not _creates(current):
             stack.extend(s for s in current.all_input_nodes if len(seen) < 64)
     return False
 
 
-def _has_gradient(value: torch.Tensor) -> bool:
+def has_gradient(value: torch.Tensor) -> bool:
     """Whether the caller's gradient flows; what transforms differentiate is theirs alone."""
     return unwrapped(value).requires_grad
 

@@ -12,6 +12,7 @@ from fa3_compile.frontend.check import place_of
 from fa3_compile.frontend.coefficient import coefficient
 from fa3_compile.frontend.dynamo_graph import example_value
 from fa3_compile.frontend.emit import Emitter
+from fa3_compile.frontend.gradients import has_gradient
 from fa3_compile.frontend.mutations import written_later
 from fa3_compile.frontend.placeholders import D
 from fa3_compile.frontend.region import Region
@@ -41,10 +42,22 @@ def rewrite(graph: fx.Graph, regions: list[Region], texts: list[str]) -> dict[fx
             # The backward reads what the operator gave: a product does not keep its result.
             for replaced in written_later(replacements, emit.before.prev):
                 replacements[replaced] = emit.call("clone", replacements[replaced])
+        if _differentiates(regions):
+            # What the program holds constant past this node: its own detach() may be replaced.
+            for replaced, made in replacements.items():
+                if not has_gradient(example_value(replaced)):
+                    replacements[replaced] = emit.call("detach", made)
     for replaced, made in replacements.items():
         made.meta.update(replaced.meta)
         replaced.replace_all_uses_with(made)
     return replacements
+
+
+def _differentiates(regions: list[Region]) -> bool:
+    """Whether the operator's results have a gradient where it stands outside `no_grad`."""
+    read = [x.source for r in regions for x in (r.query, r.key, r.value)]
+    read += [x.source for r in regions for x in r.loads if isinstance(x, Captured)]
+    return torch.is_grad_enabled() and any(has_gradient(example_value(x)) for x in read)
 
 
 def _attention(

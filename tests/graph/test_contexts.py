@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
@@ -133,6 +134,29 @@ class TestGradientModes:
 
     def test_detached_scores(self):
         check(lambda q, k, v: attend(scores_of(q, k).detach(), v), *qkv())
+
+    @pytest.mark.parametrize(
+        "stopped",
+        [
+            lambda q, k, v: plain(q, k, v).detach() * v,
+            lambda q, k, v: plain(q, k, v).transpose(1, 2).detach().transpose(1, 2) * v,
+            lambda q, k, v: scores_of(q, k).logsumexp(-1, True) + plain(q, k, v).detach(),
+            lambda q, k, v: scores_of(q, k).logsumexp(-1, True).detach() * plain(q, k, v),
+        ],
+        ids=["output", "view of it", "output, and not the LSE", "LSE"],
+    )
+    def test_detached_result(self, stopped):
+        assert specs(check(stopped, *qkv())) == PLAIN
+
+    def test_results_of_no_grad_beside_those_of_grad(self):
+        def attention(q, k, v):
+            s = scores_of(q, k)
+            with torch.no_grad():
+                y = attend(s, v)
+                z = plain(q, k, v).logsumexp(-1, True)
+            return (y + z) * v + s.logsumexp(-1, True)
+
+        check(attention, *qkv())
 
     def test_detached_keys(self):
         assert specs(check(lambda q, k, v: plain(q, k.detach(), v), *qkv())) == PLAIN
