@@ -286,13 +286,31 @@ def declined(opaque: Opaque, shadow: Shadow) -> Decline:
 
 
 def _described(node: fx.Node) -> str:
-    """An operator by name; sums of squares, which norms begin with, are told from other sums."""
+    """An operator by name; sums that something is divided by are told from other sums, but for
+    those of squares, which norms begin with."""
     name = str(node.target)
     summed = node.args[0] if name.startswith("aten.sum.") else None
     if not isinstance(summed, fx.Node):
         return name
     square = str(summed.target).startswith(("aten.pow.", "aten.mul."))
-    return f"{name} of squares" if square and summed.args[1] in (2, summed.args[0]) else name
+    square = square and summed.args[1] in (2, summed.args[0])
+    return f"division by {name}" if _divides(node) and not square else name
+
+
+def _divides(node: fx.Node) -> bool:
+    """Whether something near is divided by what is made of the node alone."""
+    stack, seen = [node], set()
+    while stack and len(seen) < 16:
+        current = stack.pop()
+        seen.add(current)
+        for user in current.users:
+            if user.target is torch.ops.aten.div.Tensor and user.args[1] is current:
+                return True
+            if user.target is torch.ops.aten.reciprocal.default:
+                return True
+            if len(user.all_input_nodes) == 1 and user not in seen:
+                stack.append(user)
+    return False
 
 
 def written_between(source: fx.Node, by: fx.Node) -> Decline:

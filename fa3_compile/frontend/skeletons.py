@@ -28,7 +28,7 @@ NO_ATTENTION = frozenset(
 )
 
 # What the norms of layers begin with, and what no weights without a softmax are read through.
-NORMS = ("aten.sum.dim_IntList of squares", "aten.mean.", "aten.var")
+NORMS = ("aten.sum.", "aten.mean.", "aten.var")
 
 
 @dataclass

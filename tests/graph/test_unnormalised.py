@@ -506,3 +506,20 @@ class TestNoAttention:
 
         # The second's values are made of its weights, as the first's output is.
         assert len(check(attention, *qkv()).fused) == 1
+
+
+def test_sums_of_other_weights_are_told():
+    def softpick(s):
+        e = s.exp() - 1
+        return e.relu() / (e.abs().sum(-1, keepdim=True) + 1e-6)
+
+    assert weighed(softpick) == "lift: not-pointwise"
+
+
+def test_sums_over_experts_are_not():
+    def mixture(x, up, down, gate):
+        h = torch.einsum("td,edf->etf", x, up).relu() * gate.mT[..., None]
+        return torch.einsum("etf,efd->etd", h, down).sum(0)
+
+    tensors = normal(S, D), normal(3, D, 8), normal(3, 8, D), normal(S, 3)
+    assert not check(mixture, *tensors).regions
