@@ -1,164 +1,112 @@
-"""Forward variants side by side; scratch."""
-import sys, time, os
-from pathlib import Path
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+"""Other ways to build a Hopper forward against the one that runs: the same numbers, and how fast.
+
+    python benchmarks/sm90_forward_variants.py [CASE ...]    on a Hopper GPU
+
+Each row is a configuration of one case, all of a case in turn in one process; `diff` is the
+largest distance of its output and its LSE from the first row's.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import torch
-from benchmarks.sm90_dev import timed, made, problem_of, Timed, TOKENS, WIDTH
-from fa3_compile.lower.build_nvrtc import load
+
+from benchmarks.sm90_dev import TOKENS, WIDTH, WORKERS, Timed, interleaved, made, problem_of, timed
+from fa3_compile.lower.build_nvrtc import Built, load
 from fa3_compile.lower.kernels.cuda_sm90 import bind
 from fa3_compile.lower.kernels.cuda_sm90_keys import keys_of, layout_of
-from fa3_compile.lower import launch_cuda
+from fa3_compile.lower.render_cuda import CudaKey
 
-def case_of(name):
-    if name == "full1k":
-        return Timed("full", f"score={128**-0.5}*s", 128, 1024, 1.0)
-    if name == "full8k":
-        return Timed("full", f"score={128**-0.5}*s", 128, 8192, 1.0)
-    if name.startswith("ragged"):
-        return replace(case_of("documents"), name=name)
+S, N = f"{1 / math.sqrt(128)}*s", 8192
+SQUARES = " & ".join(
+    f"(abs({f}(floordiv(q, 64), 16) - {f}(floordiv(kv, 64), 16)) <= 2)" for f in ("floordiv", "mod")
+)
+BIAS = f"score={S} + load(0, 0, h, q, kv)"
+# Beside those of sm90_dev.py; `ragged` are documents of random lengths.
+OWN = (
+    Timed("full", f"score={S}", 128, N, 1.0),
+    Timed(
+        "ragged", f"score={S}, mask=(load(0, b, q) == load(0, b, kv))", 128, N, 0.0, ("eighths",)
+    ),
+    Timed("bias causal", f"{BIAS}, mask=(kv - q <= 0)", 128, N, 0.5, ("bias_of_heads",)),
+    Timed("squares", f"score={S}, mask={SQUARES}", 128, N, 0.0),
+)
+LARGE, HELD = {"block_m": 128, "block_n": 128}, {"held_queries": True}
+MASKS = ({}, {"bits": True}, HELD, HELD | {"bits": True})
+# Case -> what its rows change of the table's first configuration.
+PLAN = {
+    **dict.fromkeys(("documents", "ragged", "padded causal", "dense mask", "squares"), MASKS),
+    **dict.fromkeys(("bias", "bias causal"), ({}, HELD)),
+    **dict.fromkeys(("full", "causal", "softcap", "alibi"), ({}, LARGE, LARGE | HELD)),
+}
+
+
+def inputs(name: str, device: str):
+    """(what it is, the share of the work that is left, spec, q, k, v, aux)."""
+    cases = [x for x in (*OWN, *timed()) if x.name == name and (x.dim, x.length) == (128, N)]
+    spec, q, k, v, aux = made(cases[0], device)
+    share = cases[0].share
     if name == "squares":
-        m = "&".join(f" (abs({f}(floordiv(q, 64), 16) - {f}(floordiv(kv, 64), 16)) <= 2) " for f in ("floordiv", "mod"))
-        return Timed(name, f"score={128**-0.5}*s, mask={m.strip()}", 128, 8192, squares())
-    if name == "streaming":
-        n = 8192; seen = sum(min(q + 1, 1025) + max(min(64, q - 1024), 0) for q in range(n))
-        return Timed(name, f"score={128**-0.5}*s, mask=(kv - q <= 0) & ((kv < 64) | (q - kv <= 1024))", 128, n, seen / n / n)
-    for c in timed():
-        if name == f"{c.name} {c.dim} {c.length}": return c
-    if name == "bias causal":
-        c = case_of("bias")
-        return replace(c, name=name, fields=c.fields + ", mask=(kv - q <= 0)", share=0.5)
-    return next(c for c in timed() if c.name == name and c.length == 8192)
+        at = torch.arange(N) // 64
+        near = [(x[:, None] - x).abs() <= 2 for x in (at // 16, at % 16)]
+        share = (near[0] & near[1]).double().mean().item()
+    if name == "ragged":
+        random = torch.Generator().manual_seed(3)
+        cuts = torch.randint(0, N, (TOKENS // N, 7), generator=random).sort(1).values
+        ids = (torch.arange(N)[None, :, None] >= cuts[:, None]).sum(-1)
+        lengths = torch.stack([torch.bincount(x, minlength=8) for x in ids]).double()
+        share, aux = ((lengths / N) ** 2).sum(1).mean().item(), [ids.to(device)]
+    return cases[0], share, spec, q, k, v, aux
 
-def squares():
-    i = torch.arange(8192) // 64
-    return float(((i[:, None] // 16 - i // 16).abs() <= 2).logical_and((i[:, None] % 16 - i % 16).abs() <= 2).double().mean())
 
-def closed(key):
-    """Bounds in closed form in place of kept lists."""
-    from fa3_compile.lower import render_cuda
-    from fa3_compile.lower.kernels import cuda_sm90_lists
-    from fa3_compile.spec.blocks import may_have_holes
-    f = (lambda m: False) if "CLOSED" in key.config.tries else may_have_holes
-    render_cuda.may_have_holes = cuda_sm90_lists.may_have_holes = f
+def keys(name: str) -> list[CudaKey]:
+    _, _, spec, q, k, v, aux = inputs(name, "meta")
+    first = keys_of(problem_of(spec, q, k, v, aux), layout_of(spec, aux))[0]
+    return [replace(first, config=replace(first.config, **x)) for x in PLAN[name]]
 
-def inputs(name, device):
-    c = case_of(name)
-    spec, q, k, v, aux = made(c, device)
-    share = c.share
-    if name.startswith("ragged"):
-        g = torch.Generator().manual_seed(3)
-        cuts = torch.randint(0, 8192, (2, 7), generator=g).sort(1).values
-        ids = (torch.arange(8192)[None, :, None] >= cuts[:, None]).sum(-1)
-        counts = torch.stack([torch.bincount(x, minlength=8) for x in ids]).double()
-        share = float((counts**2).sum() / (2 * 8192.0**2))
-        aux = [ids.to(device)]
-    return c, share, spec, q, k, v, aux
 
-def keys_for(name, changes):
-    c, share, spec, q, k, v, aux = inputs(name, "meta")
-    p = problem_of(spec, q, k, v, aux)
-    base = keys_of(p, layout_of(spec, aux))[0]
-    return [replace(base, config=replace(base.config, **x)) for x in changes]
-
-def _build(key):
+def build(key: CudaKey) -> Built:
+    """In a worker, so that the kernel lies in the cache on disk."""
     torch.set_num_threads(1)
-    closed(key)
-    try:
-        b = load(key)
-        return b.spill_bytes, b.serialised
-    except Exception as e:
-        return str(e)[-300:], None
+    return load(key)
 
-class Overlapped:
-    """A launch that may begin before the one before it ends."""
-    def __init__(self, launch):
-        cu = launch_cuda.driver()
-        kernel, *grid, tx, ty, tz, shared = launch._arguments
-        self.l, self.cu, self.kernel = launch, cu, kernel
-        self.cfg = cu.CUlaunchConfig()
-        self.cfg.gridDimX, self.cfg.gridDimY, self.cfg.gridDimZ = grid
-        self.cfg.blockDimX, self.cfg.blockDimY, self.cfg.blockDimZ = tx, ty, tz
-        self.cfg.sharedMemBytes = shared
-        a = cu.CUlaunchAttribute()
-        a.id = cu.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        a.value.programmaticStreamSerializationAllowed = 1
-        self.cfg.attrs = [a]; self.cfg.numAttrs = 1
-    def __call__(self, stream, addresses):
-        for w, i in self.l._copied: self.l._words[w] = addresses[i]
-        for w, i, m in self.l._moved: self.l._words[w] = addresses[i] + m
-        self.cfg.hStream = stream
-        (s,) = self.cu.cuLaunchKernelEx(self.cfg, self.kernel, self.l._pointer, 0)
-        assert s.value == 0, s
 
-def interleaved(functions, rounds):
-    for f in functions * 2: f()
-    ev = [[] for _ in functions]
-    for _ in range(rounds):
-        for f, r in zip(functions, ev):
-            a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(60000)  # the host is ahead
-            a.record(); f(); b.record(); r.append((a, b))
-    torch.cuda.synchronize()
-    return [sorted(a.elapsed_time(b) for a, b in r)[len(r) // 2] for r in ev]
+def measure(name: str) -> None:
+    case, share, spec, q, k, v, aux = inputs(name, "cuda")
+    problem = problem_of(spec, q, k, v, aux)
+    calls, rows, expected = [], [], None
+    for key in keys(name):
+        bound, built = bind(problem, q, k, v, aux, (), key), load(key)
+        found = bound(q, k, v, aux)
+        expected = expected or found
+        off = [(a.float() - b.float()).abs().max().item() for a, b in zip(found, expected)]
+        c = key.config
+        said = [f"{c.block_m}x{c.block_n}", *(x for x in ("held_queries", "bits") if getattr(c, x))]
+        said += [] if built.healthy else [f"spills {built.spill_bytes}"]
+        calls.append(lambda bound=bound: bound(q, k, v, aux))
+        rows.append((" ".join(said), f"diff {off[0]:.1e} {off[1]:.1e}"))
+    work = 4 * TOKENS * case.length * WIDTH * share
+    for (said, off), ms in zip(rows, interleaved(calls, 25)):
+        print(f"{name:14s}{said:32s}{1e3 * ms:8.1f} us {work / ms / 1e9:5.0f} TFLOP/s  {off}")
+    sys.stdout.flush()
 
-def go(name, changes, rounds=25, parts=False):
-    c, share, spec, q, k, v, aux = inputs(name, "cuda")
-    p = problem_of(spec, q, k, v, aux)
-    calls, labels, first = [], [], None
-    for key, change in zip(keys_for(name, changes), changes):
-        closed(key)
-        b = load(key)
-        label = " ".join([f"{key.config.block_m}x{key.config.block_n}x{key.config.stages}",
-            *(f"{n}={x}" for n, x in change.items() if n in ("longest_first", "ping_pong")),
-            *key.config.tries, f"spill{b.spill_bytes}" if b.spill_bytes else "", "SERIAL" if b.serialised else ""])
-        bound = bind(p, q, k, v, aux, (), key)
-        if "PDL" in key.config.tries:
-            bound.launches = (bound.launches[0], Overlapped(bound.launches[1]), *bound.launches[2:])
-        out, lse = bound(q, k, v, aux)
-        torch.cuda.synchronize()
-        if first is None: first = out, lse
-        d = (out.float() - first[0].float()).abs().max().item(), (lse - first[1]).abs().max().item()
-        calls.append(lambda b=bound: b(q, k, v, aux)); labels.append((label, d))
-        if parts and not change:
-            stream = torch._C._cuda_getCurrentRawStream(0)
-            o, l = torch.empty_like(out), torch.empty_like(lse)
-            w = torch.empty(bound.scratch_words, dtype=torch.int32, device="cuda")
-            ctr = bound.module.counter(stream)[0]
-            ad = [q.data_ptr(), k.data_ptr(), v.data_ptr(), o.data_ptr(), l.data_ptr(), ctr, w.data_ptr(), w.data_ptr(), *(x.data_ptr() for x in aux)]
-            for i, x in enumerate(bound.launches):
-                calls.append(lambda x=x, ad=ad: x(stream, ad)); labels.append((f"launch {i} alone", (0, 0)))
-    work = 4 * TOKENS * c.length * WIDTH * share
-    for (label, d), ms in zip(labels, interleaved(calls, rounds)):
-        print(f"{name:11s} {label:60s} {ms*1e3:8.1f} us {work/ms/1e9:6.0f} TF  diff {d[0]:.1e} {d[1]:.1e}", flush=True)
 
-def cross(**axes):
-    found = [{}]
-    for n, values in axes.items(): found = [{**x, n: y} for x in found for y in values]
-    return found
+def main() -> None:
+    wanted = sys.argv[1:] or list(PLAN)
+    with ProcessPoolExecutor(min(WORKERS, os.cpu_count() or 1)) as pool:
+        list(pool.map(build, [key for name in wanted for key in keys(name)]))
+    for name in wanted:
+        measure(name)
+        torch.cuda.empty_cache()
 
-def plan():
-    P, L, B, Q, X = ("PLAIN_START",), ("LDMATRIX",), ("BITS",), ("QREG",), ("PDL",)
-    full = dict(block_m=128, block_n=128)
-    masks = [{}, dict(tries=P), dict(tries=P + B), dict(tries=P + Q), dict(tries=P + B + Q)]
-    found = {n: masks for n in ("documents", "ragged", "padded causal", "dense mask", "squares")}
-    found["ragged"] = masks + [dict(tries=P + B, block_n=96), dict(tries=P + B + Q, block_n=96), dict(tries=P + B, block_n=64)]
-    for n in ("bias", "bias causal"):
-        found[n] = [{}, dict(tries=L), dict(tries=Q), dict(tries=L + Q), dict(tries=L + Q, ping_pong=False)]
-    for n in ("full1k", "full8k", "full 128 2048", "causal 128 2048", "causal 128 16384", "softcap 128 8192", "alibi 128 8192", "window1024 128 8192", "prefix1024 128 8192"):
-        found[n] = [{}, full, {**full, "tries": Q}] + ([dict(tries=("MERGED",))] if n.startswith(("causal", "window")) else [])
-    return found
 
 if __name__ == "__main__":
-    wanted = sys.argv[1:]
-    todo = {n: c for n, c in plan().items() if not wanted or n in wanted}
-    t = time.time()
-    keys = [k for n, c in todo.items() for k in keys_for(n, c)]
-    with ProcessPoolExecutor(min(16, os.cpu_count())) as pool: said = list(pool.map(_build, keys))
-    print("built", len(keys), f"{time.time() - t:.0f} s", [s for s in said if not isinstance(s[0], int)], flush=True)
-    if "build" in os.environ: sys.exit()
-    for n, c in todo.items():
-        try: go(n, c, parts=n == "documents")
-        except Exception as e: print(n, "FAILED", repr(e)[:500], flush=True)
-        torch.cuda.empty_cache()
+    main()

@@ -132,7 +132,7 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
     Turns::pass(warpgroup);
     typename Weigher::SeenBits bits{};
     if constexpr (Masked && Weigher::kBits) {
-      wait_v();
+      wait_v();  // again: a basic block of their own, or ptxas mixes them with the products
       bits = this->seen_bits(t, block);
     }
     wgmma_wait<1>();
@@ -182,10 +182,13 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
     wgmma_pin(s);
     release_k(last);
     clear();
-    if (Variant::kBlockMap && !masked) this->template weigh<false>(t, s, block, alpha);
-    else
-    if constexpr (Weigher::kBits) this->template weigh<true>(t, s, block, alpha, this->seen_bits(t, block));
-    else this->template weigh<true>(t, s, block, alpha);
+    if (Variant::kBlockMap && !masked) {
+      this->template weigh<false>(t, s, block, alpha);
+    } else {
+      typename Weigher::SeenBits bits{};
+      if constexpr (Weigher::kBits) bits = this->seen_bits(t, block);
+      this->template weigh<true>(t, s, block, alpha, bits);
+    }
     pack_weights(s);
   }
 

@@ -80,6 +80,19 @@ struct ForwardWeigher : ForwardBlock<Config, Variant> {
 
   static constexpr bool kBits = Config::kBits && (Variant::kMask || Variant::kColumnMask);
 
+  // Whether row r sees the key kv, `column` columns from this thread's first.
+  FA3_DEVICE static bool sees_element(const Terms& t, const MaskTerms& m, const auto& col, int r,
+                                      int column, int kv, float extra) {
+    int h = Terms::head_of(r);
+    bool seen = column < m.end[r];
+    if constexpr (Variant::kRowBegin) seen = seen && column >= m.begin[r];
+    if constexpr (Variant::kColumnMask)
+      seen = seen && (m.columns[column / 32] & 1u << column % 32);
+    if constexpr (Variant::kMask)
+      seen = seen && Variant::mask(t.at[h], t.head[h], t.row[r], col, t.q[r], kv, extra);
+    return seen;
+  }
+
   // Which of a block's scores this thread's rows see, a bit each in their order.
   struct SeenBits {
     uint32_t word[ceil_div(kN / 2, 32)];
@@ -93,12 +106,7 @@ struct ForwardWeigher : ForwardBlock<Config, Variant> {
       int r = i / 2 % 2, h = Terms::head_of(r), column = i / 4 * 8 + i % 2;
       int kv = min(block * kN + 2 * (lane % 4) + column, p.keys - 1);
       auto col = Variant::col(t.at[h], t.head[h], kv);
-      bool seen = column < m.end[r];
-      if constexpr (Variant::kRowBegin) seen = seen && column >= m.begin[r];
-      if constexpr (Variant::kColumnMask)
-        seen = seen && (m.columns[column / 32] & 1u << column % 32);
-      if constexpr (Variant::kMask)
-        seen = seen && Variant::mask(t.at[h], t.head[h], t.row[r], col, t.q[r], kv, 0.0f);
+      bool seen = sees_element(t, m, col, r, column, kv, 0.0f);
       bits.word[i / 32] |= static_cast<uint32_t>(seen) << i % 32;
     }
 #pragma unroll
@@ -149,13 +157,7 @@ struct ForwardWeigher : ForwardBlock<Config, Variant> {
             int i = 4 * j + 2 * r + e;
             if (!(bits.word[i / 32] & 1u << i % 32)) x = -inf();
           } else if constexpr (Masked) {
-            bool seen = column < m.end[r];
-            if constexpr (Variant::kRowBegin) seen = seen && column >= m.begin[r];
-            if constexpr (Variant::kColumnMask)
-              seen = seen && (m.columns[j / 4] & 1u << (8 * (j % 4) + e));
-            if constexpr (Variant::kMask)
-              seen = seen &&
-                     Variant::mask(t.at[h], t.head[h], t.row[r], col[h], t.q[r], kv, extra);
+            bool seen = sees_element(t, m, col[h], r, column, kv, extra);
             if (!seen) x = -inf();
           }
         }
