@@ -437,9 +437,7 @@ def test_features_of_several_axes():
 
     q, k, v = qkv(B, S, H, D)
     report = check(attention, q, k, v, normal(B, S, H, 4, 3, seed=4))
-    assert_expected_inline(
-        specs(report), """attention(score=0.25*s)\nattention(score=0.25*s)"""
-    )
+    assert_expected_inline(specs(report), """attention(score=0.25*s)\nattention(score=0.25*s)""")
 
 
 def test_features_that_queries_have_too():
