@@ -69,7 +69,8 @@ CASES = [
 def test_attention(case, tmp_path, monkeypatch, launches) -> None:
     name, dims, lengths, group, tile = case
     form = BY_NAME[name]
-    spec, shape = form.spec(), Shape(2, 2, 2 // group, *lengths, *dims)
+    (q_len, kv_len), (dim, v_dim) = lengths, dims
+    spec, shape = form.spec(), Shape(2, 2, 2 // group, q_len, kv_len, dim, v_dim)
     q, k, v, aux = inputs(form, shape, torch.bfloat16, "cpu")
     problem = Problem(spec, q.dtype, torch.device("cuda:0"), (9, 0), *vars(shape).values(),
                       aux_dtypes=tuple(x.dtype for x in aux))  # fmt: skip
