@@ -79,9 +79,9 @@ def test_attention(case, tmp_path, monkeypatch, launches) -> None:
     built = Built(bytes(compiled(key, tmp_path / "kernels.so")) + b"\0", "", 168, 0, False)
     monkeypatch.setattr(cuda_sm90, "load_first", lambda keys: (keys[0], built))
     monkeypatch.setattr(cuda_sm90_forward_parameters, "processors", lambda device: 2)
-    arguments = on_device((q, k, v, aux))
-    bound = cuda_sm90.bind(problem, *arguments, form.sizes, key)
-    out, lse = on_host(bound(*arguments))
+    q_there, k_there, v_there, aux_there = on_device((q, k, v, aux))
+    bound = cuda_sm90.bind(problem, q_there, k_there, v_there, aux_there, form.sizes, key)
+    out, lse = on_host(bound(q_there, k_there, v_there, aux_there))
     assert compare(form, out, lse, q, k, v, aux) is None
 
 
