@@ -69,6 +69,7 @@ def _rewrite_graph(gm: fx.GraphModule, options: Options, graph_name: str, fused:
     rewritten: list[Region] = []
     attended: set[fx.Node] = set()
     for skeleton in skeletons(shadow) if shadow else ():
+        assert shadow is not None
         known: dict[str, Any] = {"where": where(skeleton.softmax_holder(shadow))}
         try:
             if options.fuel is not None and fused + len(rewritten) >= options.fuel:
