@@ -11,10 +11,9 @@ from fa3_compile.frontend import flex, transforms
 from fa3_compile.frontend.dynamo_graph import (
     example_value,
     operator_name,
-    storage_of,
     target_name,
 )
-from fa3_compile.frontend.mutations import is_mutation, mutated_nodes
+from fa3_compile.frontend.mutations import is_mutation, writes_that_reach
 
 # Calls that ask a tensor for nothing but its shape, dtype and device.
 SHAPE_READERS = frozenset(
@@ -51,13 +50,7 @@ def live_nodes(
             live.add(node)
             if node not in without:
                 stack.extend(node.all_input_nodes)
-        storages = {storage_of(n) for n in live} - {None}
-        stack = [
-            n
-            for n in mutations
-            if n not in live
-            and any(w in live or storage_of(w) in storages for w in mutated_nodes(n))
-        ]
+        stack = writes_that_reach(mutations, live)
         if not stack:
             return live
 

@@ -68,6 +68,17 @@ def mutated_nodes(node: fx.Node) -> list[fx.Node]:
     return []
 
 
+def writes_that_reach(mutations: Iterable[fx.Node], nodes: set[fx.Node]) -> list[fx.Node]:
+    """Those of the writes, not among `nodes`, that may reach one through a view of its memory."""
+    # None is memory that nothing is known of.
+    storages = {storage_of(n) for n in nodes} | {None}
+    return [
+        x
+        for x in mutations
+        if x not in nodes and any(n in nodes or storage_of(n) in storages for n in mutated_nodes(x))
+    ]
+
+
 def overwrite(source: fx.Node, since: fx.Node, until: fx.Node) -> fx.Node | None:
     """The first write to the memory of `source` after `since` and before `until`, if there is one.
 

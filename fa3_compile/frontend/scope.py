@@ -12,10 +12,9 @@ from fa3_compile.frontend import flex, transforms
 from fa3_compile.frontend.dynamo_graph import (
     example_value,
     opaque_target,
-    storage_of,
     target_name,
 )
-from fa3_compile.frontend.mutations import is_mutation, mutated_nodes
+from fa3_compile.frontend.mutations import is_mutation, mutated_nodes, writes_that_reach
 from fa3_compile.frontend.seeds import seeds
 
 READABLE = "Write score_mod and mask_mod with element-wise operations and reads of tensors."
@@ -157,16 +156,9 @@ def relevant(graph: fx.Graph, scope: Scope) -> set[fx.Node]:
                 stack.extend(mutated_nodes(node))
             else:
                 stack.extend(flex.inputs(node) if flex.is_call(node) else node.all_input_nodes)
-        # A write reaches what is kept through any view of the same memory.
-        storages = {storage_of(n) for n in keep} - {None}
-        stack = [n for n in mutations if n not in keep and _writes_to(n, keep, storages)]
+        stack = writes_that_reach(mutations, keep)
         if not stack:
             return keep
-
-
-def _writes_to(mutation: fx.Node, nodes: set[fx.Node], storages: set) -> bool:
-    written = mutated_nodes(mutation)
-    return any(n in nodes or storage_of(n) in storages or storage_of(n) is None for n in written)
 
 
 def _changes_mode(node: fx.Node) -> bool:
