@@ -41,18 +41,16 @@ def _parser() -> argparse.ArgumentParser:
     shape = explain.add_mutually_exclusive_group()
     shape.add_argument("--json", action="store_const", dest="form", const="json")
     shape.add_argument("--markdown", action="store_const", dest="form", const="markdown")
-    explain.add_argument(
-        "--html", type=_new_file, metavar="FILE", help="also write the report as a page"
-    )
     explain.set_defaults(run=_explain, form="text")
 
     bench = commands.add_parser(
         "bench", help="time a model in eager mode, through Inductor, and through fa3"
     )
     _add_model(bench)
-    bench.add_argument(
-        "--html", type=_new_file, metavar="FILE", help="also write the report as a page"
-    )
+    for command in (explain, bench):
+        command.add_argument(
+            "--html", type=_new_file, metavar="FILE", help="also write the report as a page"
+        )
     bench.set_defaults(run=_bench)
 
     repro = commands.add_parser(
