@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -151,8 +152,16 @@ def _gradients(outputs: dict[str, Tensor], leaves: dict[str, Tensor]) -> dict[st
     ]
     if not differentiable or not leaves:
         return {}
-    found = torch.autograd.grad(
-        differentiable, list(leaves.values()), cotangents, allow_unused=True
+    # Not torch.autograd.grad: a function mode, as the oracle is computed in, is off while it handles
+    # a function, and a checkpoint would compute again without it.
+    found = _engine_run_backward(
+        tuple(differentiable),
+        tuple(cotangents),
+        False,  # keep_graph
+        False,  # create_graph
+        tuple(leaves.values()),
+        allow_unreachable=True,
+        accumulate_grad=False,
     )
     return {f"gradient of {n}": g for n, g in zip(leaves, found) if g is not None}
 
