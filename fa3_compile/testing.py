@@ -152,8 +152,8 @@ def _gradients(outputs: dict[str, Tensor], leaves: dict[str, Tensor]) -> dict[st
     ]
     if not differentiable or not leaves:
         return {}
-    # Not torch.autograd.grad: a function mode, as the oracle is computed in, is off while it handles
-    # a function, and a checkpoint would compute again without it.
+    # Not torch.autograd.grad: the oracle's function mode is off while it handles a function, and a
+    # checkpoint would compute again without it.
     found = _engine_run_backward(
         tuple(differentiable),
         tuple(cotangents),

@@ -179,7 +179,7 @@ def filled_by_score(expr: Expr, reach: float) -> bool:
 
 def widest(fill: Expr) -> Expr:
     """float16's lowest number absorbs a float16 score, in float32 arithmetic only float32's."""
-    return fill.replace(lambda x: x.is_number and x <= -65000, lambda x: LOWEST)
+    return fill.replace(lambda x: x.is_number and x.is_finite and x <= -65000, lambda x: LOWEST)
 
 
 def _is_fill(expr: Expr, reach: float) -> bool:

@@ -237,6 +237,23 @@ def test_two_fills_in_the_other_order():
     )
 
 
+@pytest.mark.parametrize("last", ["lowest", "-inf"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_two_fills_of_different_depth_in_half_precision(dtype, last):
+    # A query without a key attends to those at the lowest number, and to none at -inf.
+    def attention(q, k, v, padding):
+        s = scores_of(q, k)
+        fills = {hidden(): torch.finfo(s.dtype).min, ~padding[:, None, None, :]: -INF}
+        for mask, fill in sorted(fills.items(), key=lambda x: x[1], reverse=last == "-inf"):
+            s = s.masked_fill(mask, fill)
+        return attend(s, v)
+
+    padding = torch.arange(S) >= torch.tensor([[0], [6]])
+    report = check(attention, *qkv(dtype=dtype), padding)
+    fill = specs(report).split("fill=")[1]
+    assert "-inf" in fill and (dtype == torch.bfloat16 or "-3.4028234663852886e+38" in fill)
+
+
 def test_mask_without_a_key():
     def attention(q, k, v):
         return attend(scores_of(q, k).masked_fill(torch.ones(S, S).bool(), LOWEST), v)
