@@ -1,6 +1,10 @@
-"""benchmarks/sm90_checks.py tells calls that failed from errors in memory."""
+"""benchmarks/sm90_checks.py and sanitizer.py: what their findings say, and what was not reached."""
 
-from benchmarks.sm90_checks import findings
+import subprocess
+import sys
+
+from benchmarks.sanitizer import findings
+from benchmarks.sm90_checks import Shard
 
 LOG = """\
 ========= COMPUTE-SANITIZER
@@ -9,9 +13,11 @@ full 333 ok
 API call to cuModuleGetGlobal_v2.
 =========     Saved host backtrace up to driver entry point at error
 =========     Host Frame: [0x469065] in libcuda.so.1
+=========         Host Frame: find in driver.cpp:7 [0x9] in driver.cpython-312-x86_64-linux-gnu.so
+=========         Host Frame: main [0x1d90] in libc.so.6
 =========
 ========= Invalid __global__ read of size 16 bytes
-=========     at attention_fwd+0x1230
+=========     at void attention_fwd<float>(int)+0x1230
 =========     by thread (1,0,0) in block (3,0,0)
 =========     Address 0x7f0000 is out of bounds
 ========= Warning: Detected overlapping instrumentation
@@ -23,9 +29,10 @@ API call to cuModuleGetGlobal_v2.
 
 def test_api_calls_are_told_from_memory_errors() -> None:
     found = {kind: dict(x) for kind, x in findings(LOG).items()}
+    call = "cuModuleGetGlobal_v2: CUDA_ERROR_NOT_FOUND"
     assert found == {
-        "error": {"Invalid __global__ read of size 16 bytes": 1},
-        "API call": {"cuModuleGetGlobal_v2: CUDA_ERROR_NOT_FOUND": 2},
+        "error": {"Invalid __global__ read of size 16 bytes at attention_fwd": 1},
+        "API call": {f"{call} from driver.cpython-312-x86_64-linux-gnu.so": 1, call: 1},
         "warning": {"Warning: Detected overlapping instrumentation": 1},
     }
 
@@ -35,3 +42,17 @@ def test_a_clean_run_has_no_findings() -> None:
         "========= COMPUTE-SANITIZER\nfull 333 ok\n========= RACECHECK SUMMARY: 0 hazards displayed"
     )
     assert not any(findings(log).values())
+
+
+def test_what_a_process_has_not_said_is_wrong(tmp_path) -> None:
+    def shard(program: str) -> Shard:
+        log = tmp_path / "log"
+        process = subprocess.Popen([sys.executable, "-c", program], stdout=log.open("w"))
+        process.wait()
+        return Shard("once0", ["forward: full", "triton: sink"], log, process)
+
+    both = "print('forward: full -> ok'); print('triton: sink -> {}')"
+    assert shard(both.format("ok")).wrong() == {}
+    assert shard(both.format("dq off")).wrong() == {"triton: sink": "dq off"}
+    assert shard("print('forward: full -> ok')").wrong() == {"triton: sink": "not reached"}
+    assert shard(both.format("ok") + "; exit(3)").wrong()["exit"].startswith("3: forward")
