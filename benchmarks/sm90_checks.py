@@ -6,14 +6,15 @@
     python benchmarks/sm90_checks.py all         the three of them
 
 `cuda_sm90` backward adds to dQ in any order, so what repeats is the Triton backward, which runs in
-its place in deterministic mode. Samples are dealt to processes; BUDGET=seconds (default 600) ends all of
-them, and a sample that was not reached then counts as wrong. Inputs have NaN beside every row
-(tests/numerics/forms.py). Logs go to $OUT (default: the current directory). Exits with 1 where
+its place in deterministic mode. Samples are dealt to processes; BUDGET=seconds (default 600) ends
+all of them, and a sample that was not reached then counts as wrong. Inputs have NaN beside every
+row (tests/numerics/forms.py). Logs go to $OUT (default: the current directory). Exits with 1 where
 anything is wrong.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -271,6 +272,14 @@ class Shard:
             found["exit"] = f"{self.process.returncode}: {self.text()[-600:]}"
         return {x: y for x, y in found.items() if y != "ok"}
 
+    def end(self) -> None:
+        """Stops it; a sanitizer is given the time to write what it has found."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            os.killpg(self.process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(3)
+                return
+
     def text(self) -> str:
         return self.log.read_text(errors="replace")
 
@@ -302,8 +311,7 @@ def finish(shards: list[Shard], deadline: float) -> int:
         try:
             shard.process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            os.killpg(shard.process.pid, signal.SIGKILL)
-            shard.process.wait()
+            shard.end()
         found = shard.wrong()
         done = len(shard.samples) - len(found.keys() & set(shard.samples))
         print(f"{shard.label}: {done} of {len(shard.samples)} right", flush=True)

@@ -2,9 +2,10 @@
 
 import subprocess
 import sys
+import time
 
 from benchmarks.sanitizer import findings
-from benchmarks.sm90_checks import Shard
+from benchmarks.sm90_checks import Shard, finish
 
 LOG = """\
 ========= COMPUTE-SANITIZER
@@ -45,12 +46,16 @@ def test_a_clean_run_has_no_findings() -> None:
 
 
 def test_what_a_process_has_not_said_is_wrong(tmp_path) -> None:
-    def shard(program: str) -> Shard:
+    def shard(program: str, seconds: float = 60.0) -> Shard:
         log = tmp_path / "log"
-        process = subprocess.Popen([sys.executable, "-c", program], stdout=log.open("w"))
-        process.wait()
-        return Shard("once0", ["forward: full", "triton: sink"], log, process)
+        process = subprocess.Popen(
+            [sys.executable, "-c", program], stdout=log.open("w"), start_new_session=True
+        )
+        found = Shard("once0", ["forward: full", "triton: sink"], log, process)
+        assert finish([found], time.monotonic() + seconds) == len(found.wrong())
+        return found
 
+    assert shard("while True: pass", 0.0).wrong().keys() == {"forward: full", "triton: sink"}
     both = "print('forward: full -> ok'); print('triton: sink -> {}')"
     assert shard(both.format("ok")).wrong() == {}
     assert shard(both.format("dq off")).wrong() == {"triton: sink": "dq off"}
