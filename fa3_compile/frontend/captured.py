@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import fx
 
-from fa3_compile.frontend.dynamo_graph import example_value
+from fa3_compile.frontend.dynamo_graph import example_value, may_be_infinite
+from fa3_compile.spec.expr import load
 
 
 class Captured(NamedTuple):
@@ -42,3 +44,9 @@ class Seed(NamedTuple):
     @property
     def needs_grad(self) -> bool:
         return False
+
+
+def reads_infinite(read: Sequence[load], loads: Sequence[Captured | Seed]) -> bool:
+    """Whether one of these reads something, among what `loads` are, that may be infinite."""
+    sources = [loads[x.tensor] for x in read]
+    return any(isinstance(x, Captured) and may_be_infinite(x.source) for x in sources)

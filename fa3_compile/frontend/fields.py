@@ -10,13 +10,12 @@ from torch import fx
 
 from fa3_compile.errors import Decline
 from fa3_compile.frontend import after_softmax
-from fa3_compile.frontend.captured import Captured, Seed
+from fa3_compile.frontend.captured import Captured, Seed, reads_infinite
 from fa3_compile.frontend.detect import Reading
-from fa3_compile.frontend.dynamo_graph import may_be_infinite
 from fa3_compile.frontend.normalize import without_abs
 from fa3_compile.frontend.sizes import hint
 from fa3_compile.spec import simplify, unnormalised
-from fa3_compile.spec.expr import KV, Expr, Q, load, loads_in
+from fa3_compile.spec.expr import KV, Expr, Q, loads_in
 from fa3_compile.spec.index import Ranges, is_nonnegative
 from fa3_compile.spec.separate import Separated, in_float32, separate, unmasked, without_dead_rows
 
@@ -64,7 +63,7 @@ def read_fields(
         weight=in_coordinates(reading.term.weight),
         kept=in_coordinates(reading.term.kept),
         may_lose_rows=separated.score.has(sympy.oo, -sympy.oo)
-        or _reads_infinite(loads_in(separated.score), reading.loads),
+        or reads_infinite(loads_in(separated.score), reading.loads),
         at=at,
     )
     return separated, weight, sinks
@@ -111,12 +110,7 @@ def _may_be_infinite(separated: Separated, loads: list[Captured | Seed]) -> bool
     conditions = sympy.And.make_args(separated.mask)
     above = {x.lhs for x in conditions if isinstance(x, (sympy.Gt, sympy.Ge))}
     keyed = [x for x in loads_in(separated.score) if KV in x.free_symbols and x not in above]
-    return _reads_infinite(keyed, loads)
-
-
-def _reads_infinite(read: list[load], loads: list[Captured | Seed]) -> bool:
-    sources = [loads[x.tensor] for x in read]
-    return any(isinstance(x, Captured) and may_be_infinite(x.source) for x in sources)
+    return reads_infinite(keyed, loads)
 
 
 def _has_large_fill(separated: Separated) -> bool:

@@ -52,6 +52,13 @@ ORDERS = {
     "square: finite": lambda s: s.masked_fill(upper(), -2.0).square(),
     "made finite": lambda s: torch.nan_to_num(s.masked_fill(upper(), -INF), neginf=-50.0),
     "made finite, lowest": lambda s: torch.nan_to_num(s.masked_fill(upper(), -INF)),
+    "added, made finite": lambda s: torch.nan_to_num(
+        s + torch.zeros(S, S).masked_fill(upper(), -INF), neginf=-50.0
+    ),
+    "added twice, made finite": lambda s: torch.nan_to_num(s + ones().log() + ones().mT.log()),
+    "made finite: 7": lambda s: torch.nan_to_num(
+        s + ones().log() - ones().mT.log(), nan=7.0, posinf=1.0, neginf=-2.0
+    ),
     "scaled afterwards": lambda s: s.masked_fill(upper(), LOWEST) * 0.125,
     "scaled up afterwards": lambda s: s.masked_fill(upper(), -1e30) * 8,
     "divided afterwards": lambda s: (s + (1 - ones()) * -1e9) / 1e9,
@@ -105,6 +112,38 @@ ORDERS = {
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 def test_order(order):
     check(lambda q, k, v: attend(order(scores_of(q, k)), v), *qkv())
+
+
+def test_silu_of_a_mask_made_finite():
+    # silu(-inf) is NaN, whose gradient is NaN in eager.
+    def attention(q, k, v):
+        s = scores_of(q, k) + torch.zeros(S, S).masked_fill(upper(), -INF)
+        return attend(torch.nan_to_num(F.silu(s)), v)
+
+    assert_expected_inline(
+        specs(check(attention, *qkv(), training=False)),
+        """attention(score=where(kv >= q + 1, 0, 0.25*s*sigmoid(0.25*s)))""",
+    )
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "score",
+    [
+        lambda s, x: torch.nan_to_num(s + x),
+        lambda s, x: torch.nan_to_num(0.5 * x - s, neginf=-3.0),
+        lambda s, x: torch.nan_to_num(F.silu(s + x)),
+        lambda s, x: torch.nan_to_num(torch.exp(x) * s - x, posinf=2.0),
+    ],
+    ids=["added", "subtracted", "silu", "product"],
+)
+def test_infinite_bias_made_finite(score, training):
+    # A query all of whose keys are at -inf among them.
+    bias = torch.zeros(S, S).masked_fill(upper().mT, -INF) + normal(S, S).detach()
+    report = check(
+        lambda q, k, v: attend(score(scores_of(q, k), bias), v), *qkv(), training=training
+    )
+    assert report.regions
 
 
 @pytest.mark.parametrize(

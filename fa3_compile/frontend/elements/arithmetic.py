@@ -9,6 +9,7 @@ import sympy
 import torch
 from sympy.logic.boolalg import Boolean
 
+from fa3_compile.frontend.elements.finite import may_be_infinite
 from fa3_compile.frontend.elements.pointwise import is_bool, is_float, through_where
 from fa3_compile.frontend.elements.rounding import rounded_down, to_integer, truncated
 from fa3_compile.frontend.lift import (
@@ -64,23 +65,13 @@ def _(node, index, ctx: Lifter) -> Element:
     if is_bool(node):
         return sympy.And(*(truth(ctx.operand(x, index)) for x in node.args[:2]))
     a, b = (ctx.broadcast(x, index) for x in node.args[:2])
-    if any(_may_be_zero(x) and _may_be_infinite(y) for x, y in ((a, b), (b, a))):
+    if any(_may_be_zero(x) and may_be_infinite(y) for x, y in ((a, b), (b, a))):
         raise Opaque(node, "an infinite score times zero is NaN")
     return through_where(_times, a, b)
 
 
 def _may_be_zero(x: Expr) -> bool:
     return x == 0 or isinstance(x, where) and any(map(_may_be_zero, x.args[1:]))
-
-
-def _may_be_infinite(x: Expr, selects: int = 6) -> bool:
-    """Whether a constant in it makes it infinite, or may: relu(where(c, s, -inf)) it does not."""
-    if not x.has(sympy.oo, -sympy.oo):
-        return x.has(sympy.nan, sympy.zoo)
-    select = min(x.atoms(where), key=str, default=None)
-    if select is None or not selects:
-        return True
-    return any(_may_be_infinite(x.xreplace({select: y}), selects - 1) for y in select.args[1:])
 
 
 def _times(a: Expr, b: Expr) -> Expr:

@@ -7,6 +7,7 @@ import torch
 from torch import fx
 
 from fa3_compile.errors import Decline
+from fa3_compile.frontend.elements.finite import made_finite
 from fa3_compile.frontend.lift import (
     Element,
     Lifter,
@@ -17,7 +18,7 @@ from fa3_compile.frontend.lift import (
 )
 from fa3_compile.frontend.placeholders import prob
 from fa3_compile.frontend.shadow_operators import DROPOUT, STOP
-from fa3_compile.spec.expr import Expr, load, where
+from fa3_compile.spec.expr import load, where
 from fa3_compile.spec.forms import dropout_weight
 
 aten = torch.ops.aten
@@ -82,25 +83,13 @@ def _(node, index, ctx: Lifter) -> Element:
         if x.has(prob):
             raise Opaque(node, "NaN and infinities of changed weights replaced")
         limits = torch.finfo(node.meta["val"].dtype)
-        high = limits.max if high is None else high
-        low = limits.min if low is None else low
-        return finite(number(x), sym(high), sym(low))
+        nan, high, low = (
+            sym(given if given is not None else default)
+            for given, default in ((nan, 0.0), (high, limits.max), (low, limits.min))
+        )
+        return made_finite(number(x), {sympy.nan: nan, sympy.oo: high, -sympy.oo: low}, node, ctx)
     if nan not in (None, 0, 0.0):
         raise Opaque(node, "NaN rows of the softmax replaced by something else than zeros")
     # A softmax is NaN in rows of -inf alone, and nowhere infinite.
     ctx.zeroed |= x.atoms(prob)
-    return x
-
-
-def finite(x: Expr, high: Expr, low: Expr) -> Expr:
-    """The expression with its infinite constants replaced."""
-    if x == sympy.oo:
-        return high
-    if x == -sympy.oo:
-        return low
-    if isinstance(x, where):
-        return where(x.args[0], finite(x.args[1], high, low), finite(x.args[2], high, low))
-    if isinstance(x, sympy.Add):
-        # A finite score beside the lowest number is the lowest number.
-        return sympy.Add(*(finite(part, high, low) for part in x.args))
     return x

@@ -1,0 +1,64 @@
+"""Whether constants make a score infinite, and what it is with them replaced."""
+
+from __future__ import annotations
+
+import sympy
+from torch import fx
+
+from fa3_compile.frontend.captured import reads_infinite
+from fa3_compile.frontend.lift import Lifter, Opaque
+from fa3_compile.spec.expr import Expr, load, loads_in, where
+from fa3_compile.spec.fills import LOWEST
+
+NOT_FINITE = (sympy.oo, -sympy.oo, sympy.nan, sympy.zoo)
+# Selects with an infinite branch that are looked at together: each doubles the cases.
+MOST_SELECTS = 6
+
+
+def may_be_infinite(x: Expr, selects: int = MOST_SELECTS) -> bool:
+    """Whether a constant in it makes it infinite, or may: relu(where(c, s, -inf)) it does not."""
+    if not x.has(*NOT_FINITE):
+        return False
+    cases = _by_select(x) if selects else None
+    return cases is None or any(may_be_infinite(case, selects - 1) for case in cases[1:])
+
+
+def made_finite(
+    x: Expr, instead: dict[Expr, Expr], node: fx.Node, ctx: Lifter, selects: int = MOST_SELECTS
+) -> Expr:
+    """x with oo, -oo and nan replaced by what `instead` has for them, where constants or tensors
+    that are given make it so; s itself counts as finite."""
+    if x in instead:
+        return instead[x]
+    if not x.has(*NOT_FINITE) and not reads_infinite(loads_in(x), ctx.loads):
+        return x
+    if not x.has(*NOT_FINITE) and _is_sum_of_loads(x, ctx):
+        return _clipped(x, instead)
+    cases = _by_select(x) if selects else None
+    if cases is None:
+        raise Opaque(node, "whether a score is infinite is known only when it runs")
+    condition, *branches = cases
+    return where(condition, *(made_finite(y, instead, node, ctx, selects - 1) for y in branches))
+
+
+def _by_select(x: Expr) -> tuple[Expr, Expr, Expr] | None:
+    """(condition, x where it holds, x elsewhere) for a select with an infinite branch."""
+    found = [y for y in x.atoms(where) if any(branch.has(*NOT_FINITE) for branch in y.args[1:])]
+    if not found:
+        return None
+    select = min(found, key=str)
+    condition, *branches = select.args
+    yes, no = (x.xreplace({select: branch}) for branch in branches)
+    return condition, yes, no
+
+
+def _is_sum_of_loads(x: Expr, ctx: Lifter) -> bool:
+    """Whether what may be infinite in it is added, so that the sum is infinite as well."""
+    doubtful = [y for y in sympy.Add.make_args(x) if reads_infinite(loads_in(y), ctx.loads)]
+    return all(isinstance(y.as_coeff_Mul()[1], load) for y in doubtful)
+
+
+def _clipped(x: Expr, instead: dict[Expr, Expr]) -> Expr:
+    """Infinite is what lies beyond float32's largest numbers."""
+    low, high = instead[-sympy.oo], instead[sympy.oo]
+    return where(x < LOWEST, low, where(x > -LOWEST, high, x))
