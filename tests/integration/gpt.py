@@ -12,8 +12,10 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch.utils.checkpoint import checkpoint
 
 from fa3_compile import report
+from fa3_compile.backend import fa3
 from fa3_compile.options import Options
 from fa3_compile.pipeline import rewrite_attention
+from fa3_compile.testing import Result, assert_close_to_oracle
 
 VOCABULARY, LENGTH, HEADS, WIDTH = 17, 16, 2, 16
 
@@ -85,12 +87,32 @@ def rewritten(gm: torch.fx.GraphModule, inputs: list, **_):
     return lookup_backend("aot_eager_decomp_partition")(gm, inputs)
 
 
-def compiled(model: Callable, **kwargs) -> Callable:
-    return torch.compile(model, backend=rewritten, **kwargs)
+def compiled(model: Callable, device: str = "cpu", **kwargs) -> Callable:
+    """By `rewritten`; for a GPU with the kernels that are chosen there."""
+    backend = rewritten if device == "cpu" else fa3
+    return torch.compile(model, backend=backend, **kwargs)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def step(model: Callable, tokens: Tensor, device: str) -> None:
+    """The gradients of one batch, on a GPU under autocast to bfloat16."""
+    kind = torch.device(device).type
+    with torch.autocast(kind, torch.bfloat16, enabled=kind != "cpu"):
+        loss = model(tokens.to(device))
+    loss.backward()
+
+
+def assert_as_close_as_eager(
+    ours: dict[str, Tensor], eager: dict[str, Tensor], tokens: Tensor, layers: int = 1
+) -> None:
+    """By the rule of fa3_compile.testing; the oracle is the GPT on one batch."""
+    exact = GPT(layers).double()
+    exact(tokens).backward()
+    there = ({n: g.cpu() for n, g in found.items()} for found in (ours, eager, gradients(exact)))
+    assert_close_to_oracle(*(Result({}, x) for x in there))
 
 
 def assert_same_gradients(ours: nn.Module, eager: nn.Module, tolerance: float = 1e-5) -> None:
