@@ -43,7 +43,7 @@ struct Block {
   std::condition_variable flipped;  // the phase of one of the barriers
   std::map<unsigned, Pending> barriers;
   unsigned registers[512][4];  // A operands on their way to other lanes
-  std::atomic<int> votes{0};
+  std::atomic<int> votes{0}, ors{0};
 };
 inline Block* block;
 inline char memory_base[1 << 18];
@@ -81,6 +81,13 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 template <class T> T __ldg(const T* p) { return *p; }
 template <class T> T __ldcs(const T* p) { return *p; }
 inline void __syncthreads() { emulated::block->gate.arrive_and_wait(); }
+inline int __syncthreads_or(int x) {
+  if (x) emulated::block->ors = 1;
+  __syncthreads();
+  int any = emulated::block->ors;
+  __syncthreads();
+  return any;
+}
 inline void __syncwarp() { emulated::warp().gate.arrive_and_wait(); }
 template <class T> T shuffle(T x, int from) {
   unsigned long long bits = 0;

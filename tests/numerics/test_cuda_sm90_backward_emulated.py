@@ -82,6 +82,7 @@ def compiled(key: CudaBackwardKey, to: Path) -> Path:
         "struct AfterKernel { using Params = QueryGradientParams;"
         " static void run(const Params& p) { After::run(p); } };",
         ENTRY.format(name="query_gradient", kernel="AfterKernel"),
+        ENTRY.format(name="nan_values", kernel="NanValues"),
     ]
     if "block_map(" in source:
         parts += [re.sub("fa3::", "", "".join(re.findall(r"using Map[VK][ae]r.*;\n?", source)))]

@@ -35,7 +35,7 @@ FORMS = {
         "block_map attention_fwd dead_rows", "block_map row_terms attention_bwd query_gradient",
     ),
     "documents": ("block_map attention_fwd", "block_map row_terms attention_bwd query_gradient"),
-    "dense bias": ("attention_fwd", "row_terms attention_bwd query_gradient"),
+    "dense bias": ("attention_fwd", "row_terms attention_bwd query_gradient nan_values"),
     "dense mask": ("block_map attention_fwd", "block_map row_terms attention_bwd query_gradient"),
     "sink": ("attention_fwd", "row_terms attention_bwd query_gradient"),
     "dropout, causal": ("attention_fwd", "row_terms attention_bwd query_gradient"),

@@ -1,10 +1,10 @@
 """The gradients of an attention by CUDA C++ kernels for Hopper GPUs, in O(S) memory.
 
 Three launches: row terms, the main kernel (kernels/sm90/attention_bwd.cuh) and dQ from its fp32
-sums. They recompute P from the LSE, so any forward that writes the LSE of `fa3::attention` may
-have run before them. Rows without a key, and sinks, are O(S) and left to torch, as in the Triton
-backward. dQ is summed in the order in which blocks come to it: where every bit has to be repeated,
-the Triton backward runs, which has no atomics.
+sums; a fourth where a row may be NaN. They recompute P from the LSE, so any forward that writes the
+LSE of `fa3::attention` may have run before them. Rows without a key under a fill, and sinks, are
+O(S) and left to torch, as in the Triton backward. dQ is summed in the order in which blocks come to
+it: where every bit has to be repeated, the Triton backward runs, which has no atomics.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from fa3_compile.lower.kernels.cuda_sm90_backward_parameters import (
 )
 from fa3_compile.lower.kernels.cuda_sm90_keys import layout_of
 from fa3_compile.lower.kernels.cuda_sm90_lists import kept_lists
-from fa3_compile.lower.kernels.dead_rows import add_uniform_rows, may_be_nan, set_nan_rows
+from fa3_compile.lower.kernels.dead_rows import add_uniform_rows
 from fa3_compile.lower.kernels.sinks import sink_gradients
 from fa3_compile.lower.launch_cuda import (
     Launch,
@@ -147,7 +147,9 @@ class BoundBackward:
         for launch in self.launches:
             launch(stream, addresses)
         del kept, scratch
-        finish(problem, (dq, dk, dv), delta, dead, q, k, v, dout, lse)
+        if dead is not None:
+            grads = dq, dk, dv
+            add_uniform_rows(problem.spec, dead, delta, grads, q, k, v, dout, torch.bfloat16)
         captured = captured_gradients(
             problem, self.tile, dtile, lse, delta, q, k, aux, sizes, needs
         )
@@ -158,14 +160,6 @@ class BoundBackward:
         """Where the kernel stores a dense input's gradient, or adds to it."""
         grad = tensor.new_empty_strided(tensor.shape, self.tile_strides)
         return grad if self.tile_is_whole else grad.zero_()
-
-
-def finish(problem: Problem, grads, delta, dead, q, k, v, dout, lse) -> None:
-    """Adds what the kernels leave out: rows without a key."""
-    if dead is not None:
-        add_uniform_rows(problem.spec, dead, delta, grads, q, k, v, dout, torch.bfloat16)
-    if may_be_nan(problem.spec, q.shape[2], k.shape[2]):
-        set_nan_rows(grads[2], lse)
 
 
 # What `_bind_or_leave` gave for such arguments.

@@ -16,6 +16,7 @@ from fa3_compile.lower.kernels.cuda_sm90_parameters import (
     Parameters,
     Places,
 )
+from fa3_compile.lower.kernels.dead_rows import may_be_nan
 from fa3_compile.lower.launch_cuda import MAP_BYTES, Launch, Module, describable, tensor_map
 from fa3_compile.lower.render_cuda_backward import CudaBackwardKey, query_map_kind
 from fa3_compile.spec import expr as E
@@ -44,6 +45,7 @@ class BackwardParameters(Parameters):
         self.row_floats = blocks * 3 * config.block_m
         self.sum_floats = blocks * config.sum_floats(self.dim)
         self.grid = (self.query_blocks, self.heads, self.batch)
+        self.may_be_nan = may_be_nan(key.spec, self.queries, self.keys)
         self.kv_blocks = -(-self.keys // config.block_n)
         self.map_kind = query_map_kind(key.spec, config.grouped)
         symbols = key.spec.mask.free_symbols
@@ -71,6 +73,7 @@ class BackwardParameters(Parameters):
             self.row_terms(has_dlse, keeps_delta),
             self.attention(),
             self.query_gradient(),
+            *([self.nan_values()] if self.may_be_nan else []),
         )
 
     def block_map(self) -> Launch:
@@ -161,6 +164,15 @@ class BackwardParameters(Parameters):
         threads = 128 * self.key.config.warpgroups
         kernel = self.module.kernel("query_gradient")
         return Launch(kernel, self.grid, threads, 0, content, places, names=NAMES)
+
+    def nan_values(self) -> Launch:
+        content = bytes(16)
+        content += struct.pack("qqq", *torch.empty_like(self.v, device="meta").stride()[:3])
+        rows = self.heads // self.kv_heads * self.queries
+        content += struct.pack("qii", rows, self.keys, self.v.shape[3])
+        places: Places = [(0, "lse", 0), (8, "dv", 0)]
+        grid = (1, self.kv_heads, self.batch)
+        return Launch(self.module.kernel("nan_values"), grid, 512, 0, content, places, names=NAMES)
 
 
 def gradient_strides(tensor: Tensor) -> tuple[int, ...]:

@@ -1,5 +1,5 @@
-// Before and after the backward's main kernel: what each query row needs of LSE and dO, and dQ from
-// its fp32 sums. Both read and write each of their tensors once, and take the heads in the reverse
+// Before and after the backward's main kernel: what each query row needs of LSE and dO, dQ from its
+// fp32 sums, and dV of rows that are NaN. The first two read and write each of their tensors once, and take the heads in the reverse
 // of the main kernel's order: those that it begins with are then in L2, and those it ends with.
 #pragma once
 #include "fa3/fragment.cuh"
@@ -190,6 +190,35 @@ struct QueryGradient {
       char* to = p.dq + 2 * (p.dq_at.at(batch, head, q) + column);
       store_row<Dtype, Columns>(x, r, Variant::kFactor, q < p.queries, to,
                                 Config::kDimQK - column);
+    }
+  }
+};
+
+struct NanValuesParams {
+  const float* lse;
+  char* dv;
+  RowStrides dv_at;
+  int64_t rows;  // that share a KV head
+  int keys, columns;
+};
+
+// dV where a row has nothing but scores of -inf: its weights are NaN for every key, those of blocks
+// that no query reads included.
+struct NanValues {
+  using Params = NanValuesParams;
+  static constexpr int kThreads = 512;
+
+  // Grid (1, KV heads, batches).
+  FA3_DEVICE static void run(const Params& p) {
+    const float* lse = p.lse + (static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y) * p.rows;
+    bool lost = false;
+#pragma unroll 8
+    for (int64_t i = threadIdx.x; i < p.rows; i += kThreads) lost |= __ldg(lse + i) == -inf();
+    if (!__syncthreads_or(lost)) return;
+    int64_t elements = static_cast<int64_t>(p.keys) * p.columns;
+    for (int64_t i = threadIdx.x; i < elements; i += kThreads) {
+      int64_t at = p.dv_at.at(blockIdx.z, blockIdx.y, i / p.columns) + i % p.columns;
+      reinterpret_cast<uint16_t*>(p.dv)[at] = 0x7fff;  // in bfloat16 and float16 alike
     }
   }
 };
