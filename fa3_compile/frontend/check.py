@@ -10,7 +10,7 @@ from torch import fx
 from fa3_compile.errors import Decline
 from fa3_compile.frontend import flex, transforms
 from fa3_compile.frontend.captured import Captured
-from fa3_compile.frontend.dynamo_graph import example_value, target_name
+from fa3_compile.frontend.dynamo_graph import target_name
 from fa3_compile.frontend.gradients import has_gradient
 from fa3_compile.frontend.lift import written_between
 from fa3_compile.frontend.liveness import depends_on_values, live_nodes
@@ -20,10 +20,10 @@ from fa3_compile.frontend.region import Region
 
 def check(graph: fx.Graph, regions: Sequence[Region]) -> None:
     """`Decline` where the regions of one output cannot be computed in its place."""
-    if not has_gradient(example_value(regions[0].output)):
+    if not has_gradient(regions[0].output):
         # Nor would the operator give a gradient to a statistic, within `no_grad`.
         for region in regions:
-            kept = [x for x in region.statistics if not has_gradient(example_value(x.node))]
+            kept = [x for x in region.statistics if not has_gradient(x.node)]
             region.statistics = kept
     for region in regions:
         _check_mutations(region)

@@ -26,26 +26,27 @@ def stops(graph: fx.Graph) -> set[fx.Node]:
             enabled = bool(node.args[0])
             section += 1
         sections[node], modes[node] = section, enabled
-    return {
-        node
-        for node in graph.nodes
-        if _cuts_gradient(node)
-        and (modes[node] or any(modes[u] and sections[u] != sections[node] for u in node.users))
-    }
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        used_with = any(modes[u] and sections[u] != sections[node] for u in node.users)
+        if (modes[node] or used_with) and _cuts_gradient(node, found):
+            found.add(node)
+    return found
 
 
-def _cuts_gradient(node: fx.Node) -> bool:
+def _cuts_gradient(node: fx.Node, before: set[fx.Node]) -> bool:
+    """`before` are the nodes ahead of it that do."""
     value = example_value(node)
     if node.op not in ("call_function", "call_method") or not _is_float(value):
         return False
-    if has_gradient(value) or _creates(node):
+    if has_gradient(node) or _creates(node):
         return False
     name = target_name(node)
     sources = [s for s in node.all_input_nodes if _is_float(example_value(s))]
     if name == "detach" and sources and _is_row_maximum(sources[0]):
         # A softmax does not depend on what is taken off a whole row, nor does its gradient.
         return False
-    return any(_had_gradient(s) for s in sources)
+    return any(_had_gradient(s, before) for s in sources)
 
 
 def _creates(node: fx.Node) -> bool:
@@ -53,24 +54,31 @@ def _creates(node: fx.Node) -> bool:
     return name in CREATION or name.startswith("new_")
 
 
-def _had_gradient(node: fx.Node) -> bool:
+def _had_gradient(node: fx.Node, stopped: set[fx.Node]) -> bool:
     """Whether a value has a gradient, or would have one outside `no_grad`."""
-    seen, stack = set(), [node]
+    seen, stack = {*stopped}, [node]
     while stack:
         current = stack.pop()
         if current in seen:
             continue
         seen.add(current)
-        if _is_float(example_value(current)) and has_gradient(example_value(current)):
+        if _is_float(example_value(current)) and has_gradient(current):
             return True
         if target_name(current) != "detach" and not _creates(current):
-            stack.extend(s for s in current.all_input_nodes if len(seen) < 64)
+            stack.extend(s for s in current.all_input_nodes if len(seen) < 64 + len(stopped))
     return False
 
 
-def has_gradient(value: torch.Tensor) -> bool:
-    """Whether the caller's gradient flows; what transforms differentiate is theirs alone."""
-    return unwrapped(value).requires_grad
+def has_gradient(node: fx.Node) -> bool:
+    """Whether the caller's gradient flows; what transforms differentiate is theirs alone.
+
+    A view that is taken under `no_grad` says that it requires one, but nothing leads back from it.
+    """
+    value = unwrapped(example_value(node))
+    if not value.requires_grad or node.op in ("placeholder", "get_attr"):
+        return value.requires_grad
+    base = value._base
+    return value.grad_fn is not None or base is None or not base.requires_grad
 
 
 def _is_float(value) -> bool:

@@ -45,7 +45,7 @@ def rewrite(graph: fx.Graph, regions: list[Region], texts: list[str]) -> dict[fx
         if _differentiates(regions):
             # What the program holds constant past this node: its own detach() may be replaced.
             for replaced, made in replacements.items():
-                if not has_gradient(example_value(replaced)):
+                if not has_gradient(replaced):
                     replacements[replaced] = emit.call("detach", made)
     for replaced, made in replacements.items():
         made.meta.update(replaced.meta)
@@ -57,7 +57,7 @@ def _differentiates(regions: list[Region]) -> bool:
     """Whether the operator's results have a gradient where it stands outside `no_grad`."""
     read = [x.source for r in regions for x in (r.query, r.key, r.value)]
     read += [x.source for r in regions for x in r.loads if isinstance(x, Captured)]
-    return torch.is_grad_enabled() and any(has_gradient(example_value(x)) for x in read)
+    return torch.is_grad_enabled() and any(has_gradient(x) for x in read)
 
 
 def _attention(

@@ -158,6 +158,24 @@ class TestGradientModes:
 
         check(attention, *qkv())
 
+    def test_views_of_a_result_without_a_gradient(self):
+        # Such a view says that it requires a gradient, and none flows.
+        def attention(q, k, v):
+            y = plain(q, k, v)
+            with torch.no_grad():
+                z = y.transpose(1, 2)
+            return z.flatten(2) * v.transpose(1, 2).flatten(2)
+
+        assert specs(check(attention, *qkv())) == PLAIN
+
+    def test_views_of_operands_without_a_gradient(self):
+        def attention(q, k, v):
+            with torch.no_grad():
+                q, k = q.view(q.shape), k.transpose(1, 2)
+            return plain(q, k.transpose(1, 2), v)
+
+        assert specs(check(attention, *qkv())) == PLAIN
+
     def test_detached_keys(self):
         assert specs(check(lambda q, k, v: plain(q, k.detach(), v), *qkv())) == PLAIN
 
