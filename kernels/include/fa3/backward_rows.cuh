@@ -218,7 +218,7 @@ struct NanValues {
     int64_t elements = static_cast<int64_t>(p.keys) * p.columns;
     for (int64_t i = threadIdx.x; i < elements; i += kThreads) {
       int64_t at = p.dv_at.at(blockIdx.z, blockIdx.y, i / p.columns) + i % p.columns;
-      reinterpret_cast<uint16_t*>(p.dv)[at] = 0x7fff;  // in bfloat16 and float16 alike
+      reinterpret_cast<unsigned short*>(p.dv)[at] = 0x7fff;  // in bfloat16 and float16 alike
     }
   }
 };
