@@ -221,6 +221,12 @@ Result cuTensorMapEncodeTiled(void* map, int, unsigned rank, void* address,
   return kSuccess;
 }
 
+// NVRTC asks a driver that is loaded for tables of its tools, and calls this without looking.
+Result cuGetExportTable(const void** table, const void*) {
+  *table = nullptr;
+  return kNotFound;
+}
+
 // Names as the driver's users know them, the version after them left out.
 Result cuGetProcAddress_v2(const char* name, void** function, int, std::uint64_t, int* status) {
   Dl_info own;
