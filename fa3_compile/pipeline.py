@@ -20,7 +20,7 @@ from torch import fx
 
 from fa3_compile import mask_tensors, report, selection
 from fa3_compile.errors import Decline, InternalError
-from fa3_compile.frontend import check, detect, expand, flex, layout, rewrite, trace
+from fa3_compile.frontend import check, detect, expand, flex, joined, layout, rewrite, trace
 from fa3_compile.frontend.hints import hints
 from fa3_compile.frontend.liveness import remove_dead
 from fa3_compile.frontend.opaque_scores import opaque_scores
@@ -114,7 +114,7 @@ def _rewrite_graph(gm: fx.GraphModule, options: Options, graph_name: str, fused:
         gm.recompile()
     for entry, region in entries:
         if region is not None:
-            said = [check.hint(gm.graph, region), *hints(region.spec)]
+            said = [check.hint(gm.graph, region), joined.hint(region), *hints(region.spec)]
             entry = dataclasses.replace(entry, hint=" ".join(x for x in said if x))
             mask_tensors.keep(gm, region, entry)
         report.record(entry)
@@ -124,21 +124,34 @@ def _rewrite_graph(gm: fx.GraphModule, options: Options, graph_name: str, fused:
 def _analyse(
     graph, shadow, skeleton, attended, replaced, options: Options, known: dict
 ) -> list[tuple[Region, Choice]]:
-    """The stages that only read."""
-    stage = "detect"
-    try:
-        readings = detect.read(shadow, skeleton)
-        detect.check_not_attended(readings, attended)
-        stage = "lift"
-        regions = [layout.region(shadow, reading) for reading in readings]
-        for region in regions:
-            rewrite.follow_replacements(region, replaced)
-        known |= selection.formulas(regions[0])
-        stage = "check"
-        check.check(graph, regions)
-        stage = "choose"
-        return [(region, selection.kernel_for(region, options)) for region in regions]
-    except Decline as decline:
-        decline.stage = decline.stage or stage
-        decline.node = decline.node or skeleton.softmax_holder(shadow)
-        raise
+    """The stages that only read. Scores that are a sum of products are read as one product, and,
+    where that cannot be had, as one product and biases."""
+    apart: Decline | None = None
+    said: dict[str, Any] = {}
+    for joins in (True, False):
+        stage = "detect"
+        try:
+            readings = detect.read(shadow, skeleton, joins=joins)
+            detect.check_not_attended(readings, attended)
+            stage = "lift"
+            regions = [layout.region(shadow, reading) for reading in readings]
+            for region in regions:
+                rewrite.follow_replacements(region, replaced)
+                region.apart = apart
+            known |= selection.formulas(regions[0])
+            stage = "check"
+            check.check(graph, regions)
+            stage = "choose"
+            for region in regions if skeleton.may_join else ():
+                selection.check_joined(region)
+            return [(region, selection.kernel_for(region, options)) for region in regions]
+        except Decline as decline:
+            decline.stage = decline.stage or stage
+            decline.node = decline.node or skeleton.softmax_holder(shadow)
+            if apart is None or apart.code != "no-kernel":
+                apart, said = decline, dict(known)
+            if not skeleton.may_join:
+                break
+    assert apart is not None
+    known |= said
+    raise apart

@@ -8,7 +8,7 @@ import torch
 
 from fa3_compile.errors import NOTHING, Decline
 from fa3_compile.frontend.dynamo_graph import example_value
-from fa3_compile.frontend.region import Operand, Region
+from fa3_compile.frontend.region import Region
 from fa3_compile.lower.choose import Choice, Problem, choose
 from fa3_compile.lower.dispatch import built_backward
 from fa3_compile.options import Options
@@ -29,16 +29,15 @@ MOST_DRAWN, FEWEST_DRAWN = 64, 8
 def problem_of(region: Region) -> Problem:
     """The region as a kernel family is asked about it."""
     layout = region.layout
-    query = example_value(region.query.source)
-    values = [example_value(x.source) for x in (region.query, region.key, region.value)]
+    values = [example_value(x.source) for x in region.operands]
     graded = torch.is_grad_enabled()
     aux_needs_grad = tuple(x.needs_grad for x in region.loads)
     kv_heads = _hint(layout.total(layout.kv_heads), region)
     group = _hint(layout.total(layout.group), region)
-    device = query.device
+    device = values[0].device
     return Problem(
         spec=region.spec,
-        dtype=region.query.dtype,
+        dtype=region.value.dtype,
         device=device,
         capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
         batch=_hint(layout.total(layout.batch), region),
@@ -46,10 +45,12 @@ def problem_of(region: Region) -> Problem:
         kv_heads=kv_heads,
         q_len=_hint(layout.total(layout.query), region),
         kv_len=_hint(region.key_length, region),
-        dim=_width(region.query, region),
+        dim=_hint(region.width, region),
         v_dim=_hint(layout.total(layout.head_dim), region),
         aux_dtypes=tuple(x.dtype for x in region.loads),
-        needs_grad=graded and any(x.requires_grad for x in values) or any(aux_needs_grad),
+        needs_grad=graded
+        and any(x.requires_grad for x in values)
+        or any(x.needs_grad for x in (*region.loads, *region.factor_loads)),
         aux_needs_grad=aux_needs_grad,
     )
 
@@ -66,6 +67,22 @@ def kernel_for(region: Region, options: Options) -> Choice:
         hint = "Change what a sentence names, or allow other families: options={'kernels': ...}."
         raise Decline("no-kernel", region.output, hint, message=reasons)
     return choice
+
+
+def check_joined(region: Region) -> None:
+    """`Decline` where several products are read as one, and the queries or keys that lie side by
+    side for it are larger than the scores, which a bias of all queries and keys is: with few
+    queries, as in decoding, that is the smaller one."""
+    problem = problem_of(region)
+    queries, keys = problem.heads * problem.q_len, problem.kv_heads * problem.kv_len
+    scores = problem.heads * problem.q_len * problem.kv_len
+    if len(region.pairs) > 1 and max(queries, keys) * problem.dim > scores:
+        raise Decline(
+            "products-apart",
+            region.output,
+            NOTHING,
+            message="queries or keys are so few that their scores are smaller than they are",
+        )
 
 
 def spec_text(region: Region, options: Options) -> str:
@@ -154,10 +171,3 @@ def _hint(size: Expr, region: Region) -> int:
                 number = size.subs(known)
                 return int(number) if number.is_Integer else 1024
     return 1024
-
-
-def _width(operand: Operand, region: Region) -> int:
-    for part in operand.view.parts if operand.view else ():
-        if part[0] == "axis" and part[1].symbol.name == "d":
-            return _hint(part[1].size, region)
-    return 1

@@ -38,9 +38,9 @@ def check(graph: fx.Graph, regions: Sequence[Region]) -> None:
 
 def reads_of(region: Region) -> list[tuple[fx.Node, fx.Node]]:
     """(what is read, the node since which it holds the value) of a region's op."""
-    operands = (region.query, region.key, region.value)
-    captured = [x for x in (*region.loads, *region.coefficient_loads) if isinstance(x, Captured)]
-    return [*((x.source, x.since) for x in operands), *captured]
+    loads = (*region.loads, *region.coefficient_loads, *region.factor_loads)
+    captured = [x for x in loads if isinstance(x, Captured)]
+    return [*((x.source, x.since) for x in region.operands), *captured]
 
 
 def hint(graph: fx.Graph, region: Region) -> str:

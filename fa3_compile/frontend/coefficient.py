@@ -1,9 +1,9 @@
-"""A factor on an attention's output: an expression of b, h and q as tensor operations."""
+"""Factors on queries and on an attention's output: expressions of b, h, q as tensor operations."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import sympy
 import torch
@@ -11,7 +11,7 @@ from sympy.logic.boolalg import Boolean
 from torch import fx
 
 from fa3_compile.errors import Decline
-from fa3_compile.frontend.captured import Captured
+from fa3_compile.frontend.captured import Captured, Seed
 from fa3_compile.frontend.emit import Emitter
 from fa3_compile.frontend.placeholders import ROW_SUM
 from fa3_compile.frontend.region import Region
@@ -51,23 +51,43 @@ BROADCAST = (sympy.Add, sympy.Mul, sympy.Max, sympy.Min, sympy.And, sympy.Or)
 
 
 def coefficient(emit: Emitter, region: Region, pair: fx.Node, device: torch.device) -> fx.Node:
-    """The op's out [B, H, Sq, Dv] times the region's coefficient, in out's dtype.
-
-    pair  the op's outputs: out, and the sums of rows [B, H, Sq] that a coefficient may have
-    """
+    """The op's out [B, H, Sq, Dv], of its outputs `pair`, times the region's coefficient, in out's
+    dtype."""
     out = emit.function(operator.getitem, pair, 0)
-    factor = region.coefficient
+    loads = region.coefficient_loads
+    return _times(emit, out, region.coefficient, _Writer(emit, region, loads, device, pair))
+
+
+def scaled_queries(
+    emit: Emitter, region: Region, queries: fx.Node, factor: Expr, device: torch.device
+) -> fx.Node:
+    """Queries [B, H, Sq, D] times one of the region's factors on them, in their dtype."""
+    writer = _Writer(emit, region, region.factor_loads, device)
+    return queries if factor == 1 else _times(emit, queries, factor, writer)
+
+
+def _times(emit: Emitter, x: fx.Node, factor: Expr, writer: _Writer) -> fx.Node:
     if factor.is_number:
-        return emit.function(torch.mul, out, float(factor))
-    written = _Writer(emit, region, pair, device).write(factor)
-    return emit.call("type_as", emit.function(torch.mul, out, written), out)
+        return emit.function(torch.mul, x, float(factor))
+    return emit.call("type_as", emit.function(torch.mul, x, writer.write(factor)), x)
 
 
 class _Writer:
-    """Writes an expression as tensors that broadcast against [B, H, Sq, 1]."""
+    """Writes an expression as tensors that broadcast against [B, H, Sq, 1].
 
-    def __init__(self, emit: Emitter, region: Region, pair: fx.Node, device: torch.device):
+    pair  the op's outputs: out, and the sums of rows [B, H, Sq] that an expression may have
+    """
+
+    def __init__(
+        self,
+        emit: Emitter,
+        region: Region,
+        loads: Sequence[Captured | Seed],
+        device: torch.device,
+        pair: fx.Node | None = None,
+    ):
         self.emit, self.region, self.pair, self.device = emit, region, pair, device
+        self.loads = loads
         layout = region.layout
         self.lengths = {
             E.B: layout.total(layout.batch),
@@ -125,7 +145,7 @@ class _Writer:
         return self.emit.call("view", x, [*shape, 1])
 
     def _load(self, x: E.load) -> fx.Node:
-        captured = self.region.coefficient_loads[x.tensor]
+        captured = self.loads[x.tensor]
         assert isinstance(captured, Captured)
         tensor = self.emit.captured(captured, self.device)
         if all(i.is_Integer for i in x.index):

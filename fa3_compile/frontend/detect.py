@@ -16,34 +16,31 @@ from torch import fx
 import fa3_compile.frontend.elements  # noqa: F401  (registers the element rules)
 from fa3_compile.errors import NOTHING, Decline
 from fa3_compile.frontend.captured import Captured, Seed
+from fa3_compile.frontend.find_operands import OperandFinder, find_split
 from fa3_compile.frontend.lift import (
     Index,
-    Lifter,
     Opaque,
     declined,
     descendants,
     shape_of,
 )
 from fa3_compile.frontend.logsumexp import Lse, statistics
-from fa3_compile.frontend.mutations import overwrite
 from fa3_compile.frontend.normalize import Softmax
 from fa3_compile.frontend.operands import (
     UNIT_PRODUCT,
     is_movement,
-    origins,
     step_back,
     unit_rows,
-    view_of,
 )
 from fa3_compile.frontend.placeholders import D
 from fa3_compile.frontend.product import factors_of, sides_of
-from fa3_compile.frontend.region import Operand
+from fa3_compile.frontend.region import Operand, Pair
 from fa3_compile.frontend.scores import Scores, read_scores
 from fa3_compile.frontend.skeletons import Skeleton
 from fa3_compile.frontend.trace import Shadow
 from fa3_compile.frontend.weights import Term, weights
-from fa3_compile.spec.expr import KV, Expr, S, depends_on, floordiv, mod, uniform
-from fa3_compile.spec.index import quotient, same
+from fa3_compile.spec.expr import KV, Expr, S, depends_on, uniform
+from fa3_compile.spec.index import quotient
 from fa3_compile.spec.unnormalised import is_nonnegative_weight
 
 
@@ -60,8 +57,7 @@ class Reading:
     key_length: Expr
     term: Term
     scores: Scores
-    query: Operand
-    key: Operand
+    pairs: list[Pair]
     value: Operand
     score: Expr = S
     # What the loads of score, sinks, weight and coefficient read.
@@ -70,10 +66,15 @@ class Reading:
     statistics: list[Lse] = field(default_factory=list)
 
     @property
+    def operands(self) -> list[Operand]:
+        """The queries and keys of every pair, and V."""
+        return [*(x for pair in self.pairs for x in (pair.query, pair.key)), self.value]
+
+    @property
     def largest_s(self) -> float | None:
         """What |s| cannot exceed, where both operands are normalised."""
-        unit = unit_rows(self.query.place, D) and unit_rows(self.key.place, D)
-        return UNIT_PRODUCT if unit else None
+        unit = all(unit_rows(x.place, D) for x in self.operands[:2])
+        return UNIT_PRODUCT if unit and len(self.pairs) == 1 else None
 
 
 class _Split(Exception):
@@ -83,14 +84,17 @@ class _Split(Exception):
         self.symbol, self.inner = symbol, inner
 
 
-def read(shadow: Shadow, skeleton: Skeleton) -> list[Reading]:
-    """The skeleton's attentions, whose sum is its output. `Decline` where it is none."""
+def read(shadow: Shadow, skeleton: Skeleton, *, joins: bool) -> list[Reading]:
+    """The skeleton's attentions, whose sum is its output. `Decline` where it is none.
+
+    joins  whether scores that are a sum of products are read as one product
+    """
     first: Decline | None = None
     alone = [[s] for s in reversed(skeleton.softmaxes)]
     together = [skeleton.softmaxes] if len(alone) > 1 else []
     for softmaxes in (*together, *alone, *([x] for x in skeleton.plain)):
         try:
-            return _read(shadow, skeleton, softmaxes)
+            return _read(shadow, skeleton, softmaxes, joins)
         except Decline as decline:
             first = first or decline
     assert first is not None
@@ -102,8 +106,8 @@ def check_not_attended(readings: Sequence[Reading], attended: set[fx.Node]) -> N
     which the rewrite has at hand: f(out) U is then a layer, and W V no product of queries and keys.
     """
     for reading in readings:
-        product = reading.scores.product.node
-        if product in attended and not reading.term.softmax.normalizes:
+        products = {dot.node for dot in reading.scores.dots}
+        if products & attended and not reading.term.softmax.normalizes:
             raise Decline(
                 "product-chain",
                 reading.skeleton.output,
@@ -112,7 +116,9 @@ def check_not_attended(readings: Sequence[Reading], attended: set[fx.Node]) -> N
             )
 
 
-def _read(shadow: Shadow, skeleton: Skeleton, softmaxes: Sequence[Softmax]) -> list[Reading]:
+def _read(
+    shadow: Shadow, skeleton: Skeleton, softmaxes: Sequence[Softmax], joins: bool
+) -> list[Reading]:
     output = shadow.aten_of[skeleton.output]
     shape = shape_of(output)
     if any(size == 0 for s in softmaxes for size in (*shape, *shape_of(s.scores))):
@@ -125,7 +131,7 @@ def _read(shadow: Shadow, skeleton: Skeleton, softmaxes: Sequence[Softmax]) -> l
         sizes.update(dict.fromkeys(symbols, size))
     for _ in range(16):
         try:
-            return _Reader(shadow, skeleton, softmaxes, output, axes, sizes).read()
+            return _Reader(shadow, skeleton, softmaxes, output, axes, sizes, joins).read()
         except Opaque as opaque:
             raise declined(opaque, shadow) from opaque
         except _Split as split:
@@ -150,30 +156,12 @@ def _axis(name: str) -> sympy.Symbol:
     return sympy.Symbol(name, integer=True, nonnegative=True)
 
 
-def find_split(indices, sizes) -> tuple[sympy.Symbol, Expr] | None:
-    """An axis that one of the indices divides by a divisor of its size, and that divisor."""
-    found = []
-    for expr in indices:
-        for node in expr.atoms(floordiv, mod):
-            inner, by = node.args
-            terms = [(s, inner.coeff(s)) for s in inner.free_symbols if s in sizes]
-            for symbol, stride in terms:
-                if stride == 0:
-                    continue
-                part = quotient(by, stride) if stride.is_positive else None
-                if part is not None and part != 1 and quotient(sizes[symbol], part) is not None:
-                    if not same(part, sizes[symbol]):
-                        found.append((symbol, part))
-    found.sort(key=lambda pair: (pair[0].name, str(pair[1])))
-    return found[0] if found else None
-
-
 class _Reader:
     """One reading of a skeleton, with its axes split as far as is known by now."""
 
-    def __init__(self, shadow: Shadow, skeleton: Skeleton, softmaxes, output, axes, sizes):
+    def __init__(self, shadow: Shadow, skeleton: Skeleton, softmaxes, output, axes, sizes, joins):
         self.shadow, self.skeleton, self.softmaxes = shadow, skeleton, softmaxes
-        self.output, self.axes, self.sizes = output, axes, dict(sizes)
+        self.output, self.axes, self.sizes, self.joins = output, axes, dict(sizes), joins
         self.left, self.right = sides_of(skeleton.values)
         self.ranges: dict[sympy.Symbol, Expr] = dict(sizes)
         # The index at which the output is divided by the sums of its rows, if it is.
@@ -217,10 +205,17 @@ class _Reader:
         for term in found.terms:
             term.divided_at = self.divided_at
             self._check_axis(term, column)
-            scores = read_scores(self.shadow, term, key_length, self.ranges, self._node, found)
+            scores = read_scores(
+                self.shadow, term, key_length, self.ranges, self._node, found, self.joins
+            )
             if not term.softmax.normalizes:
-                self._check_dropout(term, scores.score, scores.product.index or (), column)
-            query, key, value, factor = self._operands(scores, values, values_index)
+                for dot in scores.dots:
+                    self._check_dropout(term, scores.score, dot.index, column)
+            finder = OperandFinder(
+                self.shadow, self.skeleton.output, self.sizes, self.ranges, self._node
+            )
+            dtype = self.output.meta["val"].dtype
+            pairs, value, factor = finder.find(scores, values, values_index, dtype)
             term.coefficient *= alpha
             readings.append(
                 Reading(
@@ -232,8 +227,7 @@ class _Reader:
                     key_length=key_length,
                     term=term,
                     scores=scores,
-                    query=query,
-                    key=key,
+                    pairs=pairs,
                     value=value,
                     score=scores.score.subs(S, factor * S) if factor != 1 else scores.score,
                     loads=scores.lifter.loads,
@@ -248,7 +242,7 @@ class _Reader:
                 )
             )
         for r in readings:
-            self._split(i for x in (r.query, r.key, r.value) for i in x.place.index)
+            self._split(i for x in r.operands for i in x.place.index)
         return readings
 
     def _split(self, indices) -> None:
@@ -317,77 +311,6 @@ class _Reader:
                 "Expand the weights before their dropout.",
                 message="several heads share one dropout of their weights",
             )
-
-    def _operands(self, scores: Scores, values: fx.Node, values_index: Index):
-        """(Q, K, V, the factor that their scales put on the score)."""
-        product = scores.product
-        self.ranges[D] = shape_of(product.left)[-1]
-        (query, query_index), (key, key_index) = product.sides()
-        dtype = self.output.meta["val"].dtype
-        found: list[Operand] = []
-        factor: Expr = sympy.S.One
-        for casts in (True, False):
-            factor, found = sympy.S.One, []
-            for node, index, inner, varying in (
-                (query, query_index, D, {*query_index[-2].free_symbols}),
-                (key, key_index, D, {KV}),
-                (values, values_index, None, None),
-            ):
-                operand = self._operand(scores.lifter, node, index, inner, varying, casts)
-                found.append(operand)
-                factor *= operand.place.factor
-            if found[2].dtype == dtype:
-                break
-        return *found, factor
-
-    def _operand(self, lifter: Lifter, node, index, inner, varying, casts) -> Operand:
-        best = deeper = None
-        best_lost = mapped = False
-        scaled = inner is not None
-        for place in origins(
-            node,
-            index,
-            lifter,
-            inner=D,
-            casts=casts,
-            varying=varying or set(),
-        ):
-            if not scaled and place.factor != 1:
-                break
-            if place.cast is not None and (best or deeper):
-                break
-            mapped = mapped or place.node in self.shadow.within
-            holders = self.shadow.dynamo_of.get(place.node)
-            if not holders:
-                continue
-            source, since = holders[0], self.shadow.since[place.node, holders[0]]
-            lost = overwrite(source, since, until=self.skeleton.output) is not None
-            if best and lost and not best_lost:
-                continue
-            if any(i.has(floordiv, mod) for i in place.index):
-                # K and V of grouped heads: read unexpanded once the heads' axis is split.
-                deeper = Operand(source, since, place, None)
-                continue
-            view = view_of(place, self.ranges)
-            if view is not None:
-                best, deeper, best_lost = Operand(source, since, place, view), None, lost
-        if deeper is not None and find_split(deeper.place.index, self.sizes):
-            return deeper
-        if best is None and mapped:
-            raise Decline(
-                "operand-unclear",
-                self._node(node),
-                "Project queries, keys and values before the transform, or in one product.",
-                message="an operand is computed under torch.vmap, and held by no tensor outside",
-            )
-        if best is None:
-            raise Decline(
-                "operand-unclear",
-                self._node(node),
-                "Give the product a tensor whose axes are heads, positions and head dimension.",
-                message="an operand cannot be seen as [batch, heads, length, head dim] by views",
-            )
-        return best
 
 
 def _mixed_radix(axes: list[sympy.Symbol], sizes) -> Expr:

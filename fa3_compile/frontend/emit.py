@@ -181,6 +181,11 @@ class Emitter:
                 x = self.call("unsqueeze", x, i)
         return x
 
+    def beside(self, parts: list[fx.Node], zeros: int) -> fx.Node:
+        """Operands side by side along d, and some zeros."""
+        x = self.function(torch.cat, parts, -1)
+        return self.function(torch.nn.functional.pad, x, (0, zeros)) if zeros else x
+
     def statistic(self, pair: fx.Node, statistic: Lse, region: Region) -> fx.Node:
         """The LSE [B, H, Sq] in the shape, type and unit of the node that it replaces."""
         layout, value = region.layout, example_value(statistic.node)

@@ -13,6 +13,7 @@ from fa3_compile.frontend import after_softmax
 from fa3_compile.frontend.captured import Captured, Seed, reads_infinite
 from fa3_compile.frontend.detect import Reading
 from fa3_compile.frontend.normalize import without_abs
+from fa3_compile.frontend.product import sides_of
 from fa3_compile.frontend.sizes import hint
 from fa3_compile.spec import simplify, unnormalised
 from fa3_compile.spec.expr import KV, Expr, Q, loads_in
@@ -93,7 +94,7 @@ def read_unnormalised(
             message="weights that may be negative are divided by the sum of their sizes",
         )
     if unnormalised.is_linear(score, mask):
-        softmax, left = reading.term.softmax, reading.scores.product.left
+        softmax, left = reading.term.softmax, sides_of(reading.scores.dots[0].node)[0]
         keys = softmax.scores.meta["val"].shape[softmax.dim]
         cheaper = hint(keys) > hint(left.meta["val"].shape[-1])
         raise Decline(

@@ -12,9 +12,10 @@ from fa3_compile.frontend.captured import Captured, Seed
 from fa3_compile.frontend.detect import Reading, Skeleton
 from fa3_compile.frontend.dynamo_graph import example_value
 from fa3_compile.frontend.fields import read_fields, read_unnormalised
-from fa3_compile.frontend.lift import descendants, shape_of
+from fa3_compile.frontend.lift import descendants
 from fa3_compile.frontend.placeholders import D
-from fa3_compile.frontend.region import Layout, Operand, Region
+from fa3_compile.frontend.product import Dot
+from fa3_compile.frontend.region import Layout, Operand, Pair, Region
 from fa3_compile.frontend.sizes import hint
 from fa3_compile.frontend.trace import Shadow
 from fa3_compile.spec import simplify
@@ -77,12 +78,14 @@ def region(shadow: Shadow, reading: Reading) -> Region:
     [coefficient], coefficient_loads = _renumbered(
         [in_coordinates(reading.term.coefficient)], reading.loads
     )
+    factors, factor_loads = _renumbered(
+        [in_coordinates(pair.factor) for pair in reading.pairs], reading.loads
+    )
     return Region(
         output=skeleton.output,
         output_axes=reading.axes,
         interior=interior,
-        query=reading.query,
-        key=reading.key,
+        pairs=[Pair(x.query, x.key, factor) for x, factor in zip(reading.pairs, factors)],
         value=reading.value,
         layout=layout,
         key_length=reading.key_length,
@@ -91,6 +94,7 @@ def region(shadow: Shadow, reading: Reading) -> Region:
         sizes=sizes,
         coefficient=simplify.tidy(coefficient),
         coefficient_loads=coefficient_loads,
+        factor_loads=factor_loads,
         dropouts=reading.dropouts,
         statistics=[] if separated.dead == "score" else reading.statistics,
     )
@@ -105,13 +109,13 @@ def _interior(shadow: Shadow, reading: Reading) -> list[fx.Node]:
             if source not in behind:
                 behind.add(source)
                 stack.append(source)
-    between = behind & descendants([reading.scores.product.node])
+    between = behind & descendants(dot.node for dot in reading.scores.dots)
     held = [d for d, a in shadow.aten_of.items() if a in between]
     return [*dict.fromkeys([*held, *(d for a, d in shadow.within.items() if a in between)])]
 
 
 def _checked_operands(reading: Reading, skeleton: Skeleton) -> None:
-    operands = (reading.query, reading.key, reading.value)
+    operands = reading.operands
     for operand in operands:
         if operand.view is None:
             raise Decline(
@@ -158,9 +162,9 @@ def _check_not_router(reading: Reading, skeleton: Skeleton) -> None:
     any kind, with no softmax in between, is a perceptron."""
     if not reading.term.softmax.normalizes and _is_perceptron(reading):
         raise Decline("perceptron", skeleton.output, NOTHING, message="K or V is one for all rows")
-    sources = [x.source for x in (reading.query, reading.key, reading.value)]
-    flat = all(example_value(x).dim() == 2 for x in sources)
-    if flat and isinstance(example_value(sources[1]), torch.nn.Parameter):
+    flat = all(example_value(x.source).dim() == 2 for x in reading.operands)
+    keys = [example_value(pair.key.source) for pair in reading.pairs]
+    if flat and all(isinstance(x, torch.nn.Parameter) for x in keys):
         raise Decline(
             "router",
             skeleton.output,
@@ -173,7 +177,7 @@ def _is_perceptron(reading: Reading) -> bool:
     """Whether K or V is a given matrix that the rows of several batches meet; where there are no
     batches, whether K has its keys as columns, as the weights of a layer do."""
     rows = {a for axes in reading.axes for a in axes} - reading.head_dim.free_symbols
-    for operand in (reading.key, reading.value):
+    for operand in (*(pair.key for pair in reading.pairs), reading.value):
         given = operand.source.op == "placeholder" and example_value(operand.source).dim() == 2
         if not given:
             continue
@@ -183,16 +187,16 @@ def _is_perceptron(reading: Reading) -> bool:
     return False
 
 
-def _axes_of(operand: Operand) -> set[sympy.Symbol]:
-    parts = operand.view.parts if operand.view else ()
-    return {part[1].symbol for part in parts if part[0] == "axis"}
+def _axes_of(*operands: Operand) -> set[sympy.Symbol]:
+    return {axis.symbol for operand in operands for axis in operand.axes}
 
 
 def _layout(reading: Reading, skeleton: Skeleton) -> Layout:
     """Axes that K or V are indexed by are batch and KV heads; of the others, the rows' are
     queries and the rest share their KV head."""
     every = [a for dim in reading.axes for a in dim]
-    in_query, in_key, in_value = (_axes_of(x) for x in (reading.query, reading.key, reading.value))
+    in_query = _axes_of(*(pair.query for pair in reading.pairs))
+    in_key, in_value = _axes_of(*(pair.key for pair in reading.pairs)), _axes_of(reading.value)
     strides = {a: reading.head_dim.coeff(a) for a in reading.head_dim.free_symbols & {*every}}
     head_dim = sorted(strides, key=lambda a: (-_large(strides[a]), a.name))
     if {*head_dim} & (in_query | in_key):
@@ -209,8 +213,7 @@ def _layout(reading: Reading, skeleton: Skeleton) -> Layout:
     row = reading.rows[-1].free_symbols
     queries = _queries(reading, [a for a in free if a in row])
     queries = queries or [a for a in free if a in in_query][-1:]
-    contracted = set() if shape_of(reading.scores.product.left)[-1] == 1 else {D}
-    if not ({KV} | contracted <= in_key and KV in in_value and contracted <= in_query):
+    if KV not in in_value or not all(map(_is_pair, reading.pairs, reading.scores.dots)):
         raise Decline(
             "operand-unclear",
             skeleton.output,
@@ -235,6 +238,12 @@ def _layout(reading: Reading, skeleton: Skeleton) -> Layout:
     else:
         batch, kv_heads, group = free[:1], [], free[1:]
     return Layout(batch, kv_heads, group, queries, head_dim, dict(reading.sizes))
+
+
+def _is_pair(pair: Pair, dot: Dot) -> bool:
+    """Whether the keys differ, and both sides have the contracted axis, where it is one."""
+    contracted = set() if dot.width == 1 else {D}
+    return {KV} | contracted <= _axes_of(pair.key) and contracted <= _axes_of(pair.query)
 
 
 def _queries(reading: Reading, rows: list[sympy.Symbol]) -> list[sympy.Symbol]:

@@ -1,12 +1,17 @@
-"""The product of queries and keys that scores are made of."""
+"""The products of queries and keys that scores are made of."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import sympy
 import torch
 from torch import fx
 
 from fa3_compile.errors import Decline
-from fa3_compile.frontend.lift import Index, Lifter, Opaque, sym
+from fa3_compile.frontend.lift import Index, Lifter, Opaque, shape_of, sym
 from fa3_compile.frontend.placeholders import D
 from fa3_compile.frontend.sizes import UnknownScalar
 from fa3_compile.frontend.trace import SIZES
@@ -57,55 +62,93 @@ def products_before(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-class Product:
-    """A candidate for Q K^T, and where it is read: the element rule of its node."""
+def several_elements() -> Decline:
+    """The decline of scores that are a function of several products, and not of their sum."""
+    return Decline(
+        "product-read-twice",
+        None,
+        "Let each score depend on its own query and key alone.",
+        message="one score is made of several elements of Q K^T",
+    )
 
-    def __init__(self, node: fx.Node):
-        self.node = node
-        self.left, self.right = sides_of(node)
-        self.index: Index | None = None
+
+@dataclass(frozen=True)
+class Dot:
+    """One element of a product, as the scores read it."""
+
+    node: fx.Node
+    index: Index
+
+    @property
+    def width(self) -> Expr:
+        """How many elements the contracted axis has."""
+        return shape_of(sides_of(self.node)[0])[-1]
+
+    @property
+    def is_dot(self) -> bool:
+        """Whether it is of one query and one key."""
+        keys = [x for x in self.index[-2:] if depends_on(x, [KV])]
+        return keys == [KV] and not any(depends_on(x, [KV]) for x in self.index[:-2])
+
+    def sides(self):
+        """((Q node, its index), (K node, its index)) with d the contracted axis."""
+        left, right = sides_of(self.node)
+        *batch, row, column = self.index
+        queries = (left, (*batch, row, D))
+        keys = (right, (*batch, D, column))
+        return (keys, queries) if row == KV else (queries, keys)
+
+
+class Products:
+    """Candidates for Q K^T, and where each is read: the element rules of their nodes.
+
+    The first read of the first node is `s`; every other read has a symbol of its own.
+    """
+
+    def __init__(self, nodes: Sequence[fx.Node]):
+        self.nodes = [*nodes]
         self.lifter: Lifter | None = None
+        self.dots: dict[Dot, sympy.Symbol] = {}
 
-    def __call__(self, index: Index) -> Expr:
-        if self.index is not None and self.index != index:
-            raise Decline(
-                "product-read-twice",
-                None,
-                "Let each score depend on its own query and key alone.",
-                message="one score is made of several elements of Q K^T",
-            )
-        self.index = index
-        beta, alpha = factors_of(self.node, self.lifter)
-        scaled = alpha * S
-        return scaled if beta == 0 else beta * self._added(index) + scaled
+    @property
+    def rules(self) -> dict[fx.Node, Callable[[Index], Expr]]:
+        """What `Lifter` takes as `special`."""
+        return {node: functools.partial(self._element, node) for node in self.nodes}
 
-    def _added(self, index: Index) -> Expr:
+    def _element(self, node: fx.Node, index: Index) -> Expr:
+        beta, alpha = factors_of(node, self.lifter)
+        scaled = alpha * self._symbol(Dot(node, index))
+        if beta == 0:
+            return scaled
         assert self.lifter is not None
-        return self.lifter.broadcast(self.node.args[0], index)
+        return beta * self.lifter.broadcast(node.args[0], index) + scaled
+
+    def _symbol(self, dot: Dot) -> sympy.Symbol:
+        if dot not in self.dots:
+            first = dot.node is self.nodes[0] and S not in self.dots.values()
+            name = f"{S}_{len(self.dots)}"
+            self.dots[dot] = S if first else sympy.Symbol(name, real=True)
+        return self.dots[dot]
+
+    def biases(self) -> list[fx.Node]:
+        """The nodes behind the first that are read otherwise than by one query and one key."""
+        return [n for n in self.nodes[1:] if any(d.node is n and not d.is_dot for d in self.dots)]
 
     def check(self, at: fx.Node) -> None:
-        """`Decline` if the product is not of one query and one key an element."""
-        if self.index is None:
+        """`Decline` at `at` if a read is not of one query and one key, or there is none."""
+        if S not in self.dots.values():
             raise Decline(
                 "no-product",
                 at,
                 "Take the softmax of a product of queries and keys.",
                 message="the scores are not made of the product before them",
             )
-        row, column = self.index[-2:]
-        keys = [x for x in (row, column) if depends_on(x, [KV])]
-        if keys != [KV] or any(depends_on(x, [KV]) for x in self.index[:-2]):
+        if not all(dot.is_dot for dot in self.dots):
+            if len(self.dots) > 1:
+                raise several_elements()
             raise Decline(
                 "product-axes",
                 at,
                 "One side of the product has to be indexed by the key alone.",
                 message="the product before the softmax is not indexed by query and key",
             )
-
-    def sides(self):
-        """((Q node, its index), (K node, its index)) with d the contracted axis."""
-        assert self.index is not None
-        *batch, row, column = self.index
-        left = (self.left, (*batch, row, D))
-        right = (self.right, (*batch, D, column))
-        return (right, left) if row == KV else (left, right)

@@ -8,10 +8,11 @@ import sympy
 import torch
 from torch import fx
 
+from fa3_compile.errors import Decline
 from fa3_compile.frontend.captured import Captured, Seed
 from fa3_compile.frontend.dynamo_graph import example_value
 from fa3_compile.frontend.logsumexp import Lse
-from fa3_compile.frontend.operands import Place, View
+from fa3_compile.frontend.operands import Axis, Place, View
 from fa3_compile.frontend.placeholders import ROW_SUM, D
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.expr import Expr
@@ -31,6 +32,32 @@ class Operand:
     def dtype(self) -> torch.dtype:
         """The dtype in which the attention reads it."""
         return self.place.cast or example_value(self.source).dtype
+
+    @property
+    def axes(self) -> list[Axis]:
+        """The atomic axes of its view."""
+        parts = self.view.parts if self.view else ()
+        return [part[1] for part in parts if part[0] == "axis"]
+
+
+@dataclass
+class Pair:
+    """Queries and keys whose dot products are a part of s, times a factor on the queries."""
+
+    query: Operand
+    key: Operand
+    # In b, h, q, free of d and of the key.
+    factor: Expr = sympy.S.One
+
+    @property
+    def has_width(self) -> bool:
+        """Whether the head dimension is an axis; it is none where it is 1."""
+        return any(axis.symbol == D for axis in self.query.axes)
+
+    @property
+    def width(self) -> Expr:
+        """The head dimension."""
+        return next((x.size for x in self.query.axes if x.symbol == D), sympy.S.One)
 
 
 @dataclass
@@ -61,8 +88,8 @@ class Region:
     output_axes: list[list[sympy.Symbol]]
     # Dynamo nodes that hold scores or weights: dead once the output is replaced.
     interior: list[fx.Node]
-    query: Operand
-    key: Operand
+    # s is the sum of their products: several stand side by side along d.
+    pairs: list[Pair]
     value: Operand
     layout: Layout
     key_length: Expr
@@ -73,8 +100,12 @@ class Region:
     # A factor on the output, in b, h, q; its loads read `coefficient_loads`.
     coefficient: Expr = sympy.S.One
     coefficient_loads: list[Captured | Seed] = field(default_factory=list)
+    # What the loads of the pairs' factors read.
+    factor_loads: list[Captured | Seed] = field(default_factory=list)
     # Dynamo nodes whose random numbers the op draws itself.
     dropouts: list[fx.Node] = field(default_factory=list)
+    # Why products that the scores are a sum of could not be read as one, if they could not.
+    apart: Decline | None = None
     # What else the op replaces: its LSE.
     statistics: list[Lse] = field(default_factory=list)
 
@@ -84,7 +115,17 @@ class Region:
         return bool(self.statistics) or ROW_SUM in self.coefficient.free_symbols
 
     @property
-    def has_width(self) -> bool:
-        """Whether the head dimension of Q and K is an axis; it is none where it is 1."""
-        parts = self.query.view.parts if self.query.view else ()
-        return any(part[0] == "axis" and part[1].symbol == D for part in parts)
+    def operands(self) -> list[Operand]:
+        """The queries and keys of every pair, and V."""
+        return [*(x for pair in self.pairs for x in (pair.query, pair.key)), self.value]
+
+    @property
+    def width(self) -> Expr:
+        """The head dimension of Q and K: that of all pairs and, where they are several, of zeros
+        to the next multiple of 8, as kernels want it."""
+        return sympy.Add(*(pair.width for pair in self.pairs), self.padding)
+
+    @property
+    def padding(self) -> int:
+        total = sympy.Add(*(pair.width for pair in self.pairs))
+        return -int(total) % 8 if len(self.pairs) > 1 and total.is_Integer else 0

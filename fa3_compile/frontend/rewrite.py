@@ -8,8 +8,8 @@ import torch
 from torch import fx
 
 from fa3_compile.frontend.captured import Captured
-from fa3_compile.frontend.check import place_of
-from fa3_compile.frontend.coefficient import coefficient
+from fa3_compile.frontend.check import place_of, reads_of
+from fa3_compile.frontend.coefficient import coefficient, scaled_queries
 from fa3_compile.frontend.dynamo_graph import example_value
 from fa3_compile.frontend.emit import Emitter
 from fa3_compile.frontend.gradients import has_gradient
@@ -29,7 +29,7 @@ def rewrite(graph: fx.Graph, regions: list[Region], texts: list[str]) -> dict[fx
     place = place_of(graph, regions)
     replacements: dict[fx.Node, fx.Node] = {}
     with graph.inserting_before(place):
-        emit = Emitter(graph, place, example_value(regions[0].query.source))
+        emit = Emitter(graph, place, example_value(regions[0].value.source))
         parts = [
             _attention(emit, region, text, replacements)
             for region, text in zip(regions, texts, strict=True)
@@ -55,8 +55,7 @@ def rewrite(graph: fx.Graph, regions: list[Region], texts: list[str]) -> dict[fx
 
 def _differentiates(regions: list[Region]) -> bool:
     """Whether the operator's results have a gradient where it stands outside `no_grad`."""
-    read = [x.source for r in regions for x in (r.query, r.key, r.value)]
-    read += [x.source for r in regions for x in r.loads if isinstance(x, Captured)]
+    read = [source for region in regions for source, _ in reads_of(region)]
     return torch.is_grad_enabled() and any(has_gradient(x) for x in read)
 
 
@@ -64,21 +63,9 @@ def _attention(
     emit: Emitter, region: Region, text: str, replacements: dict[fx.Node, fx.Node]
 ) -> fx.Node:
     """One region's share of the output; what else it replaces is added to `replacements`."""
-    layout = region.layout
-    heads = [*layout.kv_heads, *layout.group]
-    # An axis of length 1 is no axis of the view: it is added.
-    contracted = [D] if region.has_width else []
-    rows = ([*layout.batch], heads, [*layout.query], contracted)
-    keys = ([*layout.batch], [*layout.kv_heads], [KV], contracted)
-    values = ([*layout.batch], [*layout.kv_heads], [KV], [*layout.head_dim])
-    sizes = {**layout.size, KV: region.key_length}
-    device = example_value(region.query.source).device
-    operands = [
-        (region.query.source, emit.operand(region.query, rows, sizes)),
-        (region.key.source, emit.operand(region.key, keys, sizes)),
-        (region.value.source, emit.operand(region.value, values, sizes)),
-        *((getattr(x, "source", None), emit.captured(x, device)) for x in region.loads),
-    ]
+    device = example_value(region.value.source).device
+    operands = _operands(emit, region)
+    operands += [(getattr(x, "source", None), emit.captured(x, device)) for x in region.loads]
     if example_value(region.output).requires_grad:
         # The backward reads them again; a sum, say, does not keep what it adds.
         sources = [source for source, _ in operands if source is not None]
@@ -95,11 +82,35 @@ def _attention(
     return emit.output(out, region)
 
 
+def _operands(emit: Emitter, region: Region) -> list[tuple[fx.Node | None, fx.Node]]:
+    """(the node whose memory it is, None where it is a copy; the operand) of Q, K and V."""
+    layout = region.layout
+    heads = [*layout.kv_heads, *layout.group]
+    sizes = {**layout.size, KV: region.key_length}
+    device = example_value(region.value.source).device
+    queries, keys = [], []
+    for pair in region.pairs:
+        # An axis of length 1 is no axis of the view: it is added.
+        contracted = [D] if pair.has_width else []
+        rows = ([*layout.batch], heads, [*layout.query], contracted)
+        query = emit.operand(pair.query, rows, sizes)
+        queries.append(scaled_queries(emit, region, query, pair.factor, device))
+        columns = ([*layout.batch], [*layout.kv_heads], [KV], contracted)
+        keys.append(emit.operand(pair.key, columns, sizes))
+    values = ([*layout.batch], [*layout.kv_heads], [KV], [*layout.head_dim])
+    value = (region.value.source, emit.operand(region.value, values, sizes))
+    if len(region.pairs) > 1:
+        beside = [emit.beside(parts, region.padding) for parts in (queries, keys)]
+        return [(None, beside[0]), (None, beside[1]), value]
+    [pair] = region.pairs
+    return [(pair.query.source, queries[0]), (pair.key.source, keys[0]), value]
+
+
 def follow_replacements(region: Region, replaced: dict[fx.Node, fx.Node]) -> None:
     """Reads the results of earlier rewrites in place of what they replaced."""
-    for operand in (region.query, region.key, region.value):
+    for operand in region.operands:
         operand.source = replaced.get(operand.source, operand.source)
-    for loads in (region.loads, region.coefficient_loads):
+    for loads in (region.loads, region.coefficient_loads, region.factor_loads):
         loads[:] = [
             Captured(replaced.get(x.source, x.source), x.since) if isinstance(x, Captured) else x
             for x in loads

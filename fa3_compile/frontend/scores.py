@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from fa3_compile.errors import Decline
+from fa3_compile.frontend.joined import joined
 from fa3_compile.frontend.lift import (
     Index,
     Lifter,
@@ -22,11 +23,11 @@ from fa3_compile.frontend.lift import (
 )
 from fa3_compile.frontend.normalize import Softmax, largest_is_one, row_statistic
 from fa3_compile.frontend.placeholders import row_stat, total, without_some
-from fa3_compile.frontend.product import Product, products_before
+from fa3_compile.frontend.product import Dot, Products, products_before, several_elements, sides_of
 from fa3_compile.frontend.trace import Shadow
 from fa3_compile.frontend.weights import Term, Weights
 from fa3_compile.spec.expr import KV, Expr, S, depends_on, where
-from fa3_compile.spec.index import Ranges, simplify_index
+from fa3_compile.spec.index import Ranges, same, simplify_index
 
 aten = torch.ops.aten
 WIDE = (torch.float32, torch.float64)
@@ -36,9 +37,12 @@ MOST_SINKS = 4
 
 @dataclass
 class Scores:
-    """The score of [row, kv] and the sinks of a row, as read around one product."""
+    """The score of [row, kv] and the sinks of a row, as read around one product or several.
 
-    product: Product
+    `s` in the score is the sum of `dots`, each times its factor."""
+
+    dots: list[Dot]
+    factors: list[Expr]
     lifter: Lifter
     score: Expr
     sinks: list[Expr] = field(default_factory=list)
@@ -53,30 +57,32 @@ def read_scores(
     ranges: Ranges,
     holder: Callable[[fx.Node], fx.Node],
     weights: Weights,
+    joins: bool,
 ) -> Scores:
     """The scores that one term of V's weights is a softmax of. `Decline` where they are none.
 
     holder   the Dynamo node that stands for a shadow node
     weights  what was read between the softmax and V, whose loads come first
+    joins    whether a sum of products is one; else all but one of them are biases
     """
     softmax = term.softmax
     index, extra = _positions(softmax, term.at, key_length, holder)
-    return _around_a_product(
-        softmax,
-        holder,
-        lambda product: _read(shadow, term, product, index, extra, ranges, holder, weights),
-        shadow,
-    )
+
+    def read(nodes: list[fx.Node]) -> Scores:
+        return _read(shadow, term, nodes, index, extra, ranges, holder, weights, joins)
+
+    return _around_a_product(softmax, holder, read, shadow, joins)
 
 
-def _around_a_product(softmax: Softmax, holder, read, shadow: Shadow) -> Scores:
+def _around_a_product(softmax: Softmax, holder, read, shadow: Shadow, joins: bool) -> Scores:
     """The reading around a product before the softmax: the largest that can be read around, since
     what the others give, position terms of a few heads, is read from memory. The nearest of equals.
     """
     first: Decline | None = None
-    for node in sorted(products_before(softmax.scores), key=_extent, reverse=True):
+    products = sorted(products_before(softmax.scores), key=_extent, reverse=True)
+    for node in products:
         try:
-            return read(Product(node))
+            return read([node, *_addends(node, products)] if joins else [node])
         except Opaque as opaque:
             first = first or declined(opaque, shadow)
         except Decline as decline:
@@ -87,6 +93,22 @@ def _around_a_product(softmax: Softmax, holder, read, shadow: Shadow) -> Scores:
         "Take the softmax of a product of queries and keys.",
         message="the softmax is not of a product's result",
     )
+
+
+def _addends(product: fx.Node, others: list[fx.Node]) -> list[fx.Node]:
+    """Other products that may be added to one: of as many elements, and neither of the other's."""
+    return [
+        x
+        for x in others
+        if x is not product
+        and same(_elements(x), _elements(product))
+        and not {*sides_of(x)} & descendants([product])
+        and not {*sides_of(product)} & descendants([x])
+    ]
+
+
+def _elements(product: fx.Node) -> Expr:
+    return sympy.Mul(*shape_of(product))
 
 
 def _extent(product: fx.Node) -> tuple[int, int]:
@@ -117,21 +139,23 @@ def _positions(softmax: Softmax, at: Index, key_length: Expr, holder) -> tuple[I
 def _read(
     shadow: Shadow,
     term: Term,
-    product: Product,
+    nodes: list[fx.Node],
     index: Index,
     extra: list[Expr],
     ranges: Ranges,
     holder,
     weights: Weights,
+    joins: bool,
 ) -> Scores:
     softmax = term.softmax
     x, dim = softmax.scores, softmax.dim
-    computed = descendants([product.node])
+    products = Products(nodes)
+    computed = descendants(nodes)
     lifter = Lifter(
         shadow,
         ranges,
-        {product.node: product},
-        wide=_is_wide(product.node),
+        {**products.rules},
+        wide=all(map(_is_wide, nodes)),
         weighs=not softmax.normalizes,
         loads=weights.loads,
         read_at=weights.read_at,
@@ -144,27 +168,32 @@ def _read(
         lifter.special |= {
             n: _softmax_inside(lifter, n, first + i) for i, n in enumerate(inner) if n in computed
         }
-    product.lifter = lifter
+    products.lifter = lifter
     element = without_some(number(lifter.element(x, index)))
-    product.check(holder(product.node))
+    if len(nodes) > 1 and (biases := products.biases()):
+        alone = [n for n in nodes if n not in biases]
+        return _read(shadow, term, alone, index, extra, ranges, holder, weights, joins)
+    products.check(holder(nodes[0]))
+    dots = [*products.dots]
 
     def logit(element: Expr) -> Expr:
         return logarithm(element, holder(x)) if softmax.by_hand else element
 
-    score, shift = logit(element), sympy.S.Zero
+    score, factors = _joined(logit(element), products, joins)
+    shift: Expr = sympy.S.Zero
     if softmax.normalizes:
         score, shift = _without_row_terms(score)
     shifted = not softmax.by_hand or _is_maximum(shift)
     if not shifted:
         score = _without_underflow(score, x.meta["val"].dtype)
-    found = Scores(product, lifter, score, shifted=shifted)
+    found = Scores(dots, factors, lifter, score, shifted=shifted)
     for position in extra:
         element = number(lifter.element(x, (*index[:dim], position, *index[dim + 1 :])))
         found.sinks.append(logit(element) - shift)
     if softmax.by_hand:
-        rest = _rest(softmax, lifter, index, term.divided_at or index)
+        rest = _rest(softmax, products, index, term.divided_at or index)
         found.sinks += [logarithm(part, holder(x)) - shift for part in rest]
-    found.sinks = [_of_the_row(sink, holder(x)) for sink in found.sinks]
+    found.sinks = [_of_the_row(sink, products, holder(x)) for sink in found.sinks]
     if found.score.has(row_stat):
         raise Decline(
             "row-statistic",
@@ -174,6 +203,16 @@ def _read(
         )
     found.score = simplify_index(found.score, ranges)
     found.sinks = [simplify_index(sink, ranges) for sink in found.sinks]
+    return found
+
+
+def _joined(score: Expr, products: Products, joins: bool) -> tuple[Expr, list[Expr]]:
+    """(the score in `s` alone, each dot's factor)."""
+    if len(products.dots) == 1:
+        return score, [sympy.S.One]
+    found = joined(score, [*products.dots.values()]) if joins else None
+    if found is None:
+        raise several_elements()
     return found
 
 
@@ -240,7 +279,7 @@ def _without_underflow(score: Expr, dtype: torch.dtype) -> Expr:
     return -sympy.oo if score.is_number and score < lost else score
 
 
-def _rest(softmax: Softmax, lifter: Lifter, index: Index, divided_at: Index) -> list[Expr]:
+def _rest(softmax: Softmax, products: Products, index: Index, divided_at: Index) -> list[Expr]:
     """What a softmax by hand adds to its sum; nothing if that is lost in rounding.
 
     index       the element of the exponentials
@@ -250,6 +289,8 @@ def _rest(softmax: Softmax, lifter: Lifter, index: Index, divided_at: Index) -> 
     dim = softmax.dim
     keeps = len(softmax.summed.args) > 2 and bool(softmax.summed.args[2])
     row = (*index[:dim], *([sympy.S.Zero] if keeps else []), *index[dim + 1 :])
+    lifter = products.lifter
+    assert lifter is not None
     special = {**lifter.special, softmax.summed: lambda i: total(*i)}
     outer = Lifter(lifter.shadow, lifter.ranges, special, wide=lifter.wide)
     outer.loads = lifter.loads
@@ -263,12 +304,12 @@ def _rest(softmax: Softmax, lifter: Lifter, index: Index, divided_at: Index) -> 
     rest = divisor - whole
     if rest == 0 or (rest.is_number and abs(rest) < eps / 4 and largest_is_one(softmax)):
         return []
-    if rest.has(total) or depends_on(rest, [S, KV]):
+    if rest.has(total) or depends_on(rest, [*products.dots.values(), KV]):
         raise Opaque(softmax.divisor, "it is not the sum of the exponentials and a sink")
     return [rest]
 
 
-def _of_the_row(sink: Expr, at: fx.Node) -> Expr:
+def _of_the_row(sink: Expr, products: Products, at: fx.Node) -> Expr:
     sink = sympy.expand(sink) if sink.has(row_stat) else sink
     if sink.has(row_stat):
         raise Decline(
@@ -278,7 +319,7 @@ def _of_the_row(sink: Expr, at: fx.Node) -> Expr:
             message="what is added to the sum of the exponentials is not shifted by the maximum "
             "as they are, so that it depends on the row's largest score",
         )
-    if depends_on(sink, [S, KV]):
+    if depends_on(sink, [*products.dots.values(), KV]):
         raise Decline(
             "weights-partly-used",
             at,

@@ -46,6 +46,12 @@ class Skeleton:
     nearest: bool
     plain: list[Softmax] = field(default_factory=list)
 
+    @property
+    def may_join(self) -> bool:
+        """Whether there is more than one product that scores may be a sum of."""
+        softmaxes = (*self.softmaxes, *self.plain)
+        return len({p for x in softmaxes for p in products_before(x.scores)}) > 1
+
     def worth_saying(self, decline: Decline) -> bool:
         """Whether a reader who looks for attention wants to know why this is none."""
         normed = decline.code == "not-pointwise" and decline.message.startswith(NORMS)

@@ -190,20 +190,6 @@ class TestBetween:
         # V is not flipped with the scores.
         declined(lambda q, k, v: attend(scores_of(q, k).flip(-1), v))
 
-    def test_scores_of_another_head(self):
-        def attention(q, k, v):
-            s = scores_of(q, k)
-            return attend(s + s[:, :1], v)
-
-        assert_expected_inline(declined(attention), """detect: product-read-twice""")
-
-    def test_scores_added_to_their_transpose(self):
-        def attention(q, k, v):
-            s = scores_of(q, k)
-            return attend(s + s.mT, v)
-
-        assert_expected_inline(declined(attention), """detect: product-read-twice""")
-
     def test_scores_modulated_by_their_softmax(self):
         def attention(q, k, v):
             s = scores_of(q, k)

@@ -294,20 +294,6 @@ def test_latent_attention_of_deepseek():
     assert_expected_inline(specs(report), """attention(score=0.25*s)""")
 
 
-def test_absorbed_latent_attention():
-    # Two products are added before the softmax; the latent is both key and value.
-    def attention(q, q_rotated, latent, rotated):
-        s = q @ latent[:, None].mT + q_rotated @ rotated[:, None].mT
-        return (s * SCALE).softmax(-1) @ latent[:, None]
-
-    report = check(
-        attention, qkv()[0], normal(B, H, S, 8, seed=4), normal(B, S, D), normal(B, S, 8, seed=5)
-    )
-    assert_expected_inline(
-        specs(report), """attention(score=0.25*load(0, b, h, q, kv) + 0.25*s, aux=[float])"""
-    )
-
-
 def test_cache_that_grows():
     def attention(q, k, v, past_k, past_v):
         return plain(q, torch.cat([past_k, k], 2), torch.cat([past_v, v], 2))

@@ -1,0 +1,141 @@
+"""Which tensors of the program an attention reads as queries, keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import sympy
+import torch
+from torch import fx
+
+from fa3_compile.errors import Decline
+from fa3_compile.frontend.joined import check_factor
+from fa3_compile.frontend.lift import Index, Lifter
+from fa3_compile.frontend.mutations import overwrite
+from fa3_compile.frontend.operands import origins, view_of
+from fa3_compile.frontend.placeholders import D
+from fa3_compile.frontend.product import Dot
+from fa3_compile.frontend.region import Operand, Pair
+from fa3_compile.frontend.scores import Scores
+from fa3_compile.frontend.trace import Shadow
+from fa3_compile.spec.expr import KV, Expr, floordiv, mod
+from fa3_compile.spec.index import quotient, same
+
+
+def find_split(indices, sizes) -> tuple[sympy.Symbol, Expr] | None:
+    """An axis that one of the indices divides by a divisor of its size, and that divisor."""
+    found = []
+    for expr in indices:
+        for node in expr.atoms(floordiv, mod):
+            inner, by = node.args
+            terms = [(s, inner.coeff(s)) for s in inner.free_symbols if s in sizes]
+            for symbol, stride in terms:
+                if stride == 0:
+                    continue
+                part = quotient(by, stride) if stride.is_positive else None
+                if part is not None and part != 1 and quotient(sizes[symbol], part) is not None:
+                    if not same(part, sizes[symbol]):
+                        found.append((symbol, part))
+    found.sort(key=lambda pair: (pair[0].name, str(pair[1])))
+    return found[0] if found else None
+
+
+class OperandFinder:
+    """Finds the operands of one reading.
+
+    output  the Dynamo node in whose place they are read
+    sizes   of the axes as they are split by now
+    ranges  those, and what else indices range over
+    holder  the Dynamo node that stands for a shadow node
+    """
+
+    def __init__(
+        self,
+        shadow: Shadow,
+        output: fx.Node,
+        sizes: dict[sympy.Symbol, Expr],
+        ranges: dict[sympy.Symbol, Expr],
+        holder: Callable[[fx.Node], fx.Node],
+    ):
+        self.shadow, self.output, self.holder = shadow, output, holder
+        self.sizes, self.ranges = sizes, ranges
+
+    def find(
+        self, scores: Scores, values: fx.Node, values_index: Index, dtype: torch.dtype
+    ) -> tuple[list[Pair], Operand, Expr]:
+        """(the queries and keys of every product, V, the factor that their scales put on s), with
+        V in the dtype of the output if that can be had. Scales of several products stay on their
+        operands."""
+        found: list[Pair] = []
+        value: Operand | None = None
+        total: Expr = sympy.S.One
+        for casts in (True, False):
+            value = self._operand(scores.lifter, values, values_index, set(), casts, False)
+            scaled = len(scores.dots) == 1
+            found = [self._pair(scores.lifter, dot, casts, scaled) for dot in scores.dots]
+            total = sympy.Mul(*(x.place.factor for p in found for x in (p.query, p.key)))
+            if value.dtype == dtype:
+                break
+        assert value is not None
+        for pair, factor, dot in zip(found, scores.factors, scores.dots, strict=True):
+            pair.factor = factor
+            check_factor(pair, dot)
+        return found, value, total
+
+    def _pair(self, lifter: Lifter, dot: Dot, casts: bool, scaled: bool) -> Pair:
+        self.ranges[D] = dot.width
+        (queries, at), (keys, key_at) = dot.sides()
+        return Pair(
+            self._operand(lifter, queries, at, {*at[-2].free_symbols}, casts, scaled),
+            self._operand(lifter, keys, key_at, {KV}, casts, scaled),
+        )
+
+    def _operand(
+        self, lifter: Lifter, node: fx.Node, index: Index, varying, casts: bool, scaled: bool
+    ) -> Operand:
+        best = deeper = None
+        best_lost = mapped = False
+        for place in origins(
+            node,
+            index,
+            lifter,
+            inner=D,
+            casts=casts,
+            varying=varying,
+        ):
+            if not scaled and place.factor != 1:
+                break
+            if place.cast is not None and (best or deeper):
+                break
+            mapped = mapped or place.node in self.shadow.within
+            holders = self.shadow.dynamo_of.get(place.node)
+            if not holders:
+                continue
+            source, since = holders[0], self.shadow.since[place.node, holders[0]]
+            lost = overwrite(source, since, until=self.output) is not None
+            if best and lost and not best_lost:
+                continue
+            if any(i.has(floordiv, mod) for i in place.index):
+                # K and V of grouped heads: read unexpanded once the heads' axis is split.
+                deeper = Operand(source, since, place, None)
+                continue
+            view = view_of(place, self.ranges)
+            if view is not None:
+                best, deeper, best_lost = Operand(source, since, place, view), None, lost
+        if deeper is not None and find_split(deeper.place.index, self.sizes):
+            return deeper
+        if best is None and mapped:
+            raise Decline(
+                "operand-unclear",
+                self.holder(node),
+                "Project queries, keys and values before the transform, or in one product.",
+                message="an operand is computed under torch.vmap, and held by no tensor outside",
+            )
+        if best is None:
+            raise Decline(
+                "operand-unclear",
+                self.holder(node),
+                "Give the product a tensor whose axes are heads, positions and head dimension.",
+                message="an operand cannot be seen as [batch, heads, length, head dim] by views",
+            )
+        return best
