@@ -28,7 +28,8 @@ class DirectCall(ir.FallbackKernel):
 
     def codegen(self, wrapper) -> None:
         if not V.graph.cpp_wrapper:
-            self.python_kernel_name = self._object(_root(wrapper))
+            name = self._object(_root(wrapper))
+            self.python_kernel_name = f"{name}.call" if self.op_overload is ATTENTION else name
         super().codegen(wrapper)
 
     def codegen_args(self) -> list[str]:
@@ -47,7 +48,8 @@ class DirectCall(ir.FallbackKernel):
         fixed = all(_is_number(n) for n in _leaves((layout, self._sizes())))
         plain = self._plain()
         made = f"{'Attention' if forward else 'AttentionBackward'}({', '.join(map(repr, plain))}"
-        made += f", fixed={fixed})"
+        made += f", fixed={fixed}"
+        made += ")" if not forward or self._is_used(1) else ", lse=False)"
         known = _names.setdefault(wrapper, {})
         # What is not fixed finds its layout anew in each call.
         key = (made, layout, self._sizes()) if fixed else (made,)
@@ -56,6 +58,11 @@ class DirectCall(ir.FallbackKernel):
             wrapper.add_import_once(IMPORT)
             wrapper.header.writeline(f"{known[key]} = fa3_launch.{made}")
         return known[key]
+
+    def _is_used(self, output: int) -> bool:
+        """Whether anything reads this output of the operator."""
+        name = self.outputs[output].get_name()
+        return name not in V.graph.removed_buffers
 
     def _sizes(self) -> tuple:
         arguments, _ = self.unflatten_args(self.inputs, self.constant_args)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,17 +50,29 @@ def ensure_context(device: int) -> None:
         checked(cu.cuCtxSetCurrent(context))
 
 
+class Counters(dict[int, int]):
+    """Stream -> address of an int of a module that is zero between the launches on this stream."""
+
+    def __init__(self, address: int) -> None:
+        super().__init__()
+        self._address, self._lock = address, threading.Lock()
+
+    def __missing__(self, stream: int) -> int:
+        with self._lock:  # two streams that two threads meet at once have a counter each
+            if stream in self:
+                return self[stream]
+            if len(self) >= COUNTERS:
+                raise KeyError(stream)
+            return self.setdefault(stream, self._address + 4 * len(self))
+
+
 @dataclass(frozen=True)
 class Module:
-    """A cubin in the current context, its kernels by name, and the attention's shared memory.
-
-    slots  stream -> address of an int of the module that is zero between launches
-    """
+    """A cubin in the current context, its kernels by name, and the attention's shared memory."""
 
     handle: Any
     shared_bytes: int
-    counters: int
-    slots: dict[int, int]
+    counters: Counters
 
     def counter(self, stream: int) -> tuple[int, torch.Tensor | None]:
         """The address of an int that is zero between launches, and what has to be held until the
@@ -68,10 +81,8 @@ class Module:
         A graph that is being captured may be replayed beside anything: it has, and clears, its own.
         """
         if not torch._C._cuda_isCurrentStreamCapturing():
-            if stream not in self.slots and len(self.slots) < COUNTERS:
-                self.slots[stream] = self.counters + 4 * len(self.slots)
-            if stream in self.slots:
-                return self.slots[stream], None
+            with contextlib.suppress(KeyError):
+                return self.counters[stream], None
         own = torch.zeros(1, dtype=torch.int32, device="cuda")
         return own.data_ptr(), own
 
@@ -86,7 +97,7 @@ def load_module(cubin: bytes, attention: str = "attention_fwd") -> Module:
     host = bytearray(4)
     checked(driver().cuMemcpyDtoH(host, address, 4))
     counters, _ = checked(driver().cuModuleGetGlobal(handle, b"counters"))
-    module = Module(handle, struct.unpack("i", host)[0], int(counters), {})
+    module = Module(handle, struct.unpack("i", host)[0], Counters(int(counters)))
     attribute = driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     checked(driver().cuFuncSetAttribute(module.kernel(attention), attribute, module.shared_bytes))
     return module
@@ -94,14 +105,32 @@ def load_module(cubin: bytes, attention: str = "attention_fwd") -> Module:
 
 # What a kernel's parameters may point to, beside the captured tensors.
 NAMES = ("q", "k", "v", "out", "lse", "counter", "scratch", "lists")
+# (offset in the parameters, a name or the number of a captured tensor, bytes to add): where an
+# address of a call belongs.
+Place = tuple[int, "str | int", int]
+
+
+class Block(NamedTuple):
+    """A kernel's parameters in memory, which one launch at a time may use: the driver copies them
+    while it launches, without the interpreter's lock.
+
+    words    the memory
+    pointer  of the array of pointers that cuLaunchKernel takes
+    array    that array
+    """
+
+    words: memoryview
+    pointer: int
+    array: Any
 
 
 class Launch:
-    """One kernel, its grid and its parameters: a struct in memory that the driver reads.
+    """One kernel, its grid and its parameters.
 
-    content  the struct, its size a multiple of 8
-    places   (offset, one of `names` or the number of a captured tensor, bytes to add): where the
-             addresses of a call belong
+    content  the parameters one after the other, a multiple of 8 bytes
+    places   where the addresses of a call belong; a name is one of `names`
+    starts   where in `content` each parameter begins
+    keeps    what has to live as long as the kernel
     """
 
     def __init__(
@@ -111,41 +140,67 @@ class Launch:
         threads: int,
         shared: int,
         content: bytes,
-        places: Sequence[tuple[int, str | int, int]],
+        places: Sequence[Place],
         names: Sequence[str] = NAMES,
+        starts: Sequence[int] = (0,),
+        keeps: Any = None,
     ) -> None:
-        self._storage = ctypes.create_string_buffer(len(content) + 64)
-        start = -ctypes.addressof(self._storage) % 64
-        view = memoryview(self._storage).cast("B")[start : start + len(content)]
-        view[:] = content
-        self._words = view.cast("Q")
-        self._array = (ctypes.c_void_p * 1)(ctypes.addressof(self._storage) + start)
-        self._pointer = ctypes.addressof(self._array)
+        self.content, self.places, self.starts, self.keeps = content, places, starts, keeps
+        self.arguments = (kernel, *grid, threads, 1, 1, shared)
+        self._block = self.block({})
         at = [(n // 8, names.index(x) if isinstance(x, str) else x + len(names), more)
               for n, x, more in places]  # fmt: skip
         self._copied = [(word, index) for word, index, more in at if not more]
         self._moved = [x for x in at if x[2]]
         self._launch = driver().cuLaunchKernel
         self._success = driver().CUresult.CUDA_SUCCESS
-        self._no_context = driver().CUresult.CUDA_ERROR_INVALID_CONTEXT
-        self._arguments = (kernel, *grid, threads, 1, 1, shared)
-        # The driver copies the parameters while it launches, without the interpreter's lock.
         self._lock = threading.Lock()
+
+    def block(self, known: Mapping[str | int, int]) -> Block:
+        """New parameters, the addresses that are `known` in their places."""
+        storage = ctypes.create_string_buffer(len(self.content) + 64)
+        start = -ctypes.addressof(storage) % 64
+        view = memoryview(storage).cast("B")[start : start + len(self.content)]
+        view[:] = self.content
+        words = view.cast("Q")
+        for at, name, more in self.places:
+            if name in known:
+                words[at // 8] = known[name] + more
+        address = ctypes.addressof(storage) + start
+        array = (ctypes.c_void_p * len(self.starts))(*(address + x for x in self.starts))
+        return Block(words, ctypes.addressof(array), array)
+
+    def renamed(self, names: Mapping[str | int, tuple[str | int, int]]) -> Launch:
+        """The same launch of addresses that are called otherwise: (name, bytes to add)."""
+        places = [(at, names[x][0], names[x][1] + more) for at, x, more in self.places]
+        kernel, x, y, z, threads, _, _, shared = self.arguments
+        grid = (x, y, z)
+        return Launch(
+            kernel, grid, threads, shared, self.content, places, NAMES, self.starts, self.keeps
+        )
 
     def __call__(self, stream: int, addresses: Sequence[int]) -> None:
         """`addresses` in the order of the names, then the captured tensors."""
-        words = self._words
+        words, pointer, _ = self._block
         with self._lock:
             for word, index in self._copied:
                 words[word] = addresses[index]
             for word, index, more in self._moved:
                 words[word] = addresses[index] + more
-            (status,) = self._launch(*self._arguments, stream, self._pointer, 0)
-            if status is self._no_context:
-                ensure_context(torch._C._cuda_getDevice())
-                (status,) = self._launch(*self._arguments, stream, self._pointer, 0)
+            (status,) = self._launch(*self.arguments, stream, pointer, 0)
+            if status is not self._success:
+                self.again(status, stream, pointer)
+
+    def again(self, status: Any, stream: int, pointer: int) -> None:
+        """After a launch that the driver refused: once more where this thread had no context.
+
+        RuntimeError where that is not it.
+        """
+        if status is driver().CUresult.CUDA_ERROR_INVALID_CONTEXT:
+            ensure_context(torch._C._cuda_getDevice())
+            (status,) = self._launch(*self.arguments, stream, pointer, 0)
         if status is not self._success:
-            raise RuntimeError(f"cuda_sm90 could not be launched: {status.name}")
+            raise RuntimeError(f"an attention kernel could not be launched: {status.name}")
 
 
 def _empty_cuda(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:

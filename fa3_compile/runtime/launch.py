@@ -17,6 +17,8 @@ from fa3_compile.runtime import op
 
 # (out, LSE) of q, k, v and the captured tensors, for the layouts that it was made for.
 Call = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor]], tuple[Tensor, Tensor]]
+# The same of (q, k, v, aux, sizes).
+General = Callable[..., tuple[Tensor, Tensor]]
 # Layouts that one object remembers: a growing KV cache brings a new one with each token.
 LARGEST = 256
 
@@ -41,24 +43,23 @@ class Attention:
 
     fixed  every call has the sizes, strides, dtypes and device of the first one; only the
            alignment of addresses is looked at then
+    lse    whether the LSE is used; otherwise None may come in its place
+    call   (q, k, v, aux, sizes) -> (out [B,H,Sq,Dv], lse [B,H,Sq]) as the operator gives them
     """
 
-    def __init__(self, text: str, fixed: bool = False) -> None:
-        self.text, self.fixed = text, fixed
-        self._aligned: Call | None = None
+    def __init__(self, text: str, fixed: bool = False, lse: bool = True) -> None:
+        self.text, self.fixed, self.lse = text, fixed, lse
+        self.call: General = self._found_again
         self._calls: dict[tuple, Call] = {}
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, aux: Sequence[Tensor], sizes: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """(out [B,H,Sq,Dv], lse [B,H,Sq]) as the operator gives them."""
-        call = self._aligned
-        if call is not None:
-            low = q.data_ptr() | k.data_ptr() | v.data_ptr()
-            for x in aux:
-                low |= x.data_ptr()
-            if not low & 15:
-                return call(q, k, v, aux)
+        return self.call(q, k, v, aux, sizes)
+
+    def _found_again(
+        self, q: Tensor, k: Tensor, v: Tensor, aux: Sequence[Tensor], sizes: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
         tensors = (q, k, v, *aux)
         key = layout_key(tensors, sizes)
         call = self._calls.get(key)
@@ -66,8 +67,11 @@ class Attention:
             call = self._bind(q, k, v, aux, sizes)
             make_room(self._calls, LARGEST)
             self._calls[key] = call
-            if self.fixed and not any(x.data_ptr() & 15 for x in tensors):
-                self._aligned = call
+            # Made from (otherwise, lse): of no argument anything but the address is looked at.
+            fixed = getattr(call, "fixed", None)
+            aligned = not any(x.data_ptr() & 15 for x in tensors)
+            if self.fixed and aligned and fixed is not None:
+                self.call = fixed(self._found_again, self.lse)
         return call(q, k, v, aux)
 
     def _bind(self, q, k, v, aux, sizes) -> Call:

@@ -14,6 +14,7 @@ from fa3_compile.lower import tune_forward
 from fa3_compile.lower.config import TritonConfig
 from fa3_compile.lower.dispatch import make_problem
 from fa3_compile.lower.kernels import triton_backward, triton_forward
+from fa3_compile.lower.launch_calls import Launches
 from fa3_compile.lower.tune_backward import Configs
 from fa3_compile.runtime.launch import Attention, AttentionBackward
 from tests.host_driver import STREAM, OnDevice, launches, on_device, triton_driver
@@ -65,18 +66,13 @@ def test_forward_and_backward_reach_their_launches(name: str, launches, caplog) 
 
 def test_tensor_descriptors_have_scratch_memory(launches, monkeypatch) -> None:
     monkeypatch.setattr(tune_forward, "table_config", lambda _: replace(TILE, tma=True))
-    sizes, scratch = [], triton_forward._scratch
-
-    def noted(size: int, alignment: int, stream: int | None) -> torch.Tensor:
-        sizes.append(size)
-        return scratch(size, alignment, stream)
-
-    monkeypatch.setattr(triton_forward, "_scratch", noted)
     form = BY_NAME["full"]
     shape = Shape(1, 1, 1, 20, 20, 64, 64)
     q, k, v, _ = on_device(inputs(form, shape, torch.bfloat16, "cpu"))
-    Attention(f"{form.spec()} #;kernels=triton_forward")(q, k, v, [], [])
-    assert len(sizes) == len(launches) == 1 and sizes[0] > 0
+    call = Attention(f"{form.spec()} #;kernels=triton_forward")
+    call(q, k, v, [], [])
+    [bound] = call._calls.values()
+    assert isinstance(bound, Launches) and bound.scratch > 0 and len(launches) == 1
 
 
 def test_integers_too_large_for_32_bits_are_left_to_others(launches) -> None:

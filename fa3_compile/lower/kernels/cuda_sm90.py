@@ -1,8 +1,7 @@
 """`cuda_sm90`: the CUDA C++ kernel for Hopper GPUs, built by NVRTC for each spec.
 
 The kernel is kernels/sm90/attention_fwd.cuh; this file says what it takes, binds it to shapes and
-strides, and launches it. On a warm path a call costs one dictionary look-up, two allocations, a
-few addresses written into its parameters, and the launch.
+strides. What a call costs on a warm path is said in lower/launch_calls.py.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -30,14 +29,8 @@ from fa3_compile.lower.kernels.cuda_sm90_keys import (
     likely_layout,
 )
 from fa3_compile.lower.kernels.cuda_sm90_lists import kept_lists
-from fa3_compile.lower.launch_cuda import (
-    Launch,
-    Module,
-    describable,
-    empty_cuda,
-    ensure_context,
-    load_module,
-)
+from fa3_compile.lower.launch_calls import Launches
+from fa3_compile.lower.launch_cuda import Module, describable, ensure_context, load_module
 from fa3_compile.lower.printer import UnprintableError
 from fa3_compile.lower.render_cuda import CudaKey, render
 from fa3_compile.runtime.launch import Call
@@ -119,56 +112,15 @@ def _unprintable(spec: AttentionSpec) -> str | None:
     return None
 
 
-@dataclass
-class Bound:
+class Bound(Launches):
     """The kernels of a call for one set of shapes and strides; calling it launches them.
 
-    scratch_words  int32 that the lists of key blocks, and the parts of a split, take
-    lists          the address of lists that are kept between calls, or 0
+    lists  the address of lists of key blocks that are kept between calls, or 0
     """
 
-    device: int
-    dtype: torch.dtype
-    config: Sm90Config
-    module: Module
-    out_shape: tuple[int, ...]
-    out_stride: tuple[int, ...]
-    scratch_words: int
-    lists: int
-    launches: tuple[Launch, ...]
-
-    def __post_init__(self) -> None:
-        self._lse_shape = self.out_shape[:3]
-        _, heads, rows = self._lse_shape
-        self._lse_stride = (heads * rows, rows, 1)
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, aux: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        if torch._C._cuda_getDevice() != self.device:
-            with torch.cuda.device(self.device):
-                return self(q, k, v, aux)
-        stream = torch._C._cuda_getCurrentRawStream(self.device)
-        out = empty_cuda(self.out_shape, self.out_stride, self.dtype)
-        lse = empty_cuda(self._lse_shape, self._lse_stride, torch.float32)
-        counter = scratch = 0
-        # Until the last launch their memory is not to be had by anybody else.
-        zero = words = None
-        if self.config.longest_first:
-            counter, zero = self.module.counter(stream)
-        if self.scratch_words:
-            words = empty_cuda((self.scratch_words,), (1,), torch.int32)
-            scratch = words.data_ptr()
-        addresses = [
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), counter,
-            scratch, self.lists or scratch,
-        ]  # fmt: skip
-        for x in aux:
-            addresses.append(x.data_ptr())
-        for launch in self.launches:
-            launch(stream, addresses)
-        del zero, words
-        return out, lse
+    def __init__(self, config: Sm90Config, lists: int, *arguments, **options) -> None:
+        super().__init__(*arguments, **options, known={"lists": lists} if lists else {})
+        self.config, self.lists = config, lists
 
 
 @functools.lru_cache(maxsize=1024)
@@ -195,8 +147,11 @@ def bind(problem: Problem, q, k, v, aux, sizes, key: CudaKey | None = None) -> B
     stride = out_strides(shape, spec.out_order)
     parameters = ForwardParameters(spec, key, module, q, k, v, aux, sizes)
     lists = kept_lists(parameters, q.device.index)
-    launches, words = parameters.launches(stride, kept=bool(lists))
-    return Bound(q.device.index, q.dtype, key.config, module, shape, stride, words, lists, launches)
+    launches, scratch = parameters.launches(stride, kept=bool(lists))
+    return Bound(
+        key.config, lists, q.device.index, q.dtype, shape, stride, launches,
+        scratch=scratch, counters=module.counters,
+    )  # fmt: skip
 
 
 def _tuned(problem: Problem, keys: Sequence[CudaKey], q, k, v, aux, sizes) -> CudaKey:

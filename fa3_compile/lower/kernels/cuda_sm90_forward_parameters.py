@@ -52,7 +52,7 @@ class ForwardParameters(Parameters):
         return start
 
     def launches(self, out_stride, kept: bool = False) -> tuple[tuple[Launch, ...], int]:
-        """(the kernels of a call in their order, int32 words of scratch memory).
+        """(the kernels of a call in their order, bytes of scratch memory).
 
         kept  the lists of key blocks are there; otherwise they are made where scratch memory begins
         """
@@ -69,7 +69,7 @@ class ForwardParameters(Parameters):
         dead = fills_dead_rows(self.spec)
         if dead == "maybe" or (dead == "long" and self.queries > self.keys):
             found.append(self.dead_rows(out_stride))
-        return tuple(found), self.scratch_bytes // 4
+        return tuple(found), self.scratch_bytes
 
     @property
     def rows(self) -> int:

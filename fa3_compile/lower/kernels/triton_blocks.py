@@ -26,6 +26,16 @@ class Lists:
     blocks: int
     others: int
 
+    @property
+    def counts_at(self) -> int:
+        """Bytes of the lists, behind which the counts lie where both share memory."""
+        return 4 * self.masks * self.blocks * 2 * self.others
+
+    @property
+    def bytes(self) -> int:
+        """Of the lists and the counts."""
+        return self.counts_at + 4 * self.masks * self.blocks * 2
+
     def __call__(self, tensors: dict[str, Tensor]) -> None:
         shape = (self.masks, self.blocks, 2)
         device = tensors["q_ptr"].device

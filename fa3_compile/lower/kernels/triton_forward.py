@@ -1,8 +1,7 @@
 """`triton_forward`: one Triton flash-attention program per spec, for every CUDA GPU since Ampere.
 
 The kernel's text is templates/triton/attention_forward.py.jinja; this file says what it takes,
-binds it to shapes and strides, and launches it. On a warm path a call costs one dictionary
-look-up, two allocations and the launch.
+binds it to shapes and strides. What a call costs on a warm path is said in lower/launch_calls.py.
 """
 
 from __future__ import annotations
@@ -24,6 +23,8 @@ from fa3_compile.lower.bound import BindingKernel, are_small, precision
 from fa3_compile.lower.build import load
 from fa3_compile.lower.choose import Gradients, KernelBuildError, Problem, register
 from fa3_compile.lower.config import TritonConfig
+from fa3_compile.lower.kernels.triton_direct import SCRATCH, direct
+from fa3_compile.lower.launch_calls import ALIGNMENT, Launches
 from fa3_compile.lower.launch_cuda import empty_cuda
 from fa3_compile.lower.printer import UnprintableError
 from fa3_compile.lower.render import Aux, aux_parameters
@@ -39,6 +40,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Offsets within a tile are 32-bit: a row or column stride below this keeps 256 of them there.
 LARGEST_STRIDE = 2**23
 LARGEST_BOUND = 4096
+OPERANDS = ("q", "k", "v", "out", "lse")
 
 
 def interpreted() -> bool:
@@ -50,14 +52,16 @@ def interpreted() -> bool:
 class Bound:
     """A kernel for one set of shapes and strides.
 
-    aux     the captured tensors that `launch` takes after q, k, v, out and LSE
-    spills  registers that the compiler had to spill to memory
+    aux       the captured tensors that `launch` takes after q, k, v, out and LSE
+    spills    registers that the compiler had to spill to memory
+    launches  a call of it that goes past Triton's launcher, where that can be
     """
 
     config: TritonConfig
     aux: tuple[int, ...]
     launch: Callable[[Sequence[Tensor]], None]
     spills: int = 0
+    launches: Launches | None = None
 
 
 class TritonForward(BindingKernel):
@@ -115,6 +119,8 @@ class TritonForward(BindingKernel):
             )  # fmt: skip
             return None
 
+        if bound.launches is not None:
+            return bound.launches
         device, dtype, chosen, launch = q.device.index, q.dtype, bound.aux, bound.launch
         shape = (*q.shape[:3], v.shape[3])
         strides = out_strides(shape, problem.spec.out_order)
@@ -288,7 +294,29 @@ def bind_config(problem: Problem, config: TritonConfig, q, k, v, aux, sizes) -> 
     arguments = [*tensors, *integers, *constants]
     compiled, runner = built(kernel, config, grid, q.device, arguments)
     launch = _launcher(runner, q.device, (*integers, *constants), config.tma)
-    return Bound(config, chosen, _with_lists(lists, chosen, launch), compiled.n_spills)
+    values = dict(zip(kernel.arg_names, arguments))
+    launches = _launches(problem, compiled, grid[0], values, lists, q, v)
+    launch = _with_lists(lists, chosen, launch)
+    return Bound(config, chosen, launch, compiled.n_spills, launches)
+
+
+def _launches(problem: Problem, compiled, programs: int, values, lists, q, v) -> Launches | None:
+    """The kernel, and before it that of its lists, past Triton's launcher."""
+    names: dict[str | int, tuple[str | int, int]] = {f"{x}_ptr": (x, 0) for x in OPERANDS}
+    names |= {f"aux{i}": (i, 0) for i in range(len(problem.spec.aux))}
+    kernels, scratch = [direct(compiled, programs, values)], 0
+    if lists is not None:
+        kernels.insert(0, lists.launch.direct)
+        names |= {"lists_ptr": ("scratch", 0), "counts_ptr": ("scratch", lists.counts_at)}
+        scratch = -(-lists.bytes // ALIGNMENT) * ALIGNMENT
+    names[SCRATCH] = "scratch", scratch
+    scratch += programs * compiled.metadata.global_scratch_size
+    shape = (*q.shape[:3], v.shape[3])
+    strides = out_strides(shape, problem.spec.out_order)
+    found = [x.renamed(names) for x in kernels if x is not None]
+    if len(found) < len(kernels):
+        return None
+    return Launches(q.device.index, q.dtype, shape, strides, found, scratch)
 
 
 def built(kernel, config: TritonConfig, grid, device: torch.device, arguments) -> tuple[Any, Any]:

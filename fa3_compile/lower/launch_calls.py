@@ -1,0 +1,189 @@
+"""The kernels of one attention as one Python function, written for its launches.
+
+A call's time on the host is that of its launches, of two allocations and of the interpreter's
+steps in between; so the function is straight-line code, with nothing looked up, looped over or
+written that does not change from call to call.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fa3_compile.lower.launch_cuda import Counters, Launch, driver, empty_cuda
+from fa3_compile.lower.stream_scratch import BYTES, stream_scratch
+from fa3_compile.runtime.launch import General
+
+ALIGNMENT = 256  # of scratch memory
+
+
+class Launches:
+    """A function of (q, k, v, aux) that gives (out [B,H,Sq,Dv], LSE [B,H,Sq] in float32).
+
+    device    index of the CUDA device
+    launches  its kernels in their order; names as launch_cuda.NAMES has them
+    scratch   bytes of memory for what one kernel leaves another; lists begin there
+    counters  of the module, where a kernel takes its tiles from a counter
+    known     addresses that are the same in every call
+    """
+
+    def __init__(
+        self,
+        device: int,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        launches: Sequence[Launch],
+        scratch: int = 0,
+        counters: Counters | None = None,
+        known: Mapping[str | int, int] = {},
+    ) -> None:
+        self.device, self.dtype, self.shape, self.strides = device, dtype, shape, strides
+        self.launches, self.scratch = tuple(launches), -(-scratch // ALIGNMENT) * ALIGNMENT
+        self.counters, self.known = counters, known
+        self._call = self.fixed(None)
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, aux: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        return self._call(q, k, v, aux)
+
+    def fixed(self, otherwise: General | None, lse: bool = True) -> General:
+        """A function of its own, which takes sizes too and looks at nothing of its arguments but
+        their addresses.
+
+        otherwise  what is called where an address is no multiple of 16; None: that is as it was
+                   when the kernels were bound
+        lse        whether the LSE is wanted; None comes in its place, and it needs no tensor
+        """
+        rows = self.shape[1] * self.shape[2]
+        scratch = self.scratch + (0 if lse else 4 * self.shape[0] * rows)
+        kept = 0 < scratch <= BYTES
+        at = [
+            [(n, "scratch" if x == "lists" else x, more)
+             for n, x, more in launch.places if x not in self.known]
+            for launch in self.launches
+        ]  # fmt: skip
+        named = {x for places in at for _, x, _ in places}
+        structure = tuple(tuple((n // 8, x, bool(m)) for n, x, m in places) for places in at)
+        counted = self.counters is not None and "counter" in named
+        text = written(structure, otherwise is not None, lse, counted, bool(scratch), kept)
+        device = self.device
+
+        def elsewhere(call, *arguments):
+            with torch.cuda.device(device):
+                return call(*arguments)
+
+        def parameters():
+            blocks = [launch.block(self.known) for launch in self.launches]
+            return (*(part for x in blocks for part in x[:2]), blocks)
+
+        def own_counter() -> tuple[int, Tensor]:
+            zero = torch.zeros(1, dtype=torch.int32, device="cuda")
+            return zero.data_ptr(), zero
+
+        def own_scratch() -> tuple[int, Tensor]:
+            words = empty_cuda((scratch // 4,), (1,), torch.int32)
+            return words.data_ptr(), words
+
+        values: dict[str, Any] = {
+            "device": device,
+            "get_device": torch._C._cuda_getDevice,
+            "raw_stream": torch._C._cuda_getCurrentRawStream,
+            "capturing": torch._C._cuda_isCurrentStreamCapturing,
+            "empty": empty_cuda,
+            "elsewhere": elsewhere,
+            "otherwise": otherwise,
+            "shape": self.shape,
+            "strides": self.strides,
+            "dtype": self.dtype,
+            "lse_shape": self.shape[:3],
+            "lse_strides": (rows, self.shape[2], 1),
+            "float32": torch.float32,
+            "lse_at": self.scratch,
+            "counters": self.counters,
+            "scratch_of": stream_scratch(device) if kept else None,
+            "own_counter": own_counter,
+            "own_scratch": own_scratch,
+            "blocks": [],
+            "parameters": parameters,
+            "launch": driver().cuLaunchKernel,
+            "success": driver().CUresult.CUDA_SUCCESS,
+        }
+        for i, launch in enumerate(self.launches):
+            for name, value in zip(ARGUMENTS, launch.arguments):
+                values[f"{name}{i}"] = value
+            values[f"again{i}"] = launch.again
+            for j, (_, _, more) in enumerate(at[i]):
+                values[f"more{i}_{j}"] = more
+        names = tuple(sorted(values))
+        return _maker(text, names)(*(values[x] for x in names))
+
+
+ARGUMENTS = ("kernel", *(f"{x}_{axis}" for x in ("grid", "threads") for axis in "xyz"), "shared")
+OWN_SCRATCH = "scratch_, words = own_scratch()"
+Structure = tuple[tuple[tuple[int, "str | int", bool], ...], ...]
+
+
+@functools.lru_cache(maxsize=256)
+def written(
+    launches: Structure, checked: bool, lse: bool, counted: bool, scratch: bool, kept: bool
+) -> str:
+    """The function's text; shapes, grids and addresses are variables around it.
+
+    launches  of each the words of its parameters that a call writes: (word, address, whether
+              bytes are added to it)
+    checked   whether addresses are looked at
+    kept      whether the scratch memory is the stream's
+    """
+    captured = sorted({x for places in launches for _, x, _ in places if isinstance(x, int)})
+    inputs = ["q_", "k_", "v_", *(f"aux{i}_" for i in captured)]
+    lines = ["if get_device() != device:", "    return elsewhere(call, q, k, v, aux, sizes)"]
+    lines += [f"{x}_ = {x}.data_ptr()" for x in "qkv"]
+    lines += [f"aux{i}_ = aux[{i}].data_ptr()" for i in captured]
+    if checked:
+        lines += [f"if ({' | '.join(inputs)}) & 15:", "    return otherwise(q, k, v, aux, sizes)"]
+    lines += ["stream = raw_stream(device)", "out = empty(shape, strides, dtype)"]
+    lines += ["out_ = out.data_ptr()"]
+    if lse:
+        lines += ["lse = empty(lse_shape, lse_strides, float32)", "lse_ = lse.data_ptr()"]
+    if scratch and not kept:
+        lines += [OWN_SCRATCH]
+    if counted or kept:
+        lines += ["try:", "    if capturing():", "        raise LookupError"]
+        lines += ["    counter_ = counters[stream]"] if counted else []
+        lines += ["    spare = scratch_of[stream]", "    scratch_ = spare.pop()"] if kept else []
+        lines += ["except LookupError:"]
+        lines += ["    counter_, zero = own_counter()"] if counted else []
+        lines += [f"    {OWN_SCRATCH}", "    spare = []"] if kept else []
+    lines += ["lse_ = scratch_ + lse_at"] if not lse else []
+    lines += ["try:", "    block = blocks.pop()", "except IndexError:", "    block = parameters()"]
+    lines += [
+        f"{''.join(f'words{i}, pointer{i}, ' for i in range(len(launches)))}_ = block",
+        "try:",
+    ]
+    for i, places in enumerate(launches):
+        for j, (word, name, more) in enumerate(places):
+            address = f"aux{name}_" if isinstance(name, int) else f"{name}_"
+            lines += [f"    words{i}[{word}] = {address}{f' + more{i}_{j}' if more else ''}"]
+        arguments = ", ".join(f"{x}{i}" for x in ARGUMENTS)
+        lines += [f"    status, = launch({arguments}, stream, pointer{i}, 0)"]
+        lines += ["    if status is not success:", f"        again{i}(status, stream, pointer{i})"]
+    lines += ["finally:", "    blocks.append(block)"]
+    lines += ["    spare.append(scratch_)"] if kept else []
+    lines += [f"return out, {'lse' if lse else None}"]
+    return "def call(q, k, v, aux, sizes=()):\n" + "".join(f"    {x}\n" for x in lines)
+
+
+@functools.lru_cache(maxsize=256)
+def _maker(text: str, names: tuple[str, ...]) -> Callable[..., General]:
+    """A function of the variables that makes the function."""
+    inner = text.replace("\n", "\n    ")
+    code = compile(f"def make({', '.join(names)}):\n    {inner}return call\n", "<launches>", "exec")
+    found: dict[str, Any] = {}
+    exec(code, found)
+    return found["make"]
