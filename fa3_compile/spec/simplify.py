@@ -86,11 +86,12 @@ def cancelling_term(total: sympy.Add) -> Expr | None:
 
 
 def exact_at_one(expr: Expr) -> Expr:
-    """c*x - c -> where(x == 1, 0, c*x - c), for large c: a 0/1 mask as a bias.
+    """c*x - c -> where(x == 1, 0, c*x - c), for large c: a 0/1 mask as a bias; so are several of
+    them, c*x + c*y - 2*c -> where(x + y - 2 == 0, 0, c*x + c*y - 2*c).
 
     As terms of a longer sum they would absorb the score before they cancel each other.
     """
-    if not expr.args or isinstance(expr, (load, Boolean)) or bias_of(expr):
+    if not expr.args or isinstance(expr, (load, Boolean)) or _is_exact(expr):
         return expr
     args = [exact_at_one(x) for x in expr.args]
     expr = expr.func(*args) if tuple(args) != expr.args else expr
@@ -98,13 +99,39 @@ def exact_at_one(expr: Expr) -> Expr:
         return expr
     term = cancelling_term(expr)
     if term is None:
-        return expr
+        return _cancelling_together(expr)
     constant = expr.as_coeff_Add()[0]
     rest = sympy.Add(*(x for x in expr.args if x is not term and x is not constant))
     if (select := _of_selects(term)) is not None:
         return rest + exact_at_one(_into_branches(select, term, constant))
     x = term.as_coeff_Mul()[1]
     return rest + where(sympy.Eq(x, 1), 0, constant + term)
+
+
+def _cancelling_together(total: sympy.Add) -> Expr:
+    """The sum with its large terms as one, where they are several masks and a constant."""
+    constant = total.as_coeff_Add()[0]
+    large = [x for x in total.args if S not in x.free_symbols and x.has(load) and _is_large(x)]
+    if not _is_large(constant) or len(large) < 2:
+        return total
+    masks = sympy.Add(constant, *large)
+    unit = min(abs(x.as_coeff_Mul()[0]) for x in large)
+    rest = sympy.Add(*(x for x in total.args if x not in (constant, *large)))
+    return rest + where(sympy.Eq(sympy.expand(masks / unit), 0), 0, masks)
+
+
+def _is_exact(expr: Expr) -> bool:
+    """Whether it is a select that `exact_at_one` makes."""
+    if not isinstance(expr, where) or expr.args[1] != 0 or not expr.args[2].is_Add:
+        return False
+    condition, _, masks = expr.args
+    of_sum = isinstance(condition, sympy.Eq) and condition.lhs.is_Add
+    return bias_of(expr) is not None or of_sum and _cancelling_together(masks) != masks
+
+
+def _is_large(x: Expr) -> bool:
+    coefficient = abs(x.as_coeff_Mul()[0])
+    return bool(coefficient.is_finite and coefficient >= LARGE)
 
 
 def bias_of(expr: Expr) -> tuple[Expr, Expr] | None:

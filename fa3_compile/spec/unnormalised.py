@@ -13,12 +13,11 @@ from __future__ import annotations
 import math
 
 import sympy
-from sympy.core.relational import Relational
 from sympy.logic.boolalg import Boolean
 
 from fa3_compile.spec import simplify
 from fa3_compile.spec.expr import KV, Expr, Q, S, erf, load, uniform, where
-from fa3_compile.spec.fills import MODERATE, OUT_OF_REACH
+from fa3_compile.spec.fills import LOWEST, MODERATE, OUT_OF_REACH
 from fa3_compile.spec.value_bounds import as_extreme
 
 # Conditions that are looked at together: each doubles the cases.
@@ -36,16 +35,9 @@ def separate(expr: Expr) -> tuple[Expr, Boolean]:
 
     InfiniteWeight where it is NaN or infinite for every finite s.
     """
-    expr = simplify.tidy(_exact_at_one(simplify.merge_conditions(expr)))
+    expr = simplify.tidy(simplify.exact_at_one(simplify.merge_conditions(expr)))
     mask = simplify.tidy_mask(sympy.Not(_zero(expr, MOST_CONDITIONS)))
     return simplify.tidy(_where_holds(expr, mask)), mask
-
-
-def _exact_at_one(expr: Expr) -> Expr:
-    """`simplify.exact_at_one` in comparisons of s too."""
-    compared = {x for x in expr.atoms(Relational) if S in x.free_symbols}
-    exact = {x: x.func(*map(simplify.exact_at_one, x.args)) for x in compared}
-    return simplify.exact_at_one(expr.xreplace(exact))
 
 
 def _where_holds(expr: Expr, condition: Boolean) -> Expr:
@@ -58,6 +50,14 @@ def _where_holds(expr: Expr, condition: Boolean) -> Expr:
 
 def _zero(expr: Expr, left: int) -> Boolean:
     """The condition, free of s and of random numbers, under which the expression is 0."""
+    bias = _bias(expr) if left else None
+    if bias is not None:
+        select, fill, x = bias
+        hidden = _zero(expr.xreplace({select: fill}), left - 1)
+        seen = _zero(expr.xreplace({select: sympy.S.Zero}), left - 1)
+        if hidden not in (sympy.true, seen):
+            seen = sympy.And(seen, x > 0)
+        return sympy.Or(sympy.And(hidden, x <= 0), sympy.And(seen, x <= 1))
     condition = _condition(expr) if left else None
     if condition is None:
         value = _absorbed(expr)
@@ -71,6 +71,13 @@ def _zero(expr: Expr, left: int) -> Boolean:
             return sympy.false
         cases.append(sympy.And(known, _zero(case, left - 1)))
     return sympy.Or(*cases)
+
+
+def _bias(expr: Expr) -> tuple[Expr, Expr, Expr] | None:
+    """(select, fill, x): the first mask x of 0 and 1 that is added as the fill and 0."""
+    biases = [(x, simplify.bias_of(x)) for x in sorted(expr.atoms(where), key=str)]
+    found = [(x, -bias[0], bias[1]) for x, bias in biases if bias and -bias[0] <= OUT_OF_REACH]
+    return found[0] if found else None
 
 
 def _condition(expr: Expr) -> Boolean | None:
@@ -89,10 +96,14 @@ def _absorbed(expr: Expr) -> Expr:
         hiding = [x for x in args if x.is_number and x <= OUT_OF_REACH]
         numbers = {n for x in args if x not in hiding for n in x.atoms(sympy.Number)}
         if hiding and all(abs(n) < -OUT_OF_REACH * MODERATE for n in numbers):
-            return hiding[0]
+            return _in_float32(sympy.Add(*hiding))
     if isinstance(expr, erf) and args[0].is_number:
         return sympy.Float(math.erf(args[0]))
     return expr.func(*args) if tuple(args) != expr.args else expr
+
+
+def _in_float32(fill: Expr) -> Expr:
+    return fill if fill >= LOWEST else -sympy.oo
 
 
 def _vanishes(value: Expr) -> bool:

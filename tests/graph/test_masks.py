@@ -465,7 +465,7 @@ def test_causal_and_padding_added_and_clamped():
     if slope_at_bound():
         assert_expected_inline(
             found,
-            """attention(score=0.25*s + where(kv >= q + 1, -3.4028234663852886e+38, 0) + where(load(0, b, kv) == 1, 0, 3.4028234663852886e+38*load(0, b, kv) - 3.4028234663852886e+38), mask=((kv <= q) | (load(0, b, kv) > 1)) & (load(0, b, kv) > 0), dead=score, fill=0.25*s + where(((3.4028234663852886e+38*load(0, b, kv) - 3.4028234663852886e+38 < -3.4028234663852886e+38) & (kv <= q)) | ((3.4028234663852886e+38*load(0, b, kv) - 6.805646932770577e+38 < -3.4028234663852886e+38) & (kv >= q + 1)), -3.4028234663852886e+38, where(kv >= q + 1, -3.4028234663852886e+38, 0) + where(load(0, b, kv) == 1, 0, 3.4028234663852886e+38*load(0, b, kv) - 3.4028234663852886e+38)), aux=[int])""",
+            """attention(score=0.25*s + where(kv >= q + 1, -3.4028234663852886e+38, 0) + where(load(0, b, kv) == 1, 0, 3.4028234663852886e+38*load(0, b, kv) - 3.4028234663852886e+38), mask=((kv <= q) | (load(0, b, kv) > 1)) & (load(0, b, kv) > 0), dead=score, fill=0.25*s + where((((3.4028234663852886e+38*load(0, b, kv) - 3.4028234663852886e+38 < -3.4028234663852886e+38) & (kv <= q)) | ((3.4028234663852886e+38*load(0, b, kv) - 6.805646932770577e+38 < -3.4028234663852886e+38) & (kv >= q + 1))) & (load(0, b, kv) != 1), -3.4028234663852886e+38, where(kv >= q + 1, -3.4028234663852886e+38, 0) + where(load(0, b, kv) == 1, 0, 3.4028234663852886e+38*load(0, b, kv) - 3.4028234663852886e+38)), aux=[int])""",
         )
     else:
         assert_expected_inline(

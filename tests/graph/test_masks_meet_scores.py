@@ -114,6 +114,42 @@ def test_order(order):
     check(lambda q, k, v: attend(order(scores_of(q, k)), v), *qkv())
 
 
+# Of scores to which a mask of 0 and 1 is added as 0 and a fill.
+FUNCTIONS_OF_MASKED = {
+    "elu": F.elu,
+    "relu": lambda s: F.relu(s) - 0.2 * s.clamp(min=-3),
+    "abs": lambda s: -s.abs(),
+    "clamp": lambda s: s.clamp(-1, 1),
+    "maximum": lambda s: torch.maximum(s, 0.3 * s),
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "leaky": F.leaky_relu,
+}
+MASKS_ADDED = {
+    "beside a fill": lambda s, x, y: (
+        s + torch.where(~upper(), 0.0, -65504.0) + (1 - x) * LOWEST + 0.7
+    ),
+    "two": lambda s, x, y: s - (1 - x) * 1e38 + (y * 1e38 - 1e38),
+    "two as one": lambda s, x, y: s + (x + y - 2) * (-LOWEST / 4) + 0.3,
+    # Neither 0 nor 1: a bias.
+    "a soft one": lambda s, x, y: s + (1 - (x * 0.9 + 0.05)) * -100,
+}
+
+
+@pytest.mark.parametrize("masked", MASKS_ADDED.values(), ids=MASKS_ADDED)
+@pytest.mark.parametrize("function", FUNCTIONS_OF_MASKED.values(), ids=FUNCTIONS_OF_MASKED)
+@pytest.mark.parametrize("normalised", [True, False], ids=["softmax", "plain"])
+def test_function_of_masks_that_are_added(function, masked, normalised):
+    # In float32 a fill absorbs the score, wherever the two are summed before the mask cancels it.
+    def attention(q, k, v, x, y):
+        s = function(masked(scores_of(q, k), x, y))
+        return (s.softmax(-1) if normalised else s) @ v
+
+    x = (torch.arange(S) < torch.tensor([[20], [13]])).float()[:, None, None, :]
+    y = (torch.arange(S) % 3 != 1).float()
+    assert [r.fused for r in check(attention, *qkv(), x, y).regions] == [True]
+
+
 def test_silu_of_a_mask_made_finite():
     # silu(-inf) is NaN, whose gradient is NaN in eager.
     def attention(q, k, v):

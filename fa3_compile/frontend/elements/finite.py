@@ -27,12 +27,12 @@ def made_finite(
     x: Expr, instead: dict[Expr, Expr], node: fx.Node, ctx: Lifter, selects: int = MOST_SELECTS
 ) -> Expr:
     """x with oo, -oo and nan replaced by what `instead` has for them, where constants or tensors
-    that are given make it so; s itself counts as finite."""
+    that are given make it so; s itself counts as finite. What no score is in is better read."""
     if x in instead:
         return instead[x]
     if not x.has(*NOT_FINITE) and not reads_infinite(loads_in(x), ctx.loads):
         return x
-    if not x.has(*NOT_FINITE) and _is_sum_of_loads(x, ctx):
+    if not x.has(*NOT_FINITE) and node in ctx.inside and _is_sum_of_loads(x, ctx):
         return _clipped(x, instead)
     cases = _by_select(x) if selects else None
     if cases is None:

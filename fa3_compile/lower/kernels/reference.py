@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fa3_compile.lower.choose import REFERENCE, Gradients, Kernel, Problem, register
 from fa3_compile.lower.elements import Shape, elements
+from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
 
 
@@ -49,11 +50,13 @@ def _attention(spec, q, k, v, aux, sizes):
     s = torch.matmul(q.reshape(*rows, q.shape[3]).to(dtype), k.to(dtype).transpose(-1, -2))
     s = s.reshape(shape.lengths)
 
+    if _absorbs(spec.score):
+        s = s.double()
     if not spec.normalized:
-        score, mask = elements(spec.expressions, spec, shape, s, aux, sizes, dtype, s.device)
+        score, mask = elements(spec.expressions, spec, shape, s, aux, sizes, s.dtype, s.device)
         p = torch.where(mask, score.to(dtype), 0.0).expand(shape.lengths)
         out = torch.matmul(p.to(v.dtype).reshape(*rows, kv_len), v)
-        sums = p.sum(-1) if spec.sums else s.new_zeros(shape.lengths[:3])
+        sums = p.sum(-1) if spec.sums else p.new_zeros(shape.lengths[:3])
         return out.reshape(batch, heads, q_len, v.shape[3]), sums
     x, sinks, factor = _scores(spec, shape, s, aux, sizes, dtype)
     top = x.amax(-1, keepdim=True)
@@ -74,6 +77,13 @@ def _attention(spec, q, k, v, aux, sizes):
     return out.reshape(batch, heads, q_len, v.shape[3]), lse
 
 
+def _absorbs(score: sympy.Expr) -> bool:
+    """Whether a function is taken of a fill near float32's limits: a gradient times that fill
+    overflows before the function's slope of 0 can make it 0."""
+    functions = score.atoms(sympy.exp, sympy.tanh, E.sigmoid, E.erf)
+    return any(abs(n) > 1e30 and n.is_finite for x in functions for n in x.atoms(sympy.Number))
+
+
 def _infinite_lse(q: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.full(q.shape[:3], float("-inf"), dtype=dtype, device=q.device)
 
@@ -81,7 +91,7 @@ def _infinite_lse(q: Tensor, dtype: torch.dtype) -> Tensor:
 def _scores(spec, shape, s, aux, sizes, dtype):
     """(what the softmax is taken of, the sinks, each [B|1, H|1, Sq|1, 1], the weight or None)."""
     exprs = spec.expressions
-    values = elements(exprs, spec, shape, s, aux, sizes, dtype, s.device)
+    values = elements(exprs, spec, shape, s, aux, sizes, s.dtype, s.device)
     score, mask, *rest = values
     fill = rest.pop(0) if spec.fill is not None else None
     factor = rest.pop().to(dtype) if spec.weight is not None else None
