@@ -39,12 +39,8 @@ def _(node, index, ctx: Lifter) -> Element:
 
 
 def _sum(a: Expr, b: Expr) -> Expr:
-    constants = [abs(x.as_coeff_Add()[0]) for x in (a, b)]
-    finite = all(x.is_finite for x in constants)
-    if finite and min(constants) > 0 and max(constants) >= 1000:
-        # 0.2 + (1e9*mask - 1e9): one constant would absorb the other before the mask cancels it.
-        a, b = exact_at_one(a), exact_at_one(b)
-    return a + b
+    # s + (1e9*mask - 1e9): one term would absorb the other before the mask cancels it.
+    return exact_at_one(a) + exact_at_one(b)
 
 
 @element_of(aten.sub.Tensor, aten.sub.Scalar)
