@@ -38,6 +38,10 @@ PADDED = (
     "attention(score=0.125*s, mask=(kv <= q) & (load(0, b, kv) != 0), dead=score,"
     " fill=0.125*s - 3.3895313892515355e+38, aux=[int], out_order=bqhd)"
 )
+DOCUMENTS = (
+    "attention(score=0.125*s, mask=(kv <= q) & (load(0, b, q) == load(0, b, kv)), dead=nan,"
+    " aux=[int], out_order=bqhd)"
+)
 SPECS = (
     CAUSAL,
     "attention(score=20.0*tanh(0.00625*s), mask=kv <= q, dead=nan)",
@@ -97,7 +101,10 @@ def calls() -> None:
         print(f"sdpa: eager {microseconds(partial(sdpa, q, k, v)):.1f} us, "
               f"in a compiled model {in_chain(sdpa, q, k, v):.1f} us", flush=True)  # fmt: skip
         for name in ("cuda_sm90", "triton_forward"):
-            for spec, aux in ((CAUSAL, []), (PADDED, [ones])):
+            for form, spec, aux in (
+                ("causal", CAUSAL, []), ("padded causal", PADDED, [ones]),
+                ("documents", DOCUMENTS, [ones]),
+            ):  # fmt: skip
                 text = f"{spec} #;kernels={name}"
                 problem = dispatch.make_problem(text, q, k, v, aux)
                 kernel = next(x for x in kernels() if x.name == name)
@@ -110,22 +117,26 @@ def calls() -> None:
                     return torch.ops.fa3.attention(q, k, v, aux, [], text)[0]
 
                 fixed, keyed = Attention(text, fixed=True), Attention(text)
+                unread = Attention(text, fixed=True, lse=False)
+                for x in (fixed, unread):
+                    x(q, k, v, aux, [])  # .call is another one from here on
                 took = {
                     "launch alone": partial(launch, q, k, v, aux),
-                    "fixed": partial(fixed, q, k, v, aux, []),
+                    "fixed": partial(fixed.call, q, k, v, aux, []),
+                    "without LSE": partial(unread.call, q, k, v, aux, []),
                     "looked up": partial(keyed, q, k, v, aux, []),
                     "run": partial(kernel.run, problem, q, k, v, aux, ()),
                     "operator": partial(attention, q, k, v),
                 }
                 line = ", ".join(f"{what} {microseconds(x):.1f}" for what, x in took.items())
                 chain = in_chain(attention, q, k, v)
-                print(f"{name}, {'padded ' if aux else ''}causal: {line}, "
+                print(f"{name}, {form}: {line}, "
                       f"in a compiled model {chain:.1f} us", flush=True)  # fmt: skip
 
 
 def parts() -> None:
-    """What Bound.__call__ in lower/kernels/cuda_sm90.py does, one thing at a time."""
-    from fa3_compile.lower.launch_cuda import empty_cuda
+    """What lower/launch_calls.py writes down, one thing at a time."""
+    from fa3_compile.lower.launch_cuda import NAMES, driver, empty_cuda
 
     q, k, v = tensors()
     problem = dispatch.make_problem(CAUSAL, q, k, v, [])
@@ -135,13 +146,14 @@ def parts() -> None:
     launch = bound.launches[0]
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3], device="cuda")
     counter = torch.zeros(1, dtype=torch.int32, device="cuda")
-    addresses = [x.data_ptr() for x in (q, k, v, out, lse, counter, counter)]
+    addresses = [x.data_ptr() for x in (q, k, v, out, lse, *[counter] * 3)]
     stream = torch._C._cuda_getCurrentRawStream(0)
-    arguments = (*launch._arguments, stream, launch._pointer, 0)
+    block = launch.block(dict(zip(NAMES, addresses)))
+    arguments = (*launch.arguments, stream, block.pointer, 0)
     shape, strides = tuple(q.shape), tuple(q.stride())
     for name, call in {
         "a launch with its parameters": lambda: launch(stream, addresses),
-        "cuLaunchKernel": lambda: launch._launch(*arguments),
+        "cuLaunchKernel": lambda: driver().cuLaunchKernel(*arguments),
         "an output's memory": lambda: empty_cuda(shape, strides, torch.bfloat16),
         "the same by torch.empty": lambda: torch.empty(shape, dtype=q.dtype, device="cuda"),
         "current stream": lambda: torch._C._cuda_getCurrentRawStream(0),
