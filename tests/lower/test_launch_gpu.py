@@ -35,6 +35,13 @@ def attention(q, k, v, keep):
     return torch.softmax(scores, -1) @ v
 
 
+# The same as a spec: three kernels of cuda_sm90, two of the Triton family from 1024 keys on.
+PADDED = (
+    "attention(score=0.125*s, mask=(kv <= q) & (load(0, b, kv) != 0), dead=score,"
+    " fill=0.125*s - 3.3895313892515355e+38, aux=[int])"
+)
+
+
 def inputs(length: int = 300, device: str = "cuda"):
     q, k, v = (torch.randn(2, 4, length, 64, device=device).bfloat16() for _ in range(3))
     keep = torch.ones(2, length, dtype=torch.int64, device=device)
@@ -79,6 +86,51 @@ def test_the_stream_is_the_current_one(family):
                 out = compiled(late, k, v, keep)
             stream.synchronize()
             assert_right(out, (q, k, v, keep))
+
+
+def different_calls(family: str, count: int):
+    """A bound call, and arguments and outputs of several whose lists of blocks differ."""
+    call = Attention(f"{PADDED} #;kernels={family}", fixed=True, lse=False)
+    arguments = []
+    for i in range(count):
+        q, k, v, keep = inputs(1024)
+        keep[0, 128 * i : 128 * i + 300] = 0
+        assert_right(call(q, k, v, [keep], [])[0], (q, k, v, keep))
+        arguments.append((q, k, v, [keep], []))
+    return call, arguments, [call(*x)[0].clone() for x in arguments]
+
+
+@each_family
+@pytest.mark.parametrize("streams", [1, 4])
+def test_threads(family, streams):
+    """Each call's kernels see what its own kernels before them have left."""
+    call, arguments, wanted = different_calls(family, 4)
+    made = [torch.cuda.Stream() for _ in range(streams)]
+    torch.cuda.synchronize()
+
+    def work(i: int) -> bool:
+        with torch.cuda.stream(made[i % streams]):
+            found = [call(*arguments[i])[0] for _ in range(100)]
+            made[i % streams].synchronize()
+        return all(torch.equal(x, wanted[i]) for x in found)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(work, range(4)))
+
+
+@each_family
+def test_a_graph_beside_other_calls(family):
+    call, arguments, wanted = different_calls(family, 2)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.graph(graph):
+        captured, _ = call(*arguments[0])
+    for _ in range(30):
+        with torch.cuda.stream(stream):
+            graph.replay()
+        out, _ = call(*arguments[1])
+        torch.cuda.synchronize()
+        assert torch.equal(captured, wanted[0]) and torch.equal(out, wanted[1])
+        captured.zero_()
 
 
 @pytest.mark.skipif(not HOPPER, reason="a Hopper GPU is needed")
