@@ -132,7 +132,7 @@ MASKS_ADDED = {
     "two": lambda s, x, y: s - (1 - x) * 1e38 + (y * 1e38 - 1e38),
     "two as one": lambda s, x, y: s + (x + y - 2) * (-LOWEST / 4) + 0.3,
     # Neither 0 nor 1: a bias.
-    "a soft one": lambda s, x, y: s + (1 - (x * 0.9 + 0.05)) * -100,
+    "a soft one": lambda s, x, y: s + (1 - (x * 0.75 + 0.125)) * -16,
 }
 
 
