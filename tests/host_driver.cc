@@ -41,7 +41,7 @@ struct Module {
 
 std::mutex lock;
 std::set<Module*> modules;
-std::set<void*> functions;
+std::set<void*> functions, allocated;
 void (*observer)(const Launched*) = nullptr;
 
 // Every thread begins without a context: no call of CUDA's runtime gives it one here.
@@ -76,6 +76,7 @@ extern "C" {
 // For host_driver.py.
 
 void host_driver_observe(void (*function)(const Launched*)) { observer = function; }
+int host_driver_allocations() { return int(allocated.size()); }
 
 // The driver.
 
@@ -146,6 +147,15 @@ Result cuMemAlloc_v2(void** address, std::size_t bytes) {
   if (address == nullptr || bytes == 0) return kInvalidValue;
   bytes = (bytes + 255) / 256 * 256;
   *address = std::memset(std::aligned_alloc(256, bytes), 0xff, bytes);
+  std::lock_guard hold(lock);
+  allocated.insert(*address);
+  return kSuccess;
+}
+Result cuMemFree_v2(void* address) {
+  if (!current) return kInvalidContext;
+  std::lock_guard hold(lock);
+  if (!allocated.erase(address)) return kInvalidValue;
+  std::free(address);
   return kSuccess;
 }
 Result cuStreamSynchronize(void*) { return current ? kSuccess : kInvalidContext; }

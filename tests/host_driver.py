@@ -72,6 +72,11 @@ def _library() -> ctypes.CDLL:
     )
 
 
+def allocations() -> int:
+    """Pieces of device memory that the driver has given and not got back."""
+    return _library().host_driver_allocations()
+
+
 class OnDevice(Tensor):
     """A tensor of the CPU that says it is on cuda:0."""
 

@@ -10,15 +10,19 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from fa3_compile.lower import launch_calls, stream_scratch
 from fa3_compile.lower.build_nvrtc import Built
 from fa3_compile.lower.dispatch import make_problem
-from fa3_compile.lower.kernels import cuda_sm90, cuda_sm90_backward
+from fa3_compile.lower.kernels import cuda_sm90, cuda_sm90_backward, cuda_sm90_lists
+from fa3_compile.lower.kernels.cuda_sm90_forward_parameters import ForwardParameters
+from fa3_compile.lower.launch_cuda import Launch
 from fa3_compile.runtime.launch import Attention, AttentionBackward
 from tests.host_driver import (
     DEVICE,
     STREAM,
     Devices,
     OnDevice,
+    allocations,
     kernels_of,
     launches,
     on_device,
@@ -87,6 +91,50 @@ def test_lists_that_lengths_decide_are_made_once(launches) -> None:
     for queries in (q, q, q.transpose(1, 2).contiguous().transpose(1, 2)):
         call(queries, k, v, [], [])
     assert [x.name for x in launches] == ["block_map"] + ["attention_fwd"] * 3
+
+
+def of_no_grid(launch: Launch) -> Launch:
+    """A launch that the driver refuses."""
+    launch.arguments = (*launch.arguments[:1], 0, *launch.arguments[2:])
+    return launch
+
+
+def test_lists_whose_kernel_is_refused_leave_no_memory_behind(launches, monkeypatch) -> None:
+    block_map = ForwardParameters.block_map
+    monkeypatch.setattr(ForwardParameters, "block_map", lambda self: of_no_grid(block_map(self)))
+    q, k, v, _ = of_form("global and window", Shape(1, 2, 1, 200, 200, 64, 64))
+    call = Attention(f"{BY_NAME['global and window'].spec()} #;kernels=cuda_sm90")
+    before = allocations()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="could not be launched: CUDA_ERROR_INVALID_VALUE"):
+            call(q, k, v, [], [])
+    assert allocations() == before and not cuda_sm90_lists._kept
+
+
+def test_scratch_memory_is_the_streams_and_comes_back(launches, monkeypatch) -> None:
+    """One piece for all shapes; a call that finds it taken, or is captured, has its own; a launch
+    that is refused leaves it."""
+    form = BY_NAME["left padding"]
+    monkeypatch.setattr(launch_calls, "stream_scratch", lambda device: scratch)
+    scratch = stream_scratch.StreamScratch(0)
+    call = Attention(f"{form.spec()} #;kernels=cuda_sm90", fixed=True, lse=False)
+    before = allocations()
+    q, k, v, aux = of_form("left padding", Shape(2, 4, 2, 150, 150, 64, 64))
+    call(q, k, v, aux, form.sizes)
+    out, lse = call(q, k, v, aux, form.sizes)
+    assert allocations() == before + 1 and lse is None and out.shape == q.shape
+    [[address]] = scratch.values()
+    scratch[STREAM].clear()  # as while another thread queues its kernels
+    call(q, k, v, aux, form.sizes)
+    assert scratch == {STREAM: []}
+    scratch[STREAM].append(address)
+    [bound] = call._calls.values()
+    of_no_grid(bound.launches[-1])
+    refused = bound.fixed(None, lse=False)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="could not be launched"):
+            refused(q, k, v, aux)
+    assert scratch == {STREAM: [address]} and allocations() == before + 1
 
 
 def test_few_queries_are_dealt_out_and_combined(launches) -> None:

@@ -11,8 +11,8 @@ from fa3_compile.spec.blocks import may_have_holes
 
 # What all kept lists may take of a device's memory, in bytes.
 LARGEST = 64 * 2**20
-# What decides lists, and the device they are on -> (where they are, bytes). They are never freed:
-# a CUDA graph may hold them.
+# What decides lists, and the device they are on -> (where they are, bytes). Once made they are never
+# freed: a CUDA graph may hold them.
 _kept: dict[tuple, tuple[int, int]] = {}
 
 
@@ -31,10 +31,14 @@ def kept_lists(parameters: ForwardParameters | BackwardParameters, device: int) 
             return 0
         # Not of PyTorch's pools: memory of a graph's pool may not outlive the graph's own tensors.
         address = int(checked(driver().cuMemAlloc(bytes_)))
-        stream = torch._C._cuda_getCurrentRawStream(device)
         addresses = [address if x == "lists" else 0 for x in parameters.names]
         addresses += [x.data_ptr() for x in parameters.aux]
-        parameters.block_map()(stream, addresses)
-        checked(driver().cuStreamSynchronize(stream))  # the next call may be on another stream
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        try:
+            parameters.block_map()(stream, addresses)
+            checked(driver().cuStreamSynchronize(stream))  # the next call may be on another stream
+        except RuntimeError:
+            driver().cuMemFree(address)
+            raise
         _kept[decided_by] = address, bytes_
     return _kept[decided_by][0]
