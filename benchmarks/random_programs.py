@@ -1,18 +1,20 @@
 """Many random attention programs (tests/graph/programs.py) against float64 eager, summarised.
 
     python benchmarks/random_programs.py --count 5000 --seed 1 --out benchmarks/results/FILE.csv
-    python benchmarks/random_programs.py --device cuda --processes 14 --seconds 500 --out FILE.csv
+    python benchmarks/random_programs.py --device cuda --processes 7 --beside 8 --seconds 500
     TRITON_INTERPRET=1 python benchmarks/random_programs.py --kernels triton_forward
 
 On the CPU outputs, gradients and what was fused are checked; with `--device cuda`, or `--kernels`,
-also the kernels that are chosen. Each of `--processes n` draws its share with a seed of its own,
-counted up from `--seed`. A wrong program is printed as it is found, with what repeats it:
+also the kernels that are chosen. Each process draws its share with a seed of its own, counted up
+from `--seed`; those of `--beside n` stay on the CPU and have the last n seeds. A wrong program is
+printed as it is found, with what repeats it:
 
     python benchmarks/random_programs.py --device cuda --seed 3 --only 117
 
 The rest still run, and the exit status is then 1. The file is written as programs are done, so
 that a run that is stopped is not lost. Its rows: a part of the grammar or the kernel family that
-ran, its value, programs with it, fused, left as they were, wrong.
+ran, its value, programs with it, fused, left as they were, wrong. Programs of which all parts are
+the same are told in its first line: they differ in their numbers at most.
 """
 
 from __future__ import annotations
@@ -70,11 +72,16 @@ class Tally:
 
     def __init__(self) -> None:
         self.counts: dict[tuple[str, str], list[int]] = collections.defaultdict(lambda: [0] * 4)
+        self.seen: set[frozenset[tuple[str, str]]] = set()
 
     def add(self, outcome: Outcome) -> None:
         found = (True, outcome.fused > 0, outcome.fused == 0, bool(outcome.wrong))
         for part in ({"all": ""} | outcome.parts).items():
             self.counts[part] = [a + b for a, b in zip(self.counts[part], found)]
+        self.seen.add(frozenset(outcome.parts.items()))
+
+    def __str__(self) -> str:
+        return f"{self.programs} programs ({len(self.seen)} distinct), {self.wrong} wrong"
 
     @property
     def programs(self) -> int:
@@ -164,7 +171,8 @@ class _Stop(KeyboardInterrupt):
 
 def _parts(program: Program) -> dict[str, str]:
     run = {name: str(value) for name, value in program.run.items()}
-    return program.made_of | {"expected": program.expected} | run
+    device = program.arguments[0].device.type
+    return program.made_of | {"expected": program.expected, "device": device} | run
 
 
 def _checked(number: int, program: Program, recorder: Recorder) -> Outcome:
@@ -251,13 +259,16 @@ class Worker:
         return message
 
 
-def outcomes(drawn: Drawn, processes: int, seconds: float) -> Iterator[tuple[int, Outcome]]:
-    """(seed, Outcome) as programs are done. Where a program ends its process, another one goes on
-    with a seed of its own."""
+def outcomes(
+    drawn: Drawn, processes: int, beside: int, seconds: float
+) -> Iterator[tuple[Drawn, Outcome]]:
+    """(what it is of, Outcome) as programs are done. Where a program ends its process, another one
+    goes on with a seed of its own."""
     until = time.time() + seconds
-    drawn = replace(drawn, count=-(-drawn.count // processes))
+    drawn = replace(drawn, count=-(-drawn.count // (processes + beside)))
     seeds = itertools.count(drawn.seed)
-    workers = [Worker.start(replace(drawn, seed=next(seeds)), until) for _ in range(processes)]
+    devices = [drawn.device] * processes + ["cpu"] * beside
+    workers = [Worker.start(replace(drawn, seed=next(seeds), device=x), until) for x in devices]
     while workers:
         ready = wait([worker.received for worker in workers])
         for worker in [x for x in workers if x.received in ready]:
@@ -267,7 +278,7 @@ def outcomes(drawn: Drawn, processes: int, seconds: float) -> Iterator[tuple[int
                 workers.remove(worker)
                 continue
             if outcome:
-                yield worker.drawn.seed, outcome
+                yield worker.drawn, outcome
             if outcome and outcome.is_lost and worker.drawn.count:
                 workers.append(Worker.start(replace(worker.drawn, seed=next(seeds)), until))
 
@@ -288,6 +299,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kernels", help="the families that may run; default: each program's own")
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--beside", type=int, default=0, help="further processes, on the CPU")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after these")
     parser.add_argument("--only", type=int, metavar="N", help="check the N-th of the seed alone")
     parser.add_argument("--out", type=Path)
@@ -302,15 +314,17 @@ def main() -> int:
 
     def report() -> None:
         spent = f"{time.time() - start:.0f} s"
-        print(f"{tally.programs} programs, {tally.wrong} wrong, {spent}", flush=True)
+        print(f"{tally}, {spent}", flush=True)
         if arguments.out:
-            about = f"{tally.programs} programs in {spent}, torch {torch.__version__}, {where}"
+            about = f"{tally}, {spent}, torch {torch.__version__}, {where}"
             tally.write(arguments.out, about)
 
-    for of_seed, outcome in outcomes(drawn, arguments.processes, arguments.seconds):
+    share = (arguments.processes, arguments.beside, arguments.seconds)
+    for of, outcome in outcomes(drawn, *share):
         tally.add(outcome)
         if outcome.wrong:
-            print(f"WRONG {outcome.wrong}\n  --seed {of_seed} --only {outcome.number}", flush=True)
+            repeated = f"--device {of.device} --seed {of.seed} --only {outcome.number}"
+            print(f"WRONG {outcome.wrong}\n  {repeated}", flush=True)
         if outcome.wrong or tally.programs % arguments.report_every == 0:
             report()
     report()

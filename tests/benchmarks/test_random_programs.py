@@ -42,6 +42,13 @@ def test_the_file_has_a_row_for_each_value_of_a_part(tmp_path) -> None:
     tally = Tally()
     tally.add(Outcome(1, {"mask": "causal"}, fused=1, wrong=""))
     tally.add(Outcome(2, {"mask": "causal"}, fused=0, wrong="numbers"))
+    tally.add(Outcome(3, {"mask": "window"}, fused=1, wrong=""))
+    assert str(tally) == "3 programs (2 distinct), 1 wrong"
     tally.write(tmp_path / "out.csv", "about")
     _, *rows = (tmp_path / "out.csv").read_text().splitlines()
-    assert rows == ["part,value,programs,fused,left,wrong", "all,,2,1,1,1", "mask,causal,2,1,1,1"]
+    assert rows == [
+        "part,value,programs,fused,left,wrong",
+        "all,,3,2,1,1",
+        "mask,causal,2,1,1,1",
+        "mask,window,1,1,0,0",
+    ]
