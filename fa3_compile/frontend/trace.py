@@ -49,6 +49,9 @@ KEPT_WHOLE = (
     aten.nan_to_num.default,
     aten.logsumexp.default,
     aten.all.dim,
+    aten.hardsigmoid.default,
+    aten.hardswish.default,
+    aten.sinc.default,
 )
 # Of a tensor's shape alone, whatever its elements are.
 SIZES = (

@@ -65,8 +65,17 @@ def derivative(expr: Expr, by: Expr) -> Expr:
     if isinstance(expr, _STEPS):
         return ZERO
     if (outer := _OUTER.get(type(expr))) is not None:
-        return outer(expr.args[0]) * derivative(expr.args[0], by)
+        return _chained(outer(expr.args[0]), derivative(expr.args[0], by))
     raise TypeError(f"{type(expr).__name__} has no derivative here: {expr}")
+
+
+def _chained(outer: Expr, slope: Expr) -> Expr:
+    """Their product. A branch that a select does not take has no part in it, as in torch: at
+    x = 0, sqrt(relu(x)) has the slope 0, though that of sqrt is infinite."""
+    if isinstance(slope, where) and not outer.is_number:
+        condition, a, b = slope.args
+        return where(condition, _chained(outer, a), _chained(outer, b))
+    return ZERO if slope == 0 else outer * slope
 
 
 def _product(expr: Expr, by: Expr) -> Expr:
@@ -74,13 +83,14 @@ def _product(expr: Expr, by: Expr) -> Expr:
     for i, factor in enumerate(expr.args):
         slope = derivative(factor, by)
         if slope != 0:
-            terms.append(sympy.Mul(*expr.args[:i], slope, *expr.args[i + 1 :]))
+            others = sympy.Mul(*expr.args[:i], *expr.args[i + 1 :])
+            terms.append(_chained(others, slope))
     return sympy.Add(*terms)
 
 
 def _power(expr: sympy.Pow, by: Expr) -> Expr:
     base, exponent = expr.base, expr.exp
-    slope = exponent * base ** (exponent - 1) * derivative(base, by)
+    slope = _chained(exponent * base ** (exponent - 1), derivative(base, by))
     if (of_exponent := derivative(exponent, by)) != 0:
         slope += expr * sympy.log(base) * of_exponent
     return slope

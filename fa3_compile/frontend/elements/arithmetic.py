@@ -21,7 +21,7 @@ from fa3_compile.frontend.lift import (
     truth,
 )
 from fa3_compile.frontend.placeholders import prob
-from fa3_compile.spec.expr import Expr, S, where
+from fa3_compile.spec.expr import Expr, S, loads_in, where
 from fa3_compile.spec.fills import OUT_OF_REACH
 from fa3_compile.spec.index import bounds, divide, remainder
 from fa3_compile.spec.simplify import exact_at_one, floored
@@ -171,31 +171,33 @@ def _(node, index, ctx: Lifter) -> Element:
 
 @element_of(aten.minimum.default)
 def _(node, index, ctx: Lifter) -> Element:
-    return through_where(_minimum, *(ctx.broadcast(x, index) for x in node.args))
+    smaller = functools.partial(_minimum, ctx)
+    return through_where(smaller, *(ctx.broadcast(x, index) for x in node.args))
 
 
-def _minimum(a: Expr, b: Expr) -> Expr:
+def _minimum(ctx: Lifter, a: Expr, b: Expr) -> Expr:
     for x, bound in ((a, b), (b, a)):
-        if bound.is_number and S in x.free_symbols:
+        if bound.is_number and _has_gradient(x, ctx):
             return _shared(x, bound, x > bound, x < bound)
     return sympy.Min(a, b)
 
 
 def _shared(x: Expr, bound: Expr, beyond: Boolean, within: Boolean) -> Expr:
-    """The extreme of a score and a number, which at a tie has half of the score's gradient."""
+    """The extreme of x and a number, which at a tie has half of x's gradient."""
     return where(beyond, bound, where(within, x, (x + bound) / 2))
 
 
 @element_of(aten.maximum.default)
 def _(node, index, ctx: Lifter) -> Element:
-    return through_where(_maximum, *(ctx.broadcast(x, index) for x in node.args))
+    larger = functools.partial(_maximum, ctx)
+    return through_where(larger, *(ctx.broadcast(x, index) for x in node.args))
 
 
-def _maximum(a: Expr, b: Expr) -> Expr:
+def _maximum(ctx: Lifter, a: Expr, b: Expr) -> Expr:
     for x, floor in ((a, b), (b, a)):
         if _is_floor(x, floor):
             return floored(x, floor, sympy.Rational(1, 2))
-        if floor.is_number and S in x.free_symbols:
+        if floor.is_number and _has_gradient(x, ctx):
             return _shared(x, floor, x < floor, x > floor)
     return sympy.Max(a, b)
 
@@ -205,19 +207,24 @@ def _is_floor(x: Expr, floor: Expr) -> bool:
     return bool(floor.is_number and not x.is_number and floor <= OUT_OF_REACH)
 
 
-def _clamped_below(x: Expr, floor: Expr) -> Expr:
+def _clamped_below(ctx: Lifter, x: Expr, floor: Expr) -> Expr:
     if _is_floor(x, floor):
         return floored(x, floor, _clamp_slope())
-    return _sloped(x, floor, sympy.Lt) if _keeps_slope(x) else sympy.Max(x, floor)
+    return _sloped(x, floor, sympy.Lt) if _keeps_slope(x, ctx) else sympy.Max(x, floor)
 
 
-def _clamped_above(x: Expr, ceiling: Expr) -> Expr:
-    return _sloped(x, ceiling, sympy.Gt) if _keeps_slope(x) else sympy.Min(x, ceiling)
+def _clamped_above(ctx: Lifter, x: Expr, ceiling: Expr) -> Expr:
+    return _sloped(x, ceiling, sympy.Gt) if _keeps_slope(x, ctx) else sympy.Min(x, ceiling)
 
 
-def _keeps_slope(x: Expr) -> bool:
-    """Whether a score that is clamped has its gradient at the very bound."""
-    return S in x.free_symbols and _clamp_slope() == 1
+def _keeps_slope(x: Expr, ctx: Lifter) -> bool:
+    """Whether what is clamped has its gradient at the very bound: a bias that learns may start
+    there."""
+    return _clamp_slope() == 1 and _has_gradient(x, ctx)
+
+
+def _has_gradient(x: Expr, ctx: Lifter) -> bool:
+    return S in x.free_symbols or any(ctx.loads[y.tensor].needs_grad for y in loads_in(x))
 
 
 def _sloped(x: Expr, bound: Expr, beyond: Callable) -> Expr:
@@ -243,17 +250,19 @@ def _(node, index, ctx: Lifter) -> Element:
     high = node.args[2] if len(node.args) > 2 else node.kwargs.get("max")
     x = ctx.broadcast(node.args[0], index)
     if low is not None:
-        x = through_where(_clamped_below, x, ctx.broadcast(low, index))
+        x = through_where(functools.partial(_clamped_below, ctx), x, ctx.broadcast(low, index))
     if high is not None:
-        x = through_where(_clamped_above, x, ctx.broadcast(high, index))
+        x = through_where(functools.partial(_clamped_above, ctx), x, ctx.broadcast(high, index))
     return x
 
 
 @element_of(aten.clamp_min.default, aten.clamp_min.Tensor)
 def _(node, index, ctx: Lifter) -> Element:
-    return through_where(_clamped_below, *(ctx.broadcast(x, index) for x in node.args[:2]))
+    clamped = functools.partial(_clamped_below, ctx)
+    return through_where(clamped, *(ctx.broadcast(x, index) for x in node.args[:2]))
 
 
 @element_of(aten.clamp_max.default, aten.clamp_max.Tensor)
 def _(node, index, ctx: Lifter) -> Element:
-    return through_where(_clamped_above, *(ctx.broadcast(x, index) for x in node.args[:2]))
+    clamped = functools.partial(_clamped_above, ctx)
+    return through_where(clamped, *(ctx.broadcast(x, index) for x in node.args[:2]))

@@ -68,13 +68,22 @@ def _log1p(x: Expr) -> Expr:
     return sympy.log(1 + x)
 
 
+# Selects, where abs(x) and max(x, 0) would have the slope 0 in the middle of a smooth function.
+
+
 def _softplus(x: Expr) -> Expr:
-    return sympy.Max(x, 0) + sympy.log(1 + sympy.exp(-sympy.Abs(x)))
+    return where(x > 0, x, 0) + sympy.log(1 + sympy.exp(where(x > 0, -x, x)))
 
 
 def _asinh(x: Expr) -> Expr:
-    size = sympy.Abs(x)
-    return sympy.sign(x) * sympy.log(size + sympy.sqrt(size**2 + 1))
+    size = where(x < 0, -x, x)
+    return where(x < 0, -1, 1) * sympy.log(size + sympy.sqrt(size**2 + 1))
+
+
+def _sinc(x: Expr) -> Expr:
+    at_zero = sympy.Eq(x, 0)
+    angle = math.pi * where(at_zero, 1, x)
+    return where(at_zero, 1, sympy.sin(angle) / angle)
 
 
 def _asin(x: Expr) -> Expr:
@@ -99,6 +108,7 @@ UNARY = {
     aten.silu.default: lambda x: x * E.sigmoid(x),
     aten.mish.default: lambda x: x * sympy.tanh(_softplus(x)),
     aten.erfc.default: lambda x: 1 - E.erf(x),
+    aten.sinc.default: _sinc,
     aten.asinh.default: _asinh,
     aten.acosh.default: lambda x: sympy.log(x + sympy.sqrt(x - 1) * sympy.sqrt(x + 1)),
     aten.atanh.default: lambda x: sympy.log((1 + x) / (1 - x)) / 2,
@@ -140,9 +150,24 @@ def _(node, index, ctx: Lifter) -> Element:
 
     def elu(x: Expr) -> Expr:
         _transcendental(node, ctx, x)
-        return scale * where(x > 0, x, alpha * (sympy.exp(inner * sympy.Min(x, 0)) - 1))
+        return scale * where(x > 0, x, alpha * (sympy.exp(inner * where(x > 0, 0, x)) - 1))
 
     return through_where(elu, ctx.broadcast(node.args[0], index))
+
+
+@element_of(aten.hardsigmoid.default)
+def _(node, index, ctx: Lifter) -> Element:
+    return through_where(_hard_sigmoid, ctx.broadcast(node.args[0], index))
+
+
+@element_of(aten.hardswish.default)
+def _(node, index, ctx: Lifter) -> Element:
+    return through_where(lambda x: x * _hard_sigmoid(x), ctx.broadcast(node.args[0], index))
+
+
+def _hard_sigmoid(x: Expr) -> Expr:
+    # Not of clamps, which torch decomposes it into: it has the slope 0 at both corners.
+    return sympy.Min(sympy.Max(x + 3, 0), 6) / 6
 
 
 @element_of(aten.hypot.default)
