@@ -24,16 +24,19 @@ from fa3_compile.spec.value_bounds import as_extreme
 MOST_CONDITIONS = 8
 # Below float32's least normal number.
 NOTHING = 1e-38
+# The sum of a few thousand is beyond float32.
+HUGE = 1e35
 
 
 class InfiniteWeight(ValueError):
-    """A weight that is infinite or NaN where a condition holds, as silu(-inf) is."""
+    """A weight that is infinite or NaN where a condition holds, as silu(-inf) is, or so large that
+    a sum of some is."""
 
 
 def separate(expr: Expr) -> tuple[Expr, Boolean]:
     """(the weight where the mask holds, the mask), the weight being 0 elsewhere.
 
-    InfiniteWeight where it is NaN or infinite for every finite s.
+    InfiniteWeight where it is NaN or infinite for every finite s, or sums of it are.
     """
     expr = simplify.tidy(simplify.exact_at_one(simplify.merge_conditions(expr)))
     mask = simplify.tidy_mask(sympy.Not(_zero(expr, MOST_CONDITIONS)))
@@ -61,7 +64,7 @@ def _zero(expr: Expr, left: int) -> Boolean:
     condition = _condition(expr) if left else None
     if condition is None:
         value = _absorbed(expr)
-        if value.has(sympy.nan, sympy.zoo, sympy.oo, -sympy.oo):
+        if value.has(sympy.nan, sympy.zoo, sympy.oo, -sympy.oo) or _overflows(value):
             raise InfiniteWeight(f"a weight is {value}")
         return sympy.true if _vanishes(value) else sympy.false
     cases = []
@@ -89,7 +92,7 @@ def _condition(expr: Expr) -> Boolean | None:
 
 def _absorbed(expr: Expr) -> Expr:
     """The expression with fills out of reach taken for what they are in float32: s + -3e38."""
-    if not expr.args or isinstance(expr, (load, Boolean)):
+    if not expr.args or isinstance(expr, load):
         return expr
     args = [_absorbed(x) for x in expr.args]
     if isinstance(expr, sympy.Add):
@@ -100,6 +103,12 @@ def _absorbed(expr: Expr) -> Expr:
     if isinstance(expr, erf) and args[0].is_number:
         return sympy.Float(math.erf(args[0]))
     return expr.func(*args) if tuple(args) != expr.args else expr
+
+
+def _overflows(value: Expr) -> bool:
+    """Whether a sum of such weights is infinite or NaN, in an order of summation or in another."""
+    size = abs(value.as_coeff_Mul()[0])
+    return bool(size.is_comparable and size >= HUGE)
 
 
 def _in_float32(fill: Expr) -> Expr:

@@ -159,6 +159,19 @@ class TestMasks:
         )
         assert_expected_inline(found, """lift: infinite-weight""")
 
+    @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize(
+        ("function", "is_left"), [(torch.abs, True), (lambda s: s**3, True), (F.relu, False)]
+    )
+    def test_sums_of_fills_are_left(self, function, is_left, dtype):
+        # Whether eager's are infinite or NaN is a matter of their order.
+        def attention(q, k, v):
+            lowest = torch.finfo(torch.bfloat16).min
+            return function(scores(q, k).masked_fill(~causal(), lowest)) @ v
+
+        report = check(attention, *qkv(), training=False, dtype=dtype)
+        assert (specs(report) == "lift: infinite-weight") == is_left
+
 
 class TestLinear:
     def test_causal(self):
