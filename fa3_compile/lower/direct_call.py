@@ -14,10 +14,15 @@ import torch
 from torch._inductor import ir
 from torch._inductor.virtualized import V
 
+from fa3_compile.runtime.op import split_text
+from fa3_compile.spec import expr as E
+
 ATTENTION = torch.ops.fa3.attention.default
 IMPORT = "from fa3_compile.runtime import launch as fa3_launch"
 # Of each wrapper that is being written: what makes an object -> its name in the module.
 _names: weakref.WeakKeyDictionary[Any, dict[tuple, str]] = weakref.WeakKeyDictionary()
+# The same of the variables for lists of blocks that calls share.
+_lists: weakref.WeakKeyDictionary[Any, dict[tuple, str]] = weakref.WeakKeyDictionary()
 
 
 class DirectCall(ir.FallbackKernel):
@@ -26,15 +31,49 @@ class DirectCall(ir.FallbackKernel):
     The C++ wrapper, which cannot, calls the operator.
     """
 
+    _lists = ""
+
     def codegen(self, wrapper) -> None:
         if not V.graph.cpp_wrapper:
             name = self._object(_root(wrapper))
             self.python_kernel_name = f"{name}.call" if self.op_overload is ATTENTION else name
+            self._lists = self._shared_lists(wrapper)
         super().codegen(wrapper)
 
     def codegen_args(self) -> list[str]:
         arguments = super().codegen_args()
-        return arguments if V.graph.cpp_wrapper else arguments[: -len(self._plain())]
+        if V.graph.cpp_wrapper:
+            return arguments
+        return arguments[: -len(self._plain())] + ([self._lists] if self._lists else [])
+
+    def _shared_lists(self, wrapper) -> str:
+        """The variable in which calls with the same captured tensors leave their lists of blocks;
+        "" for a call that is alone with them."""
+        if (called := self._called()) is None:
+            return ""
+        calls = (x for x in V.graph.operations if isinstance(x, DirectCall))
+        if sum(x._called() == called for x in calls) < 2:
+            return ""
+        # Bodies of a conditional are graphs of their own.
+        known = _lists.setdefault(wrapper, {})
+        key = (id(V.graph), called)
+        if key not in known:
+            known[key] = f"fa3_lists_{wrapper.next_kernel_suffix()}"
+            wrapper.writeline(f"{known[key]} = []")
+        return known[key]
+
+    def _called(self) -> tuple | None:
+        """What calls have in common that may share lists; None where nothing can be shared."""
+        if self.op_overload is not ATTENTION or not self._fixed():
+            return None
+        captured = self.inputs[3:]
+        names = [x.get_name() for x in captured]
+        if any(x in V.graph.mutated_buffers for x in names):
+            return None
+        if not E.loads_in(split_text(self._plain()[0])[0].mask):
+            return None
+        places = [x.get_layout().offset for x in captured]
+        return self._plain(), self._layouts(), self._sizes(), *names, *places
 
     def _plain(self) -> tuple[Any, ...]:
         """The operator's last arguments, which are data: the text; the gradients needed."""
@@ -44,8 +83,7 @@ class DirectCall(ir.FallbackKernel):
     def _object(self, wrapper) -> str:
         """The name of the object in the generated module; one for all calls of a layout."""
         forward = self.op_overload is ATTENTION
-        layout = tuple(_layout(x) for x in self.inputs)
-        fixed = all(_is_number(n) for n in _leaves((layout, self._sizes())))
+        layout, fixed = self._layouts(), self._fixed()
         plain = self._plain()
         made = f"{'Attention' if forward else 'AttentionBackward'}({', '.join(map(repr, plain))}"
         made += f", fixed={fixed}"
@@ -58,6 +96,13 @@ class DirectCall(ir.FallbackKernel):
             wrapper.add_import_once(IMPORT)
             wrapper.header.writeline(f"{known[key]} = fa3_launch.{made}")
         return known[key]
+
+    def _layouts(self) -> tuple:
+        return tuple(_layout(x) for x in self.inputs)
+
+    def _fixed(self) -> bool:
+        """Whether all sizes and strides are known now."""
+        return all(_is_number(n) for n in _leaves((self._layouts(), self._sizes())))
 
     def _is_used(self, output: int) -> bool:
         """Whether anything reads this output of the operator."""

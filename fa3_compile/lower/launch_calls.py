@@ -26,7 +26,9 @@ class Launches:
 
     device    index of the CUDA device
     launches  its kernels in their order; names as launch_cuda.NAMES has them
-    scratch   bytes of memory for what one kernel leaves another; lists begin there
+    scratch   bytes of memory for what one kernel leaves another
+    lists     how many of them, from the first on, are lists of blocks that the first kernel makes
+              of captured tensors alone: equal calls of one graph may share them
     counters  of the module, where a kernel takes its tiles from a counter
     known     addresses that are the same in every call
     """
@@ -39,12 +41,13 @@ class Launches:
         strides: tuple[int, ...],
         launches: Sequence[Launch],
         scratch: int = 0,
+        lists: int = 0,
         counters: Counters | None = None,
         known: Mapping[str | int, int] = {},
     ) -> None:
         self.device, self.dtype, self.shape, self.strides = device, dtype, shape, strides
         self.launches, self.scratch = tuple(launches), -(-scratch // ALIGNMENT) * ALIGNMENT
-        self.counters, self.known = counters, known
+        self.lists, self.counters, self.known = lists, counters, known
         self._call = self.fixed(None)
 
     def __call__(
@@ -54,7 +57,8 @@ class Launches:
 
     def fixed(self, otherwise: General | None, lse: bool = True) -> General:
         """A function of its own, which takes sizes too and looks at nothing of its arguments but
-        their addresses.
+        their addresses. Its last argument may be a list, empty at first, that is given to calls
+        with the same captured tensors while nobody writes to these: lists of blocks are left there.
 
         otherwise  what is called where an address is no multiple of 16; None: that is as it was
                    when the kernels were bound
@@ -63,15 +67,12 @@ class Launches:
         rows = self.shape[1] * self.shape[2]
         scratch = self.scratch + (0 if lse else 4 * self.shape[0] * rows)
         kept = 0 < scratch <= BYTES
-        at = [
-            [(n, "scratch" if x == "lists" else x, more)
-             for n, x, more in launch.places if x not in self.known]
-            for launch in self.launches
-        ]  # fmt: skip
+        at = [[x for x in launch.places if x[1] not in self.known] for launch in self.launches]
         named = {x for places in at for _, x, _ in places}
         structure = tuple(tuple((n // 8, x, bool(m)) for n, x, m in places) for places in at)
         counted = self.counters is not None and "counter" in named
-        text = written(structure, otherwise is not None, lse, counted, bool(scratch), kept)
+        flags = otherwise is not None, lse, counted, bool(scratch), kept, bool(self.lists)
+        text = written(structure, *flags)
         device = self.device
 
         def elsewhere(call, *arguments):
@@ -89,6 +90,12 @@ class Launches:
         def own_scratch() -> tuple[int, Tensor]:
             words = empty_cuda((scratch // 4,), (1,), torch.int32)
             return words.data_ptr(), words
+
+        def left(shared: list, stream: int) -> int:
+            """Memory for lists that later calls find."""
+            words = empty_cuda((-(-self.lists // 4),), (1,), torch.int32)
+            shared[:] = stream, words.data_ptr(), words
+            return shared[1]
 
         values: dict[str, Any] = {
             "device": device,
@@ -109,6 +116,7 @@ class Launches:
             "scratch_of": stream_scratch(device) if kept else None,
             "own_counter": own_counter,
             "own_scratch": own_scratch,
+            "left": left,
             "blocks": [],
             "parameters": parameters,
             "launch": driver().cuLaunchKernel,
@@ -131,7 +139,13 @@ Structure = tuple[tuple[tuple[int, "str | int", bool], ...], ...]
 
 @functools.lru_cache(maxsize=256)
 def written(
-    launches: Structure, checked: bool, lse: bool, counted: bool, scratch: bool, kept: bool
+    launches: Structure,
+    checked: bool,
+    lse: bool,
+    counted: bool,
+    scratch: bool,
+    kept: bool,
+    lists: bool,
 ) -> str:
     """The function's text; shapes, grids and addresses are variables around it.
 
@@ -139,10 +153,14 @@ def written(
               bytes are added to it)
     checked   whether addresses are looked at
     kept      whether the scratch memory is the stream's
+    lists     whether the first launch makes lists, which may be shared
     """
     captured = sorted({x for places in launches for _, x, _ in places if isinstance(x, int)})
     inputs = ["q_", "k_", "v_", *(f"aux{i}_" for i in captured)]
-    lines = ["if get_device() != device:", "    return elsewhere(call, q, k, v, aux, sizes)"]
+    lines = [
+        "if get_device() != device:",
+        "    return elsewhere(call, q, k, v, aux, sizes, shared)",
+    ]
     lines += [f"{x}_ = {x}.data_ptr()" for x in "qkv"]
     lines += [f"aux{i}_ = aux[{i}].data_ptr()" for i in captured]
     if checked:
@@ -161,22 +179,30 @@ def written(
         lines += ["    counter_, zero = own_counter()"] if counted else []
         lines += [f"    {OWN_SCRATCH}", "    spare = []"] if kept else []
     lines += ["lse_ = scratch_ + lse_at"] if not lse else []
+    if lists:
+        lines += ["found = bool(shared) and shared[0] == stream"]
+        lines += ["if found:", "    lists_ = shared[1]"]
+        lines += ["else:", "    lists_ = scratch_ if shared is None else left(shared, stream)"]
     lines += ["try:", "    block = blocks.pop()", "except IndexError:", "    block = parameters()"]
     lines += [
         f"{''.join(f'words{i}, pointer{i}, ' for i in range(len(launches)))}_ = block",
         "try:",
     ]
     for i, places in enumerate(launches):
+        step = []
         for j, (word, name, more) in enumerate(places):
             address = f"aux{name}_" if isinstance(name, int) else f"{name}_"
-            lines += [f"    words{i}[{word}] = {address}{f' + more{i}_{j}' if more else ''}"]
+            step += [f"words{i}[{word}] = {address}{f' + more{i}_{j}' if more else ''}"]
         arguments = ", ".join(f"{x}{i}" for x in ARGUMENTS)
-        lines += [f"    status, = launch({arguments}, stream, pointer{i}, 0)"]
-        lines += ["    if status is not success:", f"        again{i}(status, stream, pointer{i})"]
+        step += [f"status, = launch({arguments}, stream, pointer{i}, 0)"]
+        step += ["if status is not success:", f"    again{i}(status, stream, pointer{i})"]
+        if lists and not i:
+            step = ["if not found:", *(f"    {x}" for x in step)]
+        lines += [f"    {x}" for x in step]
     lines += ["finally:", "    blocks.append(block)"]
     lines += ["    spare.append(scratch_)"] if kept else []
     lines += [f"return out, {'lse' if lse else None}"]
-    return "def call(q, k, v, aux, sizes=()):\n" + "".join(f"    {x}\n" for x in lines)
+    return "def call(q, k, v, aux, sizes=(), shared=None):\n" + "".join(f"    {x}\n" for x in lines)
 
 
 @functools.lru_cache(maxsize=256)

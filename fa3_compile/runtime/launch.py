@@ -44,7 +44,9 @@ class Attention:
     fixed  every call has the sizes, strides, dtypes and device of the first one; only the
            alignment of addresses is looked at then
     lse    whether the LSE is used; otherwise None may come in its place
-    call   (q, k, v, aux, sizes) -> (out [B,H,Sq,Dv], lse [B,H,Sq]) as the operator gives them
+    call   (q, k, v, aux, sizes) -> (out [B,H,Sq,Dv], lse [B,H,Sq]) as the operator gives them; it
+           may be given a list as well, the same one in calls with the same `aux`, empty at first,
+           in which they leave each other what depends on `aux` alone
     """
 
     def __init__(self, text: str, fixed: bool = False, lse: bool = True) -> None:
@@ -58,7 +60,13 @@ class Attention:
         return self.call(q, k, v, aux, sizes)
 
     def _found_again(
-        self, q: Tensor, k: Tensor, v: Tensor, aux: Sequence[Tensor], sizes: Sequence[int]
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        aux: Sequence[Tensor],
+        sizes: Sequence[int],
+        shared: list | None = None,
     ) -> tuple[Tensor, Tensor]:
         tensors = (q, k, v, *aux)
         key = layout_key(tensors, sizes)

@@ -157,6 +157,22 @@ def test_addresses_that_are_not_aligned_are_bound_apart(family):
     assert family.binds == 2
 
 
+MASKED = "attention(score=0.25*s, mask=load(0, b, kv) != 0, dead=nan, aux=[int])"
+
+
+def test_layers_with_one_mask_share_its_lists_of_blocks(family):
+    def model(q, k, v, keep):
+        masked = functools.partial(attention, text=MASKED)
+        q = masked(masked(q, k, v, keep), k, v, keep)
+        other = keep + 1
+        return masked(q, k, v, other) + attention(q, k, v, other.float(), text=BIASED)
+
+    keep = torch.ones(2, 16, dtype=torch.int64)
+    code = code_of(torch.compile(model), *inputs(), keep.clone())
+    assert code.count("fa3_lists_1 = []") == 1 and code.count("[], fa3_lists_1)") == 2
+    assert code.count("fa3_lists_") == 3 and family.calls == 4
+
+
 def test_captured_tensors_are_part_of_the_layout(family):
     call = launch.Attention(f"{BIASED} #;kernels=counting")
     q, k, v = inputs()

@@ -140,7 +140,7 @@ def test_visited_blocks_are_those_of_the_report(name, tmp_path, monkeypatch, lau
     assert [x.name for x in launches] == ["block_map", "attention_fwd", "attention_fwd"]
     expected = tile_map(spec, length, length, 128, 16)
     assert (expected == EMPTY).any() and (expected == PARTIAL).any()
-    assert (listed(seen[0].list_shape, bound.lists) == expected).all()
+    assert (listed(seen[0].list_shape, bound.kept) == expected).all()
 
 
 def test_a_graph_that_is_captured_makes_its_own_lists(tmp_path, monkeypatch, launches) -> None:

@@ -36,7 +36,8 @@ FORMS = {
     "full": ("attention_fwd", "row_terms attention_bwd query_gradient"),
     "causal": ("attention_fwd", "row_terms attention_bwd query_gradient"),
     "left padding": (
-        "block_map attention_fwd dead_rows", "block_map row_terms attention_bwd query_gradient",
+        "block_map attention_fwd dead_rows",
+        "block_map row_terms attention_bwd query_gradient",
     ),
     "documents": ("block_map attention_fwd", "block_map row_terms attention_bwd query_gradient"),
     "dense bias": ("attention_fwd", "row_terms attention_bwd query_gradient nan_values"),
@@ -135,6 +136,24 @@ def test_scratch_memory_is_the_streams_and_comes_back(launches, monkeypatch) -> 
         with pytest.raises(RuntimeError, match="could not be launched"):
             refused(q, k, v, aux)
     assert scratch == {STREAM: [address]} and allocations() == before + 1
+
+
+def test_lists_are_made_once_for_calls_that_share_them(launches, monkeypatch) -> None:
+    form = BY_NAME["left padding"]
+    q, k, v, aux = of_form("left padding", Shape(2, 4, 2, 150, 150, 64, 64))
+    call = Attention(f"{form.spec()} #;kernels=cuda_sm90", fixed=True, lse=False)
+    call(q, k, v, aux, form.sizes)
+    launches.clear()
+    shared: list = []
+    for _ in range(2):
+        call.call(q, k, v, aux, form.sizes, shared)
+    both = ["attention_fwd", "dead_rows"]
+    assert [x.name for x in launches] == ["block_map", *both, *both]
+    launches.clear()
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 7)
+    [bound] = call._calls.values()
+    bound.fixed(None)(q, k, v, aux, form.sizes, shared)  # another stream
+    assert [x.name for x in launches] == ["block_map", *both]
 
 
 def test_few_queries_are_dealt_out_and_combined(launches) -> None:

@@ -115,12 +115,12 @@ def _unprintable(spec: AttentionSpec) -> str | None:
 class Bound(Launches):
     """The kernels of a call for one set of shapes and strides; calling it launches them.
 
-    lists  the address of lists of key blocks that are kept between calls, or 0
+    kept  the address of lists of key blocks that are kept between calls, or 0
     """
 
-    def __init__(self, config: Sm90Config, lists: int, *arguments, **options) -> None:
-        super().__init__(*arguments, **options, known={"lists": lists} if lists else {})
-        self.config, self.lists = config, lists
+    def __init__(self, config: Sm90Config, kept: int, *arguments, **options) -> None:
+        super().__init__(*arguments, **options, known={"lists": kept} if kept else {})
+        self.config, self.kept = config, kept
 
 
 @functools.lru_cache(maxsize=1024)
@@ -146,11 +146,11 @@ def bind(problem: Problem, q, k, v, aux, sizes, key: CudaKey | None = None) -> B
     shape = (*q.shape[:3], v.shape[3])
     stride = out_strides(shape, spec.out_order)
     parameters = ForwardParameters(spec, key, module, q, k, v, aux, sizes)
-    lists = kept_lists(parameters, q.device.index)
-    launches, scratch = parameters.launches(stride, kept=bool(lists))
+    kept = kept_lists(parameters, q.device.index)
+    launches, scratch = parameters.launches(stride, kept=bool(kept))
     return Bound(
-        key.config, lists, q.device.index, q.dtype, shape, stride, launches,
-        scratch=scratch, counters=module.counters,
+        key.config, kept, q.device.index, q.dtype, shape, stride, launches,
+        scratch=scratch, lists=parameters.listed_bytes, counters=module.counters,
     )  # fmt: skip
 
 

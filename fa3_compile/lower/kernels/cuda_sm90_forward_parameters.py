@@ -42,7 +42,7 @@ class ForwardParameters(Parameters):
         self.splits = 1
         if key.config.split:
             self.splits = split_count(self.tiles, self.key_blocks, self.processors)
-        self.scratch_bytes = 0
+        self.scratch_bytes = self.listed_bytes = 0
         self.map_kind = key.map_kind
 
     def scratch(self, bytes_: int) -> int:
@@ -58,7 +58,8 @@ class ForwardParameters(Parameters):
         """
         found = []
         if self.map_kind and not kept:
-            self.scratch(self.list_shape.bytes)
+            self.listed_bytes = self.list_shape.bytes
+            self.scratch(self.listed_bytes)
             found.append(self.block_map())
         if self.splits > 1:
             self.part_states = self.scratch(8 * self.splits * self.rows)

@@ -11,8 +11,8 @@ from fa3_compile.spec.blocks import may_have_holes
 
 # What all kept lists may take of a device's memory, in bytes.
 LARGEST = 64 * 2**20
-# What decides lists, and the device they are on -> (where they are, bytes). Once made they are never
-# freed: a CUDA graph may hold them.
+# What decides lists, and the device they are on -> (where they are, bytes). Once made they are
+# never freed: a CUDA graph may hold them.
 _kept: dict[tuple, tuple[int, int]] = {}
 
 

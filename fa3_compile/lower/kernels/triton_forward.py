@@ -304,11 +304,12 @@ def _launches(problem: Problem, compiled, programs: int, values, lists, q, v) ->
     """The kernel, and before it that of its lists, past Triton's launcher."""
     names: dict[str | int, tuple[str | int, int]] = {f"{x}_ptr": (x, 0) for x in OPERANDS}
     names |= {f"aux{i}": (i, 0) for i in range(len(problem.spec.aux))}
-    kernels, scratch = [direct(compiled, programs, values)], 0
+    kernels, scratch, listed = [direct(compiled, programs, values)], 0, 0
     if lists is not None:
         kernels.insert(0, lists.launch.direct)
-        names |= {"lists_ptr": ("scratch", 0), "counts_ptr": ("scratch", lists.counts_at)}
-        scratch = -(-lists.bytes // ALIGNMENT) * ALIGNMENT
+        names |= {"lists_ptr": ("lists", 0), "counts_ptr": ("lists", lists.counts_at)}
+        listed = lists.bytes
+        scratch = -(-listed // ALIGNMENT) * ALIGNMENT
     names[SCRATCH] = "scratch", scratch
     scratch += programs * compiled.metadata.global_scratch_size
     shape = (*q.shape[:3], v.shape[3])
@@ -316,7 +317,7 @@ def _launches(problem: Problem, compiled, programs: int, values, lists, q, v) ->
     found = [x.renamed(names) for x in kernels if x is not None]
     if len(found) < len(kernels):
         return None
-    return Launches(q.device.index, q.dtype, shape, strides, found, scratch)
+    return Launches(q.device.index, q.dtype, shape, strides, found, scratch, listed)
 
 
 def built(kernel, config: TritonConfig, grid, device: torch.device, arguments) -> tuple[Any, Any]:
