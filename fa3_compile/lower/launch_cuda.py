@@ -146,7 +146,7 @@ class Launch:
         keeps: Any = None,
     ) -> None:
         self.content, self.places, self.starts, self.keeps = content, places, starts, keeps
-        self.arguments = (kernel, *grid, threads, 1, 1, shared)
+        self.arguments: tuple[Any, ...] = (kernel, *grid, threads, 1, 1, shared)
         self._block = self.block({})
         at = [(n // 8, names.index(x) if isinstance(x, str) else x + len(names), more)
               for n, x, more in places]  # fmt: skip
