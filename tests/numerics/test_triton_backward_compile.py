@@ -18,6 +18,7 @@ from fa3_compile.lower import build  # noqa: E402
 from fa3_compile.lower.assembler import sound_assembler  # noqa: E402
 from fa3_compile.lower.choose import Problem  # noqa: E402
 from fa3_compile.lower.config import SHARED_MEMORY, TritonConfig  # noqa: E402
+from fa3_compile.lower.kernels import triton_uniform_rows  # noqa: E402
 from fa3_compile.lower.kernels.triton_backward import render_key, supports_backward  # noqa: E402
 from fa3_compile.lower.tune_backward import table_configs  # noqa: E402
 from fa3_compile.spec.attention import AttentionSpec  # noqa: E402
@@ -94,6 +95,36 @@ def test_default_configs(arch: int, dim: int, tmp_path: Path) -> None:
         product = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch]
         assert product in kernel.asm["ptx"]
         assert "atom" not in kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_rows_without_a_key(arch: int, tmp_path: Path) -> None:
+    module = build.load(triton_uniform_rows.UniformKey())
+    given = {"GROUP": 4, "SLOPE": True, "PRECISION": "tf32", "BLOCK": 64, "TILE": 64}
+    pointers = {"dead_ptr": "*i8", "lost_ptr": "*i8", "delta_ptr": "*fp32", "sums_ptr": "*fp32"}
+    for kernel in (module.uniform_sums, module.add_uniform_rows):
+        kinds = [
+            "constexpr" if x in given or x.endswith("stride_d")
+            else pointers.get(x, "*bf16") if x.endswith("_ptr")
+            else "fp32" if x == "weight" else "i32"
+            for x in kernel.arg_names
+        ]  # fmt: skip
+        constants = {
+            x: given.get(x, 1) for x, k in zip(kernel.arg_names, kinds) if k == "constexpr"
+        }
+        aligned = {
+            (i,): [["tt.divisibility", 16]]
+            for i, (x, kind) in enumerate(zip(kernel.arg_names, kinds))
+            if kind[0] == "*" or "stride" in x and kind != "constexpr"
+        }
+        with sound_assembler(arch):
+            found = triton.compile(
+                ASTSource(kernel, dict(zip(kernel.arg_names, kinds)), constants, aligned),
+                target=GPUTarget("cuda", arch, 32),
+                options=triton_uniform_rows.CONFIG.options,
+            )
+        assert spilled_bytes(found, arch, tmp_path) == 0, kernel.__name__
+        assert found.metadata.shared <= SHARED_MEMORY[divmod(arch, 10)]
 
 
 def test_a_table_s_gradient_compiles() -> None:

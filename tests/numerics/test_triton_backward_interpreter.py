@@ -69,6 +69,7 @@ CASES = [
     Case("fill that no row needs", f"score=0.25*s, mask={CAUSAL}, dead=score, fill=s - 99.0"),
     Case("fill that absorbs s", f"score=0.25*s, mask={WINDOW}, dead=score, fill=0.25*s - 3.4028234663852886e38", LONG, dlse=True),
     Case("fill that absorbs s, bf16", "score=0.25*s, mask=load(0, b, 0, 0, kv) != 0, dead=score, fill=0.25*s - 3.4028234663852886e38", (2, 4, 2, 9, 37, 16, 16), BF16, ("nothing",)),
+    Case("fill that absorbs s, wide heads", f"score=0.25*s, mask={WINDOW}, dead=score, fill=0.25*s - 3.4028234663852886e38", (1, 2, 1, 40, 23, 72, 136)),
     Case("least fill, one tile", f"score=0.25*s, mask={CAUSAL} & (q > 3), dead=score, fill={MIN}"),
     Case("all dead, zero", "score=0.25*s, mask=(kv - q >= 99), dead=zero"),
     Case("all dead, nan", "score=0.25*s, mask=(kv - q >= 99)"),

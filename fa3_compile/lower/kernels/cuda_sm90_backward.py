@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,6 +102,7 @@ class BoundBackward:
     scratch_words  of 4 bytes: the row terms, dQ's sums and the lists of query blocks
     lists          the address of lists that are kept between calls, or 0
     lists_at       where else they are in scratch memory, in bytes
+    uniform_rows   adds rows without a key, where they are looked for; None leaves them to torch
     tile           the captured tensor whose gradient the kernel stores
     tile_strides   of that gradient
     tile_is_whole  the kernel stores all of it
@@ -116,6 +117,7 @@ class BoundBackward:
     lists_at: int
     keeps_delta: bool
     finds_dead: bool
+    uniform_rows: Callable[[Mapping[str, Tensor]], None] | None
     tile: int | None
     tile_strides: Strides
     tile_is_whole: bool
@@ -148,13 +150,19 @@ class BoundBackward:
             launch(stream, addresses)
         del kept, scratch
         if dead is not None:
-            grads = dq, dk, dv
-            add_uniform_rows(problem.spec, dead, delta, grads, q, k, v, dout, torch.bfloat16)
+            self.add_dead_rows(problem.spec, dead, delta, (dq, dk, dv), q, k, v, dout)
         captured = captured_gradients(
             problem, self.tile, dtile, lse, delta, q, k, aux, sizes, needs
         )
         wanted = [x if n else None for x, n in zip((dq, dk, dv), needs[:3])]
         return wanted[0], wanted[1], wanted[2], captured
+
+    def add_dead_rows(self, spec, dead, delta, grads, q, k, v, dout) -> None:
+        if self.uniform_rows is None:
+            return add_uniform_rows(spec, dead, delta, grads, q, k, v, dout, torch.bfloat16)
+        names = ("dq_ptr", "dk_ptr", "dv_ptr", "q_ptr", "k_ptr", "v_ptr", "dout_ptr")
+        tensors = dict(zip(names, (*grads, q, k, v, dout)))
+        self.uniform_rows({**tensors, "dead_ptr": dead, "delta_ptr": delta})
 
     def tile_gradient(self, tensor: Tensor) -> Tensor:
         """Where the kernel stores a dense input's gradient, or adds to it."""
@@ -263,11 +271,25 @@ def bind(
         parameters.lists_at,
         keeps_delta,
         key.dead_rows,
+        bind_dead_rows(spec, q, k, v, dout) if key.dead_rows else None,
         tile,
         () if tile is None else gradient_strides(aux[tile]),
         is_stored_whole(key, q, k, aux),
         parameters.launches(dlse is not None, keeps_delta, kept=bool(lists)),
     )
+
+
+def bind_dead_rows(spec: AttentionSpec, q, k, v, dout):
+    """Triton kernels that add rows without a key; None where there is no Triton."""
+    try:
+        from fa3_compile.lower.kernels.triton_uniform_rows import bind_uniform_rows
+
+        tensors = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "dout_ptr": dout}
+        tensors |= {f"d{name}_ptr": torch.empty_like(x) for name, x in zip("qkv", (q, k, v))}
+        return bind_uniform_rows(spec, tensors)
+    except (ImportError, KernelBuildError) as error:
+        log.warning("rows without a key are left to torch: %s", error)
+        return None
 
 
 def captured_gradients(

@@ -25,8 +25,9 @@ from fa3_compile.lower.kernels import triton_forward as forward
 from fa3_compile.lower.kernels.sinks import sink_cotangents
 from fa3_compile.lower.kernels.triton_blocks import Lists, bind_lists
 from fa3_compile.lower.kernels.triton_captured import Gathered, Layout, chained
-from fa3_compile.lower.kernels.triton_dead_rows import finish_rows
+from fa3_compile.lower.kernels.triton_dead_rows import bind_dead_rows, lose_rows
 from fa3_compile.lower.kernels.triton_launch import Launch, bind_kernel, first_that_builds
+from fa3_compile.lower.kernels.triton_uniform_rows import UniformRows
 from fa3_compile.lower.printer import UnprintableError
 from fa3_compile.lower.render import aux_parameters
 from fa3_compile.lower.render_backward import (
@@ -88,7 +89,7 @@ def _unsupported(spec: AttentionSpec, wanted: tuple[int, ...]) -> str | None:
     return None
 
 
-_launches: dict[tuple, dict[str, Launch | Gathered | Lists] | None] = {}
+_launches: dict[tuple, dict[str, Launch | Gathered | Lists | UniformRows] | None] = {}
 
 
 def run_backward(
@@ -153,7 +154,7 @@ def _launches_or_none(problem, dlse, q, k, v, dout, out, aux, sizes, needs):
 
 def compute(
     problem: Problem,
-    launches: Mapping[str, Launch | Gathered | Lists],
+    launches: Mapping[str, Launch | Gathered | Lists | UniformRows],
     dout: Tensor,
     dlse: Tensor | None,
     q: Tensor,
@@ -176,7 +177,7 @@ def compute(
     for launch in launches.values():
         launch(tensors)
     if problem.spec.normalized and (wanted.kv or wanted.q):
-        finish_rows(problem, tensors, q, k, v, dout, lse)
+        lose_rows(problem, tensors, q, k, lse)
     dq, dk, dv = (tensors[f"{x}_ptr"] if n else None for x, n in zip(("dq", "dk", "dv"), needs[:3]))
     return dq, dk, dv, _captured(problem, tensors, q, k, lse, aux, sizes, needs)
 
@@ -248,7 +249,7 @@ def bind(
     aux: Sequence[Tensor],
     sizes: Sequence[int],
     needs: Sequence[bool],
-) -> dict[str, Launch | Gathered | Lists]:
+) -> dict[str, Launch | Gathered | Lists | UniformRows]:
     """The kernels for the shapes and strides of these tensors, by name, in order of launching.
 
     A configuration that does not build gives way to smaller ones; KernelBuildError where none
@@ -281,7 +282,7 @@ def bind(
     if wanted.q or row_sums(spec, wanted.aux):
         plan.append(("query_blocks", configs.queries, queries))
     given = functools.partial(bind_kernel, tensors=tensors, integers=integers, constants=constants)
-    found: dict[str, Launch | Gathered | Lists] = {}
+    found: dict[str, Launch | Gathered | Lists | UniformRows] = {}
     for name, config, grid in plan:
         kernel = getattr(module, name)
 
@@ -303,6 +304,9 @@ def bind(
             integers, constants,
         )  # fmt: skip
         found[name] = first_that_builds(bind_dense, configs.queries)
+    if wanted.kv or wanted.q:
+        if (dead_rows := bind_dead_rows(spec, tensors)) is not None:
+            found["dead_rows"] = dead_rows
     return found
 
 

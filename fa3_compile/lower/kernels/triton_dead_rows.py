@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import torch
-
 from fa3_compile.lower.kernels import triton_forward as forward
-from fa3_compile.lower.kernels.dead_rows import add_uniform_rows, may_be_nan, set_nan_rows
+from fa3_compile.lower.kernels.dead_rows import may_be_nan, set_nan_rows
+from fa3_compile.lower.kernels.triton_uniform_rows import UniformRows, bind_uniform_rows
 from fa3_compile.lower.render_backward import has_fill_rows
 
 
-def finish_rows(problem, tensors, q, k, v, dout, lse) -> None:
-    """Adds it to tensors["dq_ptr"], tensors["dk_ptr"] and tensors["dv_ptr"]."""
-    spec, dv = problem.spec, tensors["dv_ptr"]
-    lengths = q.shape[2], k.shape[2]
+def bind_dead_rows(spec, tensors) -> UniformRows | None:
+    """What adds rows without a key, all of whose weights are the same; None where there are none.
+
+    Raises KernelBuildError.
+    """
     uniform = spec.dead == "score" and not has_fill_rows(spec)
+    lengths = tensors["q_ptr"].shape[2], tensors["k_ptr"].shape[2]
     if uniform and forward.may_have_dead_rows(spec, *lengths):
-        grads = (tensors["dq_ptr"], tensors["dk_ptr"], dv)
-        dead, delta = tensors["dead_ptr"], tensors["delta_ptr"]
-        add_uniform_rows(spec, dead, delta, grads, q, k, v, dout, torch.float32)
-    if may_be_nan(spec, *lengths):
-        set_nan_rows(dv, lse)
+        return bind_uniform_rows(spec, tensors)
+    return None
+
+
+def lose_rows(problem, tensors, q, k, lse) -> None:
+    """NaN in tensors["dv_ptr"] where a row has nothing but scores of -inf."""
+    if may_be_nan(problem.spec, q.shape[2], k.shape[2]):
+        set_nan_rows(tensors["dv_ptr"], lse)
