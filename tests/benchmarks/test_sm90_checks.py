@@ -24,6 +24,7 @@ API call to cuModuleGetGlobal_v2.
 ========= Warning: Detected overlapping instrumentation
 ========= Program hit CUDA_ERROR_NOT_FOUND (error 500) due to "named symbol not found" on CUDA \
 API call to cuModuleGetGlobal_v2.
+========= Target application returned an error
 ========= ERROR SUMMARY: 3 errors
 """
 
