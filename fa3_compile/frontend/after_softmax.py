@@ -12,14 +12,15 @@ from fa3_compile.errors import Decline
 from fa3_compile.frontend.lift import truth
 from fa3_compile.frontend.placeholders import some, without_some
 from fa3_compile.spec import simplify
-from fa3_compile.spec.expr import Expr, where
+from fa3_compile.spec.expr import KV, Expr, depends_on, where
 from fa3_compile.spec.separate import Separated
 
 
 def merged(
     separated: Separated, *, weight: Expr, kept: Boolean, may_lose_rows: bool, at: fx.Node
-) -> tuple[Separated, Expr]:
-    """(the fields of the spec, its weight) for weights that are 0 where `kept` does not hold.
+) -> tuple[Separated, Expr, Boolean]:
+    """(the fields of the spec, its weight, which rows of the output stay: the others are 0) for
+    weights that are 0 where `kept` does not hold.
 
     The weight of a masked key is 0 already, but for rows without a key: NaN or a mean of all in
     the softmax, zeros after the fill if that is of the same mask. `Decline` at `at` where a row
@@ -33,19 +34,28 @@ def merged(
         multiplied, weight = _conditions(weight)
         kept = simplify.tidy_mask(sympy.And(kept, multiplied))
         if _conjuncts(kept) == _conjuncts(separated.mask):
-            return dataclasses.replace(separated, dead="zero", fill=None), simplify.tidy(weight)
-        return separated, simplify.tidy(weight * where(kept, 1, 0))
+            separated = dataclasses.replace(separated, dead="zero", fill=None)
+            return separated, simplify.tidy(weight), sympy.true
+        return separated, simplify.tidy(weight * where(kept, 1, 0)), sympy.true
     if kept == sympy.true or separated.certain or separated.dead == "zero":
-        return separated, _where_masked(weight * where(kept, 1, 0), separated.mask)
-    same = _conjuncts(kept) == _conjuncts(separated.mask)
-    if not same or may_lose_rows:
+        weight = _where_masked(weight * where(kept, 1, 0), separated.mask)
+        return separated, weight, sympy.true
+    weight = _where_masked(weight, separated.mask)
+    rows = sympy.And(*(x for x in _conjuncts(kept) if not depends_on(x, [KV])))
+    if not may_lose_rows:
+        filled = dataclasses.replace(separated, dead="zero")
+        if _conjuncts(kept) == _conjuncts(separated.mask):
+            return filled, weight, sympy.true
+        if _conjuncts(kept) - _conjuncts(rows) == _conjuncts(separated.mask):
+            return filled, weight, rows
+    if rows != kept:
         raise Decline(
             "mask-after-softmax",
             at,
             "Mask the scores alone, before the softmax, or both by the same mask.",
             message="a row without keys is NaN after the softmax, and then filled in part",
         )
-    return dataclasses.replace(separated, dead="zero"), _where_masked(weight, separated.mask)
+    return separated, weight, rows
 
 
 def _rows_filled(

@@ -51,22 +51,29 @@ BROADCAST = (sympy.Add, sympy.Mul, sympy.Max, sympy.Min, sympy.And, sympy.Or)
 
 
 def coefficient(emit: Emitter, region: Region, pair: fx.Node, device: torch.device) -> fx.Node:
-    """The op's out [B, H, Sq, Dv], of its outputs `pair`, times the region's coefficient, in out's
-    dtype."""
+    """The op's out [B, H, Sq, Dv], of its outputs `pair`, times the region's coefficient where its
+    rows stay, in out's dtype."""
     out = emit.function(operator.getitem, pair, 0)
-    loads = region.coefficient_loads
-    return _times(emit, out, region.coefficient, _Writer(emit, region, loads, device, pair))
+    writer = _Writer(emit, region, region.coefficient_loads, device, pair)
+    out = _times(emit, out, region.coefficient, writer)
+    if region.rows == sympy.true:
+        return out
+    if region.nan_rows:
+        lse = emit.call("unsqueeze", emit.function(operator.getitem, pair, 1), 3)
+        out = emit.function(torch.where, emit.function(torch.isneginf, lse), float("nan"), out)
+    return emit.function(torch.where, writer.write(region.rows), out, 0.0)
 
 
 def scaled_queries(
     emit: Emitter, region: Region, queries: fx.Node, factor: Expr, device: torch.device
 ) -> fx.Node:
     """Queries [B, H, Sq, D] times one of the region's factors on them, in their dtype."""
-    writer = _Writer(emit, region, region.factor_loads, device)
-    return queries if factor == 1 else _times(emit, queries, factor, writer)
+    return _times(emit, queries, factor, _Writer(emit, region, region.factor_loads, device))
 
 
 def _times(emit: Emitter, x: fx.Node, factor: Expr, writer: _Writer) -> fx.Node:
+    if factor == 1:
+        return x
     if factor.is_number:
         return emit.function(torch.mul, x, float(factor))
     return emit.call("type_as", emit.function(torch.mul, x, writer.write(factor)), x)

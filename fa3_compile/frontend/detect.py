@@ -16,7 +16,7 @@ from torch import fx
 import fa3_compile.frontend.elements  # noqa: F401  (registers the element rules)
 from fa3_compile.errors import NOTHING, Decline
 from fa3_compile.frontend.captured import Captured, Seed
-from fa3_compile.frontend.find_operands import OperandFinder, find_split
+from fa3_compile.frontend.find_operands import OperandFinder, axis_symbol, find_split
 from fa3_compile.frontend.lift import (
     Index,
     Opaque,
@@ -126,7 +126,7 @@ def _read(
     axes: list[list[sympy.Symbol]] = []
     sizes: dict[sympy.Symbol, Expr] = {}
     for i, size in enumerate(shape):
-        symbols = [] if size == 1 else [_axis(f"y{i}")]
+        symbols = [] if size == 1 else [axis_symbol(f"y{i}")]
         axes.append(symbols)
         sizes.update(dict.fromkeys(symbols, size))
     for _ in range(16):
@@ -136,7 +136,7 @@ def _read(
             raise declined(opaque, shadow) from opaque
         except _Split as split:
             symbol, inner = split.symbol, split.inner
-        outer_axis, inner_axis = _axis(f"{symbol.name}o"), _axis(f"{symbol.name}i")
+        outer_axis, inner_axis = axis_symbol(f"{symbol.name}o"), axis_symbol(f"{symbol.name}i")
         count = quotient(sizes.pop(symbol), inner)
         assert count is not None
         sizes |= {outer_axis: count, inner_axis: inner}
@@ -150,10 +150,6 @@ def _read(
         "Reshape heads and batch with fixed sizes.",
         message="the axes of the product with V cannot be told apart",
     )
-
-
-def _axis(name: str) -> sympy.Symbol:
-    return sympy.Symbol(name, integer=True, nonnegative=True)
 
 
 class _Reader:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import sympy
 import torch
+from sympy.logic.boolalg import Boolean
 from torch import fx
 
 from fa3_compile.errors import Decline
@@ -20,13 +21,14 @@ from fa3_compile.spec.expr import KV, Expr, Q, loads_in
 from fa3_compile.spec.index import Ranges, is_nonnegative
 from fa3_compile.spec.separate import Separated, in_float32, separate, unmasked, without_dead_rows
 
-Fields = tuple[Separated, Expr, tuple[Expr, ...]]
+Fields = tuple[Separated, Expr, Boolean, tuple[Expr, ...]]
 
 
 def read_fields(
     reading: Reading, in_coordinates: Callable, ranges: Ranges, interior: list[fx.Node]
 ) -> Fields:
-    """(score, mask and dead rows; the weight; the sinks) of a reading of a softmax, in b, h, q, kv.
+    """(score, mask and dead rows; the weight; the rows that stay; the sinks) of a reading of a
+    softmax, in b, h, q, kv.
 
     `Decline` where the spec cannot say it. interior: what lies between the two products.
     """
@@ -59,7 +61,7 @@ def read_fields(
     if separated.dead == "score" and _read_outside(reading, interior):
         # Kernels have no LSE for a row that is all fill, unless the fill is part of the score.
         separated = unmasked(score)
-    separated, weight = after_softmax.merged(
+    separated, weight, rows = after_softmax.merged(
         separated,
         weight=in_coordinates(reading.term.weight),
         kept=in_coordinates(reading.term.kept),
@@ -67,7 +69,7 @@ def read_fields(
         or reads_infinite(loads_in(separated.score), reading.loads),
         at=at,
     )
-    return separated, weight, sinks
+    return separated, weight, rows, sinks
 
 
 def read_unnormalised(
@@ -103,7 +105,7 @@ def read_unnormalised(
             "Compute q @ (k.mT @ v), which needs no scores, or mask them.",
             message="nothing but factors of a query or of a key stands between the two products",
         )
-    return Separated(score, mask, "zero", None), sympy.S.One, ()
+    return Separated(score, mask, "zero", None), sympy.S.One, sympy.true, ()
 
 
 def _may_be_infinite(separated: Separated, loads: list[Captured | Seed]) -> bool:

@@ -40,6 +40,11 @@ def find_split(indices, sizes) -> tuple[sympy.Symbol, Expr] | None:
     return found[0] if found else None
 
 
+def axis_symbol(name: str) -> sympy.Symbol:
+    """What runs along an axis of that name."""
+    return sympy.Symbol(name, integer=True, nonnegative=True)
+
+
 class OperandFinder:
     """Finds the operands of one reading.
 
@@ -70,7 +75,7 @@ class OperandFinder:
         value: Operand | None = None
         total: Expr = sympy.S.One
         for casts in (True, False):
-            value = self._operand(scores.lifter, values, values_index, set(), casts, False)
+            value = self._operand(scores.lifter, values, values_index, set(), {}, casts, False)
             scaled = len(scores.dots) == 1
             found = [self._pair(scores.lifter, dot, casts, scaled) for dot in scores.dots]
             total = sympy.Mul(*(x.place.factor for p in found for x in (p.query, p.key)))
@@ -83,15 +88,42 @@ class OperandFinder:
         return found, value, total
 
     def _pair(self, lifter: Lifter, dot: Dot, casts: bool, scaled: bool) -> Pair:
-        self.ranges[D] = dot.width
-        (queries, at), (keys, key_at) = dot.sides()
-        return Pair(
-            self._operand(lifter, queries, at, {*at[-2].free_symbols}, casts, scaled),
-            self._operand(lifter, keys, key_at, {KV}, casts, scaled),
-        )
+        """The queries and keys of a product. What it contracts as one axis and they have as
+        several, points and coordinates or rows and features, is split."""
+        place: Expr = D
+        contracted = {D: dot.width}
+        while True:
+            self.ranges |= contracted
+            (queries, at), (keys, key_at) = dot.sides(place)
+            varying = {*at[-2].free_symbols, *at[-1].free_symbols}
+            pair = Pair(
+                self._operand(lifter, queries, at, varying, contracted, casts, scaled),
+                self._operand(lifter, keys, key_at, {KV, *contracted}, contracted, casts, scaled),
+                contracted,
+            )
+            indices = (i for x in (pair.query, pair.key) for i in x.place.index)
+            found = find_split(indices, contracted)
+            if found is None:
+                return pair
+            symbol, inner = found
+            count = quotient(contracted[symbol], inner)
+            assert count is not None
+            outer_axis, inner_axis = (axis_symbol(f"{symbol.name}{x}") for x in "oi")
+            place = place.subs(symbol, inner * outer_axis + inner_axis)
+            parts = {symbol: {outer_axis: count, inner_axis: inner}}
+            contracted = {
+                x: n for s, size in contracted.items() for x, n in parts.get(s, {s: size}).items()
+            }
 
     def _operand(
-        self, lifter: Lifter, node: fx.Node, index: Index, varying, casts: bool, scaled: bool
+        self,
+        lifter: Lifter,
+        node: fx.Node,
+        index: Index,
+        varying: set[sympy.Symbol],
+        contracted: dict[sympy.Symbol, Expr],
+        casts: bool,
+        scaled: bool,
     ) -> Operand:
         best = deeper = None
         best_lost = mapped = False
@@ -123,6 +155,8 @@ class OperandFinder:
             if view is not None:
                 best, deeper, best_lost = Operand(source, since, place, view), None, lost
         if deeper is not None and find_split(deeper.place.index, self.sizes):
+            return deeper
+        if deeper is not None and best is None and find_split(deeper.place.index, contracted):
             return deeper
         if best is None and mapped:
             raise Decline(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import sympy
 import torch
 from sympy.core.relational import Relational
@@ -14,7 +16,6 @@ from fa3_compile.frontend.dynamo_graph import example_value
 from fa3_compile.frontend.fields import read_fields, read_unnormalised
 from fa3_compile.frontend.lift import descendants
 from fa3_compile.frontend.placeholders import D
-from fa3_compile.frontend.product import Dot
 from fa3_compile.frontend.region import Layout, Operand, Pair, Region
 from fa3_compile.frontend.sizes import hint
 from fa3_compile.frontend.trace import Shadow
@@ -52,7 +53,7 @@ def region(shadow: Shadow, reading: Reading) -> Region:
 
     interior = _interior(shadow, reading)
     read = read_fields if reading.term.softmax.normalizes else read_unnormalised
-    separated, weight, sinks = read(reading, in_coordinates, ranges, interior)
+    separated, weight, rows, sinks = read(reading, in_coordinates, ranges, interior)
     if S not in separated.score.free_symbols:
         raise Decline(
             "no-product",
@@ -64,10 +65,12 @@ def region(shadow: Shadow, reading: Reading) -> Region:
     fields, loads = _renumbered(fields, reading.loads)
     fields, sizes = _with_sizes(fields, layout, reading.key_length)
     score, mask, fill, weight, *sinks = fields
+    # Rows of NaN beside rows of zeros: the op gives zeros for both, which have a gradient of 0.
+    nan_rows = rows != sympy.true and separated.dead == "nan"
     spec = AttentionSpec(
         score=score,
         mask=mask,
-        dead=separated.dead,
+        dead="zero" if nan_rows else separated.dead,
         fill=fill,
         sinks=tuple(sinks),
         aux=tuple(_kind(x) for x in loads),
@@ -75,8 +78,8 @@ def region(shadow: Shadow, reading: Reading) -> Region:
         weight=weight,
         normalize="softmax" if reading.term.softmax.normalizes else "none",
     )
-    [coefficient], coefficient_loads = _renumbered(
-        [in_coordinates(reading.term.coefficient)], reading.loads
+    [coefficient, rows], coefficient_loads = _renumbered(
+        [in_coordinates(reading.term.coefficient), rows], reading.loads
     )
     factors, factor_loads = _renumbered(
         [in_coordinates(pair.factor) for pair in reading.pairs], reading.loads
@@ -85,7 +88,7 @@ def region(shadow: Shadow, reading: Reading) -> Region:
         output=skeleton.output,
         output_axes=reading.axes,
         interior=interior,
-        pairs=[Pair(x.query, x.key, factor) for x, factor in zip(reading.pairs, factors)],
+        pairs=[replace(x, factor=factor) for x, factor in zip(reading.pairs, factors)],
         value=reading.value,
         layout=layout,
         key_length=reading.key_length,
@@ -93,6 +96,8 @@ def region(shadow: Shadow, reading: Reading) -> Region:
         loads=loads,
         sizes=sizes,
         coefficient=simplify.tidy(coefficient),
+        rows=rows,
+        nan_rows=nan_rows,
         coefficient_loads=coefficient_loads,
         factor_loads=factor_loads,
         dropouts=reading.dropouts,
@@ -213,7 +218,7 @@ def _layout(reading: Reading, skeleton: Skeleton) -> Layout:
     row = reading.rows[-1].free_symbols
     queries = _queries(reading, [a for a in free if a in row])
     queries = queries or [a for a in free if a in in_query][-1:]
-    if KV not in in_value or not all(map(_is_pair, reading.pairs, reading.scores.dots)):
+    if KV not in in_value or not all(map(_is_pair, reading.pairs)):
         raise Decline(
             "operand-unclear",
             skeleton.output,
@@ -240,9 +245,9 @@ def _layout(reading: Reading, skeleton: Skeleton) -> Layout:
     return Layout(batch, kv_heads, group, queries, head_dim, dict(reading.sizes))
 
 
-def _is_pair(pair: Pair, dot: Dot) -> bool:
-    """Whether the keys differ, and both sides have the contracted axis, where it is one."""
-    contracted = set() if dot.width == 1 else {D}
+def _is_pair(pair: Pair) -> bool:
+    """Whether the keys differ, and both sides have what is contracted."""
+    contracted = {*pair.axes}
     return {KV} | contracted <= _axes_of(pair.key) and contracted <= _axes_of(pair.query)
 
 

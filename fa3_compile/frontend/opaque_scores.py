@@ -33,11 +33,15 @@ DISTANCES = (
 def opaque_scores(shadow: Shadow) -> Iterator[Decline]:
     """A `Decline` for every softmax that leads to a product with V and whose scores are made of a
     product by way of such a call, of distances by torch.cdist, or of queries and keys otherwise
-    than by a product."""
+    than by a product, by layers of pairs among others."""
     for softmax in softmaxes(shadow):
         scores = softmax.scores
         if not products_before(scores) and _leads_to_a_product(shadow, softmax.node):
-            found = _by_a_call(shadow, scores) or _by_broadcasting(shadow, scores)
+            found = (
+                _by_a_call(shadow, scores)
+                or _by_broadcasting(shadow, scores)
+                or _by_a_layer(shadow, scores)
+            )
             if found is not None:
                 found.stage = "detect"
                 yield found
@@ -57,11 +61,25 @@ def _by_a_call(shadow: Shadow, scores: fx.Node) -> Decline | None:
     return None
 
 
+def _by_a_layer(shadow: Shadow, scores: fx.Node) -> Decline | None:
+    """Scores that a layer makes of something for every pair of a query and a key, as additive
+    attention does (Bahdanau et al. 2015)."""
+    pair = [*scores.meta["val"].shape[-2:]]
+    for holder in _taken_as_given(shadow, scores):
+        if target_name(holder) != "linear" or len(pair) < 2 or hint(pair[0]) == 1:
+            continue
+        layer_input = example_value(holder.all_input_nodes[0])
+        if [*layer_input.shape[-3:-1]] == pair:
+            why = "the scores are made by a layer of every query and key together, not by a product"
+            return Decline("no-product", holder, NOTHING, message=why)
+    return None
+
+
 def _by_broadcasting(shadow: Shadow, scores: fx.Node) -> Decline | None:
     """Scores that are sums, over the head dimension or of two terms, of what broadcasts."""
     for node in ancestors(scores):
         holders = shadow.dynamo_of.get(node)
-        if not holders or not node.meta["val"].is_floating_point():
+        if not holders or not _holds_floats(node):
             continue
         if node.target is aten.sum.dim_IntList and _broadcasts(node.args[0], aten.mul.Tensor):
             why = "the scores are a sum of element-wise products"
@@ -74,14 +92,19 @@ def _by_broadcasting(shadow: Shadow, scores: fx.Node) -> Decline | None:
 
 def _broadcasts(node, target) -> bool:
     """Whether an operator's two floats each lack an axis that the other one has."""
-    if node.target is not target or not all(isinstance(x, fx.Node) for x in node.args):
+    if node.target is not target or not all(map(_holds_floats, node.args)):
         return False
     values = [x.meta["val"] for x in node.args]
     shapes = [(1,) * (node.meta["val"].dim() - x.dim()) + tuple(x.shape) for x in values]
     pairs = [[bool(n == 1) for n in sizes] for sizes in zip(*shapes)]
     given = all(any(y.op == "placeholder" for y in ancestors(x)) for x in node.args)
-    floats = all(x.is_floating_point() for x in values)
-    return given and floats and [True, False] in pairs and [False, True] in pairs
+    return given and [True, False] in pairs and [False, True] in pairs
+
+
+def _holds_floats(argument) -> bool:
+    """Whether it is a node of a tensor of floats, and no number or size."""
+    value = argument.meta["val"] if isinstance(argument, fx.Node) else None
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _leads_to_a_product(shadow: Shadow, node: fx.Node) -> bool:

@@ -90,12 +90,12 @@ class Dot:
         keys = [x for x in self.index[-2:] if depends_on(x, [KV])]
         return keys == [KV] and not any(depends_on(x, [KV]) for x in self.index[:-2])
 
-    def sides(self):
-        """((Q node, its index), (K node, its index)) with d the contracted axis."""
+    def sides(self, d: Expr = D):
+        """((Q node, its index), (K node, its index)) with d the place on the contracted axis."""
         left, right = sides_of(self.node)
         *batch, row, column = self.index
-        queries = (left, (*batch, row, D))
-        keys = (right, (*batch, D, column))
+        queries = (left, (*batch, row, d))
+        keys = (right, (*batch, d, column))
         return (keys, queries) if row == KV else (queries, keys)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import sympy
 import torch
+from sympy.logic.boolalg import Boolean
 from torch import fx
 
 from fa3_compile.errors import Decline
@@ -13,7 +14,7 @@ from fa3_compile.frontend.captured import Captured, Seed
 from fa3_compile.frontend.dynamo_graph import example_value
 from fa3_compile.frontend.logsumexp import Lse
 from fa3_compile.frontend.operands import Axis, Place, View
-from fa3_compile.frontend.placeholders import ROW_SUM, D
+from fa3_compile.frontend.placeholders import ROW_SUM
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.expr import Expr
 
@@ -46,18 +47,20 @@ class Pair:
 
     query: Operand
     key: Operand
+    # The axes that the product contracts, outermost first, and their sizes.
+    contracted: dict[sympy.Symbol, Expr]
     # In b, h, q, free of d and of the key.
     factor: Expr = sympy.S.One
 
     @property
-    def has_width(self) -> bool:
-        """Whether the head dimension is an axis; it is none where it is 1."""
-        return any(axis.symbol == D for axis in self.query.axes)
-
-    @property
     def width(self) -> Expr:
         """The head dimension."""
-        return next((x.size for x in self.query.axes if x.symbol == D), sympy.S.One)
+        return sympy.Mul(*self.contracted.values())
+
+    @property
+    def axes(self) -> list[sympy.Symbol]:
+        """The contracted axes as views have them: one of length 1 is none."""
+        return [] if self.width == 1 else [*self.contracted]
 
 
 @dataclass
@@ -97,8 +100,12 @@ class Region:
     # What load(i, ...) reads, and the values of n0, n1, ...
     loads: list[Captured | Seed]
     sizes: list[Expr]
-    # A factor on the output, in b, h, q; its loads read `coefficient_loads`.
+    # A factor on the output, and which of its rows stay, the others being 0; in b, h, q. Their
+    # loads read `coefficient_loads`.
     coefficient: Expr = sympy.S.One
+    rows: Boolean = sympy.true
+    # Whether rows that stay are NaN where they have no key.
+    nan_rows: bool = False
     coefficient_loads: list[Captured | Seed] = field(default_factory=list)
     # What the loads of the pairs' factors read.
     factor_loads: list[Captured | Seed] = field(default_factory=list)

@@ -14,7 +14,6 @@ from fa3_compile.frontend.dynamo_graph import example_value
 from fa3_compile.frontend.emit import Emitter
 from fa3_compile.frontend.gradients import has_gradient
 from fa3_compile.frontend.mutations import written_later
-from fa3_compile.frontend.placeholders import D
 from fa3_compile.frontend.region import Region
 from fa3_compile.spec.expr import KV
 
@@ -74,10 +73,7 @@ def _attention(
     q, k, v, *aux = (x for _, x in operands)
     numbers = [emit.size(size) for size in region.sizes]
     pair = emit.function(torch.ops.fa3.attention.default, q, k, v, aux, numbers, text)
-    if region.coefficient == 1:
-        out = emit.function(operator.getitem, pair, 0)
-    else:
-        out = coefficient(emit, region, pair, device)
+    out = coefficient(emit, region, pair, device)
     replacements |= {x.node: emit.statistic(pair, x, region) for x in region.statistics}
     return emit.output(out, region)
 
@@ -90,13 +86,11 @@ def _operands(emit: Emitter, region: Region) -> list[tuple[fx.Node | None, fx.No
     device = example_value(region.value.source).device
     queries, keys = [], []
     for pair in region.pairs:
-        # An axis of length 1 is no axis of the view: it is added.
-        contracted = [D] if pair.has_width else []
-        rows = ([*layout.batch], heads, [*layout.query], contracted)
-        query = emit.operand(pair.query, rows, sizes)
+        rows = ([*layout.batch], heads, [*layout.query], pair.axes)
+        query = emit.operand(pair.query, rows, {**sizes, **pair.contracted})
         queries.append(scaled_queries(emit, region, query, pair.factor, device))
-        columns = ([*layout.batch], [*layout.kv_heads], [KV], contracted)
-        keys.append(emit.operand(pair.key, columns, sizes))
+        columns = ([*layout.batch], [*layout.kv_heads], [KV], pair.axes)
+        keys.append(emit.operand(pair.key, columns, {**sizes, **pair.contracted}))
     values = ([*layout.batch], [*layout.kv_heads], [KV], [*layout.head_dim])
     value = (region.value.source, emit.operand(region.value, values, sizes))
     if len(region.pairs) > 1:

@@ -21,6 +21,7 @@ from fa3_compile.frontend.lift import (
     number,
     shape_of,
 )
+from fa3_compile.frontend.near_softmax import not_exponential, of_its_row
 from fa3_compile.frontend.normalize import Softmax, largest_is_one, row_statistic
 from fa3_compile.frontend.placeholders import row_stat, total, without_some
 from fa3_compile.frontend.product import Dot, Products, products_before, several_elements, sides_of
@@ -195,12 +196,7 @@ def _read(
         found.sinks += [logarithm(part, holder(x)) - shift for part in rest]
     found.sinks = [_of_the_row(sink, products, holder(x)) for sink in found.sinks]
     if found.score.has(row_stat):
-        raise Decline(
-            "row-statistic",
-            holder(x),
-            "A maximum or a logsumexp may only be subtracted from its own row.",
-            message=f"a score depends on its whole row: {found.score}",
-        )
+        raise of_its_row(found.score, holder(x))
     found.score = simplify_index(found.score, ranges)
     found.sinks = [simplify_index(sink, ranges) for sink in found.sinks]
     return found
@@ -344,9 +340,4 @@ def logarithm(element: Expr, at: fx.Node) -> Expr:
         return where(condition, logarithm(a, at), logarithm(b, at))
     if isinstance(element, sympy.Mul):
         return sympy.Add(*(logarithm(x, at) for x in element.args))
-    raise Decline(
-        "not-exponential",
-        at,
-        "Mask and scale the scores before the exponential.",
-        message=f"what is divided by its sum has a factor that is no exponential: {element}",
-    )
+    raise not_exponential(element, at)

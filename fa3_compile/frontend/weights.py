@@ -69,11 +69,14 @@ def weights(
     entries: dict[prob, list[tuple[Expr, Boolean]]] = {}
     found = _terms(element, sympy.S.One, sympy.true)
     if not found:
+        added = isinstance(element, sympy.Add) and element.has(prob)
         raise Decline(
             "softmax-result-changed" if element.has(prob) else "no-softmax",
             at,
-            "Between the softmax and V only factors may stand: apply anything else to the output, "
-            "or inside the score.",
+            "Weigh V by each of what is added up alone, and add the results."
+            if added
+            else "Between the softmax and V only factors may stand: apply anything else to the "
+            "output, or inside the score.",
             message=f"V is weighted by {element}",
         )
     for factor, kept, which in found:

@@ -612,19 +612,53 @@ def test_rows_without_a_key_are_filled(name, fill):
 
 OTHER_ROWS = {
     "of another mask": lambda p, m: p.masked_fill(m.roll(1, -2).all(-1, keepdim=True), 0.0),
-    "of columns": lambda p, m: p.masked_fill(m.all(-2, keepdim=True), 0.0),
     "with any hidden": lambda p, m: p.masked_fill(m.any(-1, keepdim=True), 0.0),
     "with a key": lambda p, m: p.masked_fill(~m.all(-1, keepdim=True), 0.0),
+    "two masks": lambda p, m: p.masked_fill(
+        m.all(-1, keepdim=True) | (m.sum(-1, True) > S // 2), 0.0
+    ),
 }
 
 
 @pytest.mark.parametrize("name", OTHER_ROWS)
 def test_other_rows_are_filled(name):
+    """Whole rows: what is left of those without a key is NaN."""
+
     def attention(q, k, v, m):
         p = scores_of(q, k).masked_fill(m, -INF).softmax(-1)
         return OTHER_ROWS[name](p, m) @ v
 
+    # Eager spreads the NaN of rows that are left to the gradients of V.
+    report = check(attention, *qkv(), hidden(), training=name == "with any hidden")
+    spec = "attention(score=0.25*s, mask=load(0, b, 0, q, kv) == 0, dead=zero, aux=[bool])"
+    assert specs(report) == spec
+
+
+def test_columns_are_filled():
+    def attention(q, k, v, m):
+        p = scores_of(q, k).masked_fill(m, -INF).softmax(-1)
+        return p.masked_fill(m.all(-2, keepdim=True), 0.0) @ v
+
     assert specs(check(attention, *qkv(), hidden())) == "lift: mask-after-softmax"
+
+
+def test_padded_queries_and_keys():
+    """As the reference of flash-attn's tests has them: zeros for queries of padding, NaN for other
+    queries of a sequence without a key."""
+
+    def attention(q, k, v, queries, keys):
+        scores = scores_of(q, k).masked_fill(~keys[:, None, None, :], -INF)
+        return scores.softmax(-1).masked_fill(~queries[:, None, :, None], 0.0) @ v
+
+    padding = torch.arange(S) < torch.tensor([S - 5, 0]).view(B, 1)
+    queries = padding.clone()
+    assert_expected_inline(
+        specs(check(attention, *qkv(), queries, padding)),
+        """attention(score=0.25*s, mask=load(0, b, kv) != 0, dead=zero, aux=[bool])""",
+    )
+    queries[1, 0] = True
+    report = check(attention, *qkv(), queries, padding, training=False)
+    assert report.fused
 
 
 def test_rows_multiplied_by_whether_they_have_a_key():

@@ -57,6 +57,15 @@ class TestAxes:
             declined(lambda q, k, v: scores_of(q, k).softmax(0) @ v), """detect: softmax-axis"""
         )
 
+    def test_softmax_over_queries_normalised_over_keys(self):
+        """Slot attention (Locatello et al. 2020, equation 1): slots are the queries."""
+
+        def attention(q, k, v):
+            weights = scores_of(q, k).softmax(-2) + 1e-8
+            return weights / weights.sum(-1, keepdim=True) @ v
+
+        assert_expected_inline(declined(attention), """detect: softmax-axis""")
+
     def test_softmax_over_queries_and_keys(self):
         def attention(q, k, v):
             return scores_of(q, k).flatten(-2).softmax(-1).view(B, H, S, S) @ v
@@ -136,6 +145,38 @@ class TestBetween:
             return attend(s - s.amax(-2, keepdim=True), v)
 
         assert_expected_inline(declined(attention), """detect: row-statistic""")
+
+    def test_blocks_of_keys(self):
+        """An online softmax in two blocks: what a kernel does, and none of one softmax."""
+
+        def attention(q, k, v):
+            first, second = (scores_of(q, x) for x in k.chunk(2, -2))
+            top = torch.maximum(first.amax(-1, keepdim=True), second.amax(-1, keepdim=True))
+            parts = [torch.exp(x - top) for x in (first, second)]
+            total = sum(x.sum(-1, keepdim=True) for x in parts)
+            return sum(x @ y for x, y in zip(parts, v.chunk(2, -2))) / total
+
+        report = check(attention, *qkv())
+        assert {(x.code, x.hint[:30]) for x in report.regions} == {
+            ("row-statistic", "Write one softmax over all key")
+        }
+
+    def test_softmax_mixed_with_given_weights(self):
+        """As ConViT's gated positions (d'Ascoli et al. 2021, equation 7), and as timm has it."""
+
+        def attention(q, k, v, positions, gate):
+            gate = torch.sigmoid(gate)
+            weights = (1 - gate) * weights_of(q, k) + gate * positions.softmax(-1)
+            return weights / weights.sum(-1, keepdim=True) @ v
+
+        inputs = (*qkv(), normal(H, S, S), normal(H, 1, 1))
+        assert_expected_inline(declined(attention, *inputs), """detect: sum-of-softmaxes""")
+
+        def apart(q, k, v, positions, gate):
+            gate = torch.sigmoid(gate)
+            return (1 - gate) * (weights_of(q, k) @ v) + gate * (positions.softmax(-1) @ v)
+
+        assert check(apart, *inputs).fused  # what the hint says
 
     def test_layer_norm(self):
         def attention(q, k, v):

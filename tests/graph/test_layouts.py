@@ -432,3 +432,46 @@ def test_features_that_queries_have_too():
         return torch.einsum("bhijd,bjhd->bihd", p, v)
 
     assert not any(x.fused for x in check(attention, *qkv(B, S, H, D)).regions)
+
+
+class TestSeveralAxesContracted:
+    """d is several axes of the operands."""
+
+    def test_points_and_coordinates(self):
+        def attention(q, k, v):
+            return torch.einsum("bhij,bjhd->bihd", product(q, k).softmax(-1), v)
+
+        def product(q, k):
+            return torch.einsum("bihpc,bjhpc->bhij", q, k)
+
+        def swapped(q, k, v):
+            k = k.mT  # [B, S, H, 3, 4]
+            s = torch.einsum("bihpc,bjhcp->bhij", q, k)
+            return torch.einsum("bhij,bjhd->bihd", s.softmax(-1), v)
+
+        inputs = (
+            normal(B, S, H, 4, 3, seed=1),
+            normal(B, S, H, 4, 3, seed=2),
+            normal(B, S, H, D, seed=3),
+        )
+        assert fused(attention, *inputs) == fused(swapped, *inputs) == "attention(score=s)"
+
+    def test_rows_and_features(self):
+        """Tied rows of MSA Transformer (Rao et al. 2021, section 3.1)."""
+
+        def attention(q, k, v):
+            s = torch.einsum("brihd,brjhd->bhij", q, k) * SCALE
+            return torch.einsum("bhij,brjhd->brihd", s.softmax(-1), v)
+
+        assert_expected_inline(fused(attention, *qkv(B, 5, S, H, 8)), """attention(score=0.25*s)""")
+
+    def test_all_heads_together(self):
+        """Contracted over heads, whose weights are then shared."""
+
+        def attention(q, k, v):
+            s = torch.einsum("bhid,bhjd->bij", q, k) * SCALE
+            return torch.einsum("bij,bhjd->bhid", s.softmax(-1), v)
+
+        assert_expected_inline(
+            fused(attention, *qkv()), """attention(score=0.25*s, out_order=bqhd)"""
+        )

@@ -33,7 +33,21 @@ def test_reported(name):
     assert "test_opaque_scores.py" in region.where and region.reason and region.hint
 
 
+def additive(q, k):
+    """Bahdanau et al. (2015), section A.1.2."""
+    pairs = torch.tanh(q.unsqueeze(-2) + k.unsqueeze(-3))
+    return F.linear(pairs, torch.full((1, q.shape[-1]), 0.3)).squeeze(-1)
+
+
+def perceptron_of_pairs(q, k):
+    shape = (*q.shape[:-1], *k.shape[-2:])
+    pairs = torch.cat([q.unsqueeze(-2).expand(shape), k.unsqueeze(-3).expand(shape)], -1)
+    return F.linear(pairs, torch.full((1, pairs.shape[-1]), 0.3))[..., 0]
+
+
 BROADCAST = {
+    "additive": additive,
+    "perceptron of pairs": perceptron_of_pairs,
     "products": lambda q, k: (q[..., None, :] * k[..., None, :, :]).sum(-1),
     "terms": lambda q, k: F.leaky_relu(q[..., :1] + k[..., None, :, 0], 0.2),
 }

@@ -1,0 +1,54 @@
+"""Why what looks like a softmax over the keys is none, as a reader would say it."""
+
+from __future__ import annotations
+
+import sympy
+from torch import fx
+
+from fa3_compile.errors import Decline
+from fa3_compile.frontend.placeholders import row_stat
+from fa3_compile.spec.expr import KV, Expr, depends_on
+from fa3_compile.spec.simplify import floored
+
+
+def of_its_row(score: Expr, at: fx.Node) -> Decline:
+    """The decline of a score that has a maximum or a logsumexp in it."""
+    if any(x.has(row_stat) for kind in (sympy.Max, floored) for x in score.atoms(kind)):
+        return Decline(
+            "row-statistic",
+            at,
+            "Write one softmax over all keys: its kernel goes through them block by block.",
+            message="a running maximum is taken off, as in a softmax over blocks of keys",
+        )
+    return Decline(
+        "row-statistic",
+        at,
+        "A maximum or a logsumexp may only be subtracted from its own row.",
+        message=f"a score depends on its whole row: {score}",
+    )
+
+
+def not_exponential(element: Expr, at: fx.Node) -> Decline:
+    """The decline of something that is divided by its sum, and has no logarithm."""
+    if any(depends_on(x, [KV]) for x in element.atoms(row_stat)):
+        return Decline(
+            "softmax-axis",
+            at,
+            "The softmax has to run over the keys, the axis contracted with V.",
+            message="the softmax runs over another axis than the product with V: over the keys, "
+            "weights are only divided by their sum",
+        )
+    if isinstance(element, sympy.Add) and element.has(row_stat):
+        return Decline(
+            "sum-of-softmaxes",
+            at,
+            "Weigh V by each alone and add the results, a * (p @ v) + b * (w @ v); where a + b is "
+            "1, nothing has to be divided.",
+            message="a softmax and other weights are added up, and divided by their sum",
+        )
+    return Decline(
+        "not-exponential",
+        at,
+        "Mask and scale the scores before the exponential.",
+        message=f"what is divided by its sum has a factor that is no exponential: {element}",
+    )
