@@ -25,6 +25,7 @@ class Sm90BackwardConfig:
                    the products before, as a bit each
     in_turn        a block works the batches that share a dense input one after the other: the first
                    stores its gradient, to which the others add
+    finishes       dQ is rounded to 16 bits by the main kernel's idle warps, not after it
     """
 
     block_m: int
@@ -36,6 +37,7 @@ class Sm90BackwardConfig:
     wide: bool = False
     bits: bool = False
     in_turn: bool = False
+    finishes: bool = False
 
     @property
     def warpgroups(self) -> int:

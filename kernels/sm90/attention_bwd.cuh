@@ -17,13 +17,13 @@ namespace fa3 {
 // computes dQ a step later, so that no warpgroup waits for the other's dS. Bits finds what is asked of
 // elements under the scores. InTurn: see Block::kInTurn.
 template <class DtypeT, int DimQK, int DimV, int BlockM_, int BlockN_, bool LongestFirst_,
-          bool Grouped_, bool EarlyValues_, bool LateDq_, bool Bits_, bool InTurn_>
+          bool Grouped_, bool EarlyValues_, bool LateDq_, bool Bits_, bool InTurn_, bool Finishes_>
 struct BackwardConfig {
   using Dtype = DtypeT;
   static constexpr int kDimQK = DimQK, kDimV = DimV, kBlockM = BlockM_, kBlockN = BlockN_;
   static constexpr bool kLongestFirst = LongestFirst_, kGrouped = Grouped_;
   static constexpr bool kEarlyValues = EarlyValues_, kLateDq = LateDq_, kBits = Bits_;
-  static constexpr bool kInTurn = InTurn_;
+  static constexpr bool kInTurn = InTurn_, kFinishes = Finishes_;
   static constexpr int kWarpgroups = BlockN_ / 64;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 24;
@@ -37,7 +37,7 @@ struct BackwardConfig {
   static constexpr int kScoreStages = LateDq_ ? 2 : 1, kScoreWarps = 4 * kWarpgroups, kWeightBytes = 0;
   FA3_DEVICE static int key_row(int warpgroup) { return 64 * warpgroup; }
   FA3_DEVICE static int sum_row(int part) { return kSplitColumns ? 0 : 64 * part; }
-  FA3_DEVICE static int sum_column(int part) { return kSplitColumns ? 64 * part : 0; }
+  FA3_DEVICE static constexpr int sum_column(int part) { return kSplitColumns ? 64 * part : 0; }
   static_assert(DimQK % 8 == 0 && DimV % 8 == 0 && DimQK <= 128 && DimV <= 128, "head dims");
   static_assert(kSplitColumns || BlockM_ == 64 * kWarpgroups, "tile");
 };
@@ -113,7 +113,7 @@ struct AttentionBackward : BackwardConsumer<Config, Variant> {
 
   FA3_DEVICE void attend(Consumer& c, const TileCoord& tile, const QuerySequence& seq) const {
     TileTerms t = this->terms(c, tile);
-    int sums = this->block_index(0, t.at.head, tile.batch);
+    int sums = this->first_sums(tile);
     int i = 0, block = seq.block(0);
     int left = this->steps(seq);
     float s[kM / 2], dp[kM / 2];
@@ -224,7 +224,7 @@ struct AttentionBackward : BackwardConsumer<Config, Variant> {
       this->template add_dq<kColumns>(c, dq, sums + block);
     }
     release(Block::kKVEmpty, c.lane);
-    c.kv.advance();
+    if constexpr (!Config::kFinishes) c.kv.advance();
     if (Block::kInTurn && threadIdx.x == 128) bulk_wait();  // before the next batch adds
     wgmma_pin(dk);
     wgmma_pin(dv);

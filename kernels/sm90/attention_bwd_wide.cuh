@@ -10,12 +10,12 @@
 namespace fa3 {
 
 template <class DtypeT, int DimQK, int DimV, bool LongestFirst_, bool Grouped_, bool Bits_,
-          bool InTurn_>
+          bool InTurn_, bool Finishes_>
 struct WideBackwardConfig {
   using Dtype = DtypeT;
   static constexpr int kDimQK = DimQK, kDimV = DimV, kBlockM = 64, kBlockN = 64;
   static constexpr bool kLongestFirst = LongestFirst_, kGrouped = Grouped_, kBits = Bits_;
-  static constexpr bool kInTurn = InTurn_;
+  static constexpr bool kInTurn = InTurn_, kFinishes = Finishes_;
   static constexpr int kWarpgroups = 2;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
@@ -27,7 +27,7 @@ struct WideBackwardConfig {
   static constexpr int kScoreStages = 2, kScoreWarps = 4, kWeightBytes = 2 * 64 * 64;
   FA3_DEVICE static int key_row(int) { return 0; }
   FA3_DEVICE static int sum_row(int) { return 0; }
-  FA3_DEVICE static int sum_column(int part) { return part == 0 ? 0 : kFirstColumns; }
+  FA3_DEVICE static constexpr int sum_column(int part) { return part == 0 ? 0 : kFirstColumns; }
   static_assert(DimQK % 8 == 0 && DimV % 8 == 0 && DimQK <= 256 && DimV <= 256, "head dims");
   static_assert(DimQK > 64, "the columns of dQ are shared out");
 };
@@ -71,7 +71,7 @@ struct WideAttentionBackward : BackwardConsumer<Config, Variant> {
   FA3_DEVICE void attend_weights(Consumer& c, const TileCoord& tile,
                                  const QuerySequence& seq) const {
     TileTerms t = this->terms(c, tile);
-    int sums = this->block_index(0, t.at.head, tile.batch);
+    int sums = this->first_sums(tile);
     int i = 0;
     int before = -1;
     float dv[Config::kDimV / 2];
@@ -144,7 +144,7 @@ struct WideAttentionBackward : BackwardConsumer<Config, Variant> {
   FA3_DEVICE void attend_scores(Consumer& c, const TileCoord& tile,
                                 const QuerySequence& seq) const {
     typename Block::At at = this->site(tile);
-    int sums = this->block_index(0, at.head, tile.batch);
+    int sums = this->first_sums(tile);
     int i = 0;
     float dk[Config::kDimQK / 2];
 #pragma unroll
@@ -206,7 +206,7 @@ struct WideAttentionBackward : BackwardConsumer<Config, Variant> {
     this->each_tile([&](Consumer& c, const TileCoord& tile, const QuerySequence& seq) {
       if (c.warpgroup == 0) attend_weights(c, tile, seq);
       else attend_scores(c, tile, seq);
-      c.kv.advance();
+      if constexpr (!Config::kFinishes) c.kv.advance();
     });
   }
 

@@ -8,6 +8,7 @@
 #include "fa3/operand_tile.cuh"
 #include "fa3/query_blocks.cuh"
 #include "fa3/tile_ring.cuh"
+#include "sm90/query_gradient.cuh"
 
 namespace fa3 {
 
@@ -18,6 +19,11 @@ struct BackwardParams {
   const float* rows;
   char *dk, *dv;
   RowStrides dk_at, dv_at;
+  char* dq;
+  int* progress;
+  RowStrides dq_at;
+  int slots;    // KV heads that dq_sums has room for: those of others follow in their place
+  int batches;
   // Its query blocks are KV blocks here, its heads KV heads; where Config::kInTurn, its splits are
   // the batches that each tile is worked for.
   TileOrder order;
@@ -84,12 +90,19 @@ struct BackwardBlock {
     kKVFull = kEmpty + kStages, kKVEmpty,
     kScoresFull, kScoresEmpty = kScoresFull + Config::kScoreStages,
     kWeightsFull = kScoresEmpty + Config::kScoreStages, kWeightsEmpty,
-    kTileFull, kTileEmpty = kTileFull + 2,
-    kBarriers = kTileEmpty + 2
+    kTileFull, kTileEmpty = kTileFull + 2, kTileDone = kTileEmpty + 2,
+    kPieceFull = kTileDone + (Config::kFinishes ? 2 : 0),
+    kBarriers = kPieceFull + (Config::kFinishes ? 2 : 0)
   };
   static constexpr int kAtTiles = round_up(kAtBarriers + 8 * kBarriers, 16);
-  static constexpr int kSharedBytes = kAtTiles + 32 + 1024;  // and room to align the base
   static constexpr int kSharedLimit = 232448;
+  // Of dQ's pieces, one for each of the warps that have nothing to do, where there is room.
+  using Pieces = QueryGradientShape<Config>;
+  static constexpr int kAtPieces = round_up(kAtTiles + 32, 128);
+  static constexpr int kRoom = (kSharedLimit - 1024 - kAtPieces) / Pieces::kBytes;
+  static constexpr int kRounders = !Config::kFinishes || kRoom <= 0 ? 0 : kRoom == 1 ? 1 : 2;
+  static constexpr int kSharedBytes =  // and room to align the base
+      (kRounders > 0 ? kAtPieces + kRounders * Pieces::kBytes : kAtTiles + 32) + 1024;
   static_assert(kSharedBytes <= kSharedLimit, "the tile needs more shared memory than there is");
 
   const Params& p;
@@ -107,6 +120,39 @@ struct BackwardBlock {
     return (batch * (p.order.heads * p.group) + head) * p.query_blocks + block;
   }
 
+  // Batches that share a dense input take turns, so that it is read once.
+  FA3_DEVICE bool heads_first() const {
+    return kInTurn || (Variant::kDenseTile && p.tile_batch == 0);
+  }
+
+  // KV heads of all batches in the order of tiles.
+  FA3_DEVICE int position(const TileCoord& tile) const {
+    return heads_first() ? tile.head * p.batches + tile.batch
+                         : tile.batch * p.order.heads + tile.head;
+  }
+  FA3_DEVICE TileCoord head_at(int position) const {
+    int inner = heads_first() ? p.batches : p.order.heads;
+    int outer = position / inner, rest = position - outer * inner;
+    return {0, heads_first() ? outer : rest, heads_first() ? rest : outer, 0};
+  }
+
+  // Of the first query block of a KV head.
+  FA3_DEVICE int first_sums(int position) const {
+    return static_cast<uint32_t>(position) % static_cast<uint32_t>(p.slots) *
+           (p.group * p.query_blocks);
+  }
+  FA3_DEVICE int first_sums(const TileCoord& tile) const {
+    if constexpr (Config::kFinishes) return first_sums(position(tile));
+    else return block_index(0, tile.head * p.group, tile.batch);
+  }
+
+  // How often KV heads have been signalled: by tiles that are worked, and by pieces of dQ.
+  FA3_DEVICE int* pieces_taken() const { return p.progress + kCounterInts; }
+  FA3_DEVICE int* finished(int position) const {
+    return p.progress + (2 + 2 * position) * kCounterInts;
+  }
+  FA3_DEVICE int* rounded(int position) const { return finished(position) + kCounterInts; }
+
   FA3_DEVICE QuerySequence sequence(const TileCoord& tile) const {
     return query_sequence<Variant, kM, kN>(site(tile), p.map, tile.query_block);
   }
@@ -123,11 +169,14 @@ struct BackwardBlock {
   FA3_DEVICE void init_barriers() const {
     constexpr int consumer_warps = 4 * Config::kWarpgroups;
     for (int i = 0; i < kBarriers; ++i) {
-      bool loaded = i < kEmpty || i == kKVFull || (i >= kTileFull && i < kTileEmpty);
+      bool loaded = i < kEmpty || i == kKVFull || (i >= kTileFull && i < kTileEmpty) ||
+                    (i >= kPieceFull && i < kBarriers);
       bool handed = i == kWeightsFull || i == kWeightsEmpty;
+      bool watched = Config::kFinishes && i >= kTileEmpty && i < kTileDone;
       bool shared_scores = i >= kScoresFull && i < kScoresEmpty;
       mbarrier_init(barrier(i), loaded          ? 1
                                 : handed        ? 4
+                                : watched       ? consumer_warps + 1
                                 : shared_scores ? Config::kScoreWarps
                                                 : consumer_warps);
     }
@@ -161,12 +210,18 @@ struct BackwardBlock {
               kRowBytes, full);
   }
 
-  FA3_DEVICE void produce() const {
+  // The first of the tiles that a block works; thread 0.
+  FA3_DEVICE auto tiles_of_block() const {
+    if constexpr (Config::kFinishes) return TakenTiles{atomicAdd(p.order.next, 1)};
+    else return TileQueue<Config::kLongestFirst>{};
+  }
+
+  FA3_DEVICE void produce(auto queue) const {
     TileRing tiles = ring();
     PipelineState<1> kv;
     Pipe at;
     int turn = 0;
-    for (TileQueue<Config::kLongestFirst> queue;; advance(queue, turn)) {
+    for (;; advance(queue, turn)) {
       TileCoord tile{-1, 0, 0};
       bool more = queue.index < p.order.tiles;
       if (more) {
@@ -175,27 +230,34 @@ struct BackwardBlock {
         if (Config::kLongestFirst)
           tile.query_block = p.order.query_blocks - 1 - tile.query_block;
       }
-      // Batches that share a dense input take turns, so that it is read once.
-      if (Variant::kDenseTile && !kInTurn && more && p.tile_batch == 0) {
-        int batches = p.order.tiles / (p.order.query_blocks * p.order.heads);
+      if (more && !kInTurn && heads_first()) {
         int flat = tile.batch * p.order.heads + tile.head;
-        tile.head = flat / batches;
-        tile.batch = flat % batches;
+        tile.head = flat / p.batches;
+        tile.batch = flat % p.batches;
       }
       if (kInTurn) tile.batch = turn;
       tiles.publish(tile);
       if (!more) break;
       if (turn == 0) queue.take(p.order);
       QuerySequence seq = sequence(tile);
-      if (seq.count == 0) continue;
+      if (!Config::kFinishes && seq.count == 0) continue;
+      if constexpr (Config::kFinishes) {
+        int before = position(tile) - p.slots;  // whose sums lie where those of this head will
+        if (before >= 0)
+          await(rounded(before), Pieces::kPieces * p.group * p.query_blocks);
+      }
       mbarrier_wait(barrier(kKVEmpty), kv.parity() ^ 1);
       uint32_t full = barrier(kKVFull);
+      kv.advance();
+      if (seq.count == 0) {
+        mbarrier_arrive(full);
+        continue;
+      }
       mbarrier_expect(full, KTile::kBytes + VTile::kBytes);
       KTile::load(shared + kAtK, p.k, full, kEvictFirst, tile.query_block * kN, tile.head,
                   tile.batch);
       VTile::load(shared + kAtV, p.v, full, kEvictFirst, tile.query_block * kN, tile.head,
                   tile.batch);
-      kv.advance();
       for (int head = tile.head * p.group; head < (tile.head + 1) * p.group; ++head) {
 #pragma unroll 1
         for (int i = 0; i < seq.count; ++i) {
@@ -207,7 +269,7 @@ struct BackwardBlock {
   }
 
   // The next tile, or the same of the next batch.
-  FA3_DEVICE void advance(TileQueue<Config::kLongestFirst>& queue, int& turn) const {
+  FA3_DEVICE void advance(auto& queue, int& turn) const {
     if constexpr (kInTurn) {
       if (++turn < p.order.splits) return;
       turn = 0;
@@ -215,12 +277,25 @@ struct BackwardBlock {
     queue.next(p.order);
   }
 
+  // ---- a warp that tells when a tile is worked ----
+
+  FA3_DEVICE void watch() const {
+    TileRing tiles = ring();
+    for (;;) {
+      TileCoord tile = tiles.look();
+      if (tile.query_block < 0) break;
+      mbarrier_wait(barrier(kTileDone + tiles.state.stage()), tiles.state.parity());
+      tiles.pass();
+      if (threadIdx.x % 32 == 0) signal(finished(position(tile)));
+    }
+  }
+
   // ---- consumers ----
 
   struct Consumer {
     int warpgroup, lane;
     Pipe at;  // dS^T is passed as often, and so are weights
-    PipelineState<1> kv;
+    PipelineState<1> kv;  // as many tiles
   };
 
   struct TileTerms {

@@ -2,6 +2,7 @@
 // and the walk over tiles.
 #pragma once
 #include "sm90/backward_weigher.cuh"
+#include "sm90/query_gradient.cuh"
 
 namespace fa3 {
 
@@ -114,23 +115,40 @@ struct BackwardConsumer : BackwardWeigher<Config, Variant> {
   }
 
   // Every tile that the producer publishes: attend(Consumer&, tile, its query blocks) where there
-  // are some.
+  // are some, which waits for K and V and lets go of them.
   template <class Attend>
   FA3_DEVICE void each_tile(Attend attend) const {
     Consumer c = Block::consumer();
     TileRing tiles = this->ring();
     for (;;) {
+      if constexpr (Config::kFinishes) c.kv.passed = tiles.state.passed;
       TileCoord tile = tiles.receive();
       if (tile.query_block < 0) break;
       QuerySequence seq = this->sequence(tile);
       if (seq.count > 0) attend(c, tile, seq);
-      else store_zeros(tile);
+      else leave_out(c, tile);
+      if constexpr (Config::kFinishes)
+        Block::release(Block::kTileDone + (tiles.state.passed - 1) % 2, c.lane);
     }
     if (Variant::kTileGradient) bulk_wait();
+    if constexpr (Config::kFinishes) pieces().from_memory();
+  }
+
+  FA3_DEVICE QueryGradientPieces<Block> pieces() const { return {*this, p}; }
+
+  // The last warps of the first warpgroup, beside its producer.
+  FA3_DEVICE void round_pieces() const {
+    int rounder = static_cast<int>(threadIdx.x / 32) - 2;
+    if (rounder >= 0 && rounder < Block::kRounders)
+      pieces().from_shared(2);
   }
 
   // dK and dV of keys that no query sees.
-  FA3_DEVICE void store_zeros(const TileCoord& tile) const {
+  FA3_DEVICE void leave_out(const Consumer& c, const TileCoord& tile) const {
+    if constexpr (Config::kFinishes) {
+      mbarrier_wait(Block::barrier(Block::kKVFull), c.kv.parity());
+      Block::release(Block::kKVEmpty, c.lane);
+    }
     constexpr uint32_t nothing[4] = {};
     constexpr int threads = 128 * Config::kWarpgroups / kN;  // for each key
     int thread = threadIdx.x - 128;
@@ -149,11 +167,19 @@ template <class Kernel>
 FA3_DEVICE void run_backward(const typename Kernel::Params& p) {
   extern __shared__ char memory[];
   Kernel self{{{{p, (shared_address(memory) + 1023) & ~1023u}}}};
-  if (threadIdx.x == 0) self.init_barriers();
+  decltype(self.tiles_of_block()) queue{};
+  if (threadIdx.x == 0) {
+    queue = self.tiles_of_block();
+    self.init_barriers();
+  }
   __syncthreads();
   if (threadIdx.x < 128) {
     shrink_registers<Kernel::Config::kProducerRegisters>();
-    if (threadIdx.x == 0) self.produce();
+    if (threadIdx.x == 0) self.produce(queue);
+    if constexpr (Kernel::Config::kFinishes) {
+      if (threadIdx.x / 32 == 1) self.watch();
+      self.round_pieces();
+    }
   } else {
     grow_registers<Kernel::Config::kConsumerRegisters>();
     self.consume();

@@ -80,6 +80,7 @@ inline float __int_as_float(int x) { float y; std::memcpy(&y, &x, 4); return y; 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 template <class T> T __ldg(const T* p) { return *p; }
 template <class T> T __ldcs(const T* p) { return *p; }
+template <class T> T __ldcg(const T* p) { return *p; }
 inline void __syncthreads() { emulated::block->gate.arrive_and_wait(); }
 inline int __syncthreads_or(int x) {
   if (x) emulated::block->ors = 1;
@@ -166,6 +167,7 @@ inline uint32_t shared_address(const void*) { return 1024; }
 template <int> void grow_registers() {}
 template <int> void shrink_registers() {}
 inline void forget(int64_t&) {}
+inline void forget(int&) {}
 inline void fence_proxy_async() {}
 template <class T> T& at_shared(uint32_t a) {
   return *reinterpret_cast<T*>(emulated::memory_base + a);
@@ -376,6 +378,13 @@ inline void load_tiles(uint32_t (&x)[4], uint32_t row) {
 inline void add_global(float* to, float a, float b, float c, float d) {
   std::lock_guard hold(emulated::global_lock);
   to[0] += a, to[1] += b, to[2] += c, to[3] += d;
+}
+
+// ---- progress.cuh ----
+inline void signal(int* counter) { atomicAdd(counter, 1); }
+inline void fence_proxy_async_global() {}
+inline void await(int* counter, int count) {
+  while (atomicAdd(counter, 0) < count) std::this_thread::yield();
 }
 }  // namespace fa3
 

@@ -121,6 +121,7 @@ class BoundBackward:
     tile: int | None
     tile_strides: Strides
     tile_is_whole: bool
+    takes_counter: bool
     launches: tuple[Launch, ...]
 
     def __call__(self, problem, dout, dlse, q, k, v, out, lse, aux, sizes, needs) -> Gradients:
@@ -134,7 +135,7 @@ class BoundBackward:
         dk = empty_cuda(tuple(k.shape), of_k, k.dtype)
         dv = empty_cuda(tuple(v.shape), of_v, v.dtype)
         scratch = empty_cuda((self.scratch_words,), (1,), torch.float32)
-        counter, kept = self.module.counter(stream) if self.config.longest_first else (0, None)
+        counter, kept = self.module.counter(stream) if self.takes_counter else (0, None)
         delta = torch.empty_like(lse) if self.keeps_delta else None
         dead = torch.empty_like(lse, dtype=torch.int8) if self.finds_dead else None
         dtile = None if self.tile is None else self.tile_gradient(aux[self.tile])
@@ -275,6 +276,7 @@ def bind(
         tile,
         () if tile is None else gradient_strides(aux[tile]),
         is_stored_whole(key, q, k, aux),
+        key.config.longest_first and not key.config.finishes,
         parameters.launches(dlse is not None, keeps_delta, kept=bool(lists)),
     )
 

@@ -21,6 +21,9 @@ from fa3_compile.lower.launch_cuda import MAP_BYTES, Launch, Module, describable
 from fa3_compile.lower.render_cuda_backward import CudaBackwardKey, query_map_kind
 from fa3_compile.spec import expr as E
 
+# KV heads that have sums of dQ, as a multiple of those that are worked at once.
+AHEAD = 3
+COUNTER_INTS = 32  # kCounterInts of kernels/include/fa3/progress.cuh
 NAMES = (
     "q", "k", "v", "out", "lse", "dout", "dlse", "dq", "dk", "dv", "counter", "scratch", "delta",
     "dead", "dtile", "lists",
@@ -39,14 +42,19 @@ class BackwardParameters(Parameters):
         self.batch, self.heads, self.queries, self.dim = q.shape
         self.kv_heads, self.keys = k.shape[1:3]
         config = key.config
+        self.kv_blocks = -(-self.keys // config.block_n)
         self.query_blocks = -(-self.queries // config.block_m)
         blocks = self.batch * self.heads * self.query_blocks
         # Row terms have three numbers where scores may be huge; see backward_rows.cuh.
         self.row_floats = blocks * 3 * config.block_m
-        self.sum_floats = blocks * config.sum_floats(self.dim)
+        self.positions = self.batch * self.kv_heads
+        self.slots = self._slots() if config.finishes else self.positions
+        group = self.heads // self.kv_heads
+        self.sum_blocks = self.slots * group * self.query_blocks
+        self.sum_floats = self.sum_blocks * config.sum_floats(self.dim)
+        self.counters = COUNTER_INTS * (2 + 2 * self.positions) if config.finishes else 0
         self.grid = (self.query_blocks, self.heads, self.batch)
         self.may_be_nan = may_be_nan(key.spec, self.queries, self.keys)
-        self.kv_blocks = -(-self.keys // config.block_n)
         self.map_kind = query_map_kind(key.spec, config.grouped)
         symbols = key.spec.mask.free_symbols
         self.list_shape = ListShape(
@@ -58,7 +66,11 @@ class BackwardParameters(Parameters):
     def lists_at(self) -> int:
         """Where lists of query blocks that each call makes begin in scratch memory: behind the row
         terms and the sums, in bytes."""
-        return -(-4 * (self.row_floats + self.sum_floats) // 16) * 16
+        return self.progress_at + 4 * self.counters
+
+    @property
+    def progress_at(self) -> int:
+        return -(-4 * (self.row_floats + self.sum_floats) // 128) * 128
 
     def scratch_words(self, kept: bool) -> int:
         """The row terms, the sums and, unless they are kept, the lists; 4 bytes each."""
@@ -72,7 +84,7 @@ class BackwardParameters(Parameters):
             *([self.block_map()] if makes_lists else []),
             self.row_terms(has_dlse, keeps_delta),
             self.attention(),
-            self.query_gradient(),
+            *([] if self.key.config.finishes else [self.query_gradient()]),
             *([self.nan_values()] if self.may_be_nan else []),
         )
 
@@ -90,7 +102,10 @@ class BackwardParameters(Parameters):
             places.append((56, "dead", 0))
         content = bytes(64) + struct.pack("qqq", *self.out.stride()[:3])
         content += struct.pack("qqq", *self.dout.stride()[:3])
-        content += struct.pack("iiii", self.heads, self.queries, self.keys, 0)
+        places.append((len(content) + 16, "scratch", self.progress_at))
+        content += struct.pack(
+            "iiiiQii", self.heads, self.queries, self.keys, self.sum_blocks, 0, self.counters, 0
+        )
         return self.launch("row_terms", self.grid, 256, content, places)
 
     def attention(self) -> Launch:
@@ -121,6 +136,10 @@ class BackwardParameters(Parameters):
         content += bytes(32)
         for x in (self.k, self.v):
             content += struct.pack("qqq", *torch.empty_like(x, device="meta").stride()[:3])
+        places += [(len(content), "dq", 0), (len(content) + 8, "scratch", self.progress_at)]
+        content += bytes(16)
+        content += struct.pack("qqq", *torch.empty_like(self.q, device="meta").stride()[:3])
+        content += struct.pack("ii", self.slots, self.batch)
         turns = self.batch if config.in_turn else 1
         heads = self.kv_heads * self.batch // turns
         tiles = self.kv_blocks * heads
@@ -128,7 +147,9 @@ class BackwardParameters(Parameters):
         content += struct.pack(
             "iiiiii", tiles, self.kv_blocks, self.kv_heads, self._section(heads), turns, grid
         )
-        if config.longest_first:
+        if config.finishes:
+            places.append((len(content), "scratch", self.progress_at))
+        elif config.longest_first:
             places.append((len(content), "counter", 0))
         content += bytes(8)
         if self.map_kind:
@@ -155,6 +176,15 @@ class BackwardParameters(Parameters):
         bytes_ = self.queries * group * (6 * self.dim + 2 * self.v.shape[3])
         section = max(1, SECTION_BYTES // max(bytes_, 1))
         return min(section, heads)
+
+    def _slots(self) -> int:
+        """KV heads whose dQ has fp32 sums at a time: those that are worked at once, the next, and
+        those that are being rounded."""
+        if self.key.tile is not None:  # its batches may be worked side by side
+            return self.positions
+        width = -(-processors(self.q.device) // self.kv_blocks) + 1
+        section = self._section(self.positions) if self.key.config.longest_first else 1
+        return min(max(AHEAD * max(width, section), section), self.positions)
 
     def query_gradient(self) -> Launch:
         content = bytes(16)

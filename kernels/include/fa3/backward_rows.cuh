@@ -23,6 +23,9 @@ struct RowTermsParams {
   unsigned char* dead;      // the same: 1 where a row sees no key; only if Variant::kFindDead
   RowStrides out_at, dout_at;
   int heads, queries, keys;
+  int sums;       // of how many query blocks, the first ones, sums are cleared
+  int* progress;  // cleared too
+  int counters;   // of progress
   int unused;
   AuxT aux;
 };
@@ -55,8 +58,14 @@ struct RowTerms {
     int head = gridDim.y - 1 - blockIdx.y, batch = gridDim.z - 1 - blockIdx.z;
     int64_t block = (static_cast<int64_t>(batch) * p.heads + head) * gridDim.x + blockIdx.x;
     float4* sums = reinterpret_cast<float4*>(p.dq_sums + block * Config::kSumFloats);
-    for (int i = threadIdx.x; i < Config::kSumFloats / 4; i += kThreads)
-      sums[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (!Config::kFinishes || block < p.sums) {
+      for (int i = threadIdx.x; i < Config::kSumFloats / 4; i += kThreads)
+        sums[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
+    if (Config::kFinishes && blockIdx.x == 0) {
+      int i = (batch * p.heads + head) * kThreads + threadIdx.x;
+      if (i < p.counters) p.progress[i] = 0;
+    }
     typename Variant::At at{p.aux, batch, head, p.queries, p.keys};
     int piece = threadIdx.x % kLanes;
     float* rows = p.rows + block * kRowTerms<Variant> * kM;

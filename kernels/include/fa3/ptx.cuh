@@ -82,6 +82,7 @@ FA3_DEVICE float2 unpack<Fp16>(uint32_t x) {
 
 // Whatever was computed from x is computed anew from here on.
 FA3_DEVICE void forget(int64_t& x) { asm volatile("" : "+l"(x)); }
+FA3_DEVICE void forget(int& x) { asm volatile("" : "+r"(x)); }
 
 // Shared memory written by ordinary stores is seen by TMA and wgmma, after a barrier.
 FA3_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -48,6 +48,16 @@ struct TileOrder {
   }
 };
 
+// The same where a block takes its first tile from the counter too, so that none waits for a tile
+// that has no block yet.
+struct TakenTiles {
+  int index;
+  int taken = 0;
+
+  FA3_DEVICE void take(const TileOrder& order) { taken = atomicAdd(order.next, 1); }
+  FA3_DEVICE void next(const TileOrder&) { index = taken; }
+};
+
 // The sequence of tile numbers of one block. Dynamic: each takes from the counter; the answer is
 // looked at only in next(), so that its latency hides behind the loads of the tile in between.
 template <bool Dynamic>

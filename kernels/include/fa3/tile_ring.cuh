@@ -19,17 +19,26 @@ struct TileRing {
     state.advance();
   }
 
-  // One arrival of each consumer warp empties a slot.
-  FA3_DEVICE TileCoord receive() {
+  FA3_DEVICE TileCoord look() const {
     TileCoord tile;
     mbarrier_wait(full + 8 * state.stage(), state.parity());
     asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(tile.query_block), "=r"(tile.head), "=r"(tile.batch), "=r"(tile.split)
                  : "r"(slots + 16 * state.stage())
                  : "memory");
+    return tile;
+  }
+
+  // One arrival of each warp that looks at it empties a slot.
+  FA3_DEVICE void pass() {
     __syncwarp();
     if (threadIdx.x % 32 == 0) mbarrier_arrive(empty + 8 * state.stage());
     state.advance();
+  }
+
+  FA3_DEVICE TileCoord receive() {
+    TileCoord tile = look();
+    pass();
     return tile;
   }
 };
