@@ -216,7 +216,7 @@ class Session:
         terms: list[tuple[bool, Text]] = []
         for term in expr.args:
             coefficient, rest = term.as_coeff_Mul()
-            negative = bool(coefficient.is_negative)
+            negative = bool(coefficient.is_extended_negative)
             scale = abs(coefficient)
             [x] = self.numbers([rest if not scale.is_Integer else scale * rest])
             if x.kind == "int":

@@ -196,6 +196,18 @@ def test_order_with_large_scores(name):
     check(lambda q, k, v: attend(ORDERS[name](q @ k.mT), v), *large())
 
 
+@pytest.mark.parametrize(("low", "high"), [(-4.0, 4.0), (-1.0, None), (None, 1.0)])
+def test_clamped_beside_a_scale_that_is_a_symbol(low, high):
+    def attention(qkv):
+        q, k, v = qkv.view(B, -1, 3, H, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        n = torch.arange(q.shape[2])
+        s = q @ k.mT * q.shape[-1] ** -0.5 + (n[:, None] != n).float().log()
+        return attend(s.clamp(low, high), v)
+
+    report = check(attention, normal(B, 9, 3 * H * 8), dynamic=True)
+    assert [r.fused for r in report.regions] == [True]
+
+
 def test_fill_by_the_score_in_rows_set_to_zero():
     def attention(q, k, v):
         s = scores_of(q, k)

@@ -144,6 +144,9 @@ FORMULAS = [
     "s*pow(1 + exp(-s), -1)",
     "where((kv <= q) & ~((q > 5) & (kv < 3)), s, -3.4028234663852886e+38)",
     "where((kv <= q) | (q == 4), s, -inf)",
+    # A sum that sympy leaves as it is: the factor may be infinite, for all that it knows.
+    "where(pow(floordiv(n0, 2), -0.5)*s + -inf < q, s, -1)",
+    "where(pow(floordiv(n0, 2), -0.5)*s + inf > q, s, -1)",
     "where(kv != q, where(q < 3, 1, 0), 0.5)",
     "floordiv(kv - q, 4) + mod(kv - q, 4)",
     "-floordiv(q - kv, 4)",
