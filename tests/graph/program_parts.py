@@ -159,6 +159,21 @@ MODIFIERS: dict[str, Scores] = {
 }
 
 
+# Functions of the scores with their masks in.
+LATE: dict[str, Scores] = {
+    "finite": lambda s: s.nan_to_num(neginf=-20.0),
+    "relu": F.relu,
+    "elu": F.elu,
+    "leaky": F.leaky_relu,
+    "clamp": lambda s: s.clamp(-4, 4),
+    "tanh": lambda s: 3 * torch.tanh(s / 3),
+    "sigmoid": lambda s: 5 * torch.sigmoid(s),
+    "maximum": lambda s: torch.maximum(s, 0.3 * s),
+    "exp": lambda s: torch.exp(s.clamp(max=3)),
+    "half": lambda s: s * 0.5 - 0.25,
+}
+
+
 def _by_hand(s: Tensor) -> Tensor:
     e = (s - s.amax(-1, keepdim=True)).exp()
     return e / e.sum(-1, keepdim=True)
@@ -271,6 +286,16 @@ def captured(name: str, sizes: Sizes, seed: int):
     if name == "random mask":
         seen = normal(seed + 52, BATCH, 1, n, m, device=device) > 0
         return (seen,), lambda s, x: s.masked_fill(~x, -1e4)
+    if name == "two paddings":
+        some = torch.ones(BATCH, 1, 1, m, device=device)
+        some[0, ..., 3 * m // 4 :] = 0
+        more = torch.ones(m, device=device)
+        more[1::4] = 0
+
+        def both(s: Tensor, x: Tensor, y: Tensor) -> Tensor:
+            return s - (x.to(s.dtype) + y.to(s.dtype) - 2) * (_value("finfo.min", s) / 4)
+
+        return (some, more), both
     if name == "documents" and n == m:
         ids = torch.arange(n, device=device) // max(5, n // 4)
         return (ids.expand(BATCH, n).contiguous(),), lambda s, x: torch.where(
@@ -294,6 +319,7 @@ CAPTURED = (
     "temperature",
     "padding",
     "additive padding",
+    "two paddings",
     "random mask",
     "documents",
     "table",

@@ -56,6 +56,7 @@ def by_hand(draw: st.DrawFn, device: str) -> Program:
     captured = one_of(*parts.CAPTURED)
     scale = one_of(*parts.SCALES)
     softmax = one_of(*parts.SOFTMAXES, "divided late", *parts.UNNORMALISED)
+    late = one_of(*[""] * 20, *parts.LATE)
     sink = one_of("", "", "", "", *parts.SINKS)
     after = one_of(*parts.AFTER)
     use = one_of("", "", "residual", "twice", "slice", "sum", "in place", "flat", "LSE")
@@ -86,7 +87,7 @@ def by_hand(draw: st.DrawFn, device: str) -> Program:
     if context == "checkpoint" and mutant == "K written after the scores":
         context = ""
     lowest_added = combine == "twice" and (how == "product" or how.startswith("added"))
-    if dtype == torch.float16 and (captured == "additive padding" or lowest_added):
+    if dtype == torch.float16 and (captured in ADDITIVE or lowest_added):
         # In float16 eager's -65504 absorbs a score, and twice that is -inf; ours is in float32.
         dtype = torch.bfloat16
     # Where NaN is added to a row, eager's gradients of it are NaN too; ours are 0.
@@ -135,7 +136,8 @@ def by_hand(draw: st.DrawFn, device: str) -> Program:
     merged = use == "flat" if layout == "fused qkv" else (of_scores, of_values) != ("operator",) * 2
     symbols = run["dynamic"] and (layout == "fused qkv" or layout.startswith("gqa")) and merged
     odd = shared or nothing or maximum or infinite or filled or autocast or decayed or summed
-    odd = odd or symbols
+    # A function of a masked score may make something else of its fill.
+    odd = odd or symbols or late
     if expected == "fused" and (mutant or odd) or mutant in OF_ELEMENTS and plain:
         expected = "either"
     # One query of several heads that share a key is as good as several queries.
@@ -164,7 +166,7 @@ def by_hand(draw: st.DrawFn, device: str) -> Program:
             k.add_(1)
         for name in modifiers:
             s = parts.MODIFIERS[name](s)
-        s = masked(capture(s, *tensors[own:more]))
+        s = parts.LATE.get(late, lambda s: s)(masked(capture(s, *tensors[own:more])))
         s = other_scores(s, mutant)
         total = None
         if normalise is None:
@@ -209,6 +211,7 @@ def by_hand(draw: st.DrawFn, device: str) -> Program:
         "masks": f"{combine} of {masks} by {how} of {fill}" if masks else "",
         "modifiers": " ".join(modifiers),
         "captured": captured,
+        "late": late,
         "scale": scale,
         "softmax": softmax,
         "sink": sink,
@@ -222,7 +225,8 @@ def by_hand(draw: st.DrawFn, device: str) -> Program:
 
 # "flat batch" names every size but the length; "strided" cuts V's length to K's.
 STATIC = ("flat batch", "strided")
-MAY_HIDE_ALL = ("padding", "additive padding", "random mask", "documents", "lengths")
+ADDITIVE = ("additive padding", "two paddings")
+MAY_HIDE_ALL = ("padding", *ADDITIVE, "random mask", "documents", "lengths")
 # Whose weights have other batches than the operator, or heads in another order.
 OTHER_BATCHES = ("windows", "one batch of K", "no batch", "gqa tiled")
 BY_BATCH = (*MAY_HIDE_ALL, "bias")
