@@ -30,7 +30,7 @@ CELLS = [
     ("full", 128, 2048), ("causal", 128, 2048), ("causal", 256, 2048), ("window1024", 128, 8192),
     ("full", 128, 16384), ("causal", 128, 16384), ("documents", 128, 8192), ("full", 256, 2048),
     ("causal", 64, 2048), ("full", 64, 2048), ("full", 64, 16384), ("causal", 64, 16384),
-    ("causal", 256, 16384), ("full", 256, 16384), ("bias", 128, 8192), ("softcap", 128, 8192),
+    ("causal", 256, 16384), ("full", 256, 16384), ("bias", 128, 8192), ("bias, kept", 128, 8192), ("softcap", 128, 8192),
     ("alibi", 128, 8192), ("prefix1024", 128, 8192), ("dropout", 128, 8192),
     ("dense mask", 128, 8192),
 ]  # fmt: skip
@@ -67,7 +67,7 @@ def _built(what):
         _, problem, (*_, aux), _ = asked(what, "cpu")
     else:
         spec, q, k, v, aux = made(what, "meta")
-        problem = backward_problem(spec, q, k, v, aux)
+        problem = problem_of(what, spec, q, k, v, aux)
     if backward.supports_backward(problem):
         return None
     if torch.cuda.is_available():
@@ -82,7 +82,15 @@ def built(wanted):
 
 
 def cells() -> list[Timed]:
-    return [next(x for x in timed() if (x.name, x.dim, x.length) == cell) for cell in CELLS]
+    cases = list(timed())
+    # The bias without its gradient.
+    cases += [replace(x, name="bias, kept") for x in cases if x.name == "bias"]
+    return [next(x for x in cases if (x.name, x.dim, x.length) == cell) for cell in CELLS]
+
+
+def problem_of(case: Timed, spec, q, k, v, aux):
+    problem = backward_problem(spec, q, k, v, aux)
+    return replace(problem, aux_needs_grad=(False,)) if "kept" in case.name else problem
 
 
 def check_all() -> None:
@@ -117,7 +125,7 @@ def time_all() -> None:
 
 def time_cell(case: Timed, keys, spilled, profiles: bool) -> None:
     spec, q, k, v, aux = made(case)
-    problem = backward_problem(spec, q, k, v, aux)
+    problem = problem_of(case, spec, q, k, v, aux)
     out, lse = CudaSm90().run(problem, q, k, v, aux, ())
     dout = torch.randn_like(out)
     needs = [True] * 3 + list(problem.aux_needs_grad)

@@ -101,6 +101,8 @@ struct BackwardBlock {
   static constexpr int kAtPieces = round_up(kAtTiles + 32, 128);
   static constexpr int kRoom = (kSharedLimit - 1024 - kAtPieces) / Pieces::kBytes;
   static constexpr int kRounders = !Config::kFinishes || kRoom <= 0 ? 0 : kRoom == 1 ? 1 : 2;
+  static_assert(kRounders > 0 || !Config::kFinishes || Variant::kDenseTile,
+                "a head's sums are used again once another's are rounded");
   static constexpr int kSharedBytes =  // and room to align the base
       (kRounders > 0 ? kAtPieces + kRounders * Pieces::kBytes : kAtTiles + 32) + 1024;
   static_assert(kSharedBytes <= kSharedLimit, "the tile needs more shared memory than there is");
