@@ -22,6 +22,8 @@ from pathlib import Path
 import pytest
 
 from fa3_compile.lower import cache
+from fa3_compile.lower.remembered import remembered
+from fa3_compile.spec.attention import AttentionSpec
 
 ROOT = Path(__file__).parents[2]
 KIND, KEY = "cuda", "0123456789abcdef"
@@ -383,3 +385,21 @@ def _is_elsewhere(home: Path) -> None:
     cache.write(KIND, KEY, FILES)
     assert holds()
     assert cache.root() == own
+
+
+def test_what_is_remembered_of_a_spec_is_asked_once(home):
+    """In all processes; anew where the entry is damaged."""
+    asked = []
+
+    def shortest(spec: AttentionSpec) -> str | None:
+        asked.append(str(spec))
+        return None if spec.has_mask else "no mask"
+
+    specs = [AttentionSpec.parse(x) for x in ("attention(score=s)", "attention(score=2.0*s)")]
+    for _ in range(2):  # a process each
+        found = remembered(shortest)
+        assert [found(x) for x in (*specs, *specs)] == ["no mask"] * 4
+    assert len(asked) == 2
+    for path in (home / "remembered").glob("*/answer.json"):
+        path.write_text("true")
+    assert remembered(shortest)(specs[0]) == "no mask" and len(asked) == 3
