@@ -33,6 +33,16 @@ def test_reported(name):
     assert "test_opaque_scores.py" in region.where and region.reason and region.hint
 
 
+def test_a_sink_beside_hidden_scores_of_lengths_that_are_symbols():
+    def attention(q, k, v, sink):
+        s = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).view(*q.shape[:-1], -1)
+        s = s.sort(-1).values
+        column = sink[:, None, None].expand(*s.shape[:-1], 1)
+        return torch.cat((s, column), -1).softmax(-1)[..., :-1] @ v
+
+    assert not check(attention, *qkv(), normal(H), dynamic=True).fused
+
+
 def additive(q, k):
     """Bahdanau et al. (2015), section A.1.2."""
     pairs = torch.tanh(q.unsqueeze(-2) + k.unsqueeze(-3))
