@@ -26,6 +26,7 @@ class Sm90BackwardConfig:
     in_turn        a block works the batches that share a dense input one after the other: the first
                    stores its gradient, to which the others add
     finishes       dQ is rounded to 16 bits by the main kernel's idle warps, not after it
+    dense_ahead    steps before its load that a dense input's tile is fetched to L2; 0: it is not
     """
 
     block_m: int
@@ -38,6 +39,7 @@ class Sm90BackwardConfig:
     bits: bool = False
     in_turn: bool = False
     finishes: bool = False
+    dense_ahead: int = 0
 
     @property
     def warpgroups(self) -> int:

@@ -218,6 +218,16 @@ struct BackwardBlock {
     else return TileQueue<Config::kLongestFirst>{};
   }
 
+  // The dense input comes from memory, all else from L2: it is fetched there so many steps before it is
+  // loaded.
+  static constexpr int kDenseAhead = Variant::kDenseTile ? Config::kDenseAhead : 0;
+  FA3_DEVICE void prefetch_dense(int block, int head, int batch, int kv_block) const {
+#pragma unroll
+    for (int i = 0; i < kN / 64; ++i)
+      tma_prefetch(p.tile, kv_block * kN + i * 64, block * kM, head * p.tile_head,
+                   batch * p.tile_batch);
+  }
+
   FA3_DEVICE void produce(auto queue) const {
     TileRing tiles = ring();
     PipelineState<1> kv;
@@ -261,8 +271,12 @@ struct BackwardBlock {
       VTile::load(shared + kAtV, p.v, full, kEvictFirst, tile.query_block * kN, tile.head,
                   tile.batch);
       for (int head = tile.head * p.group; head < (tile.head + 1) * p.group; ++head) {
+        for (int i = 0; i < min(kDenseAhead, seq.count); ++i)
+          prefetch_dense(seq.block(i), head, tile.batch, tile.query_block);
 #pragma unroll 1
         for (int i = 0; i < seq.count; ++i) {
+          if (kDenseAhead > 0 && i + kDenseAhead < seq.count)
+            prefetch_dense(seq.block(i + kDenseAhead), head, tile.batch, tile.query_block);
           load(at, seq.block(i), head, tile.batch, tile.query_block);
           at.advance();
         }
