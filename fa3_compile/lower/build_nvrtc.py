@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -191,10 +192,12 @@ def _attempts(keys: Sequence[KeyT]) -> list[Built | str]:
         except (BuildError, RuntimeError) as error:
             return str(error)[:2000]
 
-    if len(keys) == 1:
-        return [attempt(keys[0])]
-    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
-        return list(pool.map(attempt, keys))
+    if len(keys) > 1:
+        # RuntimeError where no thread can be started: too many, or Python is shutting down.
+        with contextlib.suppress(RuntimeError):
+            with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+                return list(pool.map(attempt, keys))
+    return [attempt(x) for x in keys]
 
 
 def load_all(keys: Sequence[KeyT]) -> dict[KeyT, Built]:

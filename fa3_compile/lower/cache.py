@@ -39,16 +39,21 @@ def root() -> Path:
     """
     if _elsewhere is not None:
         return _elsewhere
-    if configured := os.environ.get("FA3_CACHE_DIR"):
-        return _private(Path(configured).expanduser())
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    try:
+        if configured := os.environ.get("FA3_CACHE_DIR"):
+            path = Path(configured).expanduser()
+        else:
+            from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    return _private(Path(cache_dir()) / "fa3")
+            path = Path(cache_dir()) / "fa3"
+    except (OSError, KeyError, RuntimeError) as error:  # a user without a home, or without a name
+        return _own(str(error))
+    return _private(path)
 
 
 @functools.lru_cache(maxsize=16)
 def _private(path: Path) -> Path:
-    """The directory, or one of this process alone where it is not ours to write.
+    """The directory from now on, or one of this process alone where it is not ours to write.
 
     What lies there is executed, so a directory that another user owns, can write, or has put a
     link in the place of is refused.
@@ -64,7 +69,7 @@ def _private(path: Path) -> Path:
             path.chmod(0o700)
         if not os.access(path, os.W_OK | os.X_OK):
             raise PermissionError(f"{path} cannot be written")
-        return path
+        return path.absolute()
     except OSError as error:
         return _own(str(error))
 
@@ -73,9 +78,14 @@ def _private(path: Path) -> Path:
 def _own(why: str) -> Path:
     """A directory of this process alone, mode 0700."""
     own = Path(tempfile.mkdtemp(prefix="fa3-"))
-    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    atexit.register(_remove_own, own, os.getpid())
     log.warning("no kernel cache (%s); using %s. FA3_CACHE_DIR names another", why, own)
     return own
+
+
+def _remove_own(own: Path, process: int) -> None:
+    if os.getpid() == process:  # and not one that was forked from it
+        shutil.rmtree(own, ignore_errors=True)
 
 
 # Where entries go once the cache could not be written.
@@ -116,6 +126,8 @@ def write(kind: str, key: str, files: Mapping[str, str | bytes]) -> Path:
     """
     global _elsewhere
     try:
+        with contextlib.suppress(FileNotFoundError):  # somebody is clearing the cache
+            return _write(kind, key, files)
         return _write(kind, key, files)
     except OSError as error:
         if _elsewhere is not None:
@@ -174,9 +186,15 @@ def lock(kind: str, key: str) -> Iterator[None]:
     path = root() / kind / f".{key}.lock"
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with open(path, "w") as stream:
-        if fcntl is not None:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
+        if fcntl is None:
+            yield
+            return
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            # Closing is not enough where a process was forked meanwhile: it has the file open too.
+            fcntl.flock(stream, fcntl.LOCK_UN)
 
 
 def _digest(data: bytes) -> str:

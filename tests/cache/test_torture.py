@@ -317,6 +317,17 @@ def test_a_kernel_is_built_on_a_full_disk(home, monkeypatch):
     build_nvrtc.load.cache_clear()
 
 
+def test_kernels_are_built_where_no_thread_can_be_started(monkeypatch):
+    from fa3_compile.lower import build_nvrtc
+
+    def submit(*_):
+        raise RuntimeError("cannot schedule new futures after shutdown")
+
+    monkeypatch.setattr(build_nvrtc.ThreadPoolExecutor, "submit", submit)
+    monkeypatch.setattr(build_nvrtc, "load", lambda key: key)
+    assert build_nvrtc._attempts([1, 2, 3]) == [1, 2, 3]  # pyright: ignore
+
+
 def cache_config():
     from fa3_compile.lower.config_sm90 import Sm90Config
 
@@ -374,6 +385,78 @@ def test_a_read_only_root_is_not_used(monkeypatch):
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert list(home.iterdir()) == []
     cache._private.cache_clear()
+
+
+@pytest.mark.parametrize("configured", ["~/fa3", ""], ids=["no home", "no name"])
+def test_a_user_without_a_home_or_a_name(home, monkeypatch, configured):
+    def unknown(*_):
+        raise KeyError("getpwuid(): uid not found: 54321")
+
+    for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("FA3_CACHE_DIR", configured)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    _is_elsewhere(home)
+
+
+def test_a_relative_root_stays_where_it_was(home, monkeypatch, tmp_path):
+    monkeypatch.setenv("FA3_CACHE_DIR", "fa3")
+    monkeypatch.chdir(tmp_path)
+    cache.write(KIND, KEY, FILES)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert holds() and cache.root() == home
+
+
+def test_the_cache_is_cleared_during_a_write(home, monkeypatch):
+    """Or a process whose clock is ahead sweeps the writer's folder away."""
+    make = tempfile.mkdtemp
+    cleared = []
+
+    def cleared_once(**options) -> str:
+        made = make(**options)
+        if not cleared:
+            shutil.rmtree(home)
+            cleared.append(made)
+        return made
+
+    monkeypatch.setattr(cache.tempfile, "mkdtemp", cleared_once)
+    cache.write(KIND, KEY, FILES)
+    assert cleared and holds() and cache.root() == home
+
+
+# ---- forked processes ----
+
+
+def test_a_lock_is_not_held_by_who_was_forked_under_it(home):
+    with cache.lock(KIND, KEY):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        code = f"from fa3_compile.lower import cache\nwith cache.lock({KIND!r}, {KEY!r}): print(1)"
+        assert python(code, home).communicate(timeout=30)[0] == b"1\n"
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+FORKED = """
+import os, sys
+from fa3_compile.lower import cache
+own = cache._own("a test")
+child = os.fork()
+if child:
+    os.waitpid(child, 0)
+    print(own.is_dir(), own)
+"""
+
+
+def test_a_forked_process_leaves_the_other_its_folder(home):
+    out, _ = python(FORKED, home).communicate(timeout=60)
+    exists, own = out.decode().split()
+    assert exists == "True" and not Path(own).exists()
 
 
 def _is_elsewhere(home: Path) -> None:
