@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from torch._dynamo import compiled_autograd
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -148,9 +149,79 @@ def test_frozen_parameters():
 def test_compiled_autograd():
     ours, eager = GPT(), GPT()
     eager(batch()).backward()
-    with torch._dynamo.config.patch(compiled_autograd=True):
-        torch.compile(lambda x: compiled(ours)(x).backward(), backend="eager")(batch())
+    call = compiled(ours)
+    with collect() as report:
+        # Around the call alone: a step that is compiled as a whole would take the model with it.
+        with compiled_autograd._enable(lambda gm: gm):
+            call(batch()).backward()
+    assert len(report.fused) == len(report.regions) == 1
     assert_same_gradients(ours, eager)
+
+
+def attention_with_bias(q, k, v, bias):
+    return (q @ k.mT * 0.25 + bias).softmax(-1) @ v
+
+
+def hooked(q, k, v, bias):
+    y = attention_with_bias(q, k, v, bias)
+    y.register_hook(lambda grad: grad.clamp(-0.5, 0.5))
+    return y
+
+
+def leaves() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 2, 9, 8), (2, 2, 9, 8), (2, 2, 9, 8), (2, 9, 9))
+    return [torch.randn(x, generator=generator).requires_grad_() for x in shapes]
+
+
+def twice(out, xs):
+    out.square().sum().backward(retain_graph=True)
+    out.sum().backward()
+
+
+WAYS = {
+    "retained graph": (attention_with_bias, twice),
+    "two of the inputs": (
+        attention_with_bias,
+        lambda out, xs: out.square().sum().backward(inputs=[xs[1], xs[3]]),
+    ),
+    "expanded cotangent": (
+        attention_with_bias, lambda out, xs: out.backward(torch.ones(1).expand_as(out)),
+    ),
+    "transposed cotangent": (
+        attention_with_bias,
+        lambda out, xs: out.backward(torch.randn(9, 8, 2, 2, generator=torch.Generator()).permute(3, 2, 0, 1)),
+    ),
+    "hook on the result": (hooked, lambda out, xs: out.square().sum().backward()),
+    "graph of the gradient, unused": (
+        attention_with_bias,
+        lambda out, xs: torch.autograd.backward(out.square().sum(), create_graph=True),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.filterwarnings("ignore:Using backward")
+def test_ways_to_ask_for_gradients(way):
+    function, ask = WAYS[way]
+    found = []
+    with collect() as report:
+        for call in (compiled(function), function):
+            xs = leaves()
+            ask(call(*xs), xs)
+            found.append([x.grad if x.grad is None else x.grad.detach() for x in xs])
+    assert len(report.fused) == len(report.regions) == 1
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+
+
+def test_a_bias_is_saved_for_the_backward():
+    """Eager adds it and forgets it; here it is read again, and a write in between is an error."""
+    q, k, v, bias = leaves()
+    out = compiled(attention_with_bias)(q, k, v, bias)
+    with torch.no_grad():
+        bias.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
 
 
 def test_second_derivatives_are_refused_in_words():
