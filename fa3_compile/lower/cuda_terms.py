@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import sympy
 
 from fa3_compile.lower import block_map, hoist
+from fa3_compile.lower.remembered import remembered
 from fa3_compile.lower.render import aux_parameters
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
@@ -110,7 +111,7 @@ def mask_parts(mask: E.Boolean) -> MaskParts:
     return MaskParts(interval, sympy.And(*column), sympy.And(*element))
 
 
-@functools.lru_cache(maxsize=1024)
+@remembered
 def map_kind(spec: AttentionSpec) -> str:
     """ "", "Interval" or "Dense": how the lists of key blocks are made, if there are any."""
     mask = named_mask(spec)

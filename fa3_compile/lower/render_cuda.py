@@ -16,6 +16,7 @@ from fa3_compile import resources
 from fa3_compile.lower.config_sm90 import Sm90Config
 from fa3_compile.lower.cuda_terms import fills_dead_rows, map_kind
 from fa3_compile.lower.cuda_variant import VariantWriter
+from fa3_compile.lower.remembered import remembered
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.blocks import may_have_holes
 
@@ -49,7 +50,7 @@ class CudaKey:
         """As cuda_terms.map_kind. Lists that are made but once may look at each element: intervals
         do not see every hole of a tiled or dilated window. With few queries, whose keys are more
         in every call of a growing cache, they are not made at all."""
-        if self.config.block_m > 64 and may_have_holes(self.spec.mask):
+        if self.config.block_m > 64 and _may_have_holes(self.spec):
             return "Dense"
         return map_kind(self.spec)
 
@@ -59,6 +60,11 @@ class CudaKey:
         rest = (self.dtype, self.dim_qk, self.dim_v, self.config, self.elements, self.unit)
         fields = (str(self.spec), rest, self.tile, resources.source_hash())
         return hashlib.sha256(repr(fields).encode()).hexdigest()[:24]
+
+
+@remembered
+def _may_have_holes(spec: AttentionSpec) -> bool:
+    return may_have_holes(spec.mask)
 
 
 def render(key: CudaKey) -> str:

@@ -32,6 +32,7 @@ from fa3_compile.lower.kernels.cuda_sm90_lists import kept_lists
 from fa3_compile.lower.launch_calls import Launches
 from fa3_compile.lower.launch_cuda import Module, describable, ensure_context, load_module
 from fa3_compile.lower.printer import UnprintableError
+from fa3_compile.lower.remembered import remembered
 from fa3_compile.lower.render_cuda import CudaKey, render
 from fa3_compile.runtime.launch import Call
 from fa3_compile.runtime.op import out_strides
@@ -101,7 +102,7 @@ def _fresh(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-@functools.lru_cache(maxsize=1024)
+@remembered
 def _unprintable(spec: AttentionSpec) -> str | None:
     kinds = {"bool": "unsigned char", "int": "int64_t", "float": "float"}
     key = CudaKey(spec, "Bf16", 64, 64, Sm90Config(64, 64), tuple(kinds[x] for x in spec.aux))

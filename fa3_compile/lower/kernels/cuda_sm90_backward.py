@@ -49,6 +49,7 @@ from fa3_compile.lower.launch_cuda import (
     load_module,
 )
 from fa3_compile.lower.printer import UnprintableError
+from fa3_compile.lower.remembered import remembered
 from fa3_compile.lower.render_backward import has_fill_rows
 from fa3_compile.lower.render_cuda_backward import CudaBackwardKey
 from fa3_compile.runtime.launch import layout_key, make_room
@@ -80,7 +81,7 @@ def supports_backward(problem: Problem) -> str | None:
     return _unprintable(spec)
 
 
-@functools.lru_cache(maxsize=1024)
+@remembered
 def _unprintable(spec: AttentionSpec) -> str | None:
     kinds = {"bool": "unsigned char", "int": "int64_t", "float": "float"}
     elements = tuple(kinds[x] for x in spec.aux)

@@ -14,6 +14,7 @@ from fa3_compile.lower.choose import Problem
 from fa3_compile.lower.config_sm90 import Sm90Config, candidates, split_count
 from fa3_compile.lower.cuda_terms import arrange, map_kind, mask_parts, named_mask
 from fa3_compile.lower.launch_cuda import describable
+from fa3_compile.lower.remembered import remembered
 from fa3_compile.lower.render import aux_parameters
 from fa3_compile.lower.render_cuda import CudaKey
 from fa3_compile.spec import expr as E
@@ -92,7 +93,7 @@ def is_plain(spec: AttentionSpec) -> bool:
     return arrange(spec.score).x == E.S and not asks_mask(spec)
 
 
-@functools.lru_cache(maxsize=1024)
+@remembered
 def asks_mask(spec: AttentionSpec) -> bool:
     """Whether elements or columns are asked for their mask, or elements for their weight."""
     element = mask_parts(named_mask(spec)).element != sympy.true

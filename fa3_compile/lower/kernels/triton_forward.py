@@ -27,6 +27,7 @@ from fa3_compile.lower.kernels.triton_direct import SCRATCH, direct
 from fa3_compile.lower.launch_calls import ALIGNMENT, Launches
 from fa3_compile.lower.launch_cuda import empty_cuda
 from fa3_compile.lower.printer import UnprintableError
+from fa3_compile.lower.remembered import remembered
 from fa3_compile.lower.render import Aux, aux_parameters
 from fa3_compile.lower.render_blocks import uses_lists
 from fa3_compile.lower.render_forward import ForwardKey, render_forward
@@ -155,7 +156,7 @@ def _empty_cpu(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dt
     return torch.empty_strided(shape, strides, dtype=dtype)
 
 
-@functools.lru_cache(maxsize=1024)
+@remembered
 def _unprintable(spec: AttentionSpec) -> str | None:
     try:
         render_forward(ForwardKey(spec, 64, 64))
