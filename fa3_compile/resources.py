@@ -6,6 +6,8 @@ import functools
 import hashlib
 from pathlib import Path
 
+import sympy
+
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -21,12 +23,13 @@ def kernels() -> Path:
 
 @functools.cache
 def source_hash() -> str:
-    """16 hex digits that change with any source of ours: salt for the caches of compiled graphs.
+    """16 hex digits that change with any source of ours, and with sympy, which decides what kernels
+    say: salt for the caches of compiled graphs.
 
     PyTorch's caches know nothing of code outside of it, and would serve what an older version of
     this package generated.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(sympy.__version__.encode())
     for root, pattern in ((_PACKAGE, "*.py"), (templates(), "*"), (kernels(), "*")):
         for file in sorted(path for path in root.rglob(pattern) if path.is_file()):
             digest.update(f"{file.relative_to(root).as_posix()}\0".encode())
