@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import sympy
 import torch
@@ -40,6 +41,24 @@ def find_split(indices, sizes) -> tuple[sympy.Symbol, Expr] | None:
     return found[0] if found else None
 
 
+@dataclass(frozen=True)
+class _Search:
+    """How far an operand is followed back.
+
+    casts       past casts that widen
+    scales      past scales that vary along none of `varying`
+    contracted  the axes that the product contracts
+    is_query    queries have nothing to be read unexpanded for: their axes are left whole
+    """
+
+    lifter: Lifter
+    casts: bool
+    scales: bool = False
+    varying: set[sympy.Symbol] = field(default_factory=set)
+    contracted: dict[sympy.Symbol, Expr] = field(default_factory=dict)
+    is_query: bool = False
+
+
 def axis_symbol(name: str) -> sympy.Symbol:
     """What runs along an axis of that name."""
     return sympy.Symbol(name, integer=True, nonnegative=True)
@@ -75,9 +94,10 @@ class OperandFinder:
         value: Operand | None = None
         total: Expr = sympy.S.One
         for casts in (True, False):
-            value = self._operand(scores.lifter, values, values_index, set(), {}, casts, False)
-            scaled = len(scores.dots) == 1
-            found = [self._pair(scores.lifter, dot, casts, scaled) for dot in scores.dots]
+            search = _Search(scores.lifter, casts)
+            value = self._operand(search, values, values_index)
+            search = replace(search, scales=len(scores.dots) == 1)
+            found = [self._pair(search, dot) for dot in scores.dots]
             total = sympy.Mul(*(x.place.factor for p in found for x in (p.query, p.key)))
             if value.dtype == dtype:
                 break
@@ -87,7 +107,7 @@ class OperandFinder:
             check_factor(pair, dot)
         return found, value, total
 
-    def _pair(self, lifter: Lifter, dot: Dot, casts: bool, scaled: bool) -> Pair:
+    def _pair(self, search: _Search, dot: Dot) -> Pair:
         """The queries and keys of a product. What it contracts as one axis and they have as
         several, points and coordinates or rows and features, is split."""
         place: Expr = D
@@ -96,11 +116,10 @@ class OperandFinder:
             self.ranges |= contracted
             (queries, at), (keys, key_at) = dot.sides(place)
             varying = {*at[-2].free_symbols, *at[-1].free_symbols}
-            pair = Pair(
-                self._operand(lifter, queries, at, varying, contracted, casts, scaled),
-                self._operand(lifter, keys, key_at, {KV, *contracted}, contracted, casts, scaled),
-                contracted,
-            )
+            search = replace(search, varying=varying, contracted=contracted)
+            query = self._operand(replace(search, is_query=True), queries, at)
+            search = replace(search, varying={KV, *contracted})
+            pair = Pair(query, self._operand(search, keys, key_at), contracted)
             indices = (i for x in (pair.query, pair.key) for i in x.place.index)
             found = find_split(indices, contracted)
             if found is None:
@@ -115,27 +134,18 @@ class OperandFinder:
                 x: n for s, size in contracted.items() for x, n in parts.get(s, {s: size}).items()
             }
 
-    def _operand(
-        self,
-        lifter: Lifter,
-        node: fx.Node,
-        index: Index,
-        varying: set[sympy.Symbol],
-        contracted: dict[sympy.Symbol, Expr],
-        casts: bool,
-        scaled: bool,
-    ) -> Operand:
+    def _operand(self, search: _Search, node: fx.Node, index: Index) -> Operand:
         best = deeper = None
         best_lost = mapped = False
         for place in origins(
             node,
             index,
-            lifter,
+            search.lifter,
             inner=D,
-            casts=casts,
-            varying=varying,
+            casts=search.casts,
+            varying=search.varying,
         ):
-            if not scaled and place.factor != 1:
+            if not search.scales and place.factor != 1:
                 break
             if place.cast is not None and (best or deeper):
                 break
@@ -154,9 +164,11 @@ class OperandFinder:
             view = view_of(place, self.ranges)
             if view is not None:
                 best, deeper, best_lost = Operand(source, since, place, view), None, lost
-        if deeper is not None and find_split(deeper.place.index, self.sizes):
-            return deeper
-        if deeper is not None and best is None and find_split(deeper.place.index, contracted):
+        needed = best is None or best_lost
+        if deeper is not None and (needed or not search.is_query):
+            if find_split(deeper.place.index, self.sizes):
+                return deeper
+        if deeper is not None and needed and find_split(deeper.place.index, search.contracted):
             return deeper
         if best is None and mapped:
             raise Decline(

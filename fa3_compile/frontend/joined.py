@@ -14,7 +14,7 @@ import sympy
 import torch
 
 from fa3_compile.errors import NOTHING, Decline
-from fa3_compile.frontend.placeholders import row_stat, some, total
+from fa3_compile.frontend.placeholders import row_stat, row_total, some, total
 from fa3_compile.frontend.product import Dot
 from fa3_compile.frontend.region import Pair, Region
 from fa3_compile.spec.expr import KV, Expr, S, depends_on, uniform
@@ -79,7 +79,9 @@ class _Walk:
 
     def _summed(self, factors: list[Expr]) -> Expr:
         """What stands for a sum with these factors."""
-        if any(depends_on(x, [KV]) or x.has(row_stat, total, some, uniform) for x in factors):
+        if any(
+            depends_on(x, [KV]) or x.has(row_stat, row_total, total, some, uniform) for x in factors
+        ):
             raise _Apart
         first = factors[0]
         ratios = [_exact(x / first) for x in factors]

@@ -6,17 +6,17 @@ from dataclasses import replace
 
 import sympy
 import torch
-from sympy.core.relational import Relational
 from torch import fx
 
 from fa3_compile.errors import NOTHING, Decline
+from fa3_compile.frontend.axes import axes_of, layout_of, places, substituted
 from fa3_compile.frontend.captured import Captured, Seed
 from fa3_compile.frontend.detect import Reading, Skeleton
 from fa3_compile.frontend.dynamo_graph import example_value
 from fa3_compile.frontend.fields import read_fields, read_unnormalised
 from fa3_compile.frontend.lift import descendants
 from fa3_compile.frontend.placeholders import D
-from fa3_compile.frontend.region import Layout, Operand, Pair, Region
+from fa3_compile.frontend.region import Layout, Region
 from fa3_compile.frontend.sizes import hint
 from fa3_compile.frontend.trace import Shadow
 from fa3_compile.spec import simplify
@@ -34,7 +34,6 @@ from fa3_compile.spec.expr import (
     loads_in,
     size_symbol,
 )
-from fa3_compile.spec.index import divide, remainder, simplify_index
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -44,12 +43,12 @@ def region(shadow: Shadow, reading: Reading) -> Region:
     skeleton = reading.skeleton
     _checked_operands(reading, skeleton)
     _check_not_router(reading, skeleton)
-    layout = _layout(reading, skeleton)
+    layout = layout_of(reading, skeleton)
     substitution, ranges = _coordinates(layout, reading)
     _check_axes_known(reading, substitution, skeleton)
 
     def in_coordinates(expr):
-        return simplify_index(expr.subs(substitution, simultaneous=True), ranges)
+        return substituted(expr, substitution, ranges)
 
     interior = _interior(shadow, reading)
     read = read_fields if reading.term.softmax.normalizes else read_unnormalised
@@ -187,89 +186,9 @@ def _is_perceptron(reading: Reading) -> bool:
         if not given:
             continue
         order = [a for i in operand.place.index for a in (D, KV) if a in i.free_symbols]
-        if len(rows) > 1 and not rows & _axes_of(operand) or order == [D, KV]:
+        if len(rows) > 1 and not rows & axes_of(operand) or order == [D, KV]:
             return True
     return False
-
-
-def _axes_of(*operands: Operand) -> set[sympy.Symbol]:
-    return {axis.symbol for operand in operands for axis in operand.axes}
-
-
-def _layout(reading: Reading, skeleton: Skeleton) -> Layout:
-    """Axes that K or V are indexed by are batch and KV heads; of the others, the rows' are
-    queries and the rest share their KV head."""
-    every = [a for dim in reading.axes for a in dim]
-    in_query = _axes_of(*(pair.query for pair in reading.pairs))
-    in_key, in_value = _axes_of(*(pair.key for pair in reading.pairs)), _axes_of(reading.value)
-    strides = {a: reading.head_dim.coeff(a) for a in reading.head_dim.free_symbols & {*every}}
-    head_dim = sorted(strides, key=lambda a: (-_large(strides[a]), a.name))
-    if {*head_dim} & (in_query | in_key):
-        raise Decline(
-            "axes-unclear",
-            skeleton.output,
-            "Give V a last axis of its own, which neither Q nor K has.",
-            message="the head dimension of V is also an axis of Q or K",
-        )
-    order = _order(reading, every)
-    rest = [a for a in order if a not in head_dim]
-    shared = [a for a in rest if a in in_key | in_value]
-    free = [a for a in rest if a not in shared]
-    row = reading.rows[-1].free_symbols
-    queries = _queries(reading, [a for a in free if a in row])
-    queries = queries or [a for a in free if a in in_query][-1:]
-    if KV not in in_value or not all(map(_is_pair, reading.pairs)):
-        raise Decline(
-            "operand-unclear",
-            skeleton.output,
-            "Give the products tensors with an axis of keys and an axis of the head dimension.",
-            message="K or V is the same for every key, or Q or K along the head dimension",
-        )
-    free = [a for a in free if a not in queries]
-    if len(shared) >= 2:
-        batch, kv_heads = shared[:-1], shared[-1:]
-        before = [a for a in free if order.index(a) < order.index(shared[0])]
-        group = [a for a in free if a not in before]
-        if before and len(batch) + len(before) > 2:
-            group, before = free, []
-        batch = before + batch
-    elif shared:
-        before = [a for a in free if order.index(a) < order.index(shared[0])]
-        group = [a for a in free if a not in before]
-        if before:
-            batch, kv_heads = before, shared
-        else:
-            batch, kv_heads = shared, []
-    else:
-        batch, kv_heads, group = free[:1], [], free[1:]
-    return Layout(batch, kv_heads, group, queries, head_dim, dict(reading.sizes))
-
-
-def _is_pair(pair: Pair) -> bool:
-    """Whether the keys differ, and both sides have what is contracted."""
-    contracted = {*pair.axes}
-    return {KV} | contracted <= _axes_of(pair.key) and contracted <= _axes_of(pair.query)
-
-
-def _queries(reading: Reading, rows: list[sympy.Symbol]) -> list[sympy.Symbol]:
-    """The axis of queries among those that the rows of one product run over, which others have as
-    heads: the last that is compared with keys, else the last of all."""
-    compared = {x for c in reading.score.atoms(Relational) if c.has(KV) for x in c.free_symbols}
-    return [a for a in rows if a in compared][-1:] or rows[-1:]
-
-
-def _order(reading: Reading, every) -> list[sympy.Symbol]:
-    """The axes outermost first, as the product's flattened batch and rows have them."""
-    ordered: list[sympy.Symbol] = []
-    for position in reading.rows:
-        symbols = [s for s in position.free_symbols if s in reading.sizes]
-        ordered += sorted(symbols, key=lambda s: (-_large(position.coeff(s)), s.name))
-    return [*dict.fromkeys(ordered), *(a for a in every if a not in ordered)]
-
-
-def _large(stride: Expr) -> Expr:
-    """A stride as a number to sort by, dynamic sizes taken as large ones."""
-    return stride.subs(dict.fromkeys(stride.free_symbols, 1 << 20))
 
 
 def _coordinates(layout: Layout, reading: Reading) -> tuple[dict, dict]:
@@ -286,13 +205,7 @@ def _coordinates(layout: Layout, reading: Reading) -> tuple[dict, dict]:
         (H, [*layout.kv_heads, *layout.group]),
         (Q, layout.query),
     ):
-        position: Expr = coordinate
-        for n, axis in enumerate(reversed(axes)):
-            last = n == len(axes) - 1
-            substitution[axis] = (
-                position if last else remainder(position, layout.size[axis], ranges)
-            )
-            position = divide(position, layout.size[axis], ranges)
+        substitution |= places(coordinate, axes, layout.size, ranges)
     return substitution, ranges
 
 

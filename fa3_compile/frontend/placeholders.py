@@ -25,11 +25,17 @@ ROW_SUM = sympy.Symbol("row_sum", real=True)
 
 
 class total(sympy.Function):
-    """`total(*index)`: the sum by which a softmax that is written by hand divides, or by which
-    the program divides weights without one."""
+    """`total(*index)`: the sum of exponentials by which a softmax written by hand divides."""
 
     is_real = True
     is_positive = True
+
+
+class row_total(sympy.Function):
+    """`row_total(*index)`: a sum of weights without a softmax, of either sign, by which the program
+    divides them."""
+
+    is_real = True
 
 
 class some(sympy.Function):

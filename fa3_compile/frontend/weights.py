@@ -18,7 +18,7 @@ from fa3_compile.errors import Decline
 from fa3_compile.frontend.captured import Captured, Seed
 from fa3_compile.frontend.lift import Index, Lifter, number
 from fa3_compile.frontend.normalize import Softmax
-from fa3_compile.frontend.placeholders import ROW_SUM, prob, total, without_some
+from fa3_compile.frontend.placeholders import ROW_SUM, prob, row_total, without_some
 from fa3_compile.frontend.trace import Shadow
 from fa3_compile.spec.expr import KV, Expr, depends_on, uniform, where
 from fa3_compile.spec.index import Ranges
@@ -92,7 +92,7 @@ def weights(
             softmax = replace(softmax, dim=_keys_at(which.args[1:], at))
             coefficient = _of_own_row(coefficient, softmax, which.args[1:])
             changed = weight != 1 or kept != sympy.true
-            if softmax.summed and (coefficient.has(total) or changed):
+            if softmax.summed and (coefficient.has(row_total) or changed):
                 raise Decline(
                     "row-sums",
                     at,
@@ -105,7 +105,7 @@ def weights(
 
 
 def _row_sum(index: Index) -> Expr:
-    return total(*index)
+    return row_total(*index)
 
 
 def _keys_at(at: Index, node: fx.Node) -> int:
@@ -127,7 +127,7 @@ def _of_own_row(coefficient: Expr, softmax: Softmax, at: Index) -> Expr:
         return coefficient
     dim = softmax.dim
     kept = [sympy.S.Zero] if len(softmax.summed.args) > 2 and softmax.summed.args[2] else []
-    own = total(*at[:dim], *kept, *at[dim + 1 :])
+    own = row_total(*at[:dim], *kept, *at[dim + 1 :])
     dims = [int(d) % len(at) for d in softmax.summed.args[1]]  # pyright: ignore
     return coefficient.xreplace({own: ROW_SUM}) if dims == [dim] else coefficient
 

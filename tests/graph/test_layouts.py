@@ -101,7 +101,9 @@ def test_window_partition():
         y = plain(windows(q), windows(k), windows(v))
         return y.view(B, 2, 2, H, 4, 4, D).permute(0, 1, 4, 2, 5, 3, 6).reshape(B, 8, 8, H, D)
 
-    assert_expected_inline(fused(attention, *qkv(B, 8, 8, H, D)), """attention(score=0.25*s)""")
+    assert_expected_inline(
+        fused(attention, *qkv(B, 8, 8, H, D)), """attention(score=0.25*s, out_order=bqhd)"""
+    )
 
 
 def test_axial():
@@ -475,3 +477,57 @@ class TestSeveralAxesContracted:
         assert_expected_inline(
             fused(attention, *qkv()), """attention(score=0.25*s, out_order=bqhd)"""
         )
+
+
+class TestPositionsOfSeveralAxes:
+    """Pixels are one axis of queries, however the program lays them out."""
+
+    def rows(self, function, *args):
+        """(heads, queries) that a kernel is asked for; the numbers are eager's."""
+        report = check(function, *args)
+        assert report.fused
+        return [tuple(x.shape[1:3]) for x in queries_of(function, *args)]
+
+    def test_convolutions(self):
+        """As the AttnBlock of latent diffusion's autoencoders has it."""
+
+        def attention(x, w_q, w_k, w_v):
+            q, k, v = (F.conv2d(x, w).flatten(2) for w in (w_q, w_k, w_v))
+            p = (q.mT @ k * SCALE).softmax(-1)
+            return (v @ p.mT).view(x.shape)
+
+        weights = (normal(8, 8, 1, 1, seed=n) for n in (1, 2, 3))
+        assert self.rows(attention, normal(B, 8, 6, 4), *weights) == [(1, 24)]
+
+    def test_grid(self):
+        def attention(q, k, v):
+            return plain(*(x.flatten(2, 3) for x in (q, k, v))).view(q.shape)
+
+        assert self.rows(attention, *qkv(B, H, 6, 4, D)) == [(H, 24)]
+
+    def test_neighbourhoods(self):
+        """Both axes are compared with the key's (Hassani et al. 2023, section 3.1)."""
+
+        def attention(q, k, v):
+            q, k, v = (x.flatten(2, 3) for x in (q, k, v))
+            i = torch.arange(36)
+            hidden = ((i // 6)[:, None] - i // 6).abs() > 1
+            hidden |= ((i % 6)[:, None] - i % 6).abs() > 1
+            return attend(scores_of(q, k).masked_fill(hidden, -INF), v)
+
+        assert self.rows(attention, *qkv(B, H, 6, 6, D)) == [(H, 36)]
+
+
+def queries_of(function, *args):
+    """The queries of every fused attention, as its operator is given them."""
+    found = []
+
+    def backend(gm, example_inputs, **settings):
+        rewrite_only(gm, example_inputs, **settings)
+        calls = gm.graph.find_nodes(op="call_function", target=torch.ops.fa3.attention.default)
+        found.extend(node.args[0].meta["example_value"] for node in calls)
+        return gm
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=backend)(*args)
+    return found

@@ -236,6 +236,19 @@ class TestRowSums:
             region.spec.startswith("attention(normalize=sums, score=") and region.mask == "kv <= q"
         )
 
+    SIZES = {
+        "clamped": lambda w: w / w.sum(-1, keepdim=True).abs().clamp(min=1),
+        "the larger": lambda w: w / torch.maximum(w.sum(-1, keepdim=True).abs(), torch.ones(S, 1)),
+        "square root": lambda w: w / (w.sum(-1, keepdim=True) ** 2 + 1).sqrt(),
+        "root of the square": lambda w: w / ((w.sum(-1, keepdim=True) ** 2).sqrt() + 1),
+    }
+
+    @pytest.mark.parametrize("name", SIZES)
+    def test_sizes_of_sums_of_either_sign(self, name):
+        """As mLSTM (Beck et al. 2024, equation 27) and retention are normalised."""
+        report = check(lambda q, k, v: self.SIZES[name](scores(q, k).tril()) @ v, *qkv())
+        assert len(report.fused) == 1
+
     def test_rows_of_zeros(self):
         # 0 / 0 is NaN in both.
         def attention(q, k, v):
