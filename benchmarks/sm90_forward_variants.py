@@ -39,13 +39,18 @@ OWN = (
     Timed("bias causal", f"{BIAS}, mask=(kv - q <= 0)", 128, N, 0.5, ("bias_of_heads",)),
     Timed("squares", f"score={S}, mask={SQUARES}", 128, N, 0.0),
 )
-LARGE, HELD = {"block_m": 128, "block_n": 128}, {"held_queries": True}
-MASKS = ({}, {"bits": True}, HELD, HELD | {"bits": True})
+LARGE = {"block_m": 128, "block_n": 128}
+PLAIN, LATE = {"held_queries": False, "optimistic": False}, {"optimistic": True}
+HELD = {"held_queries": True}
+WAYS = (PLAIN, PLAIN | LATE, PLAIN | HELD, PLAIN | HELD | LATE)
 # Case -> what its rows change of the table's first configuration.
 PLAN = {
-    **dict.fromkeys(("documents", "ragged", "padded causal", "dense mask", "squares"), MASKS),
-    **dict.fromkeys(("bias", "bias causal"), ({}, HELD)),
-    **dict.fromkeys(("full", "causal", "softcap", "alibi"), ({}, LARGE, LARGE | HELD)),
+    **dict.fromkeys(("documents", "ragged", "padded causal", "dense mask", "squares"), WAYS),
+    **dict.fromkeys(("bias", "bias causal"), WAYS),
+    **dict.fromkeys(
+        ("full", "causal", "softcap", "alibi", "window1024", "prefix1024"),
+        (PLAIN, PLAIN | LATE, *(LARGE | x for x in WAYS)),
+    ),
 }
 
 
@@ -89,7 +94,10 @@ def measure(name: str) -> None:
         expected = expected or found
         off = [(a.float() - b.float()).abs().max().item() for a, b in zip(found, expected)]
         c = key.config
-        said = [f"{c.block_m}x{c.block_n}", *(x for x in ("held_queries", "bits") if getattr(c, x))]
+        said = [
+            f"{c.block_m}x{c.block_n}",
+            *(x for x in ("held_queries", "optimistic") if getattr(c, x)),
+        ]
         said += [] if built.healthy else [f"spills {built.spill_bytes}"]
         calls.append(lambda bound=bound: bound(q, k, v, aux))
         rows.append((" ".join(said), f"diff {off[0]:.1e} {off[1]:.1e}"))

@@ -29,24 +29,23 @@ class Sm90Config:
     block_n        keys of a tile: a multiple of 16
     longest_first  tiles are taken from a counter, the longest first, rather than in order
     ping_pong      warpgroups take turns to issue their products
-    lazy           the row maximum is raised only where a score exceeds it by 8 in the exponent
     stages         key and value tiles in shared memory
     packed         a tile holds queries of several heads that share a KV head (PackGQA)
     split          the key blocks of a tile may be dealt to several thread blocks (split-KV)
     held_queries   products read queries from registers, not from shared memory each time
-    bits           which elements of a cut block are seen is found under the products, a bit each
+    optimistic     weights are computed against the row maximum of the blocks before, and once more
+                   where that was too low
     """
 
     block_m: int
     block_n: int
     longest_first: bool = True
     ping_pong: bool = True
-    lazy: bool = True
     stages: int = 2
     packed: bool = False
     split: bool = False
     held_queries: bool = False
-    bits: bool = False
+    optimistic: bool = False
 
     @property
     def threads(self) -> int:
@@ -96,6 +95,14 @@ def _tile(name: str) -> tuple[int, int]:
     return block_m, block_n
 
 
+# Where weights are better computed before the row maximum is known to hold: in the first tile of
+# these columns, for head dims above 96 and up to 128 (docs/kernel-notes.md).
+OPTIMISTIC = {
+    "full": {"optimistic": True},
+    "rows": {"optimistic": True},
+    "dense": {"optimistic": True, "held_queries": True},
+}
+
 # For up to 64 queries, where loads bound: as many stages as fit, up to this many.
 FEW_QUERIES = "64x128 64x64 64x32"
 LARGEST_STAGES = 4
@@ -123,7 +130,8 @@ def candidates(
     """
     if q_len <= 64:
         return tuple(_few_queries(dim_qk, dim_v, dense_tile, packs(group, q_len)))
-    row = table()[next(x for x in table() if dim_v <= x)]
+    largest = next(x for x in table() if dim_v <= x)
+    row = table()[largest]
     column = "rows" if masked else "full"
     if not plain:
         column = "masks" if asks_mask else "scores"
@@ -141,7 +149,10 @@ def candidates(
                 split=split,
             )
         )
-    return tuple(x for x in configs if x.fits(dim_qk, dim_v, dense_tile))
+    configs = [x for x in configs if x.fits(dim_qk, dim_v, dense_tile)]
+    if column in OPTIMISTIC and largest == 128 and 96 < dim_qk <= 128 and not split and configs:
+        configs = [replace(configs[0], **OPTIMISTIC[column]), *configs]
+    return tuple(configs)
 
 
 def variations(config: Sm90Config, dim_qk: int, dim_v: int, dense: bool) -> list[Sm90Config]:

@@ -10,18 +10,18 @@ namespace fa3 {
 // Packed: a tile holds some queries of each of several heads that share a KV head (FlashAttention's
 // PackGQA), so that a few queries fill it. SplitKV: the key blocks of a tile may be dealt to several
 // thread blocks, whose parts fa3/combine.cuh puts together. HeldQueries: products read queries from
-// registers, not from shared memory each time. Bits: which elements of a cut block are seen is found
-// under its products, a bit each.
+// registers, not from shared memory each time. Optimistic: weights are computed against the row
+// maximum of the blocks before, and again only where that turns out to have been too low.
 template <class DtypeT, int DimQK, int DimV, int BlockM_, int BlockN_, int Stages_,
-          bool LongestFirst_, bool PingPong_, bool Lazy_, bool Packed_, bool SplitKV_,
-          bool HeldQueries_, bool Bits_>
+          bool LongestFirst_, bool PingPong_, bool Packed_, bool SplitKV_,
+          bool HeldQueries_, bool Optimistic_>
 struct ForwardConfig {
   using Dtype = DtypeT;
   static constexpr int kDimQK = DimQK, kDimV = DimV, kBlockM = BlockM_, kBlockN = BlockN_;
   static constexpr int kStages = Stages_;
-  static constexpr bool kLongestFirst = LongestFirst_, kPingPong = PingPong_, kLazy = Lazy_;
+  static constexpr bool kLongestFirst = LongestFirst_, kPingPong = PingPong_;
   static constexpr bool kPacked = Packed_, kSplitKV = SplitKV_;
-  static constexpr bool kHeldQueries = HeldQueries_, kBits = Bits_;
+  static constexpr bool kHeldQueries = HeldQueries_, kOptimistic = Optimistic_;
   static constexpr int kWarpgroups = BlockM_ / 64;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   // Of 65,536 registers consumers take what their tiles need and the producer the rest. Three
@@ -57,6 +57,7 @@ struct ForwardParams {
   int queries, keys;
   Packing packing;
   int tile_batch, tile_head;  // 1, or 0 where the dense input broadcasts
+  int turn;  // batches that go side by side, because they share the dense input, or 0
   Aux aux;
 };
 

@@ -112,41 +112,29 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
     wgmma_commit();
   }
 
-  FA3_DEVICE void pack_weights(const Scores& s) {
-#pragma unroll
-    for (int i = 0; i < kN / 4; ++i) weights[i] = pack<Dtype>(s[2 * i], s[2 * i + 1]);
-  }
-
   // ---- blocks of a tile ----
 
-  // Scores of this block and values of the one before run while the weights are computed.
+  // Scores of this block and values of the one before run while the other warpgroups compute
+  // weights. Those of this block take the place of the weights before, whose product is waited for.
   template <bool Masked>
   FA3_DEVICE void step(const Terms& t, int block, bool last) {
     Scores s;
-    float alpha[2];
+    float base[2];
     wait_k();
     Turns::wait(warpgroup);
     issue_scores(s);
     wait_v();
     issue_values();
     Turns::pass(warpgroup);
-    typename Weigher::SeenBits bits{};
-    if constexpr (Masked && Weigher::kBits) {
-      wait_v();  // again: a basic block of their own, or ptxas mixes them with the products
-      bits = this->seen_bits(t, block);
-    }
     wgmma_wait<1>();
     wgmma_pin(s);
     release_k(last);
-    bool rescale = this->template weigh<Masked>(t, s, block, alpha, bits);
+    this->template modify<Masked>(t, s, block, base);
+    bool raise = this->must_raise(t, s, base);
     wgmma_wait<0>();
     wgmma_pin(out);
     release_v();
-    pack_weights(s);
-    if (rescale) {
-#pragma unroll
-      for (int i = 0; i < Config::kDimV / 2; ++i) out[i] *= alpha[i / 2 % 2];
-    }
+    this->template weigh<Masked>(t, s, block, base, raise, weights, out);
   }
 
   // First block of a tile. The last values of the tile `previous`, if any, are still to be added:
@@ -156,7 +144,7 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
   FA3_DEVICE void begin(const Terms& t, const TileCoord& previous, int block, bool masked,
                         bool last) {
     Scores s;
-    float alpha[2];
+    float base[2];
     if (previous.query_block >= 0) {
       wait_v();
       Turns::wait(warpgroup);
@@ -182,14 +170,9 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
     wgmma_pin(s);
     release_k(last);
     clear();
-    if (Variant::kBlockMap && !masked) {
-      this->template weigh<false>(t, s, block, alpha);
-    } else {
-      typename Weigher::SeenBits bits{};
-      if constexpr (Weigher::kBits) bits = this->seen_bits(t, block);
-      this->template weigh<true>(t, s, block, alpha, bits);
-    }
-    pack_weights(s);
+    if (Variant::kBlockMap && !masked) this->template modify<false>(t, s, block, base);
+    else this->template modify<true>(t, s, block, base);
+    this->template weigh<true>(t, s, block, base, true, weights, out);
   }
 
   // Blocks first .. last - 1 of the tile, which no row of this warpgroup sees: it only keeps pace,

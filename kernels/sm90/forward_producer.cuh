@@ -47,14 +47,35 @@ struct ForwardProducer : ForwardBlock<Config, Variant> {
                 block * kN, kv_head, tile.batch);
   }
 
+  static constexpr bool kListed = Config::kLongestFirst && Variant::kBlockMap &&
+                                  !Variant::kRowEnd && !Variant::kRowBegin;
+
   // The order counts runs of packed heads; here they become the first head of each.
   FA3_DEVICE TileCoord tile(uint32_t index) const {
+    if constexpr (Variant::kDenseTile && !Config::kSplitKV) {
+      if (p.turn > 0) return in_turn(p.order.template coord<true>(index));
+    }
+    if constexpr (kListed) {
+      // Listed masks have no trend: query blocks of a head follow each other, but in the last section,
+      // where long tiles that begin late would keep the others waiting.
+      int heads = p.order.tiles / p.order.query_blocks;
+      int last = (heads - 1) / p.order.section * p.order.section;
+      if (index < last * p.order.query_blocks) return p.order.template coord<false>(index);
+    }
     TileCoord tile = p.order.template coord<Config::kLongestFirst, Config::kSplitKV>(index);
     if constexpr (Config::kPacked) {
       int kv_head = tile.head / p.packing.chunks;
       int chunk = tile.head - kv_head * p.packing.chunks;
       tile.head = kv_head * p.group + chunk * p.packing.heads;
     }
+    return tile;
+  }
+
+  // The same tiles, the batches of a head next to each other rather than the heads of a batch.
+  FA3_DEVICE TileCoord in_turn(TileCoord tile) const {
+    int head = tile.batch * p.order.heads + tile.head;
+    tile.head = head / p.turn;
+    tile.batch = head - tile.head * p.turn;
     return tile;
   }
 

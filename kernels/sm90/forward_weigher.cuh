@@ -12,7 +12,7 @@ struct ForwardWeigher : ForwardBlock<Config, Variant> {
   using Base = ForwardBlock<Config, Variant>;
   using typename Base::Pipe, typename Base::Terms;
   using Base::kN, Base::p, Base::shared;
-  using Weights = Softmax<kN, Config::kLazy>;
+  using Weights = Softmax<kN, Variant::kWideScores>;
   using Scores = float[kN / 2];
 
   int warpgroup, lane;
@@ -78,8 +78,6 @@ struct ForwardWeigher : ForwardBlock<Config, Variant> {
                       j / 8 * Base::kDensePanelBytes + row * 128 + column * 16);
   }
 
-  static constexpr bool kBits = Config::kBits && (Variant::kMask || Variant::kColumnMask);
-
   // Whether row r sees the key kv, `column` columns from this thread's first.
   FA3_DEVICE static bool sees_element(const Terms& t, const MaskTerms& m, const auto& col, int r,
                                       int column, int kv, float extra) {
@@ -93,33 +91,11 @@ struct ForwardWeigher : ForwardBlock<Config, Variant> {
     return seen;
   }
 
-  // Which of a block's scores this thread's rows see, a bit each in their order.
-  struct SeenBits {
-    uint32_t word[ceil_div(kN / 2, 32)];
-  };
-
-  FA3_DEVICE SeenBits seen_bits(const Terms& t, int block) const {
-    SeenBits bits = {};
-    MaskTerms m = mask_terms(t, block);
-#pragma unroll
-    for (int i = 0; i < kN / 2; ++i) {
-      int r = i / 2 % 2, h = Terms::head_of(r), column = i / 4 * 8 + i % 2;
-      int kv = min(block * kN + 2 * (lane % 4) + column, p.keys - 1);
-      auto col = Variant::col(t.at[h], t.head[h], kv);
-      bool seen = sees_element(t, m, col, r, column, kv, 0.0f);
-      bits.word[i / 32] |= static_cast<uint32_t>(seen) << i % 32;
-    }
-#pragma unroll
-    for (auto& x : bits.word) asm volatile("" : "+r"(x)::"memory");
-    return bits;
-  }
-
-  // Score modifier and mask of one key block, then the softmax. Returns whether O must be scaled.
+  // Score modifier and mask of one key block. What is added to all scores of a row goes to `base`.
   template <bool Masked>
-  FA3_DEVICE bool weigh(const Terms& t, Scores& s, int block, float (&alpha)[2],
-                        const SeenBits& bits = {}) {
+  FA3_DEVICE void modify(const Terms& t, Scores& s, int block, float (&base)[2]) {
     int kv0 = block * kN + 2 * (lane % 4);  // this thread's first column
-    float base[2] = {0.0f, 0.0f};
+    base[0] = base[1] = 0.0f;
     if constexpr (Variant::kDenseTile) wait_dense();
     if constexpr (Variant::kAffine) {
       float block_start = static_cast<float>(block * kN);
@@ -127,7 +103,7 @@ struct ForwardWeigher : ForwardBlock<Config, Variant> {
       for (int r = 0; r < 2; ++r) base[r] = t.slope[r] * (block_start + t.distance[r]);
     }
     MaskTerms m;
-    if constexpr (Masked && !kBits) m = mask_terms(t, block);
+    if constexpr (Masked) m = mask_terms(t, block);
     uint32_t pairs[4];
 #pragma unroll
     for (int j = 0; j < kN / 8; ++j) {
@@ -153,10 +129,7 @@ struct ForwardWeigher : ForwardBlock<Config, Variant> {
           if constexpr (Variant::kAffine) x = fmaf(t.slope[r], static_cast<float>(column), x);
           if constexpr (Variant::kScore)
             x = Variant::score(x, t.at[h], t.head[h], t.row[r], col[h], t.q[r], kv, extra);
-          if constexpr (Masked && kBits) {
-            int i = 4 * j + 2 * r + e;
-            if (!(bits.word[i / 32] & 1u << i % 32)) x = -inf();
-          } else if constexpr (Masked) {
+          if constexpr (Masked) {
             bool seen = sees_element(t, m, col[h], r, column, kv, extra);
             if (!seen) x = -inf();
           }
@@ -164,33 +137,56 @@ struct ForwardWeigher : ForwardBlock<Config, Variant> {
       }
     }
     if constexpr (Variant::kDenseTile) release_dense();
-    constexpr bool guard = Masked || !Variant::kFiniteScores;
-    bool rescale = softmax.template update<guard, Variant::kWideScores>(s, base, t.scale, alpha);
-    if constexpr (Variant::kWeight) reweigh<Masked>(t, s, block);
-    return rescale;
   }
 
-  // The factor after the softmax, which the row sum knows nothing of.
-  template <bool Masked>
-  FA3_DEVICE void reweigh(const Terms& t, Scores& s, int block) const {
+  // Whether maxima are raised before there are weights. Random numbers are not drawn twice: what
+  // they follow is looked at.
+  static constexpr bool kOptimistic = Config::kOptimistic && !Variant::kWeight;
+  FA3_DEVICE bool must_raise(const Terms& t, const Scores& s, const float (&base)[2]) const {
+    return kOptimistic ? !softmax.ready() : softmax.exceeded(s, base, t.scale);
+  }
+
+  // The weights of modified scores, as the A operand of the values product. `out` is scaled where a
+  // row's maximum is raised for them.
+  template <bool Masked, int Columns>
+  FA3_DEVICE void weigh(const Terms& t, Scores& s, int block, const float (&base)[2], bool raise,
+                        uint32_t (&weights)[kN / 4], float (&out)[Columns]) {
+    constexpr bool guard = Masked || !Variant::kFiniteScores;
     RandomKeys keys(Variant::kUniform ? Variant::seed(t.at[0], t.head[0]) : 0);
     if constexpr (Variant::kUniform) keys.hold();
+    auto factor = [&](int j, float (&x)[4]) {
+      if constexpr (Variant::kWeight) reweigh<Masked>(t, keys, x, block * kN + 8 * j);
+    };
+#pragma unroll 1
+    for (;; raise = true) {
+      if (raise) {
+        float alpha[2];
+        softmax.template raise<guard>(s, base, t.scale, alpha);
 #pragma unroll
-    for (int j = 0; j < kN / 8; ++j) {
-      int kv0 = block * kN + 8 * j;
-      Uniform random[2][2] = {};
-      if constexpr (Variant::kUniform) uniforms(t, keys, kv0, random);
+        for (int i = 0; i < Columns; ++i) out[i] *= alpha[i / 2 % 2];
+      }
+      using Dtype = typename Config::Dtype;
+      bool last = raise || !kOptimistic;
+      if (softmax.template weigh<guard, Dtype>(s, base, t.scale, last, weights, factor)) break;
+    }
+  }
+
+  // The factors after the softmax, which the row sum knows nothing of, of this thread's weights in
+  // the eight columns from kv0 on.
+  template <bool Masked>
+  FA3_DEVICE void reweigh(const Terms& t, const RandomKeys& keys, float (&x)[4], int kv0) const {
+    Uniform random[2][2] = {};
+    if constexpr (Variant::kUniform) uniforms(t, keys, kv0, random);
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        int kv = kv0 + 2 * (lane % 4) + e;
-        if constexpr (Masked) kv = min(kv, p.keys - 1);
+    for (int e = 0; e < 2; ++e) {
+      int kv = kv0 + 2 * (lane % 4) + e;
+      if constexpr (Masked) kv = min(kv, p.keys - 1);
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          int h = Terms::head_of(r);
-          auto col = Variant::col(t.at[h], t.head[h], kv);
-          s[4 * j + 2 * r + e] *= Variant::weight(t.at[h], t.head[h], t.row[r], col, t.q[r], kv,
-                                                  random[r][e]);
-        }
+      for (int r = 0; r < 2; ++r) {
+        int h = Terms::head_of(r);
+        auto col = Variant::col(t.at[h], t.head[h], kv);
+        x[2 * r + e] *=
+            Variant::weight(t.at[h], t.head[h], t.row[r], col, t.q[r], kv, random[r][e]);
       }
     }
   }

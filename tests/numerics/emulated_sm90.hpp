@@ -109,6 +109,7 @@ inline unsigned __ballot_sync(unsigned, bool x) {
   });
 }
 inline bool __any_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) != 0; }
+inline bool __all_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) == ~0u; }
 inline int reduced(int x, bool least) {
   return static_cast<int>(emulated::exchange(static_cast<unsigned>(x), [&](auto& s) {
     int y = static_cast<int>(s[0]);

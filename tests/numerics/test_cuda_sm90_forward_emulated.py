@@ -6,15 +6,18 @@ from __future__ import annotations
 import ctypes
 import re
 from dataclasses import replace
+from math import inf, nan
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from fa3_compile import resources
 from fa3_compile.lower.build_nvrtc import Built
 from fa3_compile.lower.choose import Problem
+from fa3_compile.lower.config_sm90 import Sm90Config
 from fa3_compile.lower.kernels import cuda_sm90, cuda_sm90_forward_parameters, cuda_sm90_lists
 from fa3_compile.lower.kernels.cuda_sm90_keys import keys_of, layout_of
 from fa3_compile.lower.kernels.cuda_sm90_lists import kept_lists
@@ -56,13 +59,27 @@ def compiled(key: CudaKey, to: Path) -> Path:
 
 
 # (form, head dims, lengths, query heads of a KV head, tile)
+LATE = {"optimistic": True}
 CASES = [
-    ("causal", (64, 64), (300, 300), 1, {"block_m": 192, "block_n": 16}),
-    ("window, nan", (32, 32), (420, 210), 1, {"block_m": 192, "block_n": 16}),
+    ("causal", (64, 64), (300, 300), 1, {"block_m": 192, "block_n": 16} | LATE),
+    ("window, nan", (32, 32), (420, 210), 1, {"block_m": 192, "block_n": 16} | LATE),
     ("documents", (64, 64), (300, 300), 2, {}),
     ("dense bias with -inf", (64, 64), (150, 136), 1, {}),
-    ("documents", (128, 128), (200, 200), 2, {"held_queries": True, "bits": True}),
+    ("dense bias, one batch", (32, 32), (200, 72), 2, {"longest_first": False}),
+    ("documents", (128, 128), (200, 200), 2, {"held_queries": True} | LATE),
+    ("alibi both sides", (32, 32), (130, 200), 2, {"block_n": 16} | LATE),
+    ("sink", (32, 32), (70, 70), 1, {"block_n": 16} | LATE),
+    ("dropout, causal", (32, 32), (70, 70), 1, {"block_n": 16} | LATE),
 ]
+
+
+def ran(problem, key, inputs, sizes, to, monkeypatch) -> tuple[Tensor, Tensor]:
+    """What the kernel of a key makes of (q, k, v, aux)."""
+    built = Built(bytes(compiled(key, to / "kernels.so")) + b"\0", "", 168, 0, False)
+    monkeypatch.setattr(cuda_sm90, "load_first", lambda keys: (keys[0], built))
+    monkeypatch.setattr(cuda_sm90_forward_parameters, "processors", lambda device: 2)
+    there = on_device(inputs)
+    return on_host(cuda_sm90.bind(problem, *there, sizes, key)(*there))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda x: x[0])
@@ -75,14 +92,54 @@ def test_attention(case, tmp_path, monkeypatch, launches) -> None:
     problem = Problem(spec, q.dtype, torch.device("cuda:0"), (9, 0), *vars(shape).values(),
                       aux_dtypes=tuple(x.dtype for x in aux))  # fmt: skip
     key = keys_of(problem, layout_of(spec, aux))[0]
-    key = replace(key, config=replace(key.config, split=False, longest_first=True, **tile))
-    built = Built(bytes(compiled(key, tmp_path / "kernels.so")) + b"\0", "", 168, 0, False)
-    monkeypatch.setattr(cuda_sm90, "load_first", lambda keys: (keys[0], built))
-    monkeypatch.setattr(cuda_sm90_forward_parameters, "processors", lambda device: 2)
-    q_there, k_there, v_there, aux_there = on_device((q, k, v, aux))
-    bound = cuda_sm90.bind(problem, q_there, k_there, v_there, aux_there, form.sizes, key)
-    out, lse = on_host(bound(q_there, k_there, v_there, aux_there))
+    key = replace(key, config=replace(key.config, **{"split": False, "longest_first": True} | tile))
+    out, lse = ran(problem, key, (q, k, v, aux), form.sizes, tmp_path, monkeypatch)
     assert compare(form, out, lse, q, k, v, aux) is None
+
+
+# What a bias adds in a row, from the keys that are worked last to those that are first.
+HARD_ROWS = {
+    "steeper than a maximum lasts": lambda n: torch.linspace(900, 0, n),
+    "one large one, worked last": lambda n: torch.eye(n)[0] * 30000,
+    "a maximum nothing comes near again": lambda n: torch.eye(n)[-1] * 30000,
+    "nothing seen at first": lambda n: torch.full((n,), -inf).where(torch.arange(n) > n // 4, 0.0),
+    "nothing seen": lambda n: torch.full((n,), -inf),
+    "far below 0": lambda n: torch.full((n,), -10000.0),
+    "the least number": lambda n: torch.full((n,), -65504.0),
+    "infinity": lambda n: torch.where(torch.arange(n) == n // 2, inf, 0.0),
+    "NaN": lambda n: torch.where(torch.arange(n) == n // 2, nan, 0.0),
+    "just within what is taken": lambda n: torch.where(torch.arange(n) < n // 2, 4.5, 0.0),
+}
+
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+@pytest.mark.parametrize(("optimistic", "dtype"), [(False, BF16), (True, BF16), (True, FP16)])
+def test_maxima_that_come_late(optimistic, dtype, tmp_path, monkeypatch, launches) -> None:
+    """Softmax as in float64 whatever a row's scores are, those of its other rows beside it."""
+    kv_len, dim = 192, 32
+    spec = AttentionSpec.parse("attention(score=0.2*s + load(0, 0, 0, q, kv), aux=[float])")
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.stack([f(kv_len) for f in HARD_ROWS.values()]).repeat(8, 1)
+    q, k, v = (
+        torch.randn(1, 1, n, dim, generator=generator).to(dtype)
+        for n in (len(rows), kv_len, kv_len)
+    )
+    bias = rows[None, None].to(dtype)
+    problem = Problem(spec, dtype, torch.device("cuda:0"), (9, 0), 1, 1, 1, len(rows), kv_len, dim,
+                      dim, aux_dtypes=(dtype,))  # fmt: skip
+    key = keys_of(problem, layout_of(spec, [bias]))[0]
+    config = Sm90Config(128, 64, longest_first=False, optimistic=optimistic)
+    key = replace(key, config=config)
+    out, lse = ran(problem, key, (q, k, v, [bias]), (), tmp_path, monkeypatch)
+    scores = 0.2 * q.double() @ k.double().mT + bias.double()
+    expected = torch.softmax(scores, -1) @ v.double()
+    torch.testing.assert_close(out.double(), expected, rtol=0.02, atol=0.02, equal_nan=True)
+    finite = expected.isfinite().all(-1)
+    torch.testing.assert_close(
+        lse[finite].double(), scores.logsumexp(-1)[finite], rtol=1e-4, atol=1e-3
+    )
 
 
 def lister(key: CudaKey, to: Path) -> Path:

@@ -44,7 +44,7 @@ class Shipped:
 
     def __str__(self) -> str:
         c = self.config
-        kind = "-packed" * c.packed + "-split" * c.split
+        kind = "-packed" * c.packed + "-split" * c.split + "-optimistic" * c.optimistic
         return f"{self.column}-{self.dim}-{c.block_m}x{c.block_n}{kind}-{self.dtype}"
 
 

@@ -127,8 +127,8 @@ class ForwardParameters(Parameters):
             places += [(len(content) + 8, "scratch", self.part_states)]
         content += struct.pack("QQq", 0, 0, self.rows)
         content += struct.pack(
-            "iiiiiiiii4x", self.heads, self.group, self.queries, self.keys, self.packing.heads,
-            self.packing.rows, self.packing.chunks, *broadcast,
+            "iiiiiiiiii", self.heads, self.group, self.queries, self.keys, self.packing.heads,
+            self.packing.rows, self.packing.chunks, *broadcast, self._turn(),
         )  # fmt: skip
         content, places = self.with_captured(content, places)
         content += bytes(-len(content) % 64)
@@ -141,7 +141,15 @@ class ForwardParameters(Parameters):
         """Heads whose keys and values may be in L2 together."""
         bytes_ = 2 * self.keys * (self.k.shape[3] + self.v.shape[3])
         section = max(1, SECTION_BYTES // max(bytes_, 1)) * self.group
-        return min(section, self.batch * self.heads)
+        most = self.batch * self.heads
+        if not self.key.config.longest_first:
+            most = self._turn() or most  # and then the next query block of the same head
+        return min(section, most)
+
+    def _turn(self) -> int:
+        """How many batches read the same dense tensor and go side by side; 0 for none."""
+        own = self.key.tile is None or self._tile()[1][0]
+        return 0 if own or self.batch == 1 or self.splits > 1 else self.batch
 
     def _map(self, x: Tensor, rows: int, heads: int = 1) -> bytes:
         return tensor_map(x, x.shape, x.stride(), (heads, rows, panel_columns(x.shape[3])))

@@ -15,63 +15,95 @@ FA3_DEVICE float quad_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// `Lazy` keeps an old maximum until a row exceeds it by 8 in the exponent, so that rescaling is
-// rare (FlashAttention-4); weights stay below 2^8, and sums and products are fp32.
-template <int N, bool Lazy>
+// A row's maximum may be older than its scores: weights up to kLargestSum are as exact as those
+// below 1 in either 16-bit type, and sums and products are fp32. It is raised, and what is summed up
+// so far scaled, only where a score exceeds it by kSlack in the exponent (as in FlashAttention-4), or
+// where the weights themselves turn out too large, which saves looking for the largest score.
+// `Wide`: scores may be near float32's limits, where a score times `scale` is not a number to work
+// with; maxima that are not near 0 are then subtracted first.
+template <int N, bool Wide>
 struct Softmax {
   static constexpr float kSlack = 8.0f;
+  static constexpr float kLargestSum = 4096.0f;  // of a thread's weights in a row of a block
   float max[2] = {-inf(), -inf()};
   float sum[2] = {0.0f, 0.0f};  // this thread's columns only, until finish()
 
-  // Turns scores into weights. base[r] + s is the score of an element of row r. Returns whether
-  // the accumulated output must be multiplied by `alpha`; uniform over the warp.
-  // `Wide`: scores may be near float32's limits, where a score times `scale` is not a number to
-  // work with; the maximum is then subtracted first, which costs an instruction an element.
-  template <bool Guard, bool Wide>
-  FA3_DEVICE bool update(float (&s)[N / 2], const float (&base)[2], const float (&scale)[2],
-                         float (&alpha)[2]) {
-    float top[2];
+  // Whether weights can be measured against the maxima of all of the warp's rows.
+  FA3_DEVICE bool ready() const { return __all_sync(~0u, near(max[0]) && near(max[1])); }
+
+  // Whether these scores of a row exceed its maximum so far that their weights would be large;
+  // base[r] + s is the score of an element of row r.
+  FA3_DEVICE bool exceeded(const float (&s)[N / 2], const float (&base)[2],
+                           const float (&scale)[2]) const {
+    bool above = false;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float even = s[2 * r], odd = s[2 * r + 1];
-#pragma unroll
-      for (int j = 1; j < N / 8; ++j) {
-        even = fmaxf(even, s[4 * j + 2 * r]);
-        odd = fmaxf(odd, s[4 * j + 2 * r + 1]);
-      }
-      top[r] = fmaxf(even, odd) + base[r];
-    }
-    bool rescale = true;
-    if constexpr (Lazy) {
-      bool above =
-          (top[0] - max[0]) * scale[0] > kSlack || (top[1] - max[1]) * scale[1] > kSlack;
-      rescale = __any_sync(~0u, above);
-    }
-    if (rescale) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float raised = fmaxf(max[r], quad_max(top[r]));
-        alpha[r] = exp2_approx((max[r] - finite<Guard>(raised)) * scale[r]);
-        max[r] = raised;
-        sum[r] *= alpha[r];
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float offset = (base[r] - finite<Guard>(max[r])) * scale[r];
-#pragma unroll
-      for (int j = 0; j < N / 8; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& x = s[4 * j + 2 * r + e];
-          if constexpr (Wide) x = exp2_approx((x - finite<Guard>(max[r])) * scale[r]);
-          else x = exp2_approx(fmaf(x, scale[r], offset));
-          sum[r] += x;
-        }
-      }
-    }
-    return rescale;
+    for (int r = 0; r < 2; ++r) above = above || (top(s, base, r) - max[r]) * scale[r] > kSlack;
+    return __any_sync(~0u, above) || (Wide && !ready());
   }
+
+  // Raises the maxima to those of these scores. Sums are scaled by `alpha`, and so must O be.
+  template <bool Guard>
+  FA3_DEVICE void raise(float (&s)[N / 2], const float (&base)[2], const float (&scale)[2],
+                        float (&alpha)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float raised = fmaxf(max[r], quad_max(top(s, base, r)));
+      alpha[r] = exp2_approx((max[r] - finite<Guard>(raised)) * scale[r]);
+      max[r] = raised;
+      sum[r] *= alpha[r];
+      if constexpr (Wide) {
+        float far = near(raised) ? 0.0f : finite<Guard>(raised);
+#pragma unroll
+        for (int i = 0; i < N / 4; ++i) s[i / 2 * 4 + 2 * r + i % 2] -= far;
+      }
+    }
+  }
+
+  // The weights of these scores as the A operand of a product; factor(j, x) may change those of
+  // eight columns after they are summed up. False: they are too large, and maxima must be raised for
+  // them. Of `last` weights that is not asked.
+  template <bool Guard, class Dtype>
+  FA3_DEVICE bool weigh(const float (&s)[N / 2], const float (&base)[2], const float (&scale)[2],
+                        bool last, uint32_t (&weights)[N / 4], const auto& factor) {
+    float offset[2], part[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      offset[r] = (base[r] - finite<Guard>(max[r])) * scale[r];
+      if constexpr (Wide) offset[r] = near(max[r]) ? offset[r] : 0.0f;  // raise() subtracted it
+    }
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+      float x[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        x[i] = exp2_approx(fmaf(s[4 * j + i], scale[i / 2], offset[i / 2]));
+        part[i / 2] += x[i];
+      }
+      factor(j, x);
+      weights[2 * j] = pack<Dtype>(x[0], x[1]);
+      weights[2 * j + 1] = pack<Dtype>(x[2], x[3]);
+    }
+    bool above = part[0] > kLargestSum || part[1] > kLargestSum;
+    if (!last && __any_sync(~0u, above)) return false;
+    sum[0] += part[0];
+    sum[1] += part[1];
+    return true;
+  }
+
+ private:
+  // The largest of this thread's scores of row r.
+  FA3_DEVICE static float top(const float (&s)[N / 2], const float (&base)[2], int r) {
+    float even = s[2 * r], odd = s[2 * r + 1];
+#pragma unroll
+    for (int j = 1; j < N / 8; ++j) {
+      even = fmaxf(even, s[4 * j + 2 * r]);
+      odd = fmaxf(odd, s[4 * j + 2 * r + 1]);
+    }
+    return fmaxf(even, odd) + base[r];
+  }
+
+  // Wide: near enough to 0 that max * scale, rounded, is still the same to a weight.
+  FA3_DEVICE static bool near(float max) { return fabsf(max) < (Wide ? 4096.0f : inf()); }
 
   // A row that saw no key yet has -inf as its maximum; 0 in its place makes its weights 0.
   template <bool Guard>
