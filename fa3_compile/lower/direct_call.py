@@ -6,6 +6,7 @@ A module of its own because importing it imports Inductor.
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,7 +22,9 @@ ATTENTION = torch.ops.fa3.attention.default
 IMPORT = "from fa3_compile.runtime import launch as fa3_launch"
 # Of each wrapper that is being written: what makes an object -> its name in the module.
 _names: weakref.WeakKeyDictionary[Any, dict[tuple, str]] = weakref.WeakKeyDictionary()
-# The same of the variables for lists of blocks that calls share.
+# Of each graph how many calls may share lists.
+_alike: weakref.WeakKeyDictionary[Any, Counter[tuple | None]] = weakref.WeakKeyDictionary()
+# The same as _names of the variables for lists of blocks that calls share.
 _lists: weakref.WeakKeyDictionary[Any, dict[tuple, str]] = weakref.WeakKeyDictionary()
 
 
@@ -49,10 +52,11 @@ class DirectCall(ir.FallbackKernel):
     def _shared_lists(self, wrapper) -> str:
         """The variable in which calls with the same captured tensors leave their lists of blocks;
         "" for a call that is alone with them."""
-        if (called := self._called()) is None:
-            return ""
-        calls = (x for x in V.graph.operations if isinstance(x, DirectCall))
-        if sum(x._called() == called for x in calls) < 2:
+        if V.graph not in _alike:
+            calls = (x for x in V.graph.operations if isinstance(x, DirectCall))
+            _alike[V.graph] = Counter(x._called() for x in calls)
+        called = self._called()
+        if called is None or _alike[V.graph][called] < 2:
             return ""
         # Bodies of a conditional are graphs of their own.
         known = _lists.setdefault(wrapper, {})

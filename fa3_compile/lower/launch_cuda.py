@@ -22,6 +22,8 @@ from fa3_compile.runtime.launch import make_room
 MAP_BYTES = 128
 LARGEST = 1024  # tensor maps that are kept
 COUNTERS = 256  # of a module: templates/cuda/attention_fwd.cu.jinja
+# What CUDA calls the default stream of the calling thread: a stream for each thread.
+PER_THREAD = 2
 
 
 @functools.cache
@@ -61,7 +63,7 @@ class Counters(dict[int, int]):
         with self._lock:  # two streams that two threads meet at once have a counter each
             if stream in self:
                 return self[stream]
-            if len(self) >= COUNTERS:
+            if len(self) >= COUNTERS or stream == PER_THREAD:
                 raise KeyError(stream)
             return self.setdefault(stream, self._address + 4 * len(self))
 

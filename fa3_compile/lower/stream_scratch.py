@@ -10,14 +10,12 @@ from __future__ import annotations
 import functools
 import threading
 
-from fa3_compile.lower.launch_cuda import driver, ensure_context
+from fa3_compile.lower.launch_cuda import PER_THREAD, driver, ensure_context
 
 # Shapes with more take so long on the device that the time of an allocation is hidden.
 BYTES = 2**20
 # Streams of a device that have memory of their own; PyTorch deals out 65.
 STREAMS = 128
-# What CUDA calls the default stream of the calling thread: a stream for each thread.
-PER_THREAD = 2
 
 
 class StreamScratch(dict[int, list[int]]):
