@@ -13,9 +13,9 @@ from fa3_compile.errors import Decline
 from fa3_compile.frontend.joined import check_factor
 from fa3_compile.frontend.lift import Index, Lifter
 from fa3_compile.frontend.mutations import overwrite
-from fa3_compile.frontend.operands import origins, view_of
+from fa3_compile.frontend.operands import Place, origins, view_of
 from fa3_compile.frontend.placeholders import D
-from fa3_compile.frontend.product import Dot
+from fa3_compile.frontend.product import PRODUCTS, Dot
 from fa3_compile.frontend.region import Operand, Pair
 from fa3_compile.frontend.scores import Scores
 from fa3_compile.frontend.trace import Shadow
@@ -137,6 +137,7 @@ class OperandFinder:
     def _operand(self, search: _Search, node: fx.Node, index: Index) -> Operand:
         best = deeper = None
         best_lost = mapped = False
+        place, holders = Place(node, index), []
         for place in origins(
             node,
             index,
@@ -176,6 +177,13 @@ class OperandFinder:
                 self.holder(node),
                 "Project queries, keys and values before the transform, or in one product.",
                 message="an operand is computed under torch.vmap, and held by no tensor outside",
+            )
+        if best is None and place.node.target in PRODUCTS and not holders:
+            raise Decline(
+                "operand-unclear",
+                self.holder(node),
+                "Compute it in a call of its own: an einsum of two tensors before that of scores.",
+                message="an operand is itself a product, made by the call that makes the scores",
             )
         if best is None:
             raise Decline(

@@ -146,6 +146,15 @@ class TestBetween:
 
         assert_expected_inline(declined(attention), """detect: row-statistic""")
 
+    def test_a_projection_within_the_scores_call(self):
+        """A bilinear form as one einsum: the projected queries are no tensor of the program."""
+
+        def attention(q, k, v, w):
+            return torch.einsum("bhid,de,bhje->bhij", q, w, k).softmax(-1) @ v
+
+        report = check(attention, *qkv(), normal(D, D))
+        assert [x.hint[:30] for x in report.regions] == ["Compute it in a call of its ow"]
+
     def test_blocks_of_keys(self):
         """An online softmax in two blocks: what a kernel does, and none of one softmax."""
 
