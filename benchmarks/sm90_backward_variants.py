@@ -36,6 +36,8 @@ from fa3_compile.lower.render_cuda_backward import CudaBackwardKey
 
 # What a row of the table is about: forms of which several candidates are worth their time.
 TIMED = ("documents", "dense mask", "dropout", "bias", "softcap", "alibi")
+# And of which only who rounds dQ is.
+ROUNDED = ("full", "causal", "window1024", "prefix1024")
 CHECKED = (
     "documents", "documents, full", "dense mask", "dropout, causal", "dense bias",
     "dense bias, one batch", "dense bias with -inf", "alibi, softcap", "softcap",
@@ -45,7 +47,7 @@ SHORTEST = 20.0  # seconds that a row may take: none is begun with less left
 
 def name_of(key: CudaBackwardKey) -> str:
     c = key.config
-    flags = ("early_values", "late_dq", "bits", "in_turn")
+    flags = ("early_values", "late_dq", "bits", "in_turn", "finishes")
     said = [x.split("_")[0] if x != "in_turn" else "turns" for x in flags if getattr(c, x)]
     if key.tile is not None:
         said.append("tile")
@@ -56,14 +58,18 @@ def rows() -> list[Timed]:
     """The cases of a table, as `timed` has them at D128, and those at D64."""
     found = [x for x in timed() if x.name in TIMED]
     few = [replace(x, dim=64) for x in found if x.name in ("documents", "dense mask", "dropout")]
-    return found + few
+    return found + few + [x for x in timed() if x.name in ROUNDED]
 
 
-def variants(problem: Problem, aux) -> list[CudaBackwardKey]:
-    """What runs, then every other candidate that builds, by those that spill least."""
+def variants(problem: Problem, aux, tiles: bool = True) -> list[CudaBackwardKey]:
+    """What runs, then every other candidate that builds, by those that spill least; without
+    `tiles` only the one that has dQ rounded elsewhere."""
     keys = keys_of(problem, layout_of(problem.spec, aux))
     first, _ = load_best(keys)
-    others = [x for x in keys if x != first and x.tile == first.tile]
+    others = [x for x in keys if x != first and x.tile == first.tile] if tiles else []
+    if first.tile is None:
+        finishes = not first.config.finishes
+        others.append(replace(first, config=replace(first.config, finishes=finishes)))
     cubins = {load(first).cubin}
     found = [first]
     for key in others:
@@ -88,7 +94,8 @@ def _built(what: Timed | Check) -> Found:
         problem = backward_problem(spec, q, k, v, aux)
     if torch.cuda.is_available():
         CudaSm90().prepare(problem)
-    return [(x, load(x)) for x in variants(problem, aux)]
+    tiles = isinstance(what, Check) or what.name in TIMED
+    return [(x, load(x)) for x in variants(problem, aux, tiles)]
 
 
 def built(wanted: list[Any]) -> list[Found]:

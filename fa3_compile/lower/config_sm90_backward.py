@@ -26,7 +26,6 @@ class Sm90BackwardConfig:
     in_turn        a block works the batches that share a dense input one after the other: the first
                    stores its gradient, to which the others add
     finishes       dQ is rounded to 16 bits by the main kernel's idle warps, not after it
-    dense_ahead    steps before its load that a dense input's tile is fetched to L2; 0: it is not
     """
 
     block_m: int
@@ -39,7 +38,6 @@ class Sm90BackwardConfig:
     bits: bool = False
     in_turn: bool = False
     finishes: bool = False
-    dense_ahead: int = 0
 
     @property
     def warpgroups(self) -> int:
@@ -65,6 +63,14 @@ class Sm90BackwardConfig:
     def sum_floats(self, dim_qk: int) -> int:
         """fp32 sums of a query block's dQ."""
         return 64 * sum(self.sum_columns(dim_qk))
+
+    def may_finish(self, dim_qk: int) -> bool:
+        """Whether the main kernel can round dQ: of the columns that it multiplies all are Q's, and
+        warps take 16 at a time."""
+        columns = self.sum_columns(dim_qk)
+        return sum(columns[: None if self.splits_columns or self.wide else 1]) == dim_qk and all(
+            x % 16 == 0 for x in columns
+        )
 
     def tile_dim(self, dim_qk: int) -> int:
         """The width of Q and K in shared memory."""

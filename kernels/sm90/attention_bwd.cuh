@@ -17,14 +17,13 @@ namespace fa3 {
 // computes dQ a step later, so that no warpgroup waits for the other's dS. Bits finds what is asked of
 // elements under the scores. InTurn: see Block::kInTurn.
 template <class DtypeT, int DimQK, int DimV, int BlockM_, int BlockN_, bool LongestFirst_,
-          bool Grouped_, bool EarlyValues_, bool LateDq_, bool Bits_, bool InTurn_, bool Finishes_, int DenseAhead_>
+          bool Grouped_, bool EarlyValues_, bool LateDq_, bool Bits_, bool InTurn_, bool Finishes_>
 struct BackwardConfig {
   using Dtype = DtypeT;
   static constexpr int kDimQK = DimQK, kDimV = DimV, kBlockM = BlockM_, kBlockN = BlockN_;
   static constexpr bool kLongestFirst = LongestFirst_, kGrouped = Grouped_;
   static constexpr bool kEarlyValues = EarlyValues_, kLateDq = LateDq_, kBits = Bits_;
   static constexpr bool kInTurn = InTurn_, kFinishes = Finishes_;
-  static constexpr int kDenseAhead = DenseAhead_;
   static constexpr int kWarpgroups = BlockN_ / 64;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 24;

@@ -10,13 +10,12 @@
 namespace fa3 {
 
 template <class DtypeT, int DimQK, int DimV, bool LongestFirst_, bool Grouped_, bool Bits_,
-          bool InTurn_, bool Finishes_, int DenseAhead_>
+          bool InTurn_, bool Finishes_>
 struct WideBackwardConfig {
   using Dtype = DtypeT;
   static constexpr int kDimQK = DimQK, kDimV = DimV, kBlockM = 64, kBlockN = 64;
   static constexpr bool kLongestFirst = LongestFirst_, kGrouped = Grouped_, kBits = Bits_;
   static constexpr bool kInTurn = InTurn_, kFinishes = Finishes_;
-  static constexpr int kDenseAhead = DenseAhead_;
   static constexpr int kWarpgroups = 2;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;

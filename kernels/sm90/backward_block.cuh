@@ -19,10 +19,10 @@ struct BackwardParams {
   const float* rows;
   char *dk, *dv;
   RowStrides dk_at, dv_at;
-  char* dq;
+  char* dq;  // this, and what follows to `slots`, only where Config::kFinishes
   int* progress;
   RowStrides dq_at;
-  int slots;    // KV heads that dq_sums has room for: those of others follow in their place
+  int slots;  // KV heads that dq_sums has room for: others follow in their place
   int batches;
   // Its query blocks are KV blocks here, its heads KV heads; where Config::kInTurn, its splits are
   // the batches that each tile is worked for.
@@ -96,15 +96,15 @@ struct BackwardBlock {
   };
   static constexpr int kAtTiles = round_up(kAtBarriers + 8 * kBarriers, 16);
   static constexpr int kSharedLimit = 232448;
-  // Of dQ's pieces, one for each of the warps that have nothing to do, where there is room.
+  // For pieces of dQ, of each of the warps that round them.
   using Pieces = QueryGradientShape<Config>;
   static constexpr int kAtPieces = round_up(kAtTiles + 32, 128);
   static constexpr int kRoom = (kSharedLimit - 1024 - kAtPieces) / Pieces::kBytes;
-  static constexpr int kRounders = !Config::kFinishes || kRoom <= 0 ? 0 : kRoom == 1 ? 1 : 2;
-  static_assert(kRounders > 0 || !Config::kFinishes || Variant::kDenseTile,
-                "a head's sums are used again once another's are rounded");
+  static constexpr int kRounders = Config::kFinishes ? (kRoom > 1 ? 2 : 1) : 0;
+  static_assert(!Config::kFinishes || (kRoom > 0 && !Variant::kDenseTile),
+                "dQ is rounded by a kernel of its own");
   static constexpr int kSharedBytes =  // and room to align the base
-      (kRounders > 0 ? kAtPieces + kRounders * Pieces::kBytes : kAtTiles + 32) + 1024;
+      (Config::kFinishes ? kAtPieces + kRounders * Pieces::kBytes : kAtTiles + 32) + 1024;
   static_assert(kSharedBytes <= kSharedLimit, "the tile needs more shared memory than there is");
 
   const Params& p;
@@ -122,23 +122,12 @@ struct BackwardBlock {
     return (batch * (p.order.heads * p.group) + head) * p.query_blocks + block;
   }
 
-  // Batches that share a dense input take turns, so that it is read once.
-  FA3_DEVICE bool heads_first() const {
-    return kInTurn || (Variant::kDenseTile && p.tile_batch == 0);
-  }
-
   // KV heads of all batches in the order of tiles.
   FA3_DEVICE int position(const TileCoord& tile) const {
-    return heads_first() ? tile.head * p.batches + tile.batch
-                         : tile.batch * p.order.heads + tile.head;
-  }
-  FA3_DEVICE TileCoord head_at(int position) const {
-    int inner = heads_first() ? p.batches : p.order.heads;
-    int outer = position / inner, rest = position - outer * inner;
-    return {0, heads_first() ? outer : rest, heads_first() ? rest : outer, 0};
+    return tile.batch * p.order.heads + tile.head;
   }
 
-  // Of the first query block of a KV head.
+  // The sums of dQ of a KV head's first query block.
   FA3_DEVICE int first_sums(int position) const {
     return static_cast<uint32_t>(position) % static_cast<uint32_t>(p.slots) *
            (p.group * p.query_blocks);
@@ -148,7 +137,8 @@ struct BackwardBlock {
     else return block_index(0, tile.head * p.group, tile.batch);
   }
 
-  // How often KV heads have been signalled: by tiles that are worked, and by pieces of dQ.
+  // Where Config::kFinishes: pieces that are taken, and of each head how many tiles have been worked
+  // and how many pieces rounded. The tiles that are taken come first.
   FA3_DEVICE int* pieces_taken() const { return p.progress + kCounterInts; }
   FA3_DEVICE int* finished(int position) const {
     return p.progress + (2 + 2 * position) * kCounterInts;
@@ -212,20 +202,10 @@ struct BackwardBlock {
               kRowBytes, full);
   }
 
-  // The first of the tiles that a block works; thread 0.
+  // The tiles of this block, and where there is a counter its first one; thread 0.
   FA3_DEVICE auto tiles_of_block() const {
     if constexpr (Config::kFinishes) return TakenTiles{atomicAdd(p.order.next, 1)};
     else return TileQueue<Config::kLongestFirst>{};
-  }
-
-  // The dense input comes from memory, all else from L2: it is fetched there so many steps before it is
-  // loaded.
-  static constexpr int kDenseAhead = Variant::kDenseTile ? Config::kDenseAhead : 0;
-  FA3_DEVICE void prefetch_dense(int block, int head, int batch, int kv_block) const {
-#pragma unroll
-    for (int i = 0; i < kN / 64; ++i)
-      tma_prefetch(p.tile, kv_block * kN + i * 64, block * kM, head * p.tile_head,
-                   batch * p.tile_batch);
   }
 
   FA3_DEVICE void produce(auto queue) const {
@@ -242,7 +222,8 @@ struct BackwardBlock {
         if (Config::kLongestFirst)
           tile.query_block = p.order.query_blocks - 1 - tile.query_block;
       }
-      if (more && !kInTurn && heads_first()) {
+      // Batches that share a dense input take turns, so that it is read once.
+      if (Variant::kDenseTile && !kInTurn && more && p.tile_batch == 0) {
         int flat = tile.batch * p.order.heads + tile.head;
         tile.head = flat / p.batches;
         tile.batch = flat % p.batches;
@@ -255,8 +236,7 @@ struct BackwardBlock {
       if (!Config::kFinishes && seq.count == 0) continue;
       if constexpr (Config::kFinishes) {
         int before = position(tile) - p.slots;  // whose sums lie where those of this head will
-        if (before >= 0)
-          await(rounded(before), Pieces::kPieces * p.group * p.query_blocks);
+        if (before >= 0) await(rounded(before), Pieces::kPieces * p.group * p.query_blocks);
       }
       mbarrier_wait(barrier(kKVEmpty), kv.parity() ^ 1);
       uint32_t full = barrier(kKVFull);
@@ -271,12 +251,8 @@ struct BackwardBlock {
       VTile::load(shared + kAtV, p.v, full, kEvictFirst, tile.query_block * kN, tile.head,
                   tile.batch);
       for (int head = tile.head * p.group; head < (tile.head + 1) * p.group; ++head) {
-        for (int i = 0; i < min(kDenseAhead, seq.count); ++i)
-          prefetch_dense(seq.block(i), head, tile.batch, tile.query_block);
 #pragma unroll 1
         for (int i = 0; i < seq.count; ++i) {
-          if (kDenseAhead > 0 && i + kDenseAhead < seq.count)
-            prefetch_dense(seq.block(i + kDenseAhead), head, tile.batch, tile.query_block);
           load(at, seq.block(i), head, tile.batch, tile.query_block);
           at.advance();
         }
@@ -311,7 +287,7 @@ struct BackwardBlock {
   struct Consumer {
     int warpgroup, lane;
     Pipe at;  // dS^T is passed as often, and so are weights
-    PipelineState<1> kv;  // as many tiles
+    PipelineState<1> kv;
   };
 
   struct TileTerms {

@@ -24,6 +24,7 @@ struct QueryGradientPieces {
   using Dtype = typename Config::Dtype;
   using Shape = QueryGradientShape<Config>;
   static constexpr int kBands = Shape::kBands;
+  static constexpr int kEnd = Config::sum_column(Config::kWarpgroups - 1) + Config::kLastColumns;
 
   const Block& block;
   const typename Block::Params& p;
@@ -124,12 +125,7 @@ struct QueryGradientPieces {
   template <int Columns, int AtOnce, class Load>
   FA3_DEVICE void store(Piece x, Load load) const {
     constexpr int groups = Columns / 8;
-    // Of the columns that were multiplied some may be none of Q's.
-    constexpr int end = Config::sum_column(Config::kWarpgroups - 1) + Config::kLastColumns;
-    constexpr bool whole = groups % 2 == 0 && end == Config::kDimQK;
-    int columns = Columns;
-    if constexpr (!whole)
-      columns = min(Config::kDimQK - Config::sum_column(x.part()), Columns) - lane() % 4 / 2 * 8;
+    static_assert(Columns % 16 == 0 && kEnd == Config::kDimQK, "columns that are none of Q's");
 #pragma unroll 1
     for (int band = 0; band < kBands; ++band) {
       forget(x.index);
@@ -151,7 +147,7 @@ struct QueryGradientPieces {
             y[2 * k + 1] = pack<Dtype>(z.z * factor, z.w * factor);
           }
           lane_transpose(y, threadIdx.x % 4, 1);
-          store_if(exists && 8 * (j + i) < columns, to + 16 * (j + i), y);
+          store_if(exists && j + i < groups, to + 16 * (j + i), y);
         }
       }
     }
@@ -172,10 +168,11 @@ struct QueryGradientPieces {
   // Where the first eight columns of this lane go.
   template <int Columns>
   FA3_DEVICE char* target(const Piece& x, int band) const {
-    TileCoord at = block.head_at(x.position);
-    int head = at.head * p.group + (Config::kGrouped ? x.row() / p.query_blocks : 0);
+    int batch = x.position / p.order.heads;
+    int head = (x.position - batch * p.order.heads) * p.group +
+               (Config::kGrouped ? x.row() / p.query_blocks : 0);
     int column = Config::sum_column(x.part()) + lane() % 4 / 2 * 8;
-    return p.dq + 2 * (p.dq_at.at(at.batch, head, query(x, band)) + column);
+    return p.dq + 2 * (p.dq_at.at(batch, head, query(x, band)) + column);
   }
 };
 

@@ -236,7 +236,6 @@ void over_box(const TensorMap& m, uint32_t at, int d, int row, int head, int bat
     }
 }
 inline void tma_prefetch(const TensorMap&) {}
-inline void tma_prefetch(const TensorMap&, int, int, int, int) {}
 inline void tma_load(uint32_t dst, const TensorMap& m, uint32_t barrier, uint64_t, int d, int row,
                      int head, int batch) {
   over_box(m, dst, d, row, head, batch, [](uint32_t to, unsigned short* from) {

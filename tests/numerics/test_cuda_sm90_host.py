@@ -33,16 +33,16 @@ __all__ = ["launches"]
 
 # The kernels that a form launches, forward and backward; "" where another family's gradients run.
 FORMS = {
-    "full": ("attention_fwd", "row_terms attention_bwd query_gradient"),
+    "full": ("attention_fwd", "row_terms attention_bwd"),
     "causal": ("attention_fwd", "row_terms attention_bwd query_gradient"),
     "left padding": (
         "block_map attention_fwd dead_rows",
-        "block_map row_terms attention_bwd query_gradient",
+        "block_map row_terms attention_bwd",
     ),
-    "documents": ("block_map attention_fwd", "block_map row_terms attention_bwd query_gradient"),
+    "documents": ("block_map attention_fwd", "block_map row_terms attention_bwd"),
     "dense bias": ("attention_fwd", "row_terms attention_bwd query_gradient nan_values"),
-    "dense mask": ("block_map attention_fwd", "block_map row_terms attention_bwd query_gradient"),
-    "sink": ("attention_fwd", "row_terms attention_bwd query_gradient"),
+    "dense mask": ("block_map attention_fwd", "block_map row_terms attention_bwd"),
+    "sink": ("attention_fwd", "row_terms attention_bwd"),
     "dropout, causal": ("attention_fwd", "row_terms attention_bwd query_gradient"),
 }  # fmt: skip
 

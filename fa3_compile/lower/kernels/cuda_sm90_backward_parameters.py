@@ -179,9 +179,7 @@ class BackwardParameters(Parameters):
 
     def _slots(self) -> int:
         """KV heads whose dQ has fp32 sums at a time: those that are worked at once, the next, and
-        those that are being rounded."""
-        if self.key.tile is not None:  # its batches may be worked side by side
-            return self.positions
+        those that are being rounded. No fewer than a section, whose heads are worked in turns."""
         width = -(-processors(self.q.device) // self.kv_blocks) + 1
         section = self._section(self.positions) if self.key.config.longest_first else 1
         return min(max(AHEAD * max(width, section), section), self.positions)

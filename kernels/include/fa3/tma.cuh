@@ -28,13 +28,6 @@ FA3_DEVICE void tma_load(uint32_t dst, const TensorMap& map, uint32_t barrier, u
       : "memory");
 }
 
-// The same box to L2 alone.
-FA3_DEVICE void tma_prefetch(const TensorMap& map, int d, int row, int head, int batch) {
-  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(&map),
-               "r"(d), "r"(row), "r"(head), "r"(batch)
-               : "memory");
-}
-
 // `bytes` contiguous ones, a multiple of 16.
 FA3_DEVICE void bulk_load(uint32_t dst, const void* from, int bytes, uint32_t barrier) {
   asm volatile(
