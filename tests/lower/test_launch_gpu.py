@@ -133,6 +133,21 @@ def test_a_graph_beside_other_calls(family):
         captured.zero_()
 
 
+@each_family
+def test_layers_that_share_their_lists(family):
+    def layers(q, k, v, keep):
+        return attention(attention(q, k, v, keep), k, v, keep)
+
+    compiled = torch.compile(layers, backend=fa3, options={"kernels": family}, dynamic=False)
+    with torch.no_grad():
+        for first in (100, 500, 300):  # other lists in each run
+            q, k, v, keep = inputs(1024)
+            keep[0, :first] = 0
+            want = layers(q.double(), k.double(), v.double(), keep)
+            got = compiled(q, k, v, keep).double()
+            torch.testing.assert_close(got, want, rtol=0, atol=0.03)
+
+
 @pytest.mark.skipif(not HOPPER, reason="a Hopper GPU is needed")
 def test_a_growing_cache_builds_nothing_new():
     call = Attention("attention(score=0.125*s) #;kernels=cuda_sm90")
