@@ -58,8 +58,8 @@ def compiled(key: CudaKey, to: Path) -> Path:
     return shared_library("\n".join(parts), to)
 
 
-# (form, head dims, lengths, query heads of a KV head, tile)
 LATE = {"optimistic": True}
+# (form, head dims, lengths, query heads of a KV head, tile)
 CASES = [
     ("causal", (64, 64), (300, 300), 1, {"block_m": 192, "block_n": 16} | LATE),
     ("window, nan", (32, 32), (420, 210), 1, {"block_m": 192, "block_n": 16} | LATE),
@@ -78,6 +78,7 @@ def ran(problem, key, inputs, sizes, to, monkeypatch) -> tuple[Tensor, Tensor]:
     built = Built(bytes(compiled(key, to / "kernels.so")) + b"\0", "", 168, 0, False)
     monkeypatch.setattr(cuda_sm90, "load_first", lambda keys: (keys[0], built))
     monkeypatch.setattr(cuda_sm90_forward_parameters, "processors", lambda device: 2)
+    monkeypatch.setattr(cuda_sm90_forward_parameters, "SECTION_BYTES", 1)  # of a head or a group
     there = on_device(inputs)
     return on_host(cuda_sm90.bind(problem, *there, sizes, key)(*there))
 
