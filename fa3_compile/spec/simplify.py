@@ -91,7 +91,7 @@ def exact_at_one(expr: Expr) -> Expr:
 
     As terms of a longer sum they would absorb the score before they cancel each other.
     """
-    if not expr.args or isinstance(expr, (load, Boolean)) or _is_exact(expr):
+    if not expr.args or isinstance(expr, (load, Boolean)) or bias_of(expr):
         return expr
     args = [exact_at_one(x) for x in expr.args]
     expr = expr.func(*args) if tuple(args) != expr.args else expr
@@ -110,23 +110,26 @@ def exact_at_one(expr: Expr) -> Expr:
 
 def _cancelling_together(total: sympy.Add) -> Expr:
     """The sum with its large terms as one, where they are several masks and a constant."""
+    found = _several_masks(total)
+    if found is None:
+        return total
+    (_, masked), masks = found
+    rest = sympy.Add(*(x for x in total.args if x not in masks.args))
+    return rest + where(sympy.Eq(masked - 1, 0), 0, masks)
+
+
+def _several_masks(total: Expr) -> tuple[tuple[Expr, Expr], Expr] | None:
+    """((c, x), the large terms of the sum), for those terms c*x - c: (c, x + y - 1) of
+    c*x + c*y - 2*c."""
     constant = total.as_coeff_Add()[0]
     large = [x for x in total.args if S not in x.free_symbols and x.has(load) and _is_large(x)]
     if not _is_large(constant) or len(large) < 2:
-        return total
+        return None
     masks = sympy.Add(constant, *large)
     unit = min(abs(x.as_coeff_Mul()[0]) for x in large)
-    rest = sympy.Add(*(x for x in total.args if x not in (constant, *large)))
-    return rest + where(sympy.Eq(sympy.expand(masks / unit), 0), 0, masks)
-
-
-def _is_exact(expr: Expr) -> bool:
-    """Whether it is a select that `exact_at_one` makes."""
-    if not isinstance(expr, where) or expr.args[1] != 0 or not expr.args[2].is_Add:
-        return False
-    condition, _, masks = expr.args
-    of_sum = isinstance(condition, sympy.Eq) and condition.lhs.is_Add
-    return bias_of(expr) is not None or of_sum and _cancelling_together(masks) != masks
+    seen = sympy.expand(masks / unit) + 1
+    whole = {x: sympy.Integer(int(x)) for x in seen.atoms(sympy.Float) if float(x).is_integer()}
+    return (unit, seen.xreplace(whole)), masks
 
 
 def _is_large(x: Expr) -> bool:
@@ -138,11 +141,15 @@ def bias_of(expr: Expr) -> tuple[Expr, Expr] | None:
     """(c, x) of where(x == 1, 0, c*x - c), which `exact_at_one` makes."""
     if not isinstance(expr, where) or expr.args[1] != 0 or not isinstance(expr.args[2], sympy.Add):
         return None
-    term = cancelling_term(expr.args[2])
-    if term is None or len(expr.args[2].args) > 2:
+    condition, _, masks = expr.args
+    term = cancelling_term(masks)
+    if term is None and (found := _several_masks(masks)) is not None:
+        bias, every = found
+        return bias if every == masks and condition == sympy.Eq(bias[1] - 1, 0) else None
+    if term is None or len(masks.args) > 2:
         return None
     coefficient, x = term.as_coeff_Mul()
-    return (coefficient, x) if expr.args[0] == sympy.Eq(x, 1) else None
+    return (coefficient, x) if condition == sympy.Eq(x, 1) else None
 
 
 def _of_selects(term: Expr) -> where | None:
@@ -254,7 +261,7 @@ def _tidy_mask(mask):
             if symbol.name != name:
                 continue
             coefficient = bound.coeff(symbol)
-            rest = bound - coefficient * symbol
+            rest = bound - sympy.Mul(coefficient, symbol)
             if symbol in rest.free_symbols:
                 continue
             if coefficient == 1:

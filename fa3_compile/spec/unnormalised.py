@@ -56,8 +56,8 @@ def _zero(expr: Expr, left: int) -> Boolean:
     bias = _bias(expr) if left else None
     if bias is not None:
         select, fill, x = bias
-        hidden = _zero(expr.xreplace({select: fill}), left - 1)
-        seen = _zero(expr.xreplace({select: sympy.S.Zero}), left - 1)
+        hidden = _zero(_compared(expr, x, 0).xreplace({select: fill}), left - 1)
+        seen = _zero(_compared(expr, x, 1).xreplace({select: sympy.S.Zero}), left - 1)
         if hidden not in (sympy.true, seen):
             seen = sympy.And(seen, x > 0)
         return sympy.Or(sympy.And(hidden, x <= 0), sympy.And(seen, x <= 1))
@@ -81,6 +81,15 @@ def _bias(expr: Expr) -> tuple[Expr, Expr, Expr] | None:
     biases = [(x, simplify.bias_of(x)) for x in sorted(expr.atoms(where), key=str)]
     found = [(x, -bias[0], bias[1]) for x, bias in biases if bias and -bias[0] <= OUT_OF_REACH]
     return found[0] if found else None
+
+
+def _compared(expr: Expr, mask: Expr, value: int) -> Expr:
+    """The expression with the value of the mask in conditions that depend on s."""
+    read = min(mask.atoms(load), key=str)
+    factor = mask.coeff(read)
+    solved = sympy.expand((value - mask + factor * read) / factor)
+    conditions = {x.args[0] for x in expr.atoms(where) if S in x.args[0].free_symbols}
+    return expr.xreplace({x: simplify.tidy_mask(x.xreplace({read: solved})) for x in conditions})
 
 
 def _condition(expr: Expr) -> Boolean | None:

@@ -118,12 +118,8 @@ def test_order(order):
 FUNCTIONS_OF_MASKED = {
     "elu": F.elu,
     "relu": lambda s: F.relu(s) - 0.2 * s.clamp(min=-3),
-    "abs": lambda s: -s.abs(),
-    "clamp": lambda s: s.clamp(-1, 1),
     "maximum": lambda s: torch.maximum(s, 0.3 * s),
     "silu": F.silu,
-    "gelu": F.gelu,
-    "leaky": F.leaky_relu,
 }
 MASKS_ADDED = {
     "beside a fill": lambda s, x, y: (
@@ -147,7 +143,11 @@ def test_function_of_masks_that_are_added(function, masked, normalised):
 
     x = (torch.arange(S) < torch.tensor([[20], [13]])).float()[:, None, None, :]
     y = (torch.arange(S) % 3 != 1).float()
-    assert [r.fused for r in check(attention, *qkv(), x, y).regions] == [True]
+    # Sums of weights of that size are infinite, or NaN, in one order or another.
+    hidden = function(masked(torch.zeros(S, S), torch.zeros(()), torch.ones(())))
+    is_left = not normalised and bool((hidden.abs() > 1e30).any())
+    [region] = check(attention, *qkv(), x, y, training=not is_left).regions
+    assert region.fused != is_left
 
 
 def test_silu_of_a_mask_made_finite():
