@@ -15,7 +15,7 @@ namespace fa3 {
 // BlockM is 64, and the warpgroups share out the columns of dQ; or 64 for each of them, and they
 // share out its rows. EarlyValues issues dV while dS is computed, where registers allow that. LateDq
 // computes dQ a step later, so that no warpgroup waits for the other's dS. Bits finds what is asked of
-// elements under the scores. InTurn: see Block::kInTurn.
+// elements under the scores. InTurn: see Block::kInTurn. Finishes: see sm90/query_gradient.cuh.
 template <class DtypeT, int DimQK, int DimV, int BlockM_, int BlockN_, bool LongestFirst_,
           bool Grouped_, bool EarlyValues_, bool LateDq_, bool Bits_, bool InTurn_, bool Finishes_>
 struct BackwardConfig {

@@ -137,8 +137,8 @@ struct BackwardBlock {
     else return block_index(0, tile.head * p.group, tile.batch);
   }
 
-  // Where Config::kFinishes: pieces that are taken, and of each head how many tiles have been worked
-  // and how many pieces rounded. The tiles that are taken come first.
+  // Where Config::kFinishes: pieces that are taken, and of each head how many tiles have been
+  // worked and how many pieces rounded. The tiles that are taken come first.
   FA3_DEVICE int* pieces_taken() const { return p.progress + kCounterInts; }
   FA3_DEVICE int* finished(int position) const {
     return p.progress + (2 + 2 * position) * kCounterInts;
@@ -269,7 +269,7 @@ struct BackwardBlock {
     queue.next(p.order);
   }
 
-  // ---- a warp that tells when a tile is worked ----
+  // ---- a warp that tells when a tile is worked: its additions to dQ were made before ----
 
   FA3_DEVICE void watch() const {
     TileRing tiles = ring();

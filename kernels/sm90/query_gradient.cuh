@@ -1,7 +1,8 @@
 // dQ in 16 bits from its fp32 sums, by the warps of the backward that have nothing to load, while
 // the others compute, and by all of them at the end. A piece is 8 KB of the sums of a query block:
 // what one or two warps add. Pieces are taken in the order of tiles, and each waits until all KV
-// blocks of its head have been worked.
+// blocks of its head have been worked. Blocks wait only for what
+// running ones have taken, or go on to take, so that it does not matter how many run at once.
 #pragma once
 #include "fa3/fragment.cuh"
 #include "fa3/mbarrier.cuh"
@@ -117,7 +118,8 @@ struct QueryGradientPieces {
   FA3_DEVICE float4* sums(const Piece& x) const {
     int64_t row = block.first_sums(x.position) + x.row();
     return reinterpret_cast<float4*>(p.dq_sums + row * Config::kSumFloats +
-                                     x.part() * Config::kFirstColumns * 64 + x.band() * Columns * 16);
+                                     x.part() * Config::kFirstColumns * 64 +
+                                     x.band() * Columns * 16);
   }
 
   // Of two times eight columns each lane of a quad writes eight of a row. Sums that are used again

@@ -1,5 +1,6 @@
 // Before and after the backward's main kernel: what each query row needs of LSE and dO, dQ from its
-// fp32 sums, and dV of rows that are NaN. The first two read and write each of their tensors once, and take the heads in the reverse
+// fp32 sums unless the main kernel does that (sm90/query_gradient.cuh), and dV of rows that are
+// NaN. The first two read and write each of their tensors once, and take the heads in the reverse
 // of the main kernel's order: those that it begins with are then in L2, and those it ends with.
 #pragma once
 #include "fa3/fragment.cuh"
@@ -23,9 +24,10 @@ struct RowTermsParams {
   unsigned char* dead;      // the same: 1 where a row sees no key; only if Variant::kFindDead
   RowStrides out_at, dout_at;
   int heads, queries, keys;
-  int sums;       // of how many query blocks, the first ones, sums are cleared
+  int sums;  // this, and what follows to `counters`, only where Config::kFinishes: of how many
+             // query blocks, the first ones, dq_sums has room for
   int* progress;  // cleared too
-  int counters;   // of progress
+  int counters;   // in progress, 4 bytes each
   int unused;
   AuxT aux;
 };

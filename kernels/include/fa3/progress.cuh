@@ -1,9 +1,10 @@
 // Counters in global memory by which thread blocks tell each other how far they are.
 //
-// What happened before signal(), in its thread or in others that it has synchronised with (a barrier
-// of the block is enough), is seen after await() and by whoever synchronises with that thread: a
-// fence, a relaxed write, a relaxed read that sees it and a fence are a release and an acquire at
-// gpu scope, and causality order is transitive over scopes (PTX ISA, memory consistency model).
+// What happened before signal(), in its thread or in others that it has synchronised with (a
+// barrier of the block is enough), is seen after await() and by whoever synchronises with that
+// thread: a fence, a relaxed write, a relaxed read that sees it and a fence are a release and an
+// acquire at gpu scope, and causality order is transitive over scopes (PTX ISA, memory consistency
+// model).
 #pragma once
 #include "fa3/ptx.cuh"
 
