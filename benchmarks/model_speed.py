@@ -117,11 +117,10 @@ def _loss(out: Tensor) -> Tensor:
 
 
 def _gradients(model: nn.Module) -> Tensor:
-    """All gradients, of float32, on the CPU."""
-    found = [
-        p.grad.detach().float().flatten().cpu() for p in model.parameters() if p.grad is not None
-    ]
-    return torch.cat(found)
+    """All gradients, of float32, on the CPU. What the loss does not use, such as BERT's pooler, has
+    none in eager and zeros in a compiled model."""
+    found = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in model.parameters()]
+    return torch.cat([x.detach().float().flatten().cpu() for x in found])
 
 
 def _check(name: str, rows, first, gradients, device: torch.device, tiny: bool) -> None:
