@@ -107,10 +107,15 @@ def test_two_threads(devices: Devices, shared: bool) -> None:
         pytest.skip("there is one device")
 
     compiling, both = threading.Lock(), threading.Barrier(2, timeout=300)
+    # Their weights come from the one generator that threads share.
+    models = [
+        [made(devices[0 if shared else number], number == 0) for _ in range(2)]
+        for number in range(2)
+    ]
 
     def work(number: int) -> tuple[GPT, GPT, Tensor]:
         device = devices[0 if shared else number]
-        ours, eager = (made(device, number == 0) for _ in range(2))
+        ours, eager = models[number]
         tokens = batch(seed=number)
         call = compiled(ours, device)
         with compiling:
