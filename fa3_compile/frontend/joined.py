@@ -65,7 +65,7 @@ class _Walk:
             elif depends_on(factor := term / symbol, self.symbols):
                 inner.append(term)
             else:
-                factors[symbol] = factor
+                factors[symbol] = factors.get(symbol, 0) + factor
         if not factors:
             return sympy.Add(*map(self.walk, inner), *rest)
         if inner:
@@ -73,7 +73,7 @@ class _Walk:
             if expanded == expr:
                 raise _Apart
             return self.walk(expanded)
-        if len(factors) < len(self.symbols):
+        if len(factors) < len(self.symbols) or 0 in factors.values():
             raise _Apart
         return sympy.Add(self._summed([factors[x] for x in self.symbols]), *rest)
 

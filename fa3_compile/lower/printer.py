@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import sympy
 
 from fa3_compile.spec import expr as E
+from fa3_compile.spec.simplify import bias_of
 
 # Binding strength of a printed piece; an operand weaker than its operator gets parentheses.
 LOW, ADD, MUL, ATOM = range(4)
@@ -277,8 +278,16 @@ class Session:
         return self.to.power(x, y, expr)
 
     def _where(self, expr) -> Text:
+        if (bias := bias_of(expr)) is not None:
+            return self.bias(*bias)
         a, b = self.numbers(expr.args[1:])
         return self.to.where(self.text(expr.args[0]), a, b)
+
+    def bias(self, coefficient, x) -> Text:
+        """c*x - c as c * (x - 1): exactly 0 at 1, with torch's slope there, and without the product
+        of c and a number of masks, which may be beyond float32."""
+        below = self.to.to_float(self.text(x - 1))
+        return Text(f"{self.text(coefficient).at(MUL)} * {below.at(ATOM)}", "float", MUL)
 
     def _floordiv(self, expr) -> Text:
         return self.division(self.to.floordiv, *expr.args)

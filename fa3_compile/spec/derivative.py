@@ -15,6 +15,7 @@ from sympy.logic.boolalg import Boolean
 
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.expr import Expr, where
+from fa3_compile.spec.simplify import bias_of
 
 ZERO = sympy.S.Zero
 
@@ -57,6 +58,8 @@ def derivative(expr: Expr, by: Expr) -> Expr:
         return _product(expr, by)
     if isinstance(expr, sympy.Pow):
         return _power(expr, by)
+    if (bias := bias_of(expr)) is not None:  # its select is not the program's
+        return bias[0] * derivative(bias[1], by)
     if isinstance(expr, where):
         condition, a, b = expr.args
         return where(condition, derivative(a, by), derivative(b, by))

@@ -98,7 +98,7 @@ def exact_at_one(expr: Expr) -> Expr:
     if not isinstance(expr, sympy.Add):
         return expr
     term = cancelling_term(expr)
-    if term is None:
+    if term is None or _several_masks(expr) is not None:
         return _cancelling_together(expr)
     constant = expr.as_coeff_Add()[0]
     rest = sympy.Add(*(x for x in expr.args if x is not term and x is not constant))
@@ -143,7 +143,7 @@ def bias_of(expr: Expr) -> tuple[Expr, Expr] | None:
         return None
     condition, _, masks = expr.args
     term = cancelling_term(masks)
-    if term is None and (found := _several_masks(masks)) is not None:
+    if (found := _several_masks(masks)) is not None:
         bias, every = found
         return bias if every == masks and condition == sympy.Eq(bias[1] - 1, 0) else None
     if term is None or len(masks.args) > 2:

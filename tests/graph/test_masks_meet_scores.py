@@ -517,3 +517,37 @@ def test_mask_of_which_each_batch_element_has_a_part():
 
 def test_uniform_scores():
     check(lambda q, k, v: attend(scores_of(q * 0, k) + uniform(S, S), v), *qkv())
+
+
+@pytest.mark.parametrize("finish", [lambda s: s.softmax(-1), F.relu], ids=["softmax", "relu"])
+@pytest.mark.parametrize("large", [1e9, 1e31])
+def test_union_of_two_masks(large, finish):
+    at = torch.arange(S)
+    near = ((at[:, None] - at).abs() <= 1).float()
+    chosen = (at % 5 == 0).float() * (1 - near)
+
+    def attention(q, k, v, near, chosen):
+        return finish(scores_of(q, k) + (near + chosen - 1) * large) @ v
+
+    check(attention, *qkv(), near, chosen)
+
+
+@pytest.mark.parametrize("apart", [True, False], ids=["apart", "together"])
+@pytest.mark.parametrize("lowest", [torch.finfo(torch.float32).min, -1e9])
+def test_padded_sequence_under_two_masks(lowest, apart):
+    def attention(q, k, v, kept, causal):
+        hidden = (1 - kept) * lowest + (1 - causal) * lowest
+        return attend(
+            scores_of(q, k) + (hidden if apart else ((1 - kept) + (1 - causal)) * lowest), v
+        )
+
+    kept = torch.ones(B, 1, 1, S)
+    kept[0, ..., S // 2 :], kept[1] = 0, 0
+    check(attention, *qkv(), kept, torch.ones(S, S).tril())
+
+
+def test_soft_mask_that_is_learned_from_one_on():
+    def attention(q, k, v, gate):
+        return attend(scores_of(q, k) + (1 - gate) * -10000.0, v)
+
+    check(attention, *qkv(), torch.ones(B, 1, 1, S))

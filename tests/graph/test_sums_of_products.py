@@ -278,3 +278,19 @@ def test_no_kernel_for_them_together(monkeypatch):
     )
     assert "load" in specs(report)
     assert "as one product they have no kernel" in report.regions[0].hint
+
+
+@pytest.mark.parametrize("spelling", ["gated", "shared", "expanded"])
+def test_product_in_two_terms(spelling):
+    # sympy adds 2*s and s up, but not s and gate*s.
+    def attention(q, k, v, q_rotary, k_rotary, gate, other):
+        s, r = q @ k.mT, q_rotary @ k_rotary.mT
+        scores = {
+            "gated": s + gate * s + r,
+            "shared": gate * (s + r) + other * s,
+            "expanded": (s + r * gate) * gate + s * gate * (1 - gate),
+        }[spelling]
+        return (scores * SCALE).softmax(-1) @ v
+
+    gates = normal(1, H, 1, 1, seed=5), normal(1, H, 1, 1, seed=6)
+    check(attention, *qkv(), *rotary(), *gates)

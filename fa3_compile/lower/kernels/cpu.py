@@ -20,6 +20,7 @@ from fa3_compile.lower.choose import Gradients, Kernel, Problem, register
 from fa3_compile.lower.elements import Shape, elements
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.expr import KV, Boolean, Expr, Q, S, depends_on, load, loads_in, where
+from fa3_compile.spec.simplify import bias_of
 
 CAUSAL = sympy.Le(KV, Q)
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -28,6 +29,14 @@ FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 # A row whose scores are all below this is a masked one: the float32 score of a fill like
 # finfo.min no longer has `s` in it, and its lse no longer has log(Skv).
 MASKED = -1e8
+
+
+def _may_hide_twice(score: Expr) -> bool:
+    """Whether a sum of masks hides keys, some by more of them than others: where no key is left,
+    the weights are those of some keys, and the LSE does not hold of how many."""
+    found = (bias_of(x) for x in score.atoms(where))
+    masks = [loads_in(x) for c, x in filter(None, found) if c > -MASKED]
+    return len(masks) > 1 or any(len(x) > 1 for x in masks)
 
 
 @dataclass(frozen=True)
@@ -192,6 +201,8 @@ class Cpu(Kernel):
     def supports_backward(self, problem: Problem) -> str | None:
         if any(problem.aux_needs_grad):
             return "ATen's flash kernel has no gradient for a bias"
+        if _may_hide_twice(problem.spec.score):
+            return "a row that two added masks hide has weights that its LSE does not hold"
         return None
 
     def run_backward(self, problem, dout, dlse, q, k, v, out, lse, aux, sizes, needs) -> Gradients:

@@ -27,6 +27,8 @@ from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.derivative import derivative
 
+# Heads whose progress is counted: positions of counters are 32-bit numbers.
+MOST_COUNTED = 2**20
 # Heads or batches that may add to one gradient in 16 bits.
 LARGEST_SUM = 4
 # Bytes that a tile of 128 queries may spill: at head dim 64, with 72 to 216 of them, softcap,
@@ -45,7 +47,8 @@ def keys_of(problem: Problem, layout: Layout) -> list[CudaBackwardKey]:
     )
     if not (gradient == "add" and _is_sum_of_batches(spec)):
         configs = [x for x in configs if not x.in_turn]
-    if layout.tile is None and finishes(spec, problem.group > 1):
+    few_heads = problem.batch * problem.heads < MOST_COUNTED
+    if layout.tile is None and few_heads and finishes(spec, problem.group > 1):
         configs = [replace(x, finishes=x.may_finish(dim)) for x in configs]
     tiles = [layout.tile] if gradient else dict.fromkeys((layout.tile, None))
     return [
