@@ -65,7 +65,7 @@ class _Walk:
             elif depends_on(factor := term / symbol, self.symbols):
                 inner.append(term)
             else:
-                factors[symbol] = factors.get(symbol, sympy.S.Zero) + factor
+                factors[symbol] = factors[symbol] + factor if symbol in factors else factor
         if not factors:
             return sympy.Add(*map(self.walk, inner), *rest)
         if inner:
