@@ -551,3 +551,13 @@ def test_soft_mask_that_is_learned_from_one_on():
         return attend(scores_of(q, k) + (1 - gate) * -10000.0, v)
 
     check(attention, *qkv(), torch.ones(B, 1, 1, S))
+
+
+def test_bias_of_nan_and_infinities_made_finite():
+    bias = normal(B, H, S, S, seed=9).detach()
+    bias[0, 0, :3, 0] = torch.tensor([float("nan"), INF, -INF])
+
+    def attention(q, k, v, bias):
+        return torch.nan_to_num(scores_of(q, k) + bias, nan=1.5, neginf=-100.0).softmax(-1) @ v
+
+    check(attention, *qkv(), bias, training=False)

@@ -59,6 +59,7 @@ def _is_sum_of_loads(x: Expr, ctx: Lifter) -> bool:
 
 
 def _clipped(x: Expr, instead: dict[Expr, Expr]) -> Expr:
-    """Infinite is what lies beyond float32's largest numbers."""
-    low, high = instead[-sympy.oo], instead[sympy.oo]
-    return where(x < LOWEST, low, where(x > -LOWEST, high, x))
+    """Infinite is what lies beyond float32's largest numbers, and NaN what lies nowhere."""
+    low, high, nan = (instead[y] for y in (-sympy.oo, sympy.oo, sympy.nan))
+    finite = sympy.And(x >= LOWEST, x <= -LOWEST)
+    return where(x < LOWEST, low, where(x > -LOWEST, high, where(finite, x, nan)))
