@@ -3,9 +3,9 @@
 Three launches: row terms, the main kernel (kernels/sm90/attention_bwd.cuh) and dQ from its fp32
 sums, where the main kernel leaves that; one more where a row may be NaN. They recompute P from the
 LSE, so any forward that writes the LSE of `fa3::attention` may have run before them. Rows without a
-key under a fill, and sinks, are O(S) and left to torch, as in the Triton backward. dQ is summed in
-the order in which blocks come to it: where every bit has to be repeated, the Triton backward runs,
-which has no atomics.
+key under a fill are added by Triton's kernels (triton_uniform_rows.py), sinks, which are O(S), by
+torch. dQ is summed in the order in which blocks come to it: where every bit has to be repeated, the
+Triton backward runs, which has no atomics.
 """
 
 from __future__ import annotations

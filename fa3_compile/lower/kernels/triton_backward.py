@@ -26,7 +26,12 @@ from fa3_compile.lower.kernels.sinks import sink_cotangents
 from fa3_compile.lower.kernels.triton_blocks import Lists, bind_lists
 from fa3_compile.lower.kernels.triton_captured import Gathered, Layout, chained
 from fa3_compile.lower.kernels.triton_dead_rows import bind_dead_rows, lose_rows
-from fa3_compile.lower.kernels.triton_launch import Launch, bind_kernel, first_that_builds
+from fa3_compile.lower.kernels.triton_launch import (
+    Launch,
+    bind_kernel,
+    first_that_builds,
+    stride_parameters,
+)
 from fa3_compile.lower.kernels.triton_uniform_rows import UniformRows
 from fa3_compile.lower.printer import UnprintableError
 from fa3_compile.lower.render import aux_parameters
@@ -356,11 +361,7 @@ def problem_grid(x: Tensor, axis: str) -> Callable[[TritonConfig], int]:
 def _integers(problem, tensors, q, k, aux, sizes) -> dict[str, int]:
     """Every integer parameter of the kernels by its name."""
     found = {"B": q.shape[0], "H": q.shape[1], "Sq": q.shape[2], "Skv": k.shape[2]}
-    for name, length in (("q", "q"), ("k", "kv"), ("v", "kv"), ("dout", "q"), ("out", "q"),
-                         ("dq", "q"), ("dk", "kv"), ("dv", "kv")):  # fmt: skip
-        axes = ("b", "h", length, "d")
-        strides = tensors[f"{name}_ptr"].stride()
-        found |= {f"{name}_stride_{x}": n for x, n in zip(axes, strides)}
+    found |= stride_parameters(tensors)
     for used in aux_parameters(problem.spec):
         x = aux[used.tensor]
         values = [x.stride(d) for d in used.strides] + [x.shape[d] for d in used.sizes]

@@ -36,6 +36,29 @@ class Launch:
         self.run([tensors[x] for x in self.pointers])
 
 
+# What a backward's kernels take strides of, and the axis of its length.
+LENGTHS = {
+    "q": "q",
+    "k": "kv",
+    "v": "kv",
+    "dout": "q",
+    "out": "q",
+    "dq": "q",
+    "dk": "kv",
+    "dv": "kv",
+}
+
+
+def stride_parameters(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The strides of those of `LENGTHS` that are there, by the names of a kernel's parameters."""
+    found = {}
+    for name, length in LENGTHS.items():
+        if (x := tensors.get(f"{name}_ptr")) is not None:
+            axes = ("b", "h", length, "d")
+            found |= {f"{name}_stride_{axis}": n for axis, n in zip(axes, x.stride())}
+    return found
+
+
 def first_that_builds(bind_it: Callable[[TritonConfig], T], config: TritonConfig) -> T:
     """What a configuration gives, or the first smaller one that builds. Raises KernelBuildError."""
     errors = []

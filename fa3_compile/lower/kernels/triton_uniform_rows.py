@@ -15,7 +15,7 @@ from torch import Tensor
 from fa3_compile import resources
 from fa3_compile.lower.build import load
 from fa3_compile.lower.config import TritonConfig
-from fa3_compile.lower.kernels.triton_launch import Launch, bind_kernel
+from fa3_compile.lower.kernels.triton_launch import Launch, bind_kernel, stride_parameters
 from fa3_compile.lower.render import render_template
 from fa3_compile.lower.render_backward import fill_slope
 from fa3_compile.spec.attention import AttentionSpec
@@ -65,10 +65,7 @@ def bind_uniform_rows(spec: AttentionSpec, tensors: Mapping[str, Tensor]) -> Uni
     slope = fill_slope(spec)
     assert slope is not None
     integers = {"KVH": kv_heads, "Sq": q.shape[2], "Skv": kv_len, "D": dim, "DV": v_dim}
-    for name, length in (("q", "q"), ("k", "kv"), ("v", "kv"), ("dout", "q"), ("dq", "q"),
-                         ("dk", "kv"), ("dv", "kv")):  # fmt: skip
-        strides = zip(("b", "h", length, "d"), tensors[f"{name}_ptr"].stride())
-        integers |= {f"{name}_stride_{axis}": n for axis, n in strides}
+    integers |= stride_parameters(tensors)
     constants = {
         "weight": slope / kv_len,
         "GROUP": group,
