@@ -14,12 +14,12 @@ as in Python everywhere.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import sympy
 
+from fa3_compile.lower.shared_parts import shared_parts
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.simplify import bias_of
 
@@ -279,15 +279,11 @@ class Session:
 
     def _where(self, expr) -> Text:
         if (bias := bias_of(expr)) is not None:
-            return self.bias(*bias)
+            # c * (x - 1) is 0 at 1 and has a slope there; c times several masks may overflow.
+            below = self.to.to_float(self.text(bias[1] - 1))
+            return Text(f"{self.text(bias[0]).at(MUL)} * {below.at(ATOM)}", "float", MUL)
         a, b = self.numbers(expr.args[1:])
         return self.to.where(self.text(expr.args[0]), a, b)
-
-    def bias(self, coefficient, x) -> Text:
-        """c*x - c as c * (x - 1): exactly 0 at 1, with torch's slope there, and without the product
-        of c and a number of masks, which may be beyond float32."""
-        below = self.to.to_float(self.text(x - 1))
-        return Text(f"{self.text(coefficient).at(MUL)} * {below.at(ATOM)}", "float", MUL)
 
     def _floordiv(self, expr) -> Text:
         return self.division(self.to.floordiv, *expr.args)
@@ -382,25 +378,6 @@ def _sum(terms: list[tuple[bool, Text]], kind: str) -> Text:
         else:
             body = _negated(x) if negative else x.at(ADD)
     return Text(body, kind, ADD)
-
-
-def shared_parts(exprs: Sequence[sympy.Basic]) -> list[sympy.Basic]:
-    """Subexpressions worth a variable, innermost first."""
-    count: Counter[sympy.Basic] = Counter()
-    order: list[sympy.Basic] = []
-
-    def visit(node) -> None:
-        if not node.args or node.is_number:
-            return
-        count[node] += 1
-        if count[node] == 1:
-            for child in node.args:
-                visit(child)
-            order.append(node)
-
-    for expr in exprs:
-        visit(expr)
-    return [x for x in order if count[x] > 1]
 
 
 def python_mod(a: Text, b: Text) -> str:

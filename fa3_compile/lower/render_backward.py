@@ -14,9 +14,10 @@ from types import MappingProxyType
 import sympy
 
 from fa3_compile.lower import hoist, render
-from fa3_compile.lower.printer import Text, shared_parts
+from fa3_compile.lower.printer import Text
 from fa3_compile.lower.render import Common, Writer, common
 from fa3_compile.lower.render_blocks import owner
+from fa3_compile.lower.shared_parts import shared_parts
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.blocks import kv_bounds, kv_full_bounds, q_bounds, q_full_bounds
