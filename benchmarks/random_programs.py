@@ -1,7 +1,7 @@
 """Many random attention programs (tests/graph/programs.py) against float64 eager, summarised.
 
     python benchmarks/random_programs.py --count 5000 --seed 1 --out benchmarks/results/FILE.csv
-    python benchmarks/random_programs.py --device cuda --processes 7 --beside 8 --seconds 500
+    python benchmarks/random_programs.py --device cuda --family 16 --processes 15 --seconds 240
     TRITON_INTERPRET=1 python benchmarks/random_programs.py --kernels triton_forward
 
 On the CPU outputs, gradients and what was fused are checked; with `--device cuda`, or `--kernels`,
@@ -14,7 +14,8 @@ printed as it is found, with what repeats it:
 The rest still run, and the exit status is then 1. The file is written as programs are done, so
 that a run that is stopped is not lost. Its rows: a part of the grammar or the kernel family that
 ran, its value, programs with it, fused, left as they were, wrong. Programs of which all parts are
-the same are told in its first line: they differ in their numbers at most.
+the same are told in its first line: they differ in their numbers at most. On a GPU most of the time
+is the compiler's: with `--family` programs share their kernels, and several times as many are done.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ sys.path.insert(0, str(ROOT))
 from fa3_compile.lower import choose
 from tests.graph.check_program import check_program
 from tests.graph.program import Program
-from tests.graph.programs import programs
+from tests.graph.programs import families
 
 # What Hypothesis draws depends on how many are asked for: that many are, of each seed.
 MOST = 10**6
@@ -130,12 +131,16 @@ class Recorder:
 
 @dataclass(frozen=True)
 class Drawn:
-    """`count` programs of a seed, always the same ones; `kernels` instead of their own."""
+    """`count` programs of a seed, always the same ones; `kernels` instead of their own.
+
+    family  so many in turn have the same scores and softmax
+    """
 
     seed: int
     count: int
     device: str
     kernels: tuple[str, ...] | None
+    family: int = 1
 
     def each(self, todo: Callable[[int, Program], None]) -> None:
         """Calls `todo(number, program)`, until the last or until that raises _Stop."""
@@ -149,18 +154,19 @@ class Drawn:
             phases=(Phase.generate,),
             suppress_health_check=list(HealthCheck),
         )
-        @given(programs(self.device))
-        def one(program: Program) -> None:
+        @given(families(self.device, self.family))
+        def some(family: list[Program]) -> None:
             nonlocal number
-            number += 1
-            if number > self.count:
-                raise _Stop
-            if self.kernels:
-                program.run["kernels"] = self.kernels
-            todo(number, program)
+            for program in family:
+                number += 1
+                if number > self.count:
+                    raise _Stop
+                if self.kernels:
+                    program.run["kernels"] = self.kernels
+                todo(number, program)
 
         try:
-            one()
+            some()
         except _Stop:
             pass
 
@@ -298,6 +304,9 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kernels", help="the families that may run; default: each program's own")
+    parser.add_argument(
+        "--family", type=int, default=1, help="programs in turn that share a kernel"
+    )
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--beside", type=int, default=0, help="further processes, on the CPU")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after these")
@@ -306,7 +315,8 @@ def main() -> int:
     parser.add_argument("--report-every", type=int, default=250)
     arguments = parser.parse_args()
     kernels = tuple(arguments.kernels.split(",")) if arguments.kernels else None
-    drawn = Drawn(arguments.seed, arguments.only or arguments.count, arguments.device, kernels)
+    count = arguments.only or arguments.count
+    drawn = Drawn(arguments.seed, count, arguments.device, kernels, arguments.family)
     if arguments.only:
         return repeat(drawn)
     where = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
@@ -323,7 +333,8 @@ def main() -> int:
     for of, outcome in outcomes(drawn, *share):
         tally.add(outcome)
         if outcome.wrong:
-            repeated = f"--device {of.device} --seed {of.seed} --only {outcome.number}"
+            repeated = f"--device {of.device} --family {of.family}"
+            repeated += f" --seed {of.seed} --only {outcome.number}"
             print(f"WRONG {outcome.wrong}\n  {repeated}", flush=True)
         if outcome.wrong or tally.programs % arguments.report_every == 0:
             report()

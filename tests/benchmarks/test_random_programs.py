@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+from typing import Any
+
 from benchmarks.random_programs import Drawn, Outcome, Recorder, Tally
 from fa3_compile.lower import choose
+from tests.graph.programs import KEPT
 
 
 def test_a_number_of_a_seed_is_one_program() -> None:
@@ -52,3 +56,12 @@ def test_the_file_has_a_row_for_each_value_of_a_part(tmp_path) -> None:
         "mask,causal,2,1,1,1",
         "mask,window,1,1,0,0",
     ]
+
+
+def test_a_family_has_one_kernel_and_many_layouts() -> None:
+    found: list[dict[str, Any]] = []
+    drawn = Drawn(5, 40, "cpu", None, family=10)
+    drawn.each(lambda _, program: found.append(program.choices or {}))
+    families = [list(x) for _, x in groupby(filter(None, found), lambda x: [x[y] for y in KEPT])]
+    (first, *_) = [x for x in families if len(x) == 10]
+    assert len({x["layout"] for x in first}) > 4

@@ -15,6 +15,7 @@ from torch.nn.attention.flex_attention import and_masks, create_block_mask, flex
 from tests.graph import program_layouts as layouts
 from tests.graph import program_parts as parts
 from tests.graph.program import Program
+from tests.graph.program_choices import Choices
 from tests.graph.program_parts import BATCH, HEADS, Sizes
 
 LAYOUTS = (
@@ -111,19 +112,19 @@ def score_mod(name: str, sizes: Sizes, seed: int) -> tuple[tuple[Tensor, ...], A
 def calls(draw: st.DrawFn, device: str) -> Program:
     """One program that calls one of PyTorch's own attentions."""
 
-    def one_of(*values):
-        return draw(st.sampled_from(values))
-
-    layout = one_of(*LAYOUTS)
-    sizes = draw(parts.sizes(device, square=layout == "fused qkv"))
-    seed = draw(st.integers(0, 3))
-    scale = one_of(None, None, 0.3, 1.0 / sizes.dim)
-    flex = one_of(False, True)
+    choices = Choices(draw)
+    one_of = choices.one_of
+    layout = one_of("layout", *LAYOUTS)
+    sizes = parts.sizes(choices, device, square=layout == "fused qkv")
+    seed = one_of("seed", *range(4))
+    scale = one_of("scale", None, None, 0.3, 1.0 / sizes.dim)
+    flex = one_of("flex", False, True)
+    kernels = one_of("kernels", ("reference",), ("cpu", "reference"))
     run: dict[str, Any] = {
-        "dtype": one_of(None, torch.bfloat16, torch.float16),
+        "dtype": one_of("dtype", None, torch.bfloat16, torch.float16),
         "dynamic": None,
-        "training": one_of(True, True, False),
-        "kernels": one_of(("reference",), ("cpu", "reference")) if device == "cpu" else None,
+        "training": one_of("training", True, True, False),
+        "kernels": kernels if device == "cpu" else None,
     }
     arguments, project = layouts.layout(layout, sizes, seed)
     own, grouped = len(arguments), layout in GROUPED

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.graph.dropout import dropped
+from tests.graph.program_choices import Choices
 
 BATCH, HEADS = 2, 4
 Scores = Callable[[Tensor], Tensor]
@@ -32,14 +32,13 @@ class Sizes:
     device: str
 
 
-@st.composite
-def sizes(draw: st.DrawFn, device: str, square: bool = False) -> Sizes:
+def sizes(choices: Choices, device: str, square: bool = False) -> Sizes:
     """On a GPU such that a kernel has several tiles; `square`: as many queries as keys."""
     on_gpu = device != "cpu"
-    n = draw(st.sampled_from((1, 9, 16, 130, 200, 300) if on_gpu else (1, 6, 9, 16)))
+    n = choices.one_of("n", *((1, 9, 16, 130, 200, 300) if on_gpu else (1, 6, 9, 16)))
     others = (150, 260) if on_gpu else (7, 12)
-    m = draw(st.sampled_from(others if n == 1 else (n, n, *others)))
-    dim = draw(st.sampled_from((8, 32, 64, 80, 128) if on_gpu else (8,)))
+    m = choices.one_of("m", *(others if n == 1 else (n, n, *others)))
+    dim = choices.one_of("dim", *((8, 32, 64, 80, 128) if on_gpu else (8,)))
     return Sizes(m if square else n, m, dim, device)
 
 

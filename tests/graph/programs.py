@@ -8,6 +8,7 @@ be attention no more, which must not be fused, or attention of which more is use
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from tests.graph import program_layouts as layouts
 from tests.graph import program_parts as parts
 from tests.graph.program import Expected, Program
 from tests.graph.program_calls import calls
+from tests.graph.program_choices import Choices
 from tests.graph.program_mutants import (
     MORE_THAN_ATTENTION,
     NO_ATTENTION,
@@ -28,6 +30,12 @@ from tests.graph.program_mutants import (
 )
 from tests.graph.program_parts import Scores, Sizes
 
+# What the programs of a family have in common: all that their kernel is made for.
+KEPT = (
+    "n", "dim", "masks", "how", "fill", "combine", "modifiers", "captured", "scale", "softmax",
+    "late", "sink", "after", "dtype", "training", "kernels",
+)  # fmt: skip
+
 
 def programs(device: str = "cpu") -> st.SearchStrategy[Program]:
     """Programs with their arguments; on a GPU of sizes that a kernel has several tiles of."""
@@ -36,35 +44,44 @@ def programs(device: str = "cpu") -> st.SearchStrategy[Program]:
 
 
 @st.composite
-def by_hand(draw: st.DrawFn, device: str) -> Program:
-    """One program whose attention is written out."""
+def families(draw: st.DrawFn, device: str, count: int) -> list[Program]:
+    """A program and, where it is written out, others of the same scores and softmax: `count` in
+    all, in other layouts, products, lengths, uses and contexts. What takes seconds is a kernel."""
+    first = draw(programs(device))
+    if not first.choices:
+        return [first]
+    kept = {name: first.choices[name] for name in KEPT}
+    return [first, *(draw(by_hand(device, kept)) for _ in range(count - 1))]
 
-    def one_of(*values):
-        return draw(st.sampled_from(values))
 
-    layout = one_of(*layouts.LAYOUTS)
-    sizes = draw(parts.sizes(device, square=layout == "fused qkv"))
+@st.composite
+def by_hand(draw: st.DrawFn, device: str, kept: Mapping[str, Any] | None = None) -> Program:
+    """One program whose attention is written out, with the choices that are `kept`."""
+    choices = Choices(draw, kept)
+    one_of = choices.one_of
+    layout = one_of("layout", *layouts.LAYOUTS)
+    sizes = parts.sizes(choices, device, square=layout == "fused qkv")
     n, m, on_gpu = sizes.n, sizes.m, device != "cpu"
-    of_scores = one_of("operator", "operator", *layouts.PRODUCTS)
-    of_values = one_of("operator", "operator", *layouts.PRODUCTS)
-    masks = draw(st.lists(st.sampled_from(sorted(parts.MASKS)), max_size=2))
-    how, fill = one_of(*parts.HOWS), one_of(*parts.FILLS)
+    of_scores = one_of("scores", "operator", "operator", *layouts.PRODUCTS)
+    of_values = one_of("values", "operator", "operator", *layouts.PRODUCTS)
+    masks = choices.up_to_two("masks", sorted(parts.MASKS))
+    how, fill = one_of("how", *parts.HOWS), one_of("fill", *parts.FILLS)
     if how in parts.NEEDS_FINITE and fill == "-inf":
         fill = "finfo.min"  # 0 * -inf is NaN in eager, everywhere
-    combine = one_of("and", "or", "twice")
-    modifiers = draw(st.lists(st.sampled_from(sorted(parts.MODIFIERS)), max_size=2, unique=True))
-    captured = one_of(*parts.CAPTURED)
-    scale = one_of(*parts.SCALES)
-    softmax = one_of(*parts.SOFTMAXES, "divided late", *parts.UNNORMALISED)
-    late = one_of(*[""] * 20, *parts.LATE)
-    sink = one_of("", "", "", "", *parts.SINKS)
-    after = one_of(*parts.AFTER)
-    use = one_of("", "", "residual", "twice", "slice", "sum", "in place", "flat", "LSE")
-    context = one_of(*[""] * 6, "checkpoint", "autocast")
+    combine = one_of("combine", "and", "or", "twice")
+    modifiers = choices.up_to_two("modifiers", sorted(parts.MODIFIERS), unique=True)
+    captured = one_of("captured", *parts.CAPTURED)
+    scale = one_of("scale", *parts.SCALES)
+    softmax = one_of("softmax", *parts.SOFTMAXES, "divided late", *parts.UNNORMALISED)
+    late = one_of("late", *[""] * 20, *parts.LATE)
+    sink = one_of("sink", "", "", "", "", *parts.SINKS)
+    after = one_of("after", *parts.AFTER)
+    use = one_of("use", "", "", "residual", "twice", "slice", "sum", "in place", "flat", "LSE")
+    context = one_of("context", *[""] * 6, "checkpoint", "autocast")
     # Not float64: the oracle is eager itself there, to the last rounding.
-    dtype = one_of(*[None] * (1 if on_gpu else 3), torch.bfloat16, torch.float16)
-    mutant = one_of(*[""] * 24, *NO_ATTENTION, *MORE_THAN_ATTENTION)
-    seed = draw(st.integers(0, 3))
+    dtype = one_of("dtype", *[None] * (1 if on_gpu else 3), torch.bfloat16, torch.float16)
+    mutant = one_of("mutant", *[""] * 24, *NO_ATTENTION, *MORE_THAN_ATTENTION)
+    seed = one_of("seed", *range(4))
     large = on_gpu and (captured == "temperature" or "cube" in modifiers)
     if softmax == "unshifted" and (dtype in (torch.bfloat16, torch.float16) or large):
         softmax = "by hand"  # exp overflows
@@ -95,12 +112,12 @@ def by_hand(draw: st.DrawFn, device: str) -> Program:
     additive = how == "logarithm" or how.startswith("added") and fill == "-inf"
     run: dict[str, Any] = {
         "dtype": dtype,
-        "dynamic": one_of(None, None, None, True) if layout not in STATIC else None,
+        "dynamic": one_of("dynamic", None, None, None, True) if layout not in STATIC else None,
         # Autograd refuses a K that is written after it was multiplied.
-        "training": one_of(True, True, False)
+        "training": one_of("training", True, True, False)
         and mutant != "K written after the scores"
         and not (dead and additive),
-        "kernels": one_of(("reference",), ("cpu", "reference")),
+        "kernels": one_of("kernels", ("reference",), ("cpu", "reference")),
     }
     if dead and softmax in parts.NEEDS_KEYS:
         # 0 / 0 in eager, where all of a row vanishes: docs/numerics.md.
@@ -220,7 +237,9 @@ def by_hand(draw: st.DrawFn, device: str) -> Program:
         "context": context,
         "mutant": mutant,
     }
-    return Program(function, (*arguments, *extra, *sinks, *gate), made_of, expected, run)
+    return Program(
+        function, (*arguments, *extra, *sinks, *gate), made_of, expected, run, choices.made
+    )
 
 
 # "flat batch" names every size but the length; "strided" cuts V's length to K's.
