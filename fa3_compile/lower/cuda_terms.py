@@ -51,7 +51,15 @@ def arrange(score: E.Expr) -> Terms:
     rest = [x for x in terms if x not in with_s and x not in per_key and x not in per_row]
     if len(with_s) == 1 and not rest:
         coefficient, s = with_s[0].as_independent(E.S, as_Add=False)
-        if s == E.S and coefficient.is_positive and hoist.level(coefficient) == hoist.HEAD:
+        known = coefficient.is_number and coefficient >= hoist.LEAST_SCALE
+        # A slope is divided by it.
+        takes = known or (not coefficient.is_number and not per_key)
+        if (
+            s == E.S
+            and takes
+            and coefficient.is_positive
+            and hoist.level(coefficient) == hoist.HEAD
+        ):
             slope = sympy.Add(*(x / E.KV for x in per_key))
             shift = sympy.expand(sympy.Add(*per_row) + slope * E.Q)
             return Terms(E.S, coefficient, slope, shift)
@@ -59,7 +67,7 @@ def arrange(score: E.Expr) -> Terms:
     shift = [] if per_key else per_row
     x = sympy.Add(*(x for x in terms if x not in shift))
     coefficient, inner = x.as_coeff_Mul()
-    if coefficient.is_positive:
+    if coefficient >= hoist.LEAST_SCALE:
         return Terms(inner, coefficient, shift=sympy.Add(*shift))
     return Terms(x, sympy.S.One, shift=sympy.Add(*shift))
 

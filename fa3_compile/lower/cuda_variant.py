@@ -84,6 +84,7 @@ class VariantWriter:
 
     def score(self, terms: Terms) -> list[str]:
         scale = self.expression(terms.scale, "scale", hoist.HEAD)
+        scale = scale if terms.scale.is_number else f"above_zero({scale})"
         lines = [method("float", "scale", "const auto& head", f"({scale}) * kLog2e")]
         if terms.slope != 0:
             slope = self.expression(terms.slope / terms.scale, "slope", hoist.HEAD)

@@ -14,11 +14,16 @@ import sympy
 from sympy.logic.boolalg import Boolean, BooleanAtom
 
 from fa3_compile.spec import expr as E
+from fa3_compile.spec.simplify import bias_of
 
 LOG2E = sympy.Float(math.log2(math.e))
 
 # What an expression depends on, as a bit set; s is an element of both axes.
 HEAD, ROW, COLUMN, ELEMENT = 0, 1, 2, 3
+
+# A smaller factor of all scores is not taken out of them: near 0 it is 0 in float32, and 0 times
+# the -inf of a masked score is NaN.
+LEAST_SCALE = 2.0**-100
 
 # Coordinates relative to the tile, in which affine terms keep their precision.
 LANE = sympy.Symbol("lane", integer=True, nonnegative=True)  # kv - kv_start
@@ -81,7 +86,7 @@ def arrange(score: E.Expr) -> Logits:
     scale = 1.0
     if len(x) == 1:
         c, rest = x[0].as_coeff_Mul()
-        if c.is_positive:
+        if c >= LEAST_SCALE:
             scale, x = float(c), [rest]
     return Logits(sympy.Add(*x), sympy.Add(*shift), scale, log2=True)
 
@@ -161,12 +166,21 @@ class Hoister:
             return self._named(expr, E.load(*index))
         if isinstance(expr, sympy.core.relational.Relational) and level(expr) == ELEMENT:
             return self._compared(expr)
+        if (bias := bias_of(expr)) is not None:
+            return self._biased(expr, *bias)
         if isinstance(expr, (sympy.Add, sympy.Mul, sympy.And, sympy.Or, sympy.Max, sympy.Min)):
             return self._grouped(expr)
         placed = expr.func(*map(self.place, expr.args))
         if level(expr) != ELEMENT and not _trivial(expr):
             return self._named(expr, placed)
         return placed
+
+    def _biased(self, expr, fill, mask):
+        """fill * (mask - 1) with a name for the difference: as terms of a sum, or of parts of it,
+        fill * mask may overflow."""
+        below = self.place(mask - 1)
+        below = below if below.is_Symbol else self._named(mask - 1, below)
+        return self._named(expr, fill * below) if level(expr) != ELEMENT else fill * below
 
     def _compared(self, expr):
         """kv - q <= n as kv <= q + n: one comparison per element and no arithmetic."""

@@ -244,6 +244,8 @@ def captured(kind: str, shape: Shape, dtype: torch.dtype, generator) -> Tensor:
             return torch.exp2(-torch.arange(1.0, h + 1) * 8 / h).view(1, h, 1, 1)
         case "heads":
             return (normal(h).abs() + 0.5).double()
+        case "temperatures":
+            return torch.tensor([0.0, -95.0, -200.0, 80.0])
         case "bloom":
             return (normal(b, h, 1, 1) * torch.arange(kv) / kv).to(dtype)
         case "bias":
@@ -274,6 +276,12 @@ def captured(kind: str, shape: Shape, dtype: torch.dtype, generator) -> Tensor:
             return (torch.arange(kv) < ends).view(b, 1, 1, kv)
         case "left":
             return (torch.arange(kv) >= torch.tensor([[0], [kv // 3]])).long()
+        case "seen":
+            return (torch.arange(kv) < torch.tensor([[kv - 9], [0]])).float()
+        case "seen too":
+            return (torch.arange(kv) >= torch.tensor([[7], [kv]])).float()
+        case "far":
+            return (torch.arange(kv) < torch.arange(q)[:, None]).float()
         case "nothing":
             return torch.zeros(b, 1, 1, kv, dtype=torch.bool)
         case "documents":

@@ -28,6 +28,21 @@ from fa3_compile.lower.kernels.cuda_sm90_keys import keys_of, layout_of, tile_ca
 from fa3_compile.lower.render_cuda import render
 from tests.numerics.forms import FORMS, Form, inputs, shape_for
 
+# What overflows, underflows or cancels where it is not printed as one thing. Two masks that are added
+# hide a key by more than float32 has; of the second batch they hide all.
+MAX = "3.4028234663852886e38"
+TWO = f"where(load(0, b, kv) + load(1, b, kv) - 2 == 0, 0, {MAX}*load(0, b, kv) + {MAX}*load(1, b, kv) - 2*{MAX})"
+EXTREMES = [
+    Form("two masks, added", f"score=0.1*s + {TWO}", ("seen", "seen too")),
+    Form("two masks of elements", f"score=0.1*s + {TWO.replace('(0, b', '(0, q')}", ("far", "seen too")),
+    Form("one mask, added", f"score=0.1*s + where(load(0, b, kv) == 1, 0, {MAX}*load(0, b, kv) - {MAX})",
+         ("seen",)),
+    Form("temperatures out of range", "score=s*exp(load(0, h))", ("temperatures",)),
+    Form("a scale below float32's", "score=1e-46*s"),
+    Form("a slope under a temperature", "score=s*exp(load(0, h)) + 0.5*(kv - q)", ("temperatures",)),
+]  # fmt: skip
+ALL = FORMS + EXTREMES
+
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
@@ -188,7 +203,7 @@ def library(tmp_path_factory):
     headers = ["captured.cuh", "philox.cuh", "variant.cuh", "block_map.cuh", "block_map_build.cuh"]
     parts = [SHIM, *map(header, headers), f"namespace fa3 {{ constexpr int kM = {M}, kN = {N};"]
     parts += ["template <class V> void blocks(const typename V::At&, int*);", EVALUATE]
-    for i, form in enumerate(FORMS):
+    for i, form in enumerate(ALL):
         parts.append(f"namespace form{i} {{\n{variant(form)[0]}\n}}")
         parts.append(
             f'extern "C" void form_{i}(const form{i}::Aux* aux, int B, int H, int Sq, int Skv, '
@@ -218,7 +233,7 @@ def packed(spec, aux, sizes) -> bytes:
     return content + bytes(64)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda x: x.name)
+@pytest.mark.parametrize("form", ALL, ids=lambda x: x.name)
 def test_hooks_are_the_reference(form: Form, library) -> None:
     spec = form.spec()
     _, (shape, q, k, aux, key) = variant(form)
@@ -239,7 +254,7 @@ def test_hooks_are_the_reference(form: Form, library) -> None:
     blocks = (-(-lengths[2] // M), -(-lengths[3] // N))
     kinds = torch.empty(*lengths[:2], *blocks, dtype=torch.int32)
     content = packed(spec, aux, form.sizes)
-    getattr(library, f"form_{FORMS.index(form)}")(
+    getattr(library, f"form_{ALL.index(form)}")(
         content,
         *lengths,
         *(

@@ -28,6 +28,12 @@ struct Site {
   int batch, head, queries, keys;
 };
 
+// A positive scale that underflowed, as one that still makes -inf of a score of -inf.
+FA3_DEVICE float above_zero(float scale) {
+  constexpr float kLeast = 1.17549435e-38f;
+  return scale < kLeast ? kLeast : scale;
+}
+
 template <class AuxT>
 struct PlainVariant {
   using Aux = AuxT;
