@@ -63,10 +63,8 @@ def calls_of(case: Timed) -> dict[str, Call]:
         "kernels, dO bshd": direct(case, q, k, v, aux, bshd(dout)),
     }
     if q.shape[0] == 1:
-        turned = [x.transpose(0, 1) for x in (q, k, v)]
-        found["kernels, heads as batch"] = direct(
-            case, *turned, aux, dout.transpose(0, 1).contiguous()
-        )
+        of = [x.transpose(0, 1) for x in (q, k, v, dout)]
+        found["kernels, heads as batch"] = direct(case, of[0], of[1], of[2], aux, of[3])
     [plain] = [x for x in cases.all_cases() if named(x) == (case.name, case.dim, case.length)][:1]
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     of_q, of_k, of_v = leaves
