@@ -51,7 +51,10 @@ def case_rows(
     dtype: torch.dtype,
     compile_only: bool = False,
 ) -> list[Row]:
-    """A row for each contender that can compute the case."""
+    """A row for each contender that can compute the case.
+
+    dO lies in memory as each contender's output does: what follows an attention in a model gives it
+    so, and AOTAutograd copies any other."""
     backward = direction == "backward"
     inputs = case.inputs(device, dtype)
     learned = 3 + len(inputs[3:]) * case.variant.learned
@@ -71,11 +74,12 @@ def case_rows(
             row.kernel, out = _first_call(name, function, leaves, backward)
             if check is None:
                 continue
-            call = _call(function, leaves, out, graded, cotangent)
+            given = None if cotangent is None else torch.empty_like(out).copy_(cotangent)
+            call = _call(function, leaves, out, graded, given)
             found = call()
             row.first_call_s = time.perf_counter() - start
             row.error, row.limit, row.ok = check(out, found if backward else ())
-            row.peak_gib = peak_bytes(_whole(function, leaves, graded, cotangent), device) / 2**30
+            row.peak_gib = peak_bytes(_whole(function, leaves, graded, given), device) / 2**30
             if row.ok:
                 calls[name] = call
             else:
