@@ -279,7 +279,7 @@ def captured(kind: str, shape: Shape, dtype: torch.dtype, generator) -> Tensor:
         case "seen":
             return (torch.arange(kv) < torch.tensor([[kv - 9], [0]])).float()
         case "seen too":
-            return (torch.arange(kv) >= torch.tensor([[7], [kv]])).float()
+            return (torch.arange(kv) >= torch.tensor([[7], [kv // 2]])).float()
         case "far":
             return (torch.arange(kv) < torch.arange(q)[:, None]).float()
         case "nothing":

@@ -29,6 +29,7 @@ from tests.graph import test_attention_gym as gym
 from tests.host_driver import kernels_of, launches, on_device, on_host, shared_library
 from tests.numerics.forms import BY_NAME, Shape, compare, inputs
 from tests.numerics.test_cuda_sm90_backward_emulated import ENTRY, HEADERS, between, header
+from tests.numerics.test_cuda_variants import EXTREMES
 
 __all__ = ["launches"]
 
@@ -42,7 +43,7 @@ NO_TURNS = """namespace fa3 { template <int, bool> struct PingPong {
 
 
 def compiled(key: CudaKey, to: Path) -> Path:
-    """A library of a key's kernels, without those for rows that see no key."""
+    """A library of a key's kernels."""
     source = key.source()
     own = between(source, "struct alignas(8) Aux", "}  // namespace fa3")
     emulated = resources.kernels().parent / "tests/numerics/emulated_sm90.hpp"
@@ -54,11 +55,15 @@ def compiled(key: CudaKey, to: Path) -> Path:
     if key.map_kind:
         parts += [re.sub("fa3::", "", between(source, "using BlockMapKernel", 'extern "C"'))]
         parts += [ENTRY.format(name="block_map", kernel="BlockMapKernel")]
+    if "using DeadRowsKernel" in source:
+        parts += [header("dead_rows"), "using DeadRowsKernel = DeadRows<Config, Variant>;"]
+        parts += [ENTRY.format(name="dead_rows", kernel="DeadRowsKernel")]
     parts += ['extern "C" { int shared_bytes = Kernel::kSharedBytes, counters[256]; }']
     return shared_library("\n".join(parts), to)
 
 
 LATE = {"optimistic": True}
+NAMED = BY_NAME | {x.name: x for x in EXTREMES}
 # (form, head dims, lengths, query heads of a KV head, tile)
 CASES = [
     ("causal", (64, 64), (300, 300), 1, {"block_m": 192, "block_n": 16} | LATE),
@@ -70,6 +75,8 @@ CASES = [
     ("alibi both sides", (32, 32), (130, 200), 2, {"block_n": 16} | LATE),
     ("sink", (32, 32), (70, 70), 1, {"block_n": 16} | LATE),
     ("dropout, causal", (32, 32), (70, 70), 1, {"block_n": 16} | LATE),
+    ("temperatures out of range", (32, 32), (70, 70), 1, {"block_n": 16} | LATE),
+    ("two masks, added", (32, 32), (70, 70), 1, {}),
 ]
 
 
@@ -86,7 +93,7 @@ def ran(problem, key, inputs, sizes, to, monkeypatch) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("case", CASES, ids=lambda x: x[0])
 def test_attention(case, tmp_path, monkeypatch, launches) -> None:
     name, dims, lengths, group, tile = case
-    form = BY_NAME[name]
+    form = NAMED[name]
     (q_len, kv_len), (dim, v_dim) = lengths, dims
     spec, shape = form.spec(), Shape(2, 2, 2 // group, q_len, kv_len, dim, v_dim)
     q, k, v, aux = inputs(form, shape, torch.bfloat16, "cpu")
@@ -96,6 +103,28 @@ def test_attention(case, tmp_path, monkeypatch, launches) -> None:
     key = replace(key, config=replace(key.config, **{"split": False, "longest_first": True} | tile))
     out, lse = ran(problem, key, (q, k, v, aux), form.sizes, tmp_path, monkeypatch)
     assert compare(form, out, lse, q, k, v, aux) is None
+
+
+@pytest.mark.parametrize("padded", [0, 20])
+def test_rows_without_a_key_are_looked_for_once(padded, tmp_path, monkeypatch, launches) -> None:
+    """Calls that share their lists go without it where the first found none."""
+    form = BY_NAME["left padding"]
+    q, k, v, (keep,) = inputs(form, Shape(1, 2, 1, 70, 70, 32, 32), torch.bfloat16, "cpu")
+    keep[:] = torch.arange(70) >= padded
+    problem = Problem(form.spec(), q.dtype, torch.device("cuda:0"), (9, 0), 1, 2, 1, 70, 70, 32, 32,
+                      aux_dtypes=(keep.dtype,))  # fmt: skip
+    key = keys_of(problem, layout_of(form.spec(), [keep]))[0]
+    key = replace(key, config=Sm90Config(128, 16))
+    built = Built(bytes(compiled(key, tmp_path / "kernels.so")) + b"\0", "", 168, 0, False)
+    monkeypatch.setattr(cuda_sm90, "load_first", lambda keys: (keys[0], built))
+    there, shared = on_device((q, k, v, [keep])), []
+    call = cuda_sm90.bind(problem, *there, (), key).fixed(None)
+    for _ in range(3):
+        out, lse = on_host(call(*there, (), shared))
+        assert compare(form, out, lse, q, k, v, [keep]) is None
+    both = "attention_fwd dead_rows "
+    expected = both * 3 if padded else both + "attention_fwd " * 2
+    assert [x.name for x in launches] == f"block_map {expected}".split()
 
 
 # What a bias adds in a row, from the keys that are worked last to those that are first.

@@ -26,10 +26,10 @@ from fa3_compile.lower.cuda_terms import aux_fields, uniform_fill
 from fa3_compile.lower.elements import Shape, elements
 from fa3_compile.lower.kernels.cuda_sm90_keys import keys_of, layout_of, tile_candidate
 from fa3_compile.lower.render_cuda import render
-from tests.numerics.forms import FORMS, Form, inputs, shape_for
+from tests.numerics.forms import CAUSAL, FORMS, Form, inputs, shape_for
 
 # What overflows, underflows or cancels where it is not printed as one thing. Two masks that are added
-# hide a key by more than float32 has; of the second batch they hide all.
+# hide a key by more than float32 has; in the second batch each key is hidden by one or both.
 MAX = "3.4028234663852886e38"
 TWO = f"where(load(0, b, kv) + load(1, b, kv) - 2 == 0, 0, {MAX}*load(0, b, kv) + {MAX}*load(1, b, kv) - 2*{MAX})"
 EXTREMES = [
@@ -37,7 +37,7 @@ EXTREMES = [
     Form("two masks of elements", f"score=0.1*s + {TWO.replace('(0, b', '(0, q')}", ("far", "seen too")),
     Form("one mask, added", f"score=0.1*s + where(load(0, b, kv) == 1, 0, {MAX}*load(0, b, kv) - {MAX})",
          ("seen",)),
-    Form("temperatures out of range", "score=s*exp(load(0, h))", ("temperatures",)),
+    Form("temperatures out of range", f"score=s*exp(load(0, h)), mask={CAUSAL}", ("temperatures",)),
     Form("a scale below float32's", "score=1e-46*s"),
     Form("a slope under a temperature", "score=s*exp(load(0, h)) + 0.5*(kv - q)", ("temperatures",)),
 ]  # fmt: skip

@@ -19,6 +19,8 @@ import torch
 
 CAUSAL = "(kv - q <= 0)"
 MIN = "-3.4028234663852886e38"
+# Two masks of 0 and 1 that are added, as the lowest number times what they hide.
+ADDED = f"where(load(0, b, kv) + load(1, b, kv) - 2 == 0, 0, {MIN[1:]}*(load(0, b, kv) + load(1, b, kv) - 2))"
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 LONG = (1, 2, 1, 40, 23, 16, 16)  # more queries than keys: rows that a window leaves empty
 WINDOW = f"{CAUSAL} & (q - kv <= 9)"
@@ -158,6 +160,9 @@ CASES = [
     Case("weight without s", "normalize=none, score=load(0, b, kv)", aux=("keys",)),
     Case("relu and its sums", f"normalize=sums, score=max(0.25*s + load(0, b, h, q, kv), 0)*load(1, b, kv), mask={CAUSAL}", TWO, aux=("bias", "keys"), dlse=True),
     Case("sums that have no gradient", "normalize=sums, score=sigmoid(0.25*s)", (1, 4, 2, 37, 50, 16, 16), block=(32, 16)),
+    Case("two masks, added", f"score=0.25*s + {ADDED}", TWO, aux=("seen", "seen too"), needs=(True, True, True, False, False)),
+    Case("temperatures out of range", f"score=s*exp(load(0, h)), mask={CAUSAL}", (1, 4, 2, 21, 37, 16, 16), aux=("temperatures",)),
+    Case("a scale below float32's", f"score=1e-46*s, mask={CAUSAL}"),
 ]  # fmt: skip
 
 
@@ -293,6 +298,12 @@ def captured(kind: str, shape: tuple[int, ...]) -> torch.Tensor:
             return x
         case "rows":
             return torch.randn(batch, q_len)
+        case "seen":
+            return (torch.arange(kv_len) < torch.tensor([[kv_len - 9], [0]])).float()
+        case "seen too":
+            return (torch.arange(kv_len) >= torch.tensor([[7], [kv_len // 2]])).float()
+        case "temperatures":
+            return torch.tensor([0.0, -95.0, -200.0, 0.5])
         case "keys":
             return torch.randn(batch, kv_len)
         case "relative":
