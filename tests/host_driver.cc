@@ -11,9 +11,12 @@
 #include <mutex>
 #include <set>
 #include <string>
+#include <utility>
 
 namespace {
-enum Result { kSuccess = 0, kInvalidValue = 1, kInvalidContext = 201, kNotFound = 500 };
+enum Result { kSuccess = 0, kInvalidValue = 1, kInvalidContext = 201, kNotFound = 500,
+              kCaptureUnsupported = 900 };
+enum CaptureMode { kGlobal = 0, kThreadLocal = 1, kRelaxed = 2 };
 enum FunctionAttribute { kMaxThreads = 0, kRegisters = 4, kMaxDynamicShared = 8,
                          kLastAttribute = 15 };
 enum DeviceAttribute { kMaxSharedPerBlock = 8, kWarpSize = 10, kMaxRegisters = 12, kClockRate = 13,
@@ -47,6 +50,18 @@ void (*observer)(const Launched*) = nullptr;
 // Every thread begins without a context: no call of CUDA's runtime gives it one here.
 thread_local void* current = nullptr;
 
+thread_local int capture_mode = kGlobal;
+// Whether another thread is capturing a graph, in the mode that forbids most, and still can.
+bool capturing = false, capture_valid = false;
+
+// Of a call that a capture does not see: it ends those that the thread's mode lets it see.
+Result unsafe() {
+  if (!current) return kInvalidContext;
+  if (!capturing || capture_mode != kGlobal) return kSuccess;
+  capture_valid = false;
+  return kCaptureUnsupported;
+}
+
 bool is_function(void* function) { return functions.count(function) != 0; }
 
 Result launched(void* handle, const unsigned (&grid)[3], const unsigned (&block)[3],
@@ -77,6 +92,8 @@ extern "C" {
 
 void host_driver_observe(void (*function)(const Launched*)) { observer = function; }
 int host_driver_allocations() { return int(allocated.size()); }
+void host_driver_begin_capture() { capturing = capture_valid = true; }
+bool host_driver_end_capture() { capturing = false; return capture_valid; }
 
 // The driver.
 
@@ -109,8 +126,14 @@ Result cuDeviceGetAttribute(int* value, int attribute, int) {
 }
 Result cuStreamIsCapturing(void*, int* status) { *status = 0; return kSuccess; }
 
+Result cuThreadExchangeStreamCaptureMode(int* mode) {
+  if (*mode < kGlobal || *mode > kRelaxed) return kInvalidValue;
+  std::swap(*mode, capture_mode);
+  return kSuccess;
+}
+
 Result cuModuleLoadData(Module** module, const char* image) {
-  if (!current) return kInvalidContext;
+  if (Result refused = unsafe()) return refused;
   std::lock_guard hold(lock);
   if (image == nullptr) return kInvalidValue;
   void* library = image[0] == '/' ? dlopen(image, RTLD_NOW | RTLD_LOCAL) : nullptr;
@@ -138,12 +161,18 @@ Result cuModuleGetGlobal_v2(void** address, std::size_t* bytes, Module* module, 
   return kSuccess;
 }
 Result cuMemcpyDtoH_v2(void* to, const void* from, std::size_t bytes) {
-  if (!current) return kInvalidContext;
+  if (Result refused = unsafe()) return refused;
   std::memcpy(to, from, bytes);
   return kSuccess;
 }
+Result cuMemHostAlloc(void** address, std::size_t bytes, unsigned flags) {
+  if (Result refused = unsafe()) return refused;
+  if (address == nullptr || bytes == 0 || flags > 7) return kInvalidValue;
+  *address = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
+  return kSuccess;
+}
 Result cuMemAlloc_v2(void** address, std::size_t bytes) {
-  if (!current) return kInvalidContext;
+  if (Result refused = unsafe()) return refused;
   if (address == nullptr || bytes == 0) return kInvalidValue;
   bytes = (bytes + 255) / 256 * 256;
   *address = std::memset(std::aligned_alloc(256, bytes), 0xff, bytes);
@@ -152,13 +181,13 @@ Result cuMemAlloc_v2(void** address, std::size_t bytes) {
   return kSuccess;
 }
 Result cuMemFree_v2(void* address) {
-  if (!current) return kInvalidContext;
+  if (Result refused = unsafe()) return refused;
   std::lock_guard hold(lock);
   if (!allocated.erase(address)) return kInvalidValue;
   std::free(address);
   return kSuccess;
 }
-Result cuStreamSynchronize(void*) { return current ? kSuccess : kInvalidContext; }
+Result cuStreamSynchronize(void*) { return unsafe(); }
 Result cuFuncGetAttribute(int* value, int attribute, void* function) {
   if (!is_function(function)) return kInvalidValue;
   *value = attribute == kMaxThreads ? 1024 : attribute == kRegisters ? 128 : 0;

@@ -77,6 +77,20 @@ def allocations() -> int:
     return _library().host_driver_allocations()
 
 
+@contextlib.contextmanager
+def captured_elsewhere() -> Iterator[None]:
+    """Another thread captures a CUDA graph meanwhile, as torch.cuda.graph does; what would end
+    that capture fails the test."""
+    library = _library()
+    library.host_driver_begin_capture()
+    valid = False
+    try:
+        yield
+    finally:
+        valid = bool(library.host_driver_end_capture() & 1)
+    assert valid, "the capture was ended"
+
+
 class OnDevice(Tensor):
     """A tensor of the CPU that says it is on cuda:0."""
 
@@ -121,6 +135,13 @@ def _is_cuda(x: object) -> bool:
     if isinstance(x, torch.device):
         return x.type == "cuda"
     return isinstance(x, str) and x.partition(":")[0] == "cuda"
+
+
+@dataclass(frozen=True)
+class _Properties:
+    """torch.cuda.get_device_properties."""
+
+    multi_processor_count: int = 132
 
 
 class _Guard(contextlib.nullcontext):
@@ -194,12 +215,14 @@ def launches(monkeypatch) -> Iterator[list[Launched]]:
     for name, value in (
         ("_cuda_getDevice", lambda: 0),
         ("_cuda_getCurrentRawStream", _raw_stream),
+        ("_cuda_getCurrentStream", lambda index: (STREAM | 1, index, 1)),  # of PyTorch's pools
         ("_cuda_isCurrentStreamCapturing", lambda: False),
     ):
         monkeypatch.setattr(torch._C, name, value, raising=False)
     monkeypatch.setattr(torch.cuda, "device", _Guard)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _=None: _Properties())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _=None: "the host")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _=None: None)
     monkeypatch.setattr(torch.cuda, "Event", Event)

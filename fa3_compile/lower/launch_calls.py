@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fa3_compile.lower.launch_cuda import Counters, Launch, driver, empty_cuda
+from fa3_compile.lower.stream_reports import numbers, stream_reports
 from fa3_compile.lower.stream_scratch import BYTES, stream_scratch
 from fa3_compile.runtime.launch import General
 
@@ -29,6 +30,9 @@ class Launches:
     scratch   bytes of memory for what one kernel leaves another
     lists     how many of them, from the first on, are lists of blocks that the first kernel makes
               of captured tensors alone: equal calls of one graph may share them
+    tells     whether, of a call that makes lists, the last kernel tells the host if captured
+              tensors alone leave it nothing to do: calls that share the lists go without it, once
+              they know
     counters  of the module, where a kernel takes its tiles from a counter
     known     addresses that are the same in every call
     """
@@ -42,12 +46,13 @@ class Launches:
         launches: Sequence[Launch],
         scratch: int = 0,
         lists: int = 0,
+        tells: bool = False,
         counters: Counters | None = None,
         known: Mapping[str | int, int] = {},
     ) -> None:
         self.device, self.dtype, self.shape, self.strides = device, dtype, shape, strides
         self.launches, self.scratch = tuple(launches), -(-scratch // ALIGNMENT) * ALIGNMENT
-        self.lists, self.counters, self.known = lists, counters, known
+        self.lists, self.tells, self.counters, self.known = lists, tells, counters, known
         self._call = self.fixed(None)
 
     def __call__(
@@ -72,6 +77,7 @@ class Launches:
         structure = tuple(tuple((n // 8, x, bool(m)) for n, x, m in places) for places in at)
         counted = self.counters is not None and "counter" in named
         flags = otherwise is not None, lse, counted, bool(scratch), kept, bool(self.lists)
+        flags = *flags, self.tells
         text = written(structure, *flags)
         device = self.device
 
@@ -91,11 +97,9 @@ class Launches:
             words = empty_cuda((scratch // 4,), (1,), torch.int32)
             return words.data_ptr(), words
 
-        def left(shared: list, stream: int) -> int:
-            """Memory for lists that later calls find."""
+        def own_lists() -> tuple[int, Tensor]:
             words = empty_cuda((-(-self.lists // 4),), (1,), torch.int32)
-            shared[:] = stream, words.data_ptr(), words
-            return shared[1]
+            return words.data_ptr(), words
 
         values: dict[str, Any] = {
             "device": device,
@@ -116,7 +120,9 @@ class Launches:
             "scratch_of": stream_scratch(device) if kept else None,
             "own_counter": own_counter,
             "own_scratch": own_scratch,
-            "left": left,
+            "own_lists": own_lists,
+            "reports": stream_reports(device) if self.tells else None,
+            "numbers": numbers,
             "blocks": [],
             "parameters": parameters,
             "launch": driver().cuLaunchKernel,
@@ -146,6 +152,7 @@ def written(
     scratch: bool,
     kept: bool,
     lists: bool,
+    tells: bool,
 ) -> str:
     """The function's text; shapes, grids and addresses are variables around it.
 
@@ -153,7 +160,9 @@ def written(
               bytes are added to it)
     checked   whether addresses are looked at
     kept      whether the scratch memory is the stream's
-    lists     whether the first launch makes lists, which may be shared
+    lists     whether the first launch makes lists, which may be shared: (stream, address, its
+              memory, the number that the last kernel was given)
+    tells     whether the last launch may be left out
     """
     captured = sorted({x for places in launches for _, x, _ in places if isinstance(x, int)})
     inputs = ["q_", "k_", "v_", *(f"aux{i}_" for i in captured)]
@@ -171,23 +180,24 @@ def written(
         lines += ["lse = empty(lse_shape, lse_strides, float32)", "lse_ = lse.data_ptr()"]
     if scratch and not kept:
         lines += [OWN_SCRATCH]
-    if counted or kept:
+    if counted or kept or tells:
         lines += ["try:", "    if capturing():", "        raise LookupError"]
         lines += ["    counter_ = counters[stream]"] if counted else []
+        lines += ["    report_, told = reports[stream]"] if tells else []
         lines += ["    spare = scratch_of[stream]", "    scratch_ = spare.pop()"] if kept else []
         lines += ["except LookupError:"]
         lines += ["    counter_, zero = own_counter()"] if counted else []
+        lines += ["    report_ = 0"] if tells else []
         lines += [f"    {OWN_SCRATCH}", "    spare = []"] if kept else []
-    lines += ["lse_ = scratch_ + lse_at"] if not lse else []
+    body = ["lse_ = scratch_ + lse_at"] if not lse else []
     if lists:
-        lines += ["found = bool(shared) and shared[0] == stream"]
-        lines += ["if found:", "    lists_ = shared[1]"]
-        lines += ["else:", "    lists_ = scratch_ if shared is None else left(shared, stream)"]
-    lines += ["try:", "    block = blocks.pop()", "except IndexError:", "    block = parameters()"]
-    lines += [
-        f"{''.join(f'words{i}, pointer{i}, ' for i in range(len(launches)))}_ = block",
-        "try:",
-    ]
+        body += ["number_ = 0", "found = bool(shared) and shared[0] == stream"]
+        body += ["if found:", "    lists_ = shared[1]"]
+        body += ["elif shared is None:", "    lists_ = scratch_"]
+        body += ["else:", "    lists_, made = own_lists()"]
+        body += ["    number_ = report_ and next(numbers)"] if tells else []
+    body += ["try:", "    block = blocks.pop()", "except IndexError:", "    block = parameters()"]
+    body += [f"{''.join(f'words{i}, pointer{i}, ' for i in range(len(launches)))}_ = block"]
     for i, places in enumerate(launches):
         step = []
         for j, (word, name, more) in enumerate(places):
@@ -197,11 +207,16 @@ def written(
         step += [f"status, = launch({arguments}, stream, pointer{i}, 0)"]
         step += ["if status is not success:", f"    again{i}(status, stream, pointer{i})"]
         if lists and not i:
+            step += ["if shared is not None:", "    shared[:] = stream, lists_, made, number_"]
             step = ["if not found:", *(f"    {x}" for x in step)]
-        lines += [f"    {x}" for x in step]
-    lines += ["finally:", "    blocks.append(block)"]
-    lines += ["    spare.append(scratch_)"] if kept else []
-    lines += [f"return out, {'lse' if lse else None}"]
+        if tells and i == len(launches) - 1:
+            answered = "found and report_ and told[0] == shared[3]"
+            step = [f"if not ({answered}):", *(f"    {x}" for x in step)]
+        body += step
+    body += ["blocks.append(block)"]
+    if kept:
+        body = ["try:", *(f"    {x}" for x in body), "finally:", "    spare.append(scratch_)"]
+    lines += [*body, f"return out, {'lse' if lse else None}"]
     return "def call(q, k, v, aux, sizes=(), shared=None):\n" + "".join(f"    {x}\n" for x in lines)
 
 

@@ -8,7 +8,7 @@ import functools
 import importlib
 import struct
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,8 +22,6 @@ from fa3_compile.runtime.launch import make_room
 MAP_BYTES = 128
 LARGEST = 1024  # tensor maps that are kept
 COUNTERS = 256  # of a module: templates/cuda/attention_fwd.cu.jinja
-# What CUDA calls the default stream of the calling thread: a stream for each thread.
-PER_THREAD = 2
 
 
 @functools.cache
@@ -52,6 +50,30 @@ def ensure_context(device: int) -> None:
         checked(cu.cuCtxSetCurrent(context))
 
 
+@contextlib.contextmanager
+def beside_captures() -> Iterator[None]:
+    """Lets this thread allocate, load and wait while a CUDA graph is being captured, which such
+    calls would end, whichever thread is capturing (CUDA driver API, stream capture modes)."""
+    cu = driver()
+    relaxed = cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    before = checked(cu.cuThreadExchangeStreamCaptureMode(relaxed))
+    try:
+        yield
+    finally:
+        checked(cu.cuThreadExchangeStreamCaptureMode(before))
+
+
+def lasts(stream: int) -> bool:
+    """Whether the current stream, whose handle this is, is never destroyed: PyTorch's own are not.
+
+    CUDA gives the handle of a destroyed one to the next, which may run beside what is left of it:
+    what is kept by handle would be both streams'. Of PyTorch's ids those of its pools are odd, and
+    that of another stream is its handle (c10/cuda/CUDAStream.cpp).
+    """
+    number, *_ = torch._C._cuda_getCurrentStream(torch._C._cuda_getDevice())
+    return stream == 0 or number % 2 == 1
+
+
 class Counters(dict[int, int]):
     """Stream -> address of an int of a module that is zero between the launches on this stream."""
 
@@ -63,7 +85,7 @@ class Counters(dict[int, int]):
         with self._lock:  # two streams that two threads meet at once have a counter each
             if stream in self:
                 return self[stream]
-            if len(self) >= COUNTERS or stream == PER_THREAD:
+            if len(self) >= COUNTERS or not lasts(stream):
                 raise KeyError(stream)
             return self.setdefault(stream, self._address + 4 * len(self))
 
@@ -94,10 +116,11 @@ class Module:
 
 def load_module(cubin: bytes, attention: str = "attention_fwd") -> Module:
     """Loads a cubin of templates/cuda/<attention>.cu.jinja into the current context."""
-    handle = checked(driver().cuModuleLoadData(cubin))
-    address, _ = checked(driver().cuModuleGetGlobal(handle, b"shared_bytes"))
     host = bytearray(4)
-    checked(driver().cuMemcpyDtoH(host, address, 4))
+    with beside_captures():
+        handle = checked(driver().cuModuleLoadData(cubin))
+        address, _ = checked(driver().cuModuleGetGlobal(handle, b"shared_bytes"))
+        checked(driver().cuMemcpyDtoH(host, address, 4))
     counters, _ = checked(driver().cuModuleGetGlobal(handle, b"counters"))
     module = Module(handle, struct.unpack("i", host)[0], Counters(int(counters)))
     attribute = driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -106,7 +129,7 @@ def load_module(cubin: bytes, attention: str = "attention_fwd") -> Module:
 
 
 # What a kernel's parameters may point to, beside the captured tensors.
-NAMES = ("q", "k", "v", "out", "lse", "counter", "scratch", "lists")
+NAMES = ("q", "k", "v", "out", "lse", "counter", "scratch", "lists", "report", "number")
 # (offset in the parameters, a name or the number of a captured tensor, bytes to add): where an
 # address of a call belongs.
 Place = tuple[int, "str | int", int]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 
-from fa3_compile.lower.launch_cuda import PER_THREAD, driver, ensure_context
+from fa3_compile.lower.launch_cuda import beside_captures, driver, ensure_context, lasts
 
 # Shapes with more take so long on the device that the time of an allocation is hidden.
 BYTES = 2**20
@@ -33,14 +33,15 @@ class StreamScratch(dict[int, list[int]]):
     def __missing__(self, stream: int) -> list[int]:
         with self._lock:
             if stream not in self:
-                if len(self) >= STREAMS:
+                if len(self) >= STREAMS or not lasts(stream):
                     raise KeyError(stream)
-                self[stream] = [] if stream == PER_THREAD else self._allocated()
+                self[stream] = self._allocated()
             return self[stream]
 
     def _allocated(self) -> list[int]:
         ensure_context(self._device)
-        status, address = driver().cuMemAlloc(BYTES)
+        with beside_captures():
+            status, address = driver().cuMemAlloc(BYTES)
         return [int(address)] if status is driver().CUresult.CUDA_SUCCESS else []
 
 

@@ -87,6 +87,8 @@ inline int __syncthreads_or(int x) {
   __syncthreads();
   int any = emulated::block->ors;
   __syncthreads();
+  emulated::block->ors = 0;
+  __syncthreads();
   return any;
 }
 inline void __syncwarp() { emulated::warp().gate.arrive_and_wait(); }
@@ -108,6 +110,7 @@ inline unsigned __ballot_sync(unsigned, bool x) {
     return all;
   });
 }
+inline unsigned __activemask() { return ~0u; }
 inline bool __any_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) != 0; }
 inline bool __all_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) == ~0u; }
 inline int reduced(int x, bool least) {

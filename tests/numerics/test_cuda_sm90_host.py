@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from fa3_compile.lower import launch_calls, stream_scratch
+from fa3_compile.lower import launch_calls, stream_reports, stream_scratch
 from fa3_compile.lower.build_nvrtc import Built
 from fa3_compile.lower.dispatch import make_problem
 from fa3_compile.lower.kernels import cuda_sm90, cuda_sm90_backward, cuda_sm90_lists
 from fa3_compile.lower.kernels.cuda_sm90_forward_parameters import ForwardParameters
-from fa3_compile.lower.launch_cuda import Launch
+from fa3_compile.lower.launch_cuda import Launch, driver
 from fa3_compile.runtime.launch import Attention, AttentionBackward
 from tests.host_driver import (
     DEVICE,
@@ -23,6 +23,7 @@ from tests.host_driver import (
     Devices,
     OnDevice,
     allocations,
+    captured_elsewhere,
     kernels_of,
     launches,
     on_device,
@@ -137,6 +138,16 @@ def test_scratch_memory_is_the_streams_and_comes_back(launches, monkeypatch) -> 
             refused(q, k, v, aux)
     assert scratch == {STREAM: [address]} and allocations() == before + 1
 
+    def no_memory(*_):
+        raise MemoryError
+
+    shared: list = []
+    monkeypatch.setattr(launch_calls, "empty_cuda", no_memory)
+    for _ in range(2):
+        with pytest.raises(MemoryError):
+            refused(q, k, v, aux, (), shared)
+    assert scratch == {STREAM: [address]} and not shared
+
 
 def test_lists_are_made_once_for_calls_that_share_them(launches, monkeypatch) -> None:
     form = BY_NAME["left padding"]
@@ -154,6 +165,72 @@ def test_lists_are_made_once_for_calls_that_share_them(launches, monkeypatch) ->
     [bound] = call._calls.values()
     bound.fixed(None)(q, k, v, aux, form.sizes, shared)  # another stream
     assert [x.name for x in launches] == ["block_map", *both]
+
+
+def test_rows_without_a_key_are_looked_for_until_there_are_known_to_be_none(
+    launches, monkeypatch
+) -> None:
+    form = BY_NAME["left padding"]
+    q, k, v, aux = of_form("left padding", Shape(2, 4, 2, 150, 150, 64, 64))
+    call = Attention(f"{form.spec()} #;kernels=cuda_sm90", fixed=True, lse=False)
+    call(q, k, v, aux, form.sizes)
+    _, told = stream_reports.stream_reports(0)[STREAM]
+    [bound] = call._calls.values()
+
+    def names(shared: list | None = None) -> list[str]:
+        launches.clear()
+        bound.fixed(None)(q, k, v, aux, form.sizes, shared)
+        return [x.name for x in launches]
+
+    shared, other, both = [], [], ["attention_fwd", "dead_rows"]
+    assert names(shared) == names(other) == ["block_map", *both]
+    told[0] = other[3]
+    assert names(shared) == both
+    assert names(other) == both[:1]
+    told[0] = shared[3]
+    assert names(shared) == both[:1]
+    assert names(other) == both
+    assert names() == ["block_map", *both]
+    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: True)
+    assert names(shared) == both
+    captured: list = []
+    assert names(captured) == ["block_map", *both] and captured[3] == 0
+    told[0] = 0
+    assert names(captured) == both
+
+
+def test_only_streams_that_last_have_memory_of_their_own(launches, monkeypatch) -> None:
+    """CUDA gives the handle of a stream that was destroyed to another one."""
+    form = BY_NAME["left padding"]
+    scratch = stream_scratch.StreamScratch(0)
+    monkeypatch.setattr(launch_calls, "stream_scratch", lambda device: scratch)
+    handle = 0x7F00
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: handle)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentStream", lambda index: (handle, index, 1))
+    q, k, v, aux = of_form("left padding", Shape(2, 4, 2, 150, 150, 64, 64))
+    call = Attention(f"{form.spec()} #;kernels=cuda_sm90", fixed=True, lse=False)
+    for _ in range(2):
+        call(q, k, v, aux, form.sizes)
+    assert [x.stream for x in launches] == [handle] * 6 and not scratch
+    [bound] = call._calls.values()
+    assert not bound.counters and handle not in stream_reports.stream_reports(0)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentStream", lambda index: (7, index, 1))
+    call(q, k, v, aux, form.sizes)
+    assert scratch.keys() == {handle} == bound.counters.keys()
+
+
+@pytest.mark.parametrize("name", ["left padding", "global and window"])
+def test_the_first_call_leaves_captures_of_other_threads_alone(name: str, launches) -> None:
+    form = BY_NAME[name]
+    q, k, v, aux = of_form(name, Shape(1, 2, 1, 200, 200, 64, 64))
+    text = f"{form.spec()} #;kernels=cuda_sm90"
+    with captured_elsewhere():
+        out, lse = Attention(text)(q, k, v, aux, form.sizes)
+        AttentionBackward(text, [True] * 3 + [False] * len(aux))(
+            out, None, q, k, v, out, lse, aux, form.sizes
+        )
+    with pytest.raises(AssertionError, match="the capture was ended"), captured_elsewhere():
+        driver().cuMemAlloc(1)
 
 
 def test_few_queries_are_dealt_out_and_combined(launches) -> None:

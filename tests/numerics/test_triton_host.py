@@ -17,7 +17,14 @@ from fa3_compile.lower.kernels import triton_backward, triton_forward
 from fa3_compile.lower.launch_calls import Launches
 from fa3_compile.lower.tune_backward import Configs
 from fa3_compile.runtime.launch import Attention, AttentionBackward
-from tests.host_driver import STREAM, OnDevice, launches, on_device, triton_driver
+from tests.host_driver import (
+    STREAM,
+    OnDevice,
+    captured_elsewhere,
+    launches,
+    on_device,
+    triton_driver,
+)
 from tests.numerics.forms import BY_NAME, Shape, inputs
 
 __all__ = ["launches", "triton_driver"]
@@ -73,6 +80,20 @@ def test_tensor_descriptors_have_scratch_memory(launches, monkeypatch) -> None:
     call(q, k, v, [], [])
     [bound] = call._calls.values()
     assert isinstance(bound, Launches) and bound.scratch > 0 and len(launches) == 1
+    # One launch by itself, as tuning measures it, and a backward's is.
+    problem = make_problem(str(form.spec()), q, k, v, [])
+    config = tune_forward.table_config(problem)
+    alone = triton_forward.bind_config(problem, config, q, k, v, [], [])
+    alone.launch([q, k, v, *triton_forward.outputs(problem, q, v)])
+    assert len(launches) == 2
+
+
+def test_a_kernel_that_is_built_leaves_captures_of_other_threads_alone(launches) -> None:
+    form = BY_NAME["causal"]
+    q, k, v, _ = on_device(inputs(form, Shape(1, 1, 1, 40, 40, 16, 16), torch.bfloat16, "cpu"))
+    with captured_elsewhere():
+        Attention(f"{form.spec()} #;kernels=triton_forward")(q, k, v, [], [])
+    assert [x.name for x in launches] == ["attention_forward"]
 
 
 def test_integers_too_large_for_32_bits_are_left_to_others(launches) -> None:

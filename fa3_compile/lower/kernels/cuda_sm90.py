@@ -151,7 +151,8 @@ def bind(problem: Problem, q, k, v, aux, sizes, key: CudaKey | None = None) -> B
     launches, scratch = parameters.launches(stride, kept=bool(kept))
     return Bound(
         key.config, kept, q.device.index, q.dtype, shape, stride, launches,
-        scratch=scratch, lists=parameters.listed_bytes, counters=module.counters,
+        scratch=scratch, lists=parameters.listed_bytes, tells=parameters.tells,
+        counters=module.counters,
     )  # fmt: skip
 
 

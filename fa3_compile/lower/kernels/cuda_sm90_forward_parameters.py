@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import struct
 
 from torch import Tensor
@@ -20,6 +21,8 @@ from fa3_compile.lower.launch_cuda import MAP_BYTES, Launch, Module, tensor_map
 from fa3_compile.lower.render_cuda import CudaKey
 
 UNIFORM_ROWS, DEAD_ROWS, COMBINE_THREADS = 1024, 64, 128
+# Blocks of the kernel for rows without a key, where it tells the host: they add to one counter.
+LARGEST_TELLING = 1024
 
 
 class ForwardParameters(Parameters):
@@ -43,6 +46,7 @@ class ForwardParameters(Parameters):
         if key.config.split:
             self.splits = split_count(self.tiles, self.key_blocks, self.processors)
         self.scratch_bytes = self.listed_bytes = 0
+        self.tells = False
         self.map_kind = key.map_kind
 
     def scratch(self, bytes_: int) -> int:
@@ -183,4 +187,9 @@ class ForwardParameters(Parameters):
         assert self.spec.fill is not None
         rows = UNIFORM_ROWS if uniform_fill(self.spec.fill) else DEAD_ROWS
         grid = (-(-self.queries // rows), self.heads, self.batch)
+        self.tells = self.listed_bytes > 0 and math.prod(grid) <= LARGEST_TELLING
+        if self.tells:
+            names = ("counter", "report", "number")
+            places += [(len(content) + 8 * i, name, 0) for i, name in enumerate(names)]
+        content += bytes(24)
         return self.launch("dead_rows", grid, 256, content, places)

@@ -7,10 +7,13 @@ where the driver is given a finished list of parameters in 0.3.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fa3_compile.lower.launch_cuda import Launch, driver
+import torch
+from torch import Tensor
+
+from fa3_compile.lower.launch_cuda import Launch, driver, empty_cuda
 
 # What a place in the parameters is called that points to Triton's scratch memory.
 SCRATCH = "global_scratch"
@@ -48,3 +51,46 @@ def direct(compiled: Any, programs: int, values: Mapping[str, Any]) -> Launch | 
         facts.shared, content, places, names=[x for _, x, _ in places],
         starts=range(0, len(content), 8), keeps=compiled,
     )  # fmt: skip
+
+
+def on_tensors(
+    launch: Launch | None,
+    compiled: Any,
+    runner: Any,
+    programs: int,
+    device: torch.device,
+    integers: Sequence[int],
+) -> Callable[[Sequence[Tensor]], None]:
+    """What launches a CompiledKernel on tensors in the order of its pointers, on the current stream
+    of their device: `launch` where `direct` gave one, otherwise Triton's `runner`, which takes the
+    rest of the kernel's arguments too."""
+    index, scratch = device.index, programs * compiled.metadata.global_scratch_size
+    raw_stream = torch._C._cuda_getCurrentRawStream
+
+    def run(tensors: Sequence[Tensor]) -> None:
+        if torch._C._cuda_getDevice() != index:
+            with torch.cuda.device(index):
+                return run(tensors)
+        stream, addresses = raw_stream(index), [x.data_ptr() for x in tensors]
+        if launch is None:
+            if scratch:
+                _allow_scratch()
+            runner(*addresses, *integers, stream=stream)
+        elif scratch:
+            words = empty_cuda((-(-scratch // 4),), (1,), torch.int32)
+            launch(stream, [*addresses, words.data_ptr()])
+        else:
+            launch(stream, addresses)
+
+    return run
+
+
+def _allow_scratch() -> None:
+    """Tensor descriptors made in a kernel live in global memory that the host allocates."""
+    import triton
+
+    triton.set_allocator(_scratch)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, device="cuda", dtype=torch.int8)

@@ -6,14 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from fa3_compile.lower import launch_cuda
 from fa3_compile.lower.choose import KernelBuildError
 from fa3_compile.lower.config import TritonConfig
 from fa3_compile.lower.kernels import triton_forward as forward
-from fa3_compile.lower.kernels.triton_direct import direct
+from fa3_compile.lower.kernels.triton_direct import direct, on_tensors
 
 T = TypeVar("T")
 
@@ -93,21 +92,5 @@ def bind_kernel(kernel, config: TritonConfig, programs: int, tensors, integers, 
     like = [tensors[x] for x in pointers]
     compiled, runner = forward.built(kernel, config, grid, device, [*like, *arguments])
     launch = direct(compiled, programs, values)
-    if launch is None:
-        run = forward._launcher(runner, device, arguments, tma=False)
-    else:
-        run = _direct_run(launch, device)
+    run = on_tensors(launch, compiled, runner, programs, device, arguments)
     return Launch(pointers, run, compiled.n_spills, launch)
-
-
-def _direct_run(launch: launch_cuda.Launch, device: torch.device):
-    index = device.index
-    raw_stream = torch._C._cuda_getCurrentRawStream
-
-    def run(tensors: Sequence[Tensor]) -> None:
-        if torch._C._cuda_getDevice() != index:
-            with torch.cuda.device(index):
-                return run(tensors)
-        launch(raw_stream(index), [x.data_ptr() for x in tensors])
-
-    return run

@@ -20,6 +20,9 @@ struct DeadRowsParams {
   float* lse;
   Strides q_at, k_at, v_at, out_at;
   int heads, group, queries, keys;
+  int* counter;                // zero between launches; this and what follows may be null
+  unsigned long long* report;  // of the host: gets `number` where no row is dead; unless that is 0
+  unsigned long long number;
   AuxT aux;
 };
 
@@ -126,6 +129,17 @@ struct DeadRows {
       p.lse[(static_cast<int64_t>(at.batch) * p.heads + at.head) * p.queries + q] = lse;
   }
 
+  // One thread of each block says whether it has found a dead row. The last to do so, of fewer than
+  // 2^16, knows of all: the counter's halves are the blocks and those that have.
+  FA3_DEVICE static void tell(const Params& p, bool found) {
+    int blocks = gridDim.x * gridDim.y * gridDim.z;
+    int before = atomicAdd(p.counter, found ? 0x10001 : 1);
+    if ((before & 0xffff) != blocks - 1) return;
+    *p.counter = 0;
+    if (before >> 16 == 0 && !found)
+      *static_cast<volatile unsigned long long*>(p.report) = p.number;
+  }
+
   // Grid (ceil(queries / kRows), heads, batches).
   FA3_DEVICE static void run(const Params& p) {
     __shared__ Shared memory;
@@ -140,7 +154,9 @@ struct DeadRows {
       if (i % 32 == 0) dead[i / 32] = found;
       any = any || mine;
     }
-    if (!__syncthreads_or(any)) return;
+    any = __syncthreads_or(any);
+    if (p.number != 0 && threadIdx.x == 0) tell(p, any);
+    if (!any) return;
     float value = 0.0f, of_row = 0.0f;
     bool known = false;
     for (int i = 0; i < kRows; ++i) {
