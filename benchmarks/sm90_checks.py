@@ -36,6 +36,7 @@ from benchmarks import sanitizer
 from benchmarks.sm90_backward_dev import compare as compare_gradients
 from benchmarks.sm90_backward_dev import gradients_of, last_bound, needs_of
 from benchmarks.sm90_dev import OUT, WORKERS, problem_of
+from fa3_compile.lower import build_nvrtc
 from fa3_compile.lower.choose import Gradients, Problem
 from fa3_compile.lower.kernels import cuda_sm90_backward, triton_backward
 from fa3_compile.lower.kernels.cuda_sm90 import Bound, CudaSm90
@@ -260,7 +261,10 @@ def share(check: str, kernels: Sequence[str], first: int, count: int) -> list[Sa
 
 
 def worker(check: str, first: str, count: str, *kernels: str) -> int:
-    """A process's samples."""
+    """A process's samples; kernels for a sanitizer know the lines that they come from, which
+    leaves their machine code as it is."""
+    if check == "once":
+        build_nvrtc.OPTIONS += ("--generate-line-info",)
     return sum([say(x, CHECKS[check](x)) for x in share(check, kernels, int(first), int(count))])
 
 
@@ -298,6 +302,8 @@ def dealt(
 ) -> list[Shard]:
     """`count` processes, under a sanitizer's tool if need be, that share the samples of a check."""
     environment = dict(os.environ)
+    if check == "once":
+        environment["FA3_CACHE_DIR"] = str(folder / "kernels")
     if tool:
         # Every tensor in an allocation of its own, so that reads beside one are found.
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"

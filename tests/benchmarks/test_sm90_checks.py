@@ -4,7 +4,7 @@ import subprocess
 import sys
 import time
 
-from benchmarks.sanitizer import findings
+from benchmarks.sanitizer import findings, lines_of
 from benchmarks.sm90_checks import Shard, finish
 
 LOG = """\
@@ -34,9 +34,38 @@ def test_api_calls_are_told_from_memory_errors() -> None:
     call = "cuModuleGetGlobal_v2: CUDA_ERROR_NOT_FOUND"
     assert found == {
         "error": {"Invalid __global__ read of size 16 bytes at attention_fwd": 1},
+        "ordered": {},
         "API call": {f"{call} from driver.cpython-312-x86_64-linux-gnu.so": 1, call: 1},
         "warning": {"Warning: Detected overlapping instrumentation": 1},
     }
+
+
+def access(kind: str, header: str, line: int, kernel: str = "attention_bwd") -> str:
+    return f"{kind} access at {kernel}+0x82a0 in /work/fa3/{header}.cuh:{line}"
+
+
+def races(first: str, *others: str) -> dict[str, int]:
+    """How many of a race's accesses are of which kind."""
+    lines = [f"========= Error: Race reported between {first}"]
+    lines += [f"=========     and {x} [256 hazards]" for x in others]
+    return {kind: sum(x.values()) for kind, x in findings("\n".join(lines)).items() if x}
+
+
+def test_copies_that_mbarriers_order_are_told_from_races() -> None:
+    """By what the lines are of, on both sides."""
+    copy, load = (lines_of(*x)[2] for x in (("tma", "bulk_load"), ("fragment", "load_shared")))
+    write, read = access("Write", "tma", copy), access("Read", "fragment", load)
+    assert races(write, read) == races(read, write) == {"ordered": 1}
+    assert races(write, read, access("Read", "fragment", load + 20), read) == {
+        "ordered": 2,
+        "error": 1,
+    }
+    assert races(access("Write", "fragment", load + 8), read) == {"error": 1}
+    assert races(access("Write", "tma", lines_of("tma", "tma_load")[3]), read) == {"error": 1}
+    assert races(write, access("Write", "tma", copy)) == {"error": 1}
+    assert races(access("Write", "tma", copy, "row_terms"), read) == {"error": 1}
+    assert races(write) == races("Write access at") == {"error": 1}
+    assert races("Write access at attention_bwd+0x10", read) == {"error": 1}
 
 
 def test_a_clean_run_has_no_findings() -> None:
