@@ -136,16 +136,45 @@ def test_a_graph_beside_other_calls(family):
 @each_family
 def test_layers_that_share_their_lists(family):
     def layers(q, k, v, keep):
-        return attention(attention(q, k, v, keep), k, v, keep)
+        for _ in range(4):
+            q = attention(q, k, v, keep)
+        return q
 
     compiled = torch.compile(layers, backend=fa3, options={"kernels": family}, dynamic=False)
+    left, right = slice(0, 300), slice(900, None)
     with torch.no_grad():
-        for first in (100, 500, 300):  # other lists in each run
+        # Other lists in each run; on the left there are rows without a key, which layers look for
+        # until they know of none.
+        for hidden in (left, right, right, slice(0, 500), right, left):
             q, k, v, keep = inputs(1024)
-            keep[0, :first] = 0
+            keep[:] = 1
+            keep[0, hidden] = 0
             want = layers(q.double(), k.double(), v.double(), keep)
-            got = compiled(q, k, v, keep).double()
-            torch.testing.assert_close(got, want, rtol=0, atol=0.03)
+            got = compiled(q, k, v, keep)
+            torch.testing.assert_close(got.double(), want, rtol=0, atol=0.03)
+
+
+@each_family
+def test_a_first_call_while_another_thread_captures(family):
+    """Its kernels are built and loaded, and its stream is new."""
+    captured = Attention(f"{PADDED} #;kernels={family}", fixed=True, lse=False)
+    other = Attention(PADDED.replace("0.125", "0.25") + f" #;kernels={family}", fixed=True)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    q, k, v, keep = inputs(1024)
+    want, _ = captured(q, k, v, [keep], [])
+    torch.cuda.synchronize()
+
+    def work():
+        with torch.cuda.stream(stream):
+            return other(q, k, v, [keep], [])[0]
+
+    with ThreadPoolExecutor(1) as threads, torch.cuda.graph(graph):
+        out, _ = captured(q, k, v, [keep], [])
+        beside = threads.submit(work).result()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, want)
+    torch.testing.assert_close(beside, other(q, k, v, [keep], [])[0], rtol=0, atol=0)
 
 
 @pytest.mark.skipif(not HOPPER, reason="a Hopper GPU is needed")
