@@ -3,7 +3,8 @@
     python benchmarks/sm90_forward_variants.py [CASE ...]    on a Hopper GPU
 
 Each row is a configuration of one case, all of a case in turn in one process; `diff` is the
-largest distance of its output and its LSE from the first row's.
+largest distance of its output and its LSE from the first row's, `error` what one head's first rows
+are off in float64, in units of what eager is.
 """
 
 from __future__ import annotations
@@ -18,35 +19,62 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from torch import Tensor
 
 from benchmarks.sm90_dev import TOKENS, WIDTH, WORKERS, Timed, interleaved, made, problem_of, timed
 from fa3_compile.lower.build_nvrtc import Built, load
 from fa3_compile.lower.kernels.cuda_sm90 import bind
 from fa3_compile.lower.kernels.cuda_sm90_keys import keys_of, layout_of
+from fa3_compile.lower.kernels.reference import attention
 from fa3_compile.lower.render_cuda import CudaKey
 
 S, N = f"{1 / math.sqrt(128)}*s", 8192
+ROWS = 1024  # that are held against float64
 SQUARES = " & ".join(
     f"(abs({f}(floordiv(q, 64), 16) - {f}(floordiv(kv, 64), 16)) <= 2)" for f in ("floordiv", "mod")
 )
 BIAS = f"score={S} + load(0, 0, h, q, kv)"
-# Beside those of sm90_dev.py; `ragged` are documents of random lengths.
+CAUSAL = "mask=(kv - q <= 0)"
+
+
+def capped(dim: int, cap: float, times: float = 1.0, mask: str = CAUSAL) -> str:
+    """The fields of a softcap of scores that are `times` as large as normal ones."""
+    return f"score={cap}*tanh({times / math.sqrt(dim) / cap}*s), {mask}"
+
+
+# Beside those of sm90_dev.py; `ragged` are documents of random lengths. `far`: one score in four is
+# where a softcap is no polynomial, `some`: one in 2000.
 OWN = (
+    *(Timed(f"softcap{d}", capped(d, 50.0), d, N, 0.5) for d in (64, 96, 256)),
+    *(Timed(f"causal{d}", f"score={1 / math.sqrt(d)}*s, {CAUSAL}", d, N, 0.5)
+      for d in (64, 80, 96, 192, 256)),
+    *(Timed(f"full{d}", f"score={1 / math.sqrt(d)}*s", d, N, 1.0) for d in (64, 96, 256)),
+    Timed("softcap full", f"score=50.0*tanh({1 / math.sqrt(128) / 50}*s)", 128, N, 1.0),
+    Timed("softcap far", capped(128, 20.0, 20.9), 128, N, 0.5),
+    Timed("softcap some", capped(128, 20.0, 6.9), 128, N, 0.5),
+    Timed("softcap padded", capped(128, 50.0, 1.0, f"{CAUSAL} & (load(0, b, kv) != 0)"), 128, N,
+          0.5, ("ones",)),
     Timed("full", f"score={S}", 128, N, 1.0),
     Timed(
         "ragged", f"score={S}, mask=(load(0, b, q) == load(0, b, kv))", 128, N, 0.0, ("eighths",)
     ),
     Timed("bias causal", f"{BIAS}, mask=(kv - q <= 0)", 128, N, 0.5, ("bias_of_heads",)),
     Timed("squares", f"score={S}, mask={SQUARES}", 128, N, 0.0),
-)
-LARGE = {"block_m": 128, "block_n": 128}
+)  # fmt: skip
+LARGE, TALL = {"block_m": 128, "block_n": 128}, {"block_m": 192, "block_n": 64}
 PLAIN, LATE = {"held_queries": False, "optimistic": False}, {"optimistic": True}
 HELD = {"held_queries": True}
 WAYS = (PLAIN, PLAIN | LATE, PLAIN | HELD, PLAIN | HELD | LATE)
 # Case -> what its rows change of the table's first configuration.
 PLAN = {
     **dict.fromkeys(("documents", "ragged", "padded causal", "dense mask", "squares"), WAYS),
-    **dict.fromkeys(("bias", "bias causal"), WAYS),
+    **dict.fromkeys(("bias", "bias causal"), (*WAYS, TALL | PLAIN, TALL | PLAIN | LATE)),
+    **dict.fromkeys(("softcap padded",), WAYS),
+    **dict.fromkeys(
+        [x.name for x in OWN if x.name[-1].isdigit()]
+        + ["softcap full", "softcap far", "softcap some"],
+        (PLAIN, PLAIN | LATE),
+    ),
     **dict.fromkeys(
         ("full", "causal", "softcap", "alibi", "window1024", "prefix1024"),
         (PLAIN, PLAIN | LATE, *(LARGE | x for x in WAYS)),
@@ -56,9 +84,10 @@ PLAN = {
 
 def inputs(name: str, device: str):
     """(what it is, the share of the work that is left, spec, q, k, v, aux)."""
-    cases = [x for x in (*OWN, *timed()) if x.name == name and (x.dim, x.length) == (128, N)]
-    spec, q, k, v, aux = made(cases[0], device)
-    share = cases[0].share
+    cases = [x for x in timed() if (x.dim, x.length) == (128, N)]
+    case = next(x for x in (*OWN, *cases) if x.name == name)
+    spec, q, k, v, aux = made(case, device)
+    share = case.share
     if name == "squares":
         at = torch.arange(N) // 64
         near = [(x[:, None] - x).abs() <= 2 for x in (at // 16, at % 16)]
@@ -69,7 +98,7 @@ def inputs(name: str, device: str):
         ids = (torch.arange(N)[None, :, None] >= cuts[:, None]).sum(-1)
         lengths = torch.stack([torch.bincount(x, minlength=8) for x in ids]).double()
         share, aux = ((lengths / N) ** 2).sum(1).mean().item(), [ids.to(device)]
-    return cases[0], share, spec, q, k, v, aux
+    return case, share, spec, q, k, v, aux
 
 
 def keys(name: str) -> list[CudaKey]:
@@ -82,6 +111,15 @@ def build(key: CudaKey) -> Built:
     """In a worker, so that the kernel lies in the cache on disk."""
     torch.set_num_threads(1)
     return load(key)
+
+
+def error(spec, out: Tensor, q: Tensor, k: Tensor, v: Tensor, aux) -> float:
+    """How far the first rows of the first head are from float64, where eager in 16 bits is 1."""
+    q, k, v = q[:1, :1, :ROWS], k[:1, :1], v[:1, :1]
+    exact, _ = attention(spec, q.double(), k.double(), v.double(), aux, ())
+    eager, _ = attention(spec, q, k, v, aux, ())
+    off = [(x.double() - exact).abs().max().item() for x in (out[:1, :1, :ROWS], eager)]
+    return off[0] / off[1]
 
 
 def measure(name: str) -> None:
@@ -100,10 +138,11 @@ def measure(name: str) -> None:
         ]
         said += [] if built.healthy else [f"spills {built.spill_bytes}"]
         calls.append(lambda bound=bound: bound(q, k, v, aux))
-        rows.append((" ".join(said), f"diff {off[0]:.1e} {off[1]:.1e}"))
+        far = error(spec, found[0], q, k, v, aux)
+        rows.append((" ".join(said), f"diff {off[0]:.1e} {off[1]:.1e} error {far:.2f}"))
     work = 4 * TOKENS * case.length * WIDTH * share
     for (said, off), ms in zip(rows, interleaved(calls, 25)):
-        print(f"{name:14s}{said:32s}{1e3 * ms:8.1f} us {work / ms / 1e9:5.0f} TFLOP/s  {off}")
+        print(f"{name:15s}{said:32s}{1e3 * ms:8.1f} us {work / ms / 1e9:5.0f} TFLOP/s  {off}")
     sys.stdout.flush()
 
 

@@ -72,6 +72,17 @@ def arrange(score: E.Expr) -> Terms:
     return Terms(x, sympy.S.One, shift=sympy.Add(*shift))
 
 
+def capped(terms: Terms) -> float:
+    """c where the score is tanh(c*s) times a scale, as a softcap is; 0 where it is not."""
+    if not isinstance(terms.x, sympy.tanh):
+        return 0.0
+    coefficient = hoist._coefficient(terms.x.args[0], E.S)
+    if coefficient is None or not coefficient.is_number:
+        return 0.0
+    # The kernel takes powers of it up to the seventh.
+    return float(coefficient) if 1e-5 < coefficient < 1e5 else 0.0
+
+
 @functools.lru_cache(maxsize=1024)
 def head_scalars(spec: AttentionSpec) -> dict[E.load, sympy.Symbol]:
     """A name for each integer of the mask that is the same for a whole head: the position in a

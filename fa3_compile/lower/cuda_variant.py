@@ -21,6 +21,7 @@ from fa3_compile.lower.cuda_terms import (
     Terms,
     arrange,
     aux_fields,
+    capped,
     drawn,
     fills_dead_rows,
     head_scalars,
@@ -97,6 +98,8 @@ class VariantWriter:
         if terms.x != E.S:
             lines += ["static constexpr bool kScore = true;"]
             lines += self.element_method("float", "score", "float s, " + SITE["element"], terms.x)
+            if inner := capped(terms):
+                lines += [f"static constexpr float kInner = {self.printer.number(inner)};"]
         if terms.wide:
             lines += ["static constexpr bool kWideScores = true;"]
         if hoist.may_be_minus_inf(self.spec.score):

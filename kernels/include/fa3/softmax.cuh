@@ -15,6 +15,23 @@ FA3_DEVICE float quad_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
+// scale * tanh(inner * x) for (inner * x)^2 <= kLargest, as x times a polynomial in x * x. Minimax in
+// the relative error, 2.7e-4: half of tanh_approx's.
+struct NearTanh {
+  static constexpr float kLargest = 1.44f;
+  float k[4] = {0.99973385f, -0.32718222f, 0.1095878f, -0.02053107f};
+
+  FA3_DEVICE NearTanh(float inner, float scale) {
+    float power = inner * scale;
+#pragma unroll
+    for (int i = 0; i < 4; ++i, power *= inner * inner) k[i] *= power;
+  }
+
+  FA3_DEVICE float over_x(float square) const {
+    return fmaf(fmaf(fmaf(k[3], square, k[2]), square, k[1]), square, k[0]);
+  }
+};
+
 // A row's maximum may be older than its scores: weights up to kLargestSum are as exact as those
 // below 1 in either 16-bit type, and sums and products are fp32. It is raised, and what is summed up
 // so far scaled, only where a score exceeds it by kSlack in the exponent (as in FlashAttention-4), or
@@ -71,18 +88,8 @@ struct Softmax {
       offset[r] = (base[r] - finite<Guard>(max[r])) * scale[r];
       if constexpr (Wide) offset[r] = near(max[r]) ? offset[r] : 0.0f;  // raise() subtracted it
     }
-#pragma unroll
-    for (int j = 0; j < N / 8; ++j) {
-      float x[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        x[i] = exp2_approx(fmaf(s[4 * j + i], scale[i / 2], offset[i / 2]));
-        part[i / 2] += x[i];
-      }
-      factor(j, x);
-      weights[2 * j] = pack<Dtype>(x[0], x[1]);
-      weights[2 * j + 1] = pack<Dtype>(x[2], x[3]);
-    }
+    auto exponent = [&](int i, float x) { return fmaf(x, scale[i / 2], offset[i / 2]); };
+    exponentials<Dtype>(s, exponent, part, weights, factor);
     bool above = part[0] > kLargestSum || part[1] > kLargestSum;
     if (!last && __any_sync(~0u, above)) return false;
     sum[0] += part[0];
@@ -90,7 +97,48 @@ struct Softmax {
     return true;
   }
 
+  // The weights of scores tanh(inner * s) from s itself, without the tanh, which takes as long as
+  // the exponential and on the same unit. False: one of them is too large, or too far from 0.
+  template <class Dtype>
+  FA3_DEVICE bool weigh_capped(const float (&s)[N / 2], float inner, const float (&scale)[2],
+                               uint32_t (&weights)[N / 4]) {
+    float part[2] = {0.0f, 0.0f};
+    NearTanh near[2] = {{inner, scale[0]}, {inner, scale[1]}};
+    uint32_t largest = 0;  // s * s; floats that are not negative, and NaN, are ordered as integers
+    auto exponent = [&](int i, float x) {
+      float square = x * x;
+      largest = ::max(largest, __float_as_uint(square));
+      return fmaf(near[i / 2].over_x(square), x, -max[i / 2] * scale[i / 2]);
+    };
+    exponentials<Dtype>(s, exponent, part, weights, [](int, const float (&)[4]) {});
+    bool above = part[0] > kLargestSum || part[1] > kLargestSum;
+    above = above || largest > __float_as_uint(NearTanh::kLargest / inner / inner);
+    if (__any_sync(~0u, above)) return false;
+    sum[0] += part[0];
+    sum[1] += part[1];
+    return true;
+  }
+
  private:
+  // Weights exp2(exponent(i, s)) of element i of each four, packed, and their sums in `part`.
+  template <class Dtype>
+  FA3_DEVICE static void exponentials(const float (&s)[N / 2], const auto& exponent,
+                                      float (&part)[2], uint32_t (&weights)[N / 4],
+                                      const auto& factor) {
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+      float x[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        x[i] = exp2_approx(exponent(i, s[4 * j + i]));
+        part[i / 2] += x[i];
+      }
+      factor(j, x);
+      weights[2 * j] = pack<Dtype>(x[0], x[1]);
+      weights[2 * j + 1] = pack<Dtype>(x[2], x[3]);
+    }
+  }
+
   // The largest of this thread's scores of row r.
   FA3_DEVICE static float top(const float (&s)[N / 2], const float (&base)[2], int r) {
     float even = s[2 * r], odd = s[2 * r + 1];

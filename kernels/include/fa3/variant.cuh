@@ -44,6 +44,7 @@ struct PlainVariant {
   using TileDtype = Bf16;
 
   static constexpr bool kScore = false;        // score() is not the identity
+  static constexpr float kInner = 0.0f;        // above 0: score() is tanh(kInner * s)
   static constexpr bool kAffine = false;       // slope(head) * (kv - q) is added to the score
   static constexpr bool kMask = false;         // mask() decides an element of a masked block
   static constexpr bool kColumnMask = false;   // column_mask() does so for a whole column of it
