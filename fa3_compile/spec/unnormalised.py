@@ -46,8 +46,12 @@ def separate(expr: Expr) -> tuple[Expr, Boolean]:
 def _where_holds(expr: Expr, condition: Boolean) -> Expr:
     """The expression where the condition holds: selects and comparisons that it decides."""
     facts = frozenset(sympy.And.make_args(condition)) - {sympy.true}
-    known = {simplify.tidy_mask(sympy.Not(x)): sympy.false for x in facts}
-    known |= dict.fromkeys(facts, sympy.true)
+    refuted = [simplify.tidy_mask(sympy.Not(x)) for x in facts]
+    known = dict.fromkeys(refuted, sympy.false) | dict.fromkeys(facts, sympy.true)
+    of_several = [set(x.args) for x in refuted if isinstance(x, sympy.And)]
+    for both in expr.atoms(sympy.And) if of_several else ():
+        if any(x <= set(both.args) for x in of_several):
+            known[both] = sympy.false
     return simplify.assuming(expr, facts).xreplace(known) if facts else expr
 
 
@@ -85,11 +89,11 @@ def _bias(expr: Expr) -> tuple[Expr, Expr, Expr] | None:
 
 def _compared(expr: Expr, mask: Expr, value: int) -> Expr:
     """The expression with the value of the mask in conditions that depend on s."""
-    read = min(mask.atoms(load), key=str)
-    factor = mask.coeff(read)
-    solved = sympy.expand((value - mask + factor * read) / factor)
+    term = min(mask.as_coeff_Add()[1].as_ordered_terms(), key=str)
+    factor, read = term.as_coeff_Mul()
+    solved = sympy.expand((value - mask + term) / factor)
     conditions = {x.args[0] for x in expr.atoms(where) if S in x.args[0].free_symbols}
-    return expr.xreplace({x: simplify.tidy_mask(x.xreplace({read: solved})) for x in conditions})
+    return expr.xreplace({x: simplify.tidy_mask(x.subs(read, solved)) for x in conditions})
 
 
 def _condition(expr: Expr) -> Boolean | None:

@@ -153,6 +153,8 @@ def by_hand(draw: st.DrawFn, device: str, kept: Mapping[str, Any] | None = None)
     merged = use == "flat" if layout == "fused qkv" else (of_scores, of_values) != ("operator",) * 2
     symbols = run["dynamic"] and (layout == "fused qkv" or layout.startswith("gqa")) and merged
     odd = shared or nothing or maximum or infinite or filled or autocast or decayed or summed
+    # A factor between the product and the division is not looked through.
+    odd = odd or (softmax == "divided late" and of_values == "baddbmm")
     # A function of a masked score may make something else of its fill.
     odd = odd or symbols or late
     if expected == "fused" and (mutant or odd) or mutant in OF_ELEMENTS and plain:

@@ -141,6 +141,29 @@ class TestMasks:
             """attention(normalize=none, score=max(0, 0.25*s), mask=(kv <= q) & (load(0, b, 0, 0, kv) != 0), aux=[bool])""",
         )
 
+    @pytest.mark.parametrize(
+        ("function", "is_left"), [(lambda s: F.elu(s) + 1, False), (F.silu, True)]
+    )
+    def test_two_fills(self, function, is_left):
+        def attention(query, key, v):
+            q, kv = queries_and_keys()
+            s = scores(query, key).masked_fill((q - kv).abs() > 3, -INF)
+            return function(s.masked_fill(kv > q, -INF)) @ v
+
+        found = specs(check(attention, *qkv(), training=not is_left))
+        mask = "mask=(kv <= q + 3) & (kv <= q) & (kv >= q - 3))"
+        assert found == "lift: infinite-weight" if is_left else found.endswith(mask)
+
+    @pytest.mark.parametrize("function", [F.relu, lambda s: F.elu(s) + 1])
+    def test_a_mask_of_positions_as_a_number(self, function):
+        found = weighed(lambda s: function(s + (1.0 - torch.arange(S) % 2) * LOWEST))
+        assert found.endswith("mask=mod(kv, 2) > 0)")
+
+    def test_a_product_of_masks_as_a_number(self):
+        some, more = chance(0.7, S).float(), chance(0.7, S).float()
+        found = weighed(lambda s, x, y: F.elu(s + (1.0 - x * y) * LOWEST) + 1, some, more)
+        assert found.endswith("mask=load(0, kv)*load(1, kv) > 0, aux=[float, float])")
+
     def test_a_fill_within_reach_is_no_mask(self):
         assert "mask" not in weighed(lambda s: s.masked_fill(~causal(), -3.0).sigmoid())
 
