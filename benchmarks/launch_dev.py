@@ -196,17 +196,22 @@ def captured(spec: str) -> list[Tensor]:
 
 
 def build_each() -> None:
-    """In a process of its own: milliseconds to the end of the first call of each spec."""
+    """In a process of its own: milliseconds to the end of the first call of each spec, and where
+    it is not one how many kernels it built or loaded until one did not spill."""
+    from fa3_compile.lower.build_nvrtc import load
+
     q, k, v = tensors()
     torch.cuda.synchronize()
     took = []
     for spec in SPECS:
         aux = captured(spec)
         torch.cuda.synchronize()
-        start = time.perf_counter()
+        before, start = load.cache_info().misses, time.perf_counter()
         Attention(f"{spec} #;kernels=cuda_sm90", fixed=True)(q, k, v, aux, [])
-        took.append((time.perf_counter() - start) * 1e3)
-    print(" ".join(f"{x:.0f}" for x in took))
+        took.append(f"{(time.perf_counter() - start) * 1e3:.0f}")
+        if (count := load.cache_info().misses - before) != 1:
+            took[-1] += f" ({count})"
+    print(", ".join(took))
 
 
 def build() -> None:
