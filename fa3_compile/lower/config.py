@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,6 +22,11 @@ SHARED_MEMORY = {
 # float32 accumulators of one thread; of its 255 registers the rest are addresses and operands.
 ACCUMULATORS = 224
 
+# The head dim up to which tables say which tile to take.
+WIDEST = 256
+# Up to here tiles are fewer than processors, and hold queries of several heads.
+FEW_QUERIES = 64
+
 
 @dataclass(frozen=True)
 class TritonConfig:
@@ -34,6 +39,7 @@ class TritonConfig:
     warp_specialize    loads, products and softmax in warps of their own (sm_100, with tma)
     lazy_rescale       the running maximum is raised, and O scaled, only where a row exceeds it by
                        2^8 (FlashAttention-4's conditional rescaling; not on sm_100)
+    packed             a tile's rows are of all query heads that share a KV head
     """
 
     block_q: int
@@ -43,6 +49,7 @@ class TritonConfig:
     tma: bool = False
     warp_specialize: bool = False
     lazy_rescale: bool = False
+    packed: bool = False
 
     @property
     def options(self) -> dict[str, int]:
@@ -79,14 +86,13 @@ class TritonConfig:
         # On sm_100 the products accumulate in tensor memory.
         return arch == (10, 0) or self.accumulators(problem) <= ACCUMULATORS
 
-    def for_queries(self, q_len: int) -> TritonConfig:
-        """The same for few queries: no more rows than there are, rounded up."""
-        rows = max(16, 1 << max(q_len - 1, 0).bit_length())
+    def for_rows(self, count: int, most_warps: int = 4) -> TritonConfig:
+        """The same for few rows: no more than there are, rounded up."""
+        rows = max(16, 1 << max(count - 1, 0).bit_length())
         if rows >= self.block_q:
             return self
-        warps = min(self.num_warps, 4)
-        lazy = self.lazy_rescale
-        return TritonConfig(rows, self.block_kv, warps, self.num_stages, lazy_rescale=lazy)
+        warps = min(self.num_warps, most_warps)
+        return replace(self, block_q=rows, num_warps=warps, tma=False, warp_specialize=False)
 
 
 def nearest_arch(capability: tuple[int, int]) -> tuple[int, int]:
@@ -100,6 +106,11 @@ def takes_descriptors(problem: Problem) -> bool:
     """Whether rows of K and V are multiples of 16 bytes, as tensor descriptors need."""
     item = problem.dtype.itemsize
     return item == 2 and problem.dim * item % 16 == 0 and problem.v_dim * item % 16 == 0
+
+
+def is_wide(problem: Problem) -> bool:
+    """Whether a head is wider than the tables of tiles go."""
+    return max(problem.dim, problem.v_dim) > WIDEST
 
 
 def head_class(problem: Problem) -> int:

@@ -35,6 +35,7 @@ class Launches:
               they know
     counters  of the module, where a kernel takes its tiles from a counter
     known     addresses that are the same in every call
+    joint     whether V begins where K does, in every call
     """
 
     def __init__(
@@ -49,10 +50,12 @@ class Launches:
         tells: bool = False,
         counters: Counters | None = None,
         known: Mapping[str | int, int] = {},
+        joint: bool = False,
     ) -> None:
         self.device, self.dtype, self.shape, self.strides = device, dtype, shape, strides
         self.launches, self.scratch = tuple(launches), -(-scratch // ALIGNMENT) * ALIGNMENT
         self.lists, self.tells, self.counters, self.known = lists, tells, counters, known
+        self.joint = joint
         self._call = self.fixed(None)
 
     def __call__(
@@ -65,8 +68,8 @@ class Launches:
         their addresses. Its last argument may be a list, empty at first, that is given to calls
         with the same captured tensors while nobody writes to these: lists of blocks are left there.
 
-        otherwise  what is called where an address is no multiple of 16; None: that is as it was
-                   when the kernels were bound
+        otherwise  what is called where an address is no multiple of 16, or V is not `joint`; None:
+                   that is as it was when the kernels were bound
         lse        whether the LSE is wanted; None comes in its place, and it needs no tensor
         """
         rows = self.shape[1] * self.shape[2]
@@ -77,7 +80,7 @@ class Launches:
         structure = tuple(tuple((n // 8, x, bool(m)) for n, x, m in places) for places in at)
         counted = self.counters is not None and "counter" in named
         flags = otherwise is not None, lse, counted, bool(scratch), kept, bool(self.lists)
-        flags = *flags, self.tells
+        flags = *flags, self.tells, self.joint
         text = written(structure, *flags)
         device = self.device
 
@@ -153,6 +156,7 @@ def written(
     kept: bool,
     lists: bool,
     tells: bool,
+    joint: bool = False,
 ) -> str:
     """The function's text; shapes, grids and addresses are variables around it.
 
@@ -163,6 +167,7 @@ def written(
     lists     whether the first launch makes lists, which may be shared: (stream, address, its
               memory, the number that the last kernel was given)
     tells     whether the last launch may be left out
+    joint     whether V has to begin where K does
     """
     captured = sorted({x for places in launches for _, x, _ in places if isinstance(x, int)})
     inputs = ["q_", "k_", "v_", *(f"aux{i}_" for i in captured)]
@@ -173,7 +178,9 @@ def written(
     lines += [f"{x}_ = {x}.data_ptr()" for x in "qkv"]
     lines += [f"aux{i}_ = aux[{i}].data_ptr()" for i in captured]
     if checked:
-        lines += [f"if ({' | '.join(inputs)}) & 15:", "    return otherwise(q, k, v, aux, sizes)"]
+        apart = " or k_ != v_" if joint else ""
+        lines += [f"if ({' | '.join(inputs)}) & 15{apart}:"]
+        lines += ["    return otherwise(q, k, v, aux, sizes)"]
     lines += ["stream = raw_stream(device)", "out = empty(shape, strides, dtype)"]
     lines += ["out_ = out.data_ptr()"]
     if lse:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import sympy
 
 from fa3_compile.lower import hoist, render
+from fa3_compile.lower.config import WIDEST
 from fa3_compile.lower.render import Common, Writer, common
 from fa3_compile.lower.render_blocks import owner
 from fa3_compile.spec import expr as E
@@ -27,6 +28,10 @@ class ForwardKey:
     lists            the blocks to walk come from `render_blocks`
     lazy_rescale     O is scaled only where the maximum of a row grows by 2^8
     upcast           products of float32 operands: Triton's interpreter has none of bfloat16
+    packed           a tile's rows are of all query heads that share a KV head
+    split            the KV blocks of a tile are dealt to several programs; `attention_combine` puts
+                     their parts together
+    shared           V is the first columns of K, in the same memory
     """
 
     spec: AttentionSpec
@@ -38,6 +43,9 @@ class ForwardKey:
     upcast: bool = False
     lists: bool = False
     lazy_rescale: bool = False
+    packed: bool = False
+    split: bool = False
+    shared: bool = False
 
     @property
     def digest(self) -> str:
@@ -81,6 +89,12 @@ class Rendered(Common):
     kv_hi: str
     full_lo: str
     full_hi: str
+    one_loop: bool
+    packed: bool
+    split: bool
+    shared: bool
+    state_names: list[str]
+    combine_preamble: list[str]
 
 
 def render_forward(key: ForwardKey) -> str:
@@ -93,7 +107,9 @@ def render_forward(key: ForwardKey) -> str:
     mask = _piece(writer, spec.mask, "mask")
     fill = None if spec.fill is None else _piece(writer, spec.fill, "fill")
     weight = None if spec.weight is None else _piece(writer, spec.weight, "weight")
-    sinks = [_piece(writer, x, f"sink{i}_").text for i, x in enumerate(spec.sinks)]
+    # Those of a split are added when its parts are put together.
+    finisher = Writer(spec, key.fast_tanh) if key.split else writer
+    sinks = [_piece(finisher, x, f"sink{i}_").text for i, x in enumerate(spec.sinks)]
     lo, hi = kv_bounds(spec.mask, Q_LO, Q_HI)
     full_lo, full_hi = kv_full_bounds(spec.mask, Q_LO, Q_HI)
     rendered = Rendered(
@@ -117,6 +133,13 @@ def render_forward(key: ForwardKey) -> str:
         kv_hi=writer.bound_text(sympy.Min(hi, E.SKV)),
         full_lo=writer.bound_text(sympy.Max(full_lo, 0)),
         full_hi=writer.bound_text(sympy.Max(sympy.Min(full_hi, E.SKV), 0)),
+        # A mask costs little beside products of wide heads, and a second loop their registers.
+        one_loop=max(key.dim, key.v_dim) > WIDEST,
+        packed=key.packed,
+        split=key.split,
+        shared=key.shared,
+        state_names=part_state(spec),
+        combine_preamble=finisher.preamble,
     )
     return render.render_template("attention_forward.py.jinja", rendered)
 
@@ -131,6 +154,19 @@ def _piece(writer: Writer, expr, prefix: str) -> Piece:
     placed = hoister.place(writer.printer.rewrite(expr))
     loop = writer.statements(hoister)
     return Piece(writer.body(placed), loop, E.S in expr.free_symbols)
+
+
+def part_state(spec: AttentionSpec) -> list[str]:
+    """What a part of a split keeps of a row, beside its output: each a float32."""
+    if not spec.normalized:
+        return ["row_sum"] if spec.sums else []
+    return ["row_max", "row_sum", *(["alive"] if spec.fill is not None else [])]
+
+
+def is_prefix(dim: int, v_dim: int) -> bool:
+    """Whether chunks of V are also chunks of K, so that `shared` can be."""
+    pairs = zip(render.chunks("k", dim), render.chunks("v", v_dim))
+    return v_dim <= dim and all((k.start, k.width) == (v.start, v.width) for k, v in pairs)
 
 
 def tracks_live_rows(spec: AttentionSpec) -> bool:

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from fa3_compile.lower.choose import Problem
-from fa3_compile.lower.config import TritonConfig, bits, head_class, nearest_arch
+from fa3_compile.lower.config import (
+    FEW_QUERIES,
+    TritonConfig,
+    bits,
+    head_class,
+    is_wide,
+    nearest_arch,
+)
 from fa3_compile.lower.hoist import arrange
+from fa3_compile.lower.render import padded
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.expr import KV, Q, S, loads_in
 
@@ -53,6 +61,29 @@ FLOAT32 = {
     192: C(32, 16, 8, 2),
     256: C(32, 16, 8, 2),
 }
+# Of heads wider than those: architecture -> the tile up to each width.
+WIDE = {
+    (8, 0): {576: C(32, 32, 8, 2), 768: C(16, 32, 8, 1), 1024: C(16, 16, 8, 1)},
+    (8, 9): {576: C(32, 32, 8, 1), 768: C(16, 32, 8, 1), 1024: C(16, 16, 8, 1)},
+    (9, 0): {
+        320: C(64, 64, 8, 2, tma=True),
+        384: C(64, 32, 8, 3, tma=True),
+        576: C(64, 32, 8, 2, tma=True),
+        768: C(32, 16, 8, 2),
+        1024: C(16, 16, 8, 1),
+    },
+    (10, 0): {
+        576: C(128, 32, 8, 1, tma=True),
+        768: C(64, 32, 8, 1, tma=True),
+        1024: C(16, 16, 8, 1),
+    },
+}
+WIDE[12, 0] = WIDE[8, 9]
+# Where V is a part of K, which is in shared memory once: up to a width of 576.
+WIDE_SHARED = {(9, 0): C(64, 64, 8, 2, tma=True), (8, 9): C(32, 32, 8, 2)}
+WIDE_SHARED[12, 0] = WIDE_SHARED[8, 9]
+WIDE_FLOAT32 = {x: {1024: C(16, 16, 8, 1)} for x in WIDE}
+WIDE_FLOAT32 |= {x: {768: C(16, 16, 8, 1)} for x in ((8, 9), (12, 0))}
 # Devices that share another's row: the shared memory of sm_86 is sm_89's, of sm_87 sm_80's.
 ROW = {(8, 6): (8, 9), (8, 7): (8, 0)}
 
@@ -69,19 +100,50 @@ def _is_dense(spec: AttentionSpec) -> bool:
     return any({Q, KV} <= x.free_symbols for x in loads_in(spec.score))
 
 
-def table_config(problem: Problem) -> TritonConfig:
-    """The shipped configuration."""
+def table_config(problem: Problem, shared: bool = False) -> TritonConfig:
+    """The shipped configuration; `shared` where V is a part of K."""
+    if is_wide(problem):
+        return _packed(problem, _wide_config(problem, shared))
     if bits(problem.dtype) == 32:
-        return FLOAT32[head_class(problem)].for_queries(problem.q_len)
-    arch = nearest_arch(problem.capability or (8, 0))
-    row = ROW.get(arch, arch), head_class(problem)
+        return _packed(problem, FLOAT32[head_class(problem)])
+    row = _row(problem), head_class(problem)
     plain, other = TABLE[row]
     config = plain if is_plain(problem.spec) else other
     if _is_dense(problem.spec):
         config = DENSE.get(row, config)
     if problem.spec.weight is not None:
-        config = WEIGHTED.get((arch, head_class(problem)), config)
-    return config.for_queries(problem.q_len)
+        config = WEIGHTED.get(row, config)
+    return _packed(problem, config)
+
+
+def _wide_config(problem: Problem, shared: bool) -> TritonConfig:
+    arch, width = _row(problem), max(padded(problem.dim), padded(problem.v_dim))
+    if shared and width <= 576 and arch in WIDE_SHARED and bits(problem.dtype) == 16:
+        return WIDE_SHARED[arch]
+    return next(x for largest, x in _wide_tiles(problem).items() if width <= largest)
+
+
+def widest(problem: Problem) -> int:
+    """The largest head dim that there is a tile for."""
+    return max(_wide_tiles(problem))
+
+
+def _wide_tiles(problem: Problem) -> dict[int, TritonConfig]:
+    return (WIDE if bits(problem.dtype) == 16 else WIDE_FLOAT32)[_row(problem)]
+
+
+def _row(problem: Problem) -> tuple[int, int]:
+    arch = nearest_arch(problem.capability or (8, 0))
+    return ROW.get(arch, arch)
+
+
+def _packed(problem: Problem, config: TritonConfig) -> TritonConfig:
+    """With the rows of all heads that share a KV head in a tile, where few queries or wide heads
+    make it worthwhile, and no more rows than there are."""
+    packed = problem.group > 1 and (is_wide(problem) or problem.q_len <= FEW_QUERIES)
+    rows = problem.q_len * problem.group if packed else problem.q_len
+    warps = config.num_warps if is_wide(problem) else 4
+    return replace(config, packed=packed).for_rows(rows, warps)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -100,11 +162,13 @@ def candidates(problem: Problem) -> list[TritonConfig]:
     """What `autotune` measures, the table's choice first."""
     capability = problem.capability or (8, 0)
     first = table_config(problem)
+    rows = problem.q_len * (problem.group if first.packed else 1)
     fitting = [
-        x
+        replace(x, packed=first.packed)
         for x in _candidates(capability, problem.dtype.itemsize)
-        if x != first and x.fits(problem, capability) and x.block_q <= max(16, 2 * problem.q_len)
+        if x.fits(problem, capability) and x.block_q <= max(16, 2 * rows)
     ]
+    fitting = [x for x in fitting if x != first]
     if problem.autotune == "quick":
         # Neighbours of the table's choice: one thing changed, or the tensor descriptors added.
         def distance(x: TritonConfig) -> int:

@@ -24,8 +24,9 @@ LARGEST = 256
 
 
 def layout_key(tensors: Sequence[Tensor], sizes: Sequence[int]) -> tuple:
-    """What a kernel is bound to beside its spec: all but the tensors' contents and addresses."""
-    key: list = [*sizes]
+    """What a kernel is bound to beside its spec: all but the tensors' contents and addresses, of
+    which it may know that V, the third, begins where K does."""
+    key: list = [*sizes, tensors[1].data_ptr() == tensors[2].data_ptr()]
     for x in tensors:
         key += (x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() & 15)
     return tuple(key)

@@ -66,17 +66,27 @@ def problem(text: str, dim: int, arch: int, dtype=torch.bfloat16, length=4096) -
     return Problem(AttentionSpec.parse(text), dtype, torch.device("cuda"), capability, *shape)
 
 
-def compiled(asked: Problem, config: TritonConfig, lists: bool = False, odd: tuple[str, ...] = ()):
+def compiled(
+    asked: Problem,
+    config: TritonConfig,
+    lists: bool = False,
+    odd: tuple[str, ...] = (),
+    split: bool = False,
+    shared: bool = False,
+    function: str = "attention_forward",
+):
     """Triton's CompiledKernel for contiguous inputs of an even length.
 
-    odd  how the names begin of integers that are no multiple of 16
+    odd       how the names begin of integers that are no multiple of 16
+    split     it leaves parts, which `function` "attention_combine" puts together
+    shared    V is a part of K
     """
     spec = asked.spec
-    kernel = build.load(_render_key(asked, config, lists)).attention_forward
+    kernel = getattr(build.load(_render_key(asked, config, lists, split, shared)), function)
     element = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
     kinds = {"float": "*fp32", "int": "*i64", "bool": "*i1"}
     constants = {
-        "GROUP": 1,
+        "GROUP": asked.group,
         "EVEN_KV": True,
         "DEAD_ROWS": spec.dead != "nan",
         "BLOCK_Q": config.block_q,
@@ -87,17 +97,20 @@ def compiled(asked: Problem, config: TritonConfig, lists: bool = False, odd: tup
     for i, name in enumerate(kernel.arg_names):
         if name.endswith("stride_d"):
             constants[name] = 1
+    constants = {x: value for x, value in constants.items() if x in kernel.arg_names}
+    for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
         elif name in ("lists_ptr", "counts_ptr"):
             signature[name] = "*i32"
         elif name.endswith("_ptr"):
-            signature[name] = "*fp32" if name == "lse_ptr" else element[asked.dtype]
+            floats = ("lse_ptr", "parts_ptr", "states_ptr")
+            signature[name] = "*fp32" if name in floats else element[asked.dtype]
         elif re.fullmatch(r"aux\d+", name):
             signature[name] = kinds[spec.aux[int(name[3:])]]
         else:
             signature[name] = "i32"
-        if signature[name] != "constexpr" and not name.startswith(("H", *odd)):
+        if signature[name] != "constexpr" and not name.startswith(("H", "PARTS", *odd)):
             attributes[(i,)] = [["tt.divisibility", 16]]
     major, minor = asked.capability or (8, 0)
     with sound_assembler(10 * major + minor):

@@ -19,6 +19,8 @@ import torch
 
 CAUSAL = "(kv - q <= 0)"
 MIN = "-3.4028234663852886e38"
+# Two masks of 0 and 1 that are added, as the lowest number times what they hide.
+ADDED = f"where(load(0, b, kv) + load(1, b, kv) - 2 == 0, 0, {MIN[1:]}*(load(0, b, kv) + load(1, b, kv) - 2))"
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
@@ -36,6 +38,8 @@ class Case:
     block: tuple[int, int] | None = (16, 16)
     lists: bool = False  # of blocks, which lengths like these are not worth
     lazy: bool = False  # O scaled only where a maximum grows by 2^8
+    packed: bool = False  # query heads that share a KV head lie in one tile
+    parts: int = 1  # programs that the KV blocks of a tile are dealt to
 
 
 LONG = (1, 2, 1, 60, 33, 16, 16)  # more queries than keys: rows that a window leaves empty
@@ -135,7 +139,39 @@ CASES = [
     Case("sigmoid, documents, lists", f"normalize=none, score=sigmoid(s), mask=(load(0, b, q) == load(0, b, kv)) & {CAUSAL}", (2, 2, 1, 75, 75, 16, 16), aux=("documents",), lists=True),
     Case("sigmoid, head dim 96, Dv 192", "normalize=none, score=sigmoid(0.1*s)", (1, 1, 1, 9, 20, 96, 192), BF16),
     Case("weight without s", "normalize=none, score=load(0, b, kv)", aux=("keys",)),
+    Case("latent, packed", "score=0.1*s", (2, 4, 1, 5, 33, 576, 512), BF16, packed=True),
+    Case("latent, causal, unpacked", f"score=0.1*s, mask={CAUSAL}", (1, 2, 1, 20, 20, 576, 512), layout="bshd"),
+    Case("head dim 320", f"score=0.1*s, mask={CAUSAL}, out_order=bqhd", (1, 4, 2, 19, 21, 320, 320), BF16, layout="bshd", packed=True),
+    Case("head dims 264 and 520, split", "score=0.1*s", (1, 2, 1, 3, 50, 264, 520), parts=3, packed=True),
+    Case("latent, V in K", f"score=0.1*s, mask={CAUSAL}", (2, 4, 1, 5, 21, 576, 512), BF16, layout="latent", packed=True),
+    Case("latent, V in K, fill, split", f"score=0.1*s, mask={WINDOW}, dead=score, fill={MIN}", (1, 2, 1, 40, 19, 272, 264), layout="latent", parts=2),
+    Case("packed, causal", f"score=0.25*s, mask={CAUSAL}", (1, 6, 2, 37, 45, 16, 16), packed=True),
+    Case("packed, three heads, window, alibi", f"score=0.25*s + {SLOPES}*(kv - q), mask={WINDOW}", (1, 6, 2, 37, 45, 16, 16), aux=("slopes",), packed=True),
+    Case("packed, bias, one query", "score=0.25*s + load(0, b, h, 0, kv)", (2, 4, 1, 1, 45, 16, 16), aux=("bias",), packed=True),
+    Case("packed, temperature by row, sink", f"score=s*load(0, b, q), sinks=[load(1, 0, h, 0, 0)], mask={CAUSAL}", (1, 4, 2, 20, 45, 16, 16), aux=("rows", "slopes"), packed=True),
+    Case("packed, dropout", f"score=0.25*s, weight={DROP}", (1, 4, 2, 20, 45, 16, 16), aux=("seed",), packed=True),
+    Case("packed, softmax of masks by head", "score=0.25*s, mask=(load(0, b, h) > kv), dead=zero", (2, 2, 1, 20, 45, 16, 16), aux=("lengths",), packed=True),
+    Case("split", "score=0.25*s", parts=2),
+    Case("split, more parts than blocks, fp16", "score=0.25*s", dtype=F16, parts=40),
+    Case("split, causal, packed", f"score=0.25*s, mask={CAUSAL}", (1, 4, 2, 37, 45, 16, 16), parts=3, packed=True),
+    Case("split, bottom right, sink", f"score=0.25*s, mask=(kv - q - Skv + Sq <= 0), sinks=[{SLOPES}]", aux=("slopes",), parts=3, packed=True),
+    Case("split, window, nan", f"score=0.25*s, mask={WINDOW}", LONG, parts=2),
+    Case("split, window, zero", f"score=0.25*s, mask={WINDOW}, dead=zero", LONG, parts=2, packed=True),
+    Case("split, window, least fill", f"score=0.25*s, mask={WINDOW}, dead=score, fill={MIN}", LONG, parts=3, packed=True),
+    Case("split, fill by key", f"score=0.25*s, mask={WINDOW}, dead=score, fill=-kv*0.5", LONG, BF16, parts=2),
+    Case("split, added fill", f"score=0.25*s, mask={WINDOW}, dead=score, fill=s - 99.0", LONG, parts=2, packed=True),
+    Case("split, bias with -inf under a mask", f"score=0.25*s + load(0, b, h, q, kv), mask={WINDOW}, dead=score, fill=-1e4", LONG, aux=("masked_bias",), parts=3, packed=True),
+    Case("split, padding, zero", "score=0.25*s, mask=load(0, b, 0, 0, kv) != 0, dead=zero", (2, 2, 1, 9, 45, 16, 16), aux=("padding",), parts=3, packed=True),
+    Case("split, no key, least fill", f"score=0.25*s, mask=load(0, b, 0, 0, kv) != 0, dead=score, fill={MIN}", (2, 2, 1, 9, 45, 16, 16), aux=("nothing",), parts=3, packed=True),
+    Case("split, documents, lists", f"score=0.25*s, mask=(load(0, b, q) == load(0, b, kv)) & {CAUSAL}", (2, 2, 1, 60, 75, 16, 16), aux=("documents",), lists=True, parts=2),
+    Case("split, large scores, lazy", "score=40.0*s", lazy=True, parts=3),
+    Case("split, inf in q", "score=0.25*s", layout="infinite", parts=2),
+    Case("split, sigmoid", f"normalize=none, score=sigmoid(0.25*s), mask={CAUSAL}", parts=2, packed=True),
+    Case("split, relu and its sums", "normalize=sums, score=max(0.25*s, 0)", parts=3, packed=True),
     Case("relu and its sums, padding", "normalize=sums, score=max(0.25*s, 0), mask=load(0, b, 0, 0, kv) != 0", (2, 2, 1, 9, 45, 16, 16), aux=("padding",)),
+    Case("two masks, added", f"score=0.25*s + {ADDED}", (2, 2, 1, 9, 45, 16, 16), aux=("seen", "seen too")),
+    Case("temperatures out of range", f"score=s*exp(load(0, h)), mask={CAUSAL}", (1, 4, 2, 21, 37, 16, 16), aux=("temperatures",)),
+    Case("a scale below float32's", f"score=1e-46*s, mask={CAUSAL}"),
 ]  # fmt: skip
 
 
@@ -171,11 +207,13 @@ def run(case: Case) -> dict:
     from fa3_compile.lower import render_blocks
     from fa3_compile.lower.choose import Problem
     from fa3_compile.lower.config import TritonConfig
+    from fa3_compile.lower.kernels import triton_split
     from fa3_compile.lower.kernels.reference import attention
     from fa3_compile.lower.kernels.triton_forward import TritonForward, bind_config, outputs
     from fa3_compile.runtime.op import empty_out
     from fa3_compile.spec.attention import AttentionSpec
 
+    triton_split.part_count = lambda *_: case.parts
     render_blocks.WORTHWHILE = 0 if case.lists else 2**20
     torch.manual_seed(0)
     kinds = {
@@ -200,6 +238,8 @@ def run(case: Case) -> dict:
             (batch, kv_heads, kv_len, v_dim),
         )
     )
+    if case.layout == "latent":
+        v = k[..., :v_dim]
     aux = [captured(x, case.shape) for x in case.aux]
     dtypes = tuple(x.dtype for x in aux)
     problem = Problem(spec, case.dtype, q.device, None, *case.shape, dtypes)
@@ -208,7 +248,7 @@ def run(case: Case) -> dict:
     if case.block is None:
         out, lse = kernel.run(problem, q, k, v, aux, case.sizes)
     else:
-        config = TritonConfig(*case.block, num_warps=4, num_stages=1, lazy_rescale=case.lazy)
+        config = TritonConfig(*case.block, 4, 1, lazy_rescale=case.lazy, packed=case.packed)
         bound = bind_config(problem, config, q, k, v, aux, case.sizes)
         out, lse = outputs(problem, q, v)
         bound.launch([q, k, v, out, lse, *(aux[i] for i in bound.aux)])
@@ -268,6 +308,12 @@ def captured(kind: str, shape: tuple[int, ...]) -> torch.Tensor:
             return x
         case "rows":
             return torch.randn(batch, q_len)
+        case "seen":
+            return (torch.arange(kv_len) < torch.tensor([[kv_len - 9], [0]])).float()
+        case "seen too":
+            return (torch.arange(kv_len) >= torch.tensor([[7], [kv_len // 2]])).float()
+        case "temperatures":
+            return torch.tensor([0.0, -95.0, -200.0, 0.5])
         case "keys":
             return torch.randn(batch, kv_len)
         case "relative":

@@ -19,7 +19,7 @@ from torch import Tensor
 from fa3_compile.lower.bound import are_small, precision
 from fa3_compile.lower.build import load
 from fa3_compile.lower.choose import Gradients, KernelBuildError, Problem, reference
-from fa3_compile.lower.config import TritonConfig
+from fa3_compile.lower.config import WIDEST, TritonConfig, is_wide
 from fa3_compile.lower.elements import Shape
 from fa3_compile.lower.kernels import triton_forward as forward
 from fa3_compile.lower.kernels.sinks import sink_cotangents
@@ -79,6 +79,8 @@ def supports_backward(problem: Problem) -> str | None:
         scores = 4 * problem.batch * problem.heads * problem.q_len * problem.kv_len
         if spec.normalized and scores < LARGE_SCORES:
             return "float32 gradients of less than 1 GiB of scores are left to cuBLAS"
+    if is_wide(problem):
+        return f"its gradients take head dims up to {WIDEST}, not {problem.dim}, {problem.v_dim}"
     wanted = tuple(i for i, n in enumerate(problem.aux_needs_grad) if n)
     if reason := _unsupported(spec, wanted):
         return reason

@@ -22,15 +22,16 @@ from fa3_compile.lower.assembler import sound_assembler
 from fa3_compile.lower.bound import BindingKernel, are_small, precision
 from fa3_compile.lower.build import load
 from fa3_compile.lower.choose import Gradients, KernelBuildError, Problem, register
-from fa3_compile.lower.config import TritonConfig
-from fa3_compile.lower.kernels.triton_direct import SCRATCH, direct
-from fa3_compile.lower.launch_calls import ALIGNMENT, Launches
-from fa3_compile.lower.launch_cuda import empty_cuda
+from fa3_compile.lower.config import FEW_QUERIES, TritonConfig, is_wide
+from fa3_compile.lower.kernels.triton_direct import direct, on_tensors
+from fa3_compile.lower.kernels.triton_order import in_order, launches_of
+from fa3_compile.lower.launch_calls import Launches
+from fa3_compile.lower.launch_cuda import beside_captures, empty_cuda
 from fa3_compile.lower.printer import UnprintableError
 from fa3_compile.lower.remembered import remembered
 from fa3_compile.lower.render import Aux, aux_parameters
 from fa3_compile.lower.render_blocks import uses_lists
-from fa3_compile.lower.render_forward import ForwardKey, render_forward
+from fa3_compile.lower.render_forward import ForwardKey, is_prefix, render_forward
 from fa3_compile.runtime.launch import Call
 from fa3_compile.runtime.op import empty_out, out_strides
 from fa3_compile.spec.attention import AttentionSpec
@@ -41,7 +42,6 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Offsets within a tile are 32-bit: a row or column stride below this keeps 256 of them there.
 LARGEST_STRIDE = 2**23
 LARGEST_BOUND = 4096
-OPERANDS = ("q", "k", "v", "out", "lse")
 
 
 def interpreted() -> bool:
@@ -80,9 +80,10 @@ class TritonForward(BindingKernel):
             return f"compute capability 8.0 or later is needed, this is {problem.capability}"
         if problem.dtype not in DTYPES:
             return f"q, k, v are {problem.dtype}; it takes bfloat16, float16 and float32"
+        widest = tune_forward.widest(problem)
         for what, dim in (("head dim", problem.dim), ("value head dim", problem.v_dim)):
-            if not 8 <= dim <= 256:
-                return f"the {what} is {dim}; it takes 8 to 256"
+            if not 8 <= dim <= widest:
+                return f"the {what} is {dim}; it takes 8 to {widest}"
         for i, dtype in enumerate(problem.aux_dtypes):
             if dtype.is_complex or dtype.itemsize < 1:
                 return f"captured tensor {i} is {dtype}"
@@ -105,7 +106,7 @@ class TritonForward(BindingKernel):
             return None
         if not are_small([*sizes, *(n for x in aux for n in x.shape)]):
             return None
-        if max(s for x in (q, k, v) for s in x.stride()[2:]) >= LARGEST_STRIDE:
+        if not walkable(q, k, v):
 
             def copied(q, k, v, aux):
                 return self.run(problem, q.contiguous(), k.contiguous(), v.contiguous(), aux, sizes)
@@ -165,7 +166,13 @@ def _unprintable(spec: AttentionSpec) -> str | None:
     return None
 
 
-def _render_key(problem: Problem, config: TritonConfig, lists: bool = False) -> ForwardKey:
+def _render_key(
+    problem: Problem,
+    config: TritonConfig,
+    lists: bool = False,
+    split: bool = False,
+    shared: bool = False,
+) -> ForwardKey:
     return ForwardKey(
         problem.spec,
         problem.dim,
@@ -176,6 +183,9 @@ def _render_key(problem: Problem, config: TritonConfig, lists: bool = False) -> 
         upcast=problem.dtype == torch.bfloat16 and interpreted(),
         lists=lists,
         lazy_rescale=config.lazy_rescale,
+        packed=config.packed,
+        split=split,
+        shared=shared,
     )
 
 
@@ -222,15 +232,33 @@ def _bind_first_that_builds(problem: Problem, *arguments) -> Bound:
             config = smaller
 
 
+def _begins(v: Tensor, k: Tensor) -> bool:
+    """Whether V is the first columns of K, in the same memory."""
+    strides = zip(k.shape, k.stride(), v.stride())
+    return k.data_ptr() == v.data_ptr() and all(n == 1 or a == b for n, a, b in strides)
+
+
+def walkable(*tensors: Tensor) -> bool:
+    """Whether offsets within their tiles fit 32 bits."""
+    widest = max(256, *(x.shape[3] for x in tensors))
+    return max(s for x in tensors for s in x.stride()[2:]) * widest < 256 * LARGEST_STRIDE
+
+
+def splits(problem: Problem) -> bool:
+    """Whether KV blocks of a tile may be dealt to several programs."""
+    return is_wide(problem) or problem.q_len <= FEW_QUERIES
+
+
 def smaller_config(config: TritonConfig) -> TritonConfig | None:
     """A configuration that needs less shared memory and fewer registers, if there is one."""
     q, kv, stages = config.block_q, config.block_kv, config.num_stages
+    plain = TritonConfig(q, kv, config.num_warps, 1, packed=config.packed)
     if stages > 1:
-        return TritonConfig(q, kv, config.num_warps, stages - 1)
+        return replace(plain, num_stages=stages - 1)
     if kv > 16:
-        return TritonConfig(q, kv // 2, config.num_warps, 1)
+        return replace(plain, block_kv=kv // 2)
     if q > 16:
-        return TritonConfig(q // 2, kv, min(config.num_warps, 4), 1)
+        return replace(plain, block_q=q // 2, num_warps=min(config.num_warps, 4))
     return None
 
 
@@ -256,6 +284,9 @@ def bind_config(problem: Problem, config: TritonConfig, q, k, v, aux, sizes) -> 
     Raises KernelBuildError where it does not compile or exceeds the device.
     """
     spec = problem.spec
+    shared = is_wide(problem) and is_prefix(problem.dim, problem.v_dim) and _begins(v, k)
+    if shared and config == tune_forward.table_config(problem):
+        config = tune_forward.table_config(problem, shared)
     if config.tma and not _take_descriptors(k, v):
         config = replace(config, tma=False, warp_specialize=False)
     lists = None
@@ -263,112 +294,69 @@ def bind_config(problem: Problem, config: TritonConfig, q, k, v, aux, sizes) -> 
         # There: it needs what this module says of building.
         from fa3_compile.lower.kernels.triton_blocks import bind_lists
 
+        config = replace(config, packed=False)
         lists = bind_lists(spec, "kv", config, q, k, aux, sizes)
-    kernel = load(_render_key(problem, config, lists is not None)).attention_forward
+    heads, rows = (k.shape[1], q.shape[2] * problem.group) if config.packed else q.shape[1:3]
+    tiles = -(-rows // config.block_q) * q.shape[0] * heads
+    # There: as above.
+    from fa3_compile.lower.kernels.triton_split import bind_parts, part_count
+
+    count = part_count(tiles, k.shape[2], q.device) if splits(problem) else 1
+    key = _render_key(problem, config, lists is not None, count > 1, shared)
+    kernel = load(key).attention_forward
     used = aux_parameters(spec)
     out, lse = outputs(problem, q, v)
     strides = [s for x in (q, k, v, out) for s in x.stride()]
-    integers = [*strides, q.shape[1], q.shape[2], k.shape[2]]
-    integers += [n for x in used for n in _aux_integers(x, aux[x.tensor])]
-    integers += sizes[: spec.size_count]
-    constants = (
+    named = {"H": q.shape[1], "Sq": q.shape[2], "Skv": k.shape[2]}
+    if count > 1:
+        named |= {"PARTS": count, "ROWS": q.shape[0] * q.shape[1] * q.shape[2]}
+    for x in used:
+        named |= zip(x.integers, _aux_integers(x, aux[x.tensor]))
+    named |= {f"n{i}": n for i, n in enumerate(sizes[: spec.size_count])}
+    integers = [*strides, *named.values()]
+    dead_rows = may_have_dead_rows(spec, q.shape[2], k.shape[2])
+    constants: tuple[Any, ...] = (
         q.shape[1] // k.shape[1],
         k.shape[2] % config.block_kv == 0,
-        may_have_dead_rows(spec, q.shape[2], k.shape[2]),
+        dead_rows,
         config.block_q,
         config.block_kv,
         precision(q.dtype),
     )
-    tiles = -(-q.shape[2] // config.block_q)
-    grid = (tiles * q.shape[0] * q.shape[1], 1, 1)
+    grid = (tiles * count, 1, 1)
     chosen = tuple(x.tensor for x in used)
+    parts = None
+    if count > 1:
+        parts = bind_parts(key, count, dead_rows, q, out, lse, aux, named)
 
     if interpreted():
 
         def interpret(tensors: Sequence[Tensor]) -> None:
             kernel[grid](*tensors, *integers, *constants, **config.options)
 
-        return Bound(config, chosen, _with_lists(lists, chosen, interpret))
+        return Bound(config, chosen, in_order(lists, parts, chosen, interpret))
 
     tensors = [q, k, v, out, lse, *(aux[i] for i in chosen)]
     tensors += [torch.empty(1, dtype=torch.int32, device=q.device)] * (2 * (lists is not None))
+    tensors += [lse.new_empty(1)] * (2 * (parts is not None))
     arguments = [*tensors, *integers, *constants]
     compiled, runner = built(kernel, config, grid, q.device, arguments)
-    launch = _launcher(runner, q.device, (*integers, *constants), config.tma)
-    values = dict(zip(kernel.arg_names, arguments))
-    launches = _launches(problem, compiled, grid[0], values, lists, q, v)
-    launch = _with_lists(lists, chosen, launch)
+    found = direct(compiled, grid[0], dict(zip(kernel.arg_names, arguments)))
+    launch = on_tensors(found, compiled, runner, grid[0], q.device, (*integers, *constants))
+    launch = in_order(lists, parts, chosen, launch)
+    launches = launches_of(problem, compiled, found, grid[0], lists, parts, shared, out)
     return Bound(config, chosen, launch, compiled.n_spills, launches)
-
-
-def _launches(problem: Problem, compiled, programs: int, values, lists, q, v) -> Launches | None:
-    """The kernel, and before it that of its lists, past Triton's launcher."""
-    names: dict[str | int, tuple[str | int, int]] = {f"{x}_ptr": (x, 0) for x in OPERANDS}
-    names |= {f"aux{i}": (i, 0) for i in range(len(problem.spec.aux))}
-    kernels, scratch, listed = [direct(compiled, programs, values)], 0, 0
-    if lists is not None:
-        kernels.insert(0, lists.launch.direct)
-        names |= {"lists_ptr": ("lists", 0), "counts_ptr": ("lists", lists.counts_at)}
-        listed = lists.bytes
-        scratch = -(-listed // ALIGNMENT) * ALIGNMENT
-    names[SCRATCH] = "scratch", scratch
-    scratch += programs * compiled.metadata.global_scratch_size
-    shape = (*q.shape[:3], v.shape[3])
-    strides = out_strides(shape, problem.spec.out_order)
-    found = [x.renamed(names) for x in kernels if x is not None]
-    if len(found) < len(kernels):
-        return None
-    return Launches(q.device.index, q.dtype, shape, strides, found, scratch, listed)
 
 
 def built(kernel, config: TritonConfig, grid, device: torch.device, arguments) -> tuple[Any, Any]:
     """Triton's CompiledKernel for such arguments, and what launches it. Raises KernelBuildError."""
     try:
         major, minor = torch.cuda.get_device_capability(device)
-        with torch.cuda.device(device), sound_assembler(10 * major + minor):
+        with torch.cuda.device(device), beside_captures(), sound_assembler(10 * major + minor):
             compiled = kernel.warmup(*arguments, grid=grid, **config.options)
             return compiled, compiled[grid]
     except Exception as error:
         raise KernelBuildError(f"{kernel.__name__} {config} does not build: {error}") from error
-
-
-def _with_lists(lists, chosen: tuple[int, ...], launch):
-    """The launch, given lists of blocks made for the same captured tensors."""
-    if lists is None:
-        return launch
-
-    def launch_both(tensors: Sequence[Tensor]) -> None:
-        named = {f"aux{i}": x for i, x in zip(chosen, tensors[5:])} | {"q_ptr": tensors[0]}
-        lists(named)
-        launch([*tensors, named["lists_ptr"], named["counts_ptr"]])
-
-    return launch_both
-
-
-def _launcher(runner, device: torch.device, arguments: tuple, tma: bool):
-    index = device.index
-    raw_stream = torch._C._cuda_getCurrentRawStream
-
-    def launch(tensors: Sequence[Tensor]) -> None:
-        if torch._C._cuda_getDevice() != index:
-            with torch.cuda.device(index):
-                return launch(tensors)
-        if tma:
-            _allow_scratch()
-        runner(*[x.data_ptr() for x in tensors], *arguments, stream=raw_stream(index))
-
-    return launch
-
-
-def _allow_scratch() -> None:
-    """Tensor descriptors made in a kernel live in global memory that the host allocates."""
-    import triton
-
-    triton.set_allocator(_scratch)
-
-
-def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    return torch.empty(size, device="cuda", dtype=torch.int8)
 
 
 def _aux_integers(used: Aux, x: Tensor) -> list[int]:

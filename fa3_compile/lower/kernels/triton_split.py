@@ -1,0 +1,96 @@
+"""The parts of a split forward: how many, where they lie, and the kernel that puts them together.
+
+With few queries there are fewer tiles than processors, and each walks over a long cache: its KV
+blocks are dealt to several programs (Flash-Decoding).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fa3_compile.lower.build import load
+from fa3_compile.lower.config import TritonConfig
+from fa3_compile.lower.config_sm90 import split_count
+from fa3_compile.lower.kernels.triton_launch import Launch, bind_kernel
+from fa3_compile.lower.render import aux_parameters
+from fa3_compile.lower.render_forward import ForwardKey, part_state
+
+# Keys that are dealt out together, and beside which putting parts together is not dear.
+KEYS = 128
+# What the interpreter takes for a GPU's processors.
+INTERPRETED = 8
+COMBINE = TritonConfig(16, 16, num_warps=4, num_stages=1)
+
+
+def part_count(tiles: int, kv_len: int, device: torch.device) -> int:
+    """Into how many parts the KV blocks of each tile are split."""
+    return split_count(max(tiles, 1), max(-(-kv_len // KEYS), 1), _processors(device))
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return INTERPRETED
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the programs of a split leave, and its end.
+
+    count    parts of each tile
+    rows     of the output, of all batches and heads
+    columns  of the output
+    states   numbers that a part keeps of a row beside its output
+    combine  reads them, and writes the output and the LSE
+    """
+
+    count: int
+    rows: int
+    columns: int
+    states: int
+    combine: Launch
+
+    @property
+    def states_at(self) -> int:
+        """Bytes of the outputs, behind which the states lie where both share memory."""
+        return 4 * self.count * self.rows * self.columns
+
+    @property
+    def bytes(self) -> int:
+        return self.states_at + 4 * self.count * self.rows * self.states
+
+    def tensors(self, device: torch.device) -> dict[str, Tensor]:
+        """New memory for them, by the names of the kernels' parameters."""
+        parts = torch.empty(self.count, self.rows, self.columns, device=device)
+        states = torch.empty(self.states, self.count, self.rows, device=device)
+        return {"parts_ptr": parts, "states_ptr": states}
+
+
+def bind_parts(
+    key: ForwardKey,
+    count: int,
+    dead_rows: bool,
+    q: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    aux: Sequence[Tensor],
+    integers: Mapping[str, int],
+) -> Parts:
+    """Those of a forward with these tensors; `integers` are the parameters that its kernel takes
+    beside strides. Raises KernelBuildError."""
+    spec, rows = key.spec, q.shape[0] * q.shape[1] * q.shape[2]
+    some = lse.new_empty(1)
+    tensors = {"q_ptr": q, "parts_ptr": some, "states_ptr": some, "out_ptr": out, "lse_ptr": lse}
+    tensors |= {f"aux{x.tensor}": aux[x.tensor] for x in aux_parameters(spec)}
+    strides = {f"out_stride_{x}": n for x, n in zip("bhqd", out.stride())}
+    combine = bind_kernel(
+        load(key).attention_combine, COMBINE, rows, tensors, {**strides, **integers},
+        {"DEAD_ROWS": dead_rows},
+    )  # fmt: skip
+    return Parts(count, rows, out.shape[3], len(part_state(spec)), combine)
