@@ -228,18 +228,18 @@ class _Reader:
                     score=scores.score.subs(S, factor * S) if factor != 1 else scores.score,
                     loads=scores.lifter.loads,
                     dropouts=[*found.dropouts, *scores.lifter.dropouts],
-                    statistics=statistics(
-                        self.shadow,
-                        term.softmax,
-                        term.at,
-                        self.sizes,
-                        nonnegative=is_nonnegative_weight(scores.score),
-                    ),
+                    statistics=self._statistics(term, scores),
                 )
             )
         for r in readings:
             self._split(i for x in r.operands for i in x.place.index)
         return readings
+
+    def _statistics(self, term: Term, scores: Scores) -> list[Lse]:
+        if scores.less_row_terms:
+            return []
+        nonnegative = is_nonnegative_weight(scores.score)
+        return statistics(self.shadow, term.softmax, term.at, self.sizes, nonnegative=nonnegative)
 
     def _split(self, indices) -> None:
         if found := find_split(indices, self.sizes):

@@ -12,12 +12,12 @@ import torch
 from torch import fx
 
 from fa3_compile.frontend.lift import Element, Index, Opaque, ancestors, sym
+from fa3_compile.frontend.same import is_random
 from fa3_compile.frontend.shadow_operators import UNKNOWN
 
 # Above this, computing the value would cost more than it can save.
 MOST_ELEMENTS = 1 << 20
 MOST_NODES = 200
-RANDOM = ("rand", "bernoulli", "dropout", "multinomial", "normal", "empty")
 
 
 def fold(node: fx.Node, index: Index) -> Element:
@@ -100,7 +100,7 @@ def _sources(node: fx.Node) -> set[fx.Node]:
         value = current.meta.get("val")
         if current.op == "placeholder" or len(seen) > MOST_NODES:
             raise Opaque(node, "it depends on an input")
-        if any(word in str(current.target) for word in RANDOM):
+        if is_random(current):
             raise Opaque(node, "it is random")
         if current.target is UNKNOWN:
             raise Opaque(node, "it is written to by a call that is not looked into")

@@ -206,6 +206,8 @@ class Lifter:
     def _element(self, node: fx.Node, index: Index) -> Element:
         if node in self.special:
             return self.special[node](index)
+        from fa3_compile.frontend.same_numbers import check_same_numbers
+
         rule = RULES.get(node.target)
         if rule is None:
             try:
@@ -218,7 +220,9 @@ class Lifter:
         try:
             if self.wide and _rounds_to_half(node) and node not in self.inside:
                 raise Opaque(node, "arithmetic that the program rounds to half precision")
-            return rule(node, index, self)
+            found = rule(node, index, self)
+            check_same_numbers(node, found, self)
+            return found
         except (Opaque, UnknownScalar) as error:
             opaque = error if isinstance(error, Opaque) else Opaque(node, str(error))
             try:

@@ -98,7 +98,7 @@ def _has_effect(node: fx.Node) -> bool:
     stateful = name.startswith(
         ("_enter", "_exit", "_set", "manual_seed", "_log", "set_", "_assert")
     )
-    random = "rand" in name or name in ("dropout", "bernoulli", "normal", "multinomial")
+    random = "rand" in name or name in ("dropout", "bernoulli", "normal", "multinomial", "poisson")
     if is_mutation(node):
         return False  # followed to what it writes
     return stateful or random and not _is_idle_dropout(node) or (value is None and not node.users)

@@ -49,6 +49,8 @@ class Scores:
     sinks: list[Expr] = field(default_factory=list)
     # Whether a maximum was taken off: else a row without keys is 0 / 0 whatever its fill is.
     shifted: bool = True
+    # Whether the score is less something of its row than what the program has.
+    less_row_terms: bool = False
 
 
 def read_scores(
@@ -187,7 +189,7 @@ def _read(
     shifted = not softmax.by_hand or _is_maximum(shift)
     if not shifted:
         score = _without_underflow(score, x.meta["val"].dtype)
-    found = Scores(dots, factors, lifter, score, shifted=shifted)
+    found = Scores(dots, factors, lifter, score, shifted=shifted, less_row_terms=shift != 0)
     for position in extra:
         element = number(lifter.element(x, (*index[:dim], position, *index[dim + 1 :])))
         found.sinks.append(logit(element) - shift)

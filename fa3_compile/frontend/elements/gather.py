@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import sympy
 import torch
+from torch import fx
 
+from fa3_compile.frontend.captured import Captured
 from fa3_compile.frontend.elements.movement import dimension, read_inside
 from fa3_compile.frontend.lift import (
     Cheaper,
@@ -72,9 +74,16 @@ def _(node, index, ctx: Lifter) -> Element:
     return ctx.element(source, moved)
 
 
+def _needs_grad(node: fx.Node, ctx: Lifter) -> bool:
+    holders = ctx.shadow.dynamo_of.get(node)
+    return not holders or Captured(holders[0], holders[0]).needs_grad
+
+
 @element_of(aten.embedding.default)
 def _(node, index, ctx: Lifter) -> Element:
-    weight, places = node.args[:2]
+    weight, places, padding, by_frequency, *_ = (*node.args, *(-1, False)[len(node.args) - 2 :])
+    if (padding >= 0 or by_frequency) and _needs_grad(weight, ctx):
+        raise Opaque(node, "a table whose gradient leaves rows out, or weighs them")
     at = number(ctx.element(places, index[:-1]))
     return ctx.element(weight, (place(node, at, shape_of(weight)[0], ctx), index[-1]))
 

@@ -17,9 +17,9 @@ from fa3_compile.frontend.lift import (
     number,
     truth,
 )
-from fa3_compile.frontend.placeholders import some
+from fa3_compile.frontend.placeholders import prob, row_stat, some
 from fa3_compile.spec import expr as E
-from fa3_compile.spec.expr import KV, Expr, where
+from fa3_compile.spec.expr import KV, Expr, loads_in, where
 
 aten = torch.ops.aten
 
@@ -49,10 +49,20 @@ def _(node, index, ctx: Lifter) -> Element:
     if isinstance(a, where) and b.is_number and all(x.is_number for x in a.args[1:]):
         condition, yes, no = a.args
         return _choose(condition, compare(yes, b), compare(no, b))
+    if b.is_infinite:
+        return _beside_infinity(node, a, lambda x: compare(x, b), ctx)
     a, b = comparable(node, a, b)
     if not ctx.weighs and any(E.S in x.free_symbols and _has_fill(x) for x in (a, b)):
         raise Opaque(node, "a comparison of masked scores")
     return compare(a, b)
+
+
+def _beside_infinity(node: fx.Node, x: Expr, compared, ctx: Lifter) -> Element:
+    """A comparison with an infinity. Scores without a fill are finite; what is read may not be."""
+    if isinstance(x, where):
+        return _choose(x.args[0], *(_beside_infinity(node, y, compared, ctx) for y in x.args[1:]))
+    floats = (ctx.loads[y.tensor].dtype.is_floating_point for y in loads_in(x))
+    return _no(node) if x.has(prob, row_stat) or any(floats) else compared(x)
 
 
 def _has_fill(x: Expr) -> bool:

@@ -42,9 +42,10 @@ def _rounds(x: Expr) -> bool:
 
 
 def check_exact(node: fx.Node, *values: Expr) -> None:
-    """`Opaque` where one of the values is computed from positions, and rounded."""
+    """`Opaque` where one of the values is computed from positions or from what is read, and
+    rounded: a quotient is not the product with a reciprocal."""
     for x in values:
-        if x.free_symbols and _rounds(x) and not x.has(E.S, E.load, prob, row_stat, total):
+        if x.free_symbols and _rounds(x) and not x.has(E.S, prob, row_stat, total):
             raise Opaque(node, "a step of positions in arithmetic that is rounded")
 
 

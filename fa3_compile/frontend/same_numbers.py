@@ -1,0 +1,77 @@
+"""Where an element that a kernel computes would not be the program's: numbers of narrow integers
+wrap around, and float64 has digits that float32 has not."""
+
+from __future__ import annotations
+
+import sympy
+import torch
+from torch import fx
+
+from fa3_compile.frontend.captured import Captured, Seed
+from fa3_compile.frontend.lift import Element, Lifter, Opaque
+from fa3_compile.frontend.operands import is_movement
+from fa3_compile.spec.expr import Expr, load, loads_in, where
+from fa3_compile.spec.index import bounds
+
+NARROW = (torch.uint8, torch.int8, torch.int16)
+# Ids, positions and lengths are below this: sums and differences of two of them fit into int32.
+LARGEST_ID = 1 << 30
+
+
+def check_same_numbers(node: fx.Node, element: Element, ctx: Lifter) -> None:
+    """`Opaque` where the node's element may be another number than the program computes."""
+    value = node.meta["val"]
+    if not isinstance(value, torch.Tensor) or is_movement(node):
+        return
+    if value.dtype in (*NARROW, torch.int32) and isinstance(element, Expr):
+        if not _fits(element, value.dtype, ctx):
+            raise Opaque(node, f"integers that may wrap around in {value.dtype}")
+    if node not in ctx.inside and element.atoms(load) and any(map(_is_double, node.args)):
+        raise Opaque(node, "arithmetic in float64")
+
+
+def _is_double(argument) -> bool:
+    value = argument.meta["val"] if isinstance(argument, fx.Node) else None
+    return isinstance(value, torch.Tensor) and value.dtype == torch.float64
+
+
+def _fits(element: Expr, dtype: torch.dtype, ctx: Lifter) -> bool:
+    """Whether all values that an element may have are among the type's; one that is nearly as wide
+    as positions are is trusted unless they are known not to be."""
+    info = torch.iinfo(dtype)
+    limits = _limits(element, ctx)
+    if limits is None:
+        return dtype not in NARROW
+    return all(info.min <= int(x) <= info.max for x in limits)
+
+
+def _limits(element: Expr, ctx: Lifter) -> tuple[Expr, Expr] | None:
+    """(lowest, highest), as numbers; None where either is unknown."""
+    if isinstance(element, where):
+        branches = [_limits(x, ctx) for x in element.args[1:]]
+        known = [x for x in branches if x is not None]
+        if len(known) < len(branches):
+            return None
+        return min(x[0] for x in known), max(x[1] for x in known)
+    ranges = {**ctx.ranges}
+    instead: dict[Expr, Expr] = {}
+    for i, x in enumerate(sorted(loads_in(element), key=str)):
+        held = _range_of(ctx.loads[x.tensor])
+        if held is None:
+            return None
+        symbol = sympy.Symbol(f"held{i}", integer=True, nonnegative=True)
+        ranges[symbol] = sympy.Integer(held[1] - held[0] + 1)
+        instead[x] = symbol + held[0]
+    found = bounds(sympy.expand(element.xreplace(instead)), ranges)
+    return found if found is not None and all(x.is_Integer for x in found) else None
+
+
+def _range_of(read: Captured | Seed) -> tuple[int, int] | None:
+    if read.dtype == torch.bool:
+        return 0, 1
+    if read.dtype in (torch.int32, torch.int64):
+        return -LARGEST_ID, LARGEST_ID - 1
+    if read.dtype in NARROW:
+        info = torch.iinfo(read.dtype)
+        return info.min, info.max
+    return None

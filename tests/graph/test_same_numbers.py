@@ -1,0 +1,110 @@
+"""What is read or computed in a kernel is the number that the program has: infinities, narrow
+integers, float64, steps of rounded quotients, random numbers, rows of tables without gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fa3_compile.frontend.same import is_random
+from tests.graph.harness import check, specs
+from tests.graph.inputs import INF, H, S, attend, chance, normal, qkv, scores_of, uniform
+
+AT = torch.arange(S)
+FLAGS = chance(0.7, S, seed=1).to(torch.uint8)
+BYTES = torch.tensor([200, 10, 20, 90, 120, 250]).to(torch.uint8).repeat(4)
+SIGNED = torch.tensor([100, 10, -128, 90, 120, -100]).to(torch.int8).repeat(4)
+INFINITE = normal(S, S).detach().masked_fill(AT[:, None] < AT, -INF)
+SECONDS = 1.7e9 + 200 * uniform(S, seed=2).double()
+AGES = torch.tensor([0, 41, 82, 40, 81, 123]).repeat(4)
+
+
+def distance(x):
+    return x[:, None] - x[None, :]
+
+
+# name -> (scores and something captured -> scores, what is captured)
+READS = {
+    "equal to -inf": (lambda s, b: s.masked_fill(b == -INF, -INF), INFINITE),
+    "isneginf": (lambda s, b: s.masked_fill(torch.isneginf(b), -INF), INFINITE),
+    "beyond -inf": (lambda s, b: s.masked_fill(~(b > -INF), -INF), INFINITE),
+    "isfinite": (lambda s, b: torch.where(torch.isfinite(b), s + b, -INF), INFINITE),
+    "bytes less one": (lambda s, m: s + (m - 1).float() * 1e-2, FLAGS),
+    "negated bytes": (lambda s, m: s + (-m).float() * 1e-2, FLAGS),
+    "sum of bytes": (lambda s, x: s.masked_fill(x[:, None] + x < 100, -INF), BYTES),
+    "product of bytes": (lambda s, x: s + (x[:, None] * x).float() * 1e-2, SIGNED),
+    "size of the lowest byte": (lambda s, x: s + x.abs() * 1e-2, SIGNED),
+    "shifted bytes": (lambda s, x: s + (x << 3) * 1e-2, SIGNED),
+    "cast to bytes": (lambda s, x: s.masked_fill(distance(x).to(torch.uint8) > 3, -INF), AT),
+    "positions that are bytes": (
+        lambda s, x: s.masked_fill(distance(torch.arange(S, dtype=torch.uint8)) > 20, -INF),
+        AT,
+    ),
+    "32 bits": (lambda s, x: s + 1e-10 * ((x.int()[:, None] + x.int()) * 1000000007), AT),
+    "differences in float64": (lambda s, t: s.masked_fill(distance(t).abs() > 60, -INF), SECONDS),
+    "equality in float64": (lambda s, t: s.masked_fill(distance(t) != 0, -INF), SECONDS),
+    "floor of a quotient": (
+        lambda s, t: s.masked_fill(distance((t / 41).floor()) != 0, -INF),
+        AGES,
+    ),
+    "bound of a quotient": (lambda s, t: s.masked_fill((t / 41 < 1) & (AT > 3), -INF), AGES),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_read_as_the_program_has_it(name):
+    change, captured = READS[name]
+    report = check(lambda q, k, v, x: attend(change(scores_of(q, k), x), v), *qkv(), captured)
+    assert len(report.fused) == 1, specs(report)
+    assert "load" in report.fused[0].spec
+
+
+def test_bytes_that_fit_are_computed():
+    def attention(q, k, v):
+        hidden = (distance(torch.arange(S)) < 0).to(torch.uint8)
+        return attend(scores_of(q, k) + (1 - hidden) * 0.5, v)
+
+    assert "load" not in specs(check(attention, *qkv()))
+
+
+def test_infinite_scores_are_masked_scores():
+    def attention(q, k, v):
+        scores = scores_of(q, k).masked_fill(distance(torch.arange(S)) < 0, -INF)
+        return attend(scores.masked_fill(scores == -INF, -INF), v)
+
+    assert "mask=kv <= q" in specs(check(attention, *qkv()))
+
+
+@pytest.mark.parametrize("settings", [{"padding_idx": 2}, {"scale_grad_by_freq": True}])
+def test_gradient_of_a_table(settings):
+    def attention(q, k, v, table):
+        bias = F.embedding(distance(AT).clamp(-2, 2) + 2, table, **settings)
+        return attend(scores_of(q, k) + bias.permute(2, 0, 1), v)
+
+    assert len(check(attention, *qkv(), normal(5, H)).fused) == 1
+
+
+def test_logsumexp_of_shifted_scores():
+    def attention(q, k, v):
+        scores = scores_of(q, k)
+        shifted = scores - scores.amax(-1, keepdim=True)
+        return attend(shifted, v), shifted.logsumexp(-1)
+
+    assert len(check(attention, *qkv()).fused) == 1
+
+
+@pytest.mark.parametrize("draw", ["exponential_", "uniform_", "normal_", "log_normal_", "cauchy_"])
+def test_a_number_that_is_drawn_is_read(draw):
+    def attention(q, k, v):
+        return attend(scores_of(q, k) * getattr(torch.zeros(1), draw)().abs(), v)
+
+    assert "load(0, 0)" in specs(check(attention, *qkv()))
+
+
+def test_operators_that_draw_are_known():
+    graph = torch.fx.Graph()
+    aten = torch.ops.aten
+    for target in (aten.poisson.default, aten.randn.default, aten.empty_like.default):
+        assert is_random(graph.call_function(target))
+    assert not is_random(graph.call_function(aten.zeros_like.default))
