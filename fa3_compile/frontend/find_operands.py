@@ -19,7 +19,7 @@ from fa3_compile.frontend.product import PRODUCTS, Dot
 from fa3_compile.frontend.region import Operand, Pair
 from fa3_compile.frontend.scores import Scores
 from fa3_compile.frontend.trace import Shadow
-from fa3_compile.spec.expr import KV, Expr, floordiv, mod
+from fa3_compile.spec.expr import KV, Expr, depends_on, floordiv, mod
 from fa3_compile.spec.index import quotient, same
 
 
@@ -33,7 +33,7 @@ def find_split(indices, sizes) -> tuple[sympy.Symbol, Expr] | None:
             for symbol, stride in terms:
                 if stride == 0:
                     continue
-                part = quotient(by, stride) if stride.is_positive else None
+                part = quotient(by, stride) if stride.is_nonnegative else None
                 if part is not None and part != 1 and quotient(sizes[symbol], part) is not None:
                     if not same(part, sizes[symbol]):
                         found.append((symbol, part))
@@ -158,7 +158,7 @@ class OperandFinder:
             lost = overwrite(source, since, until=self.output) is not None
             if best and lost and not best_lost:
                 continue
-            if any(i.has(floordiv, mod) for i in place.index):
+            if any(depends_on(x, self.ranges) for i in place.index for x in i.atoms(floordiv, mod)):
                 # K and V of grouped heads: read unexpanded once the heads' axis is split.
                 deeper = Operand(source, since, place, None)
                 continue

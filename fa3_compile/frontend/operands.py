@@ -250,7 +250,7 @@ def _outermost(terms: dict[sympy.Symbol, Expr]) -> sympy.Symbol | None:
     """The symbol with the largest stride; None where strides do not divide one another."""
     largest = None
     for symbol, stride in terms.items():
-        if not stride.is_positive:
+        if not stride.is_nonnegative:
             return None
         if largest is None:
             largest = symbol

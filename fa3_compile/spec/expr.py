@@ -117,6 +117,10 @@ class floordiv(sympy.Function):
             return a // b
         return None
 
+    def _eval_is_nonnegative(self):
+        a, b = self.args
+        return True if a.is_nonnegative and b.is_nonnegative else None
+
 
 class mod(sympy.Function):
     """Remainder with the sign of the divisor, as Python's `%`."""
@@ -132,6 +136,9 @@ class mod(sympy.Function):
         if a.is_Integer and b.is_Integer and b != 0:
             return a % b
         return None
+
+    def _eval_is_nonnegative(self):
+        return True if self.args[1].is_nonnegative else None
 
 
 class trunc(sympy.Function):

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from fa3_compile.frontend.lift import (
+    Cheaper,
     Element,
     Lifter,
     Opaque,
@@ -18,7 +19,7 @@ from fa3_compile.frontend.lift import (
     sym,
     truth,
 )
-from fa3_compile.spec.expr import Expr, load, mod, where
+from fa3_compile.spec.expr import Expr, floordiv, load, mod, where
 from fa3_compile.spec.index import bounds, is_nonnegative, remainder, reshape_index
 
 aten = torch.ops.aten
@@ -46,7 +47,14 @@ def read_inside(
 def _(node, index, ctx: Lifter) -> Element:
     source = node.args[0]
     moved = reshape_index(index, shape_of(node), shape_of(source), ctx.ranges)
-    return ctx.element(source, moved)
+    found = ctx.element(source, moved)
+    if isinstance(ctx, Lifter) and not ctx.computes and node not in ctx.inside:
+        before = {x for i in index for x in i.atoms(floordiv, mod)}
+        divided = {x for i in moved for x in i.atoms(floordiv, mod)} - before
+        # Divisions for every element by numbers that a kernel is not built for.
+        if found.has(load) and any(not x.args[1].is_number for x in divided):
+            raise Cheaper(node, "places found by dividing by sizes that change")
+    return found
 
 
 @element_of(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default)
