@@ -146,7 +146,7 @@ class Emitter:
         dim = 0
         for part in view.parts:
             if part[0] == "select":
-                x = self.call("select", x, dim, self.size(part[1]))
+                x = self._at(x, dim, part[1])
                 continue
             axis, start = part[1], part[2]
             if start is not None:
@@ -167,6 +167,14 @@ class Emitter:
                 *[self.size(sizes[a]) if i in missing else -1 for i, a in enumerate(wanted)],
             )
         return self._grouped(x, target, sizes)
+
+    def _at(self, x: fx.Node, dim: int, position: Expr) -> fx.Node:
+        """One position of a dimension. Where that is all of it, as in a batch of one, a view whose
+        gradient is a view: that of select is a copy among zeros."""
+        length = example_value(x).shape[dim]
+        if isinstance(length, int) and length == 1:
+            return self.call("squeeze", x, dim)
+        return self.call("select", x, dim, self.size(position))
 
     def _grouped(self, x, target, sizes):
         """One dimension a group: groups of several axes merged, empty ones added."""

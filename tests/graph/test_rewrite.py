@@ -64,6 +64,13 @@ return (getitem,)""",
     )
 
 
+def test_batch_of_one_is_viewed():
+    q, k, v = (x[:1] for x in qkv())
+    made = targets(rewritten(lambda q, k, v: attend(scores_of(q, k), v), q, k, v))
+    # The gradient of `select` would be a copy among zeros.
+    assert made.count("squeeze") == 3 and "select" not in made
+
+
 def test_heads_split_and_merged():
     def attention(x):
         q, k, v = (t.view(B, S, H, D).transpose(1, 2) for t in x.chunk(3, -1))
