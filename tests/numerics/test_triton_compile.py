@@ -94,7 +94,7 @@ def compiled(
         "PRECISION": "tf32" if asked.dtype.itemsize == 2 else "ieee",
     }
     signature, attributes = {}, {}
-    for i, name in enumerate(kernel.arg_names):
+    for name in kernel.arg_names:
         if name.endswith("stride_d"):
             constants[name] = 1
     constants = {x: value for x, value in constants.items() if x in kernel.arg_names}
