@@ -205,16 +205,19 @@ def load_all(keys: Sequence[KeyT]) -> dict[KeyT, Built]:
     return {key: x for key, x in zip(keys, _attempts(keys)) if isinstance(x, Built)}
 
 
-def load_first(keys: Sequence[KeyT], at_once: int = 1) -> tuple[KeyT, Built]:
+def load_first(keys: Sequence[KeyT], at_once: int = 1, at_first: int = 1) -> tuple[KeyT, Built]:
     """The first that builds without a spill; failing that, the one that spills least.
 
-    at_once  how many are built side by side where the first spills
+    at_once   how many are built side by side where the first spills
+    at_first  how many are before that is known, where there is a processor for each
 
     Raises KernelBuildError where none builds.
     """
     found: list[tuple[KeyT, Built]] = []
     errors: list[str] = []
-    groups = [keys[:1], *(keys[i : i + at_once] for i in range(1, len(keys), at_once))]
+    at_first = max(1, min(at_first, os.cpu_count() or 1))
+    later = (keys[i : i + at_once] for i in range(at_first, len(keys), at_once))
+    groups = [keys[:at_first], *later]
     for group in groups:
         for key, built in zip(group, _attempts(group) if group else ()):
             if isinstance(built, str):

@@ -225,6 +225,26 @@ def test_the_next_family_runs_where_it_cannot_be_built() -> None:
         build_nvrtc.load_first([])
 
 
+@pytest.mark.parametrize(
+    ("name", "dim", "processors", "count"),
+    [("documents", 64, 4, 2), ("documents", 64, 1, 1), ("documents", 128, 4, 1),
+     ("left padding", 64, 4, 1)],
+)  # fmt: skip
+def test_two_tiles_are_built_at_once_where_the_first_may_spill(
+    name, dim, processors, count, monkeypatch
+) -> None:
+    asked, built = problem(name, dim, dim), []
+
+    def load(key) -> build_nvrtc.Built:
+        built.append(key.config)
+        return build_nvrtc.Built(b"", "", 168, 0, False)
+
+    monkeypatch.setattr(build_nvrtc, "load", load)
+    monkeypatch.setattr("os.cpu_count", lambda: processors)
+    CudaSm90().prepare(asked)
+    assert {*built} == {x.config for x in keys(asked)[:count]}
+
+
 @needs_nvrtc
 def test_an_entry_keeps_its_source_and_a_damaged_one_is_rebuilt() -> None:
     key = CudaKey(AttentionSpec(), "Fp16", 64, 64, Sm90Config(64, 64))

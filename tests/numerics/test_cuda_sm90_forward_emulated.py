@@ -83,11 +83,11 @@ CASES = [
 def ran(problem, key, inputs, sizes, to, monkeypatch) -> tuple[Tensor, Tensor]:
     """What the kernel of a key makes of (q, k, v, aux)."""
     built = Built(bytes(compiled(key, to / "kernels.so")) + b"\0", "", 168, 0, False)
-    monkeypatch.setattr(cuda_sm90, "load_first", lambda keys: (keys[0], built))
+    monkeypatch.setattr(cuda_sm90, "load_first", lambda keys, **_: (keys[0], built))
     monkeypatch.setattr(cuda_sm90_forward_parameters, "processors", lambda device: 2)
     monkeypatch.setattr(cuda_sm90_forward_parameters, "SECTION_BYTES", 1)  # of a head or a group
-    there = on_device(inputs)
-    return on_host(cuda_sm90.bind(problem, *there, sizes, key)(*there))
+    q, k, v, aux = on_device(inputs)
+    return on_host(cuda_sm90.bind(problem, q, k, v, aux, sizes, key)(q, k, v, aux))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda x: x[0])
@@ -116,11 +116,11 @@ def test_rows_without_a_key_are_looked_for_once(padded, tmp_path, monkeypatch, l
     key = keys_of(problem, layout_of(form.spec(), [keep]))[0]
     key = replace(key, config=Sm90Config(128, 16))
     built = Built(bytes(compiled(key, tmp_path / "kernels.so")) + b"\0", "", 168, 0, False)
-    monkeypatch.setattr(cuda_sm90, "load_first", lambda keys: (keys[0], built))
-    there, shared = on_device((q, k, v, [keep])), []
-    call = cuda_sm90.bind(problem, *there, (), key).fixed(None)
+    monkeypatch.setattr(cuda_sm90, "load_first", lambda keys, **_: (keys[0], built))
+    *three, aux = on_device((q, k, v, [keep]))
+    call, shared = cuda_sm90.bind(problem, *three, aux, (), key).fixed(None), []
     for _ in range(3):
-        out, lse = on_host(call(*there, (), shared))
+        out, lse = on_host(call(*three, aux, (), shared))
         assert compare(form, out, lse, q, k, v, [keep]) is None
     both = "attention_fwd dead_rows "
     expected = both * 3 if padded else both + "attention_fwd " * 2
@@ -216,7 +216,7 @@ def test_visited_blocks_are_those_of_the_report(name, tmp_path, monkeypatch, lau
     key = keys_of(problem, layout_of(spec, []))[0]
     key = replace(key, config=replace(key.config, block_m=128, block_n=16))
     built = Built(bytes(lister(key, tmp_path / "kernels.so")) + b"\0", "", 168, 0, False)
-    monkeypatch.setattr(cuda_sm90, "load_first", lambda keys: (keys[0], built))
+    monkeypatch.setattr(cuda_sm90, "load_first", lambda keys, **_: (keys[0], built))
     monkeypatch.setattr(cuda_sm90_lists, "_kept", {})
     seen = []
     monkeypatch.setattr(cuda_sm90, "kept_lists", lambda p, i: seen.append(p) or kept_lists(p, i))
@@ -238,7 +238,7 @@ def test_a_graph_that_is_captured_makes_its_own_lists(tmp_path, monkeypatch, lau
     key = keys_of(problem, layout_of(spec, []))[0]
     kernels = kernels_of(key.source(), tmp_path / "kernels.so")
     built = Built(bytes(kernels) + b"\0", "", 168, 0, False)
-    monkeypatch.setattr(cuda_sm90, "load_first", lambda keys: (keys[0], built))
+    monkeypatch.setattr(cuda_sm90, "load_first", lambda keys, **_: (keys[0], built))
     monkeypatch.setattr(cuda_sm90_lists, "_kept", {})
     for capturing, expected in ((True, "block_map attention_fwd " * 2),
                                 (False, "block_map " + "attention_fwd " * 2)):  # fmt: skip

@@ -24,6 +24,7 @@ from fa3_compile.lower.kernels.cuda_sm90_forward_parameters import ForwardParame
 from fa3_compile.lower.kernels.cuda_sm90_keys import (
     DTYPES,
     ELEMENTS,
+    asks_rows,
     keys_of,
     layout_of,
     likely_layout,
@@ -68,10 +69,10 @@ class CudaSm90(BindingKernel):
 
     def prepare(self, problem: Problem) -> None:
         """Builds the kernel as contiguous captured tensors want it."""
-        load_first(keys_of(problem, likely_layout(problem)))
+        _load(problem.spec, keys_of(problem, likely_layout(problem)))
 
     def configuration(self, problem: Problem) -> str:
-        key, _ = load_first(keys_of(problem, likely_layout(problem)))
+        key, _ = _load(problem.spec, keys_of(problem, likely_layout(problem)))
         return f"{key.config.block_m} x {key.config.block_n}"
 
     def supports_backward(self, problem: Problem) -> str | None:
@@ -129,6 +130,12 @@ def _module(key: CudaKey, cubin: bytes, device: int) -> Module:
     return load_module(cubin)
 
 
+def _load(spec: AttentionSpec, keys: Sequence[CudaKey]) -> tuple[CudaKey, Built]:
+    """What `load_first` says. Raises KernelBuildError."""
+    may_spill = keys[:1] and keys[0].config.block_m == 192 and asks_rows(spec)
+    return load_first(keys, at_first=2 if may_spill else 1)
+
+
 def bind(problem: Problem, q, k, v, aux, sizes, key: CudaKey | None = None) -> Bound:
     """The kernel for these tensors, which TMA can describe; `key` instead of the table's choice.
 
@@ -141,7 +148,7 @@ def bind(problem: Problem, q, k, v, aux, sizes, key: CudaKey | None = None) -> B
             keys = [_tuned(problem, keys, q, k, v, aux, sizes)]
     else:
         keys = [key]
-    key, built = load_first(keys)
+    key, built = _load(spec, keys)
     ensure_context(q.device.index)
     module = _module(key, built.cubin, q.device.index)
     shape = (*q.shape[:3], v.shape[3])
@@ -158,7 +165,7 @@ def bind(problem: Problem, q, k, v, aux, sizes, key: CudaKey | None = None) -> B
 
 def _tuned(problem: Problem, keys: Sequence[CudaKey], q, k, v, aux, sizes) -> CudaKey:
     """The key that is fastest on these tensors; `keys` are the table's. Raises KernelBuildError."""
-    first, _ = load_first(keys)
+    first, _ = _load(problem.spec, keys)
     configs = [x.config for x in keys if x.tile == first.tile and x != first]
     if problem.autotune == "full":
         configs += variations(first.config, problem.dim, problem.v_dim, first.tile is not None)

@@ -100,6 +100,14 @@ def asks_mask(spec: AttentionSpec) -> bool:
     return bool(map_kind(spec)) or element or spec.weight is not None
 
 
+@remembered
+def asks_rows(spec: AttentionSpec) -> bool:
+    """Whether each element is asked for a mask that reads something of its row. The highest tiles
+    spill for some of these: documents under a causal mask, dense masks."""
+    loads = E.loads_in(mask_parts(named_mask(spec)).element)
+    return any(E.Q in x.free_symbols for x in loads)
+
+
 @functools.lru_cache(maxsize=1024)
 def mask_axes(spec: AttentionSpec) -> tuple[bool, bool]:
     """Whether the mask differs between batches, and between heads."""
