@@ -117,11 +117,11 @@ def test_rows_without_a_key_are_looked_for_once(padded, tmp_path, monkeypatch, l
     key = replace(key, config=Sm90Config(128, 16))
     built = Built(bytes(compiled(key, tmp_path / "kernels.so")) + b"\0", "", 168, 0, False)
     monkeypatch.setattr(cuda_sm90, "load_first", lambda keys, **_: (keys[0], built))
-    *three, aux = on_device((q, k, v, [keep]))
-    call, shared = cuda_sm90.bind(problem, *three, aux, (), key).fixed(None), []
+    q, k, v, aux = on_device((q, k, v, [keep]))
+    call, shared = cuda_sm90.bind(problem, q, k, v, aux, (), key).fixed(None), []
     for _ in range(3):
-        out, lse = on_host(call(*three, aux, (), shared))
-        assert compare(form, out, lse, q, k, v, [keep]) is None
+        out, lse = on_host(call(q, k, v, aux, (), shared))
+        assert compare(form, out, lse, *on_host((q, k, v, aux))) is None
     both = "attention_fwd dead_rows "
     expected = both * 3 if padded else both + "attention_fwd " * 2
     assert [x.name for x in launches] == f"block_map {expected}".split()
