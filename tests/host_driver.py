@@ -177,6 +177,9 @@ class Event:
         Event.records += 1
         self.at = Event.records
 
+    def synchronize(self) -> None:
+        assert _library().cuStreamSynchronize(None) == 0
+
     def elapsed_time(self, end: Event) -> float:
         assert self.times and end.times and self.at is not None and end.at is not None
         return float(end.at - self.at)
@@ -224,7 +227,6 @@ def launches(monkeypatch) -> Iterator[list[Launched]]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _=None: _Properties())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _=None: "the host")
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda _=None: None)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     for name, module in list(sys.modules.items()):
         if name.startswith("fa3_compile.") and hasattr(module, "empty_cuda"):

@@ -19,6 +19,7 @@ import torch
 from fa3_compile import resources
 from fa3_compile.lower import cache
 from fa3_compile.lower.choose import Problem
+from fa3_compile.lower.launch_cuda import beside_captures
 
 log = logging.getLogger(__name__)
 
@@ -78,13 +79,14 @@ def bucket(length: int) -> int:
 
 def seconds(call: Callable[[], object], repeats: int = 10) -> float:
     """Median time of a call on the current CUDA stream."""
-    call()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    events[0].record()
-    for event in events[1:]:
+    with beside_captures():
         call()
-        event.record()
-    torch.cuda.synchronize()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+        events[0].record()
+        for event in events[1:]:
+            call()
+            event.record()
+        events[-1].synchronize()  # and not the device, whose other streams may be captured
     times = sorted(a.elapsed_time(b) for a, b in zip(events, events[1:]))
     return times[repeats // 2] / 1e3
 
