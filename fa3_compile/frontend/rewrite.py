@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -94,10 +95,29 @@ def _operands(emit: Emitter, region: Region) -> list[tuple[fx.Node | None, fx.No
     values = ([*layout.batch], [*layout.kv_heads], [KV], [*layout.head_dim])
     value = (region.value.source, emit.operand(region.value, values, sizes))
     if len(region.pairs) > 1:
+        # Keys that are the values too come first: kernels load what both are once.
+        both = [i for i, x in enumerate(keys) if _same_reads(x, value[1])][:1]
+        for parts in (queries, keys):
+            parts[:0] = [parts.pop(i) for i in both]
         beside = [emit.beside(parts, region.padding) for parts in (queries, keys)]
+        if both:
+            value = (
+                None,
+                emit.call("narrow", beside[1], -1, 0, emit.size(region.pairs[both[0]].width)),
+            )
         return [(None, beside[0]), (None, beside[1]), value]
     [pair] = region.pairs
     return [(pair.query.source, queries[0]), (pair.key.source, keys[0]), value]
+
+
+def _same_reads(a: Any, b: Any) -> bool:
+    """Whether two operands are made by the same methods of the same node."""
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_same_reads, a, b))
+    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or a is b:
+        return a is b or a == b
+    alike = a.op == b.op == "call_method" and a.target == b.target
+    return alike and _same_reads(a.args, b.args)
 
 
 def follow_replacements(region: Region, replaced: dict[fx.Node, fx.Node]) -> None:

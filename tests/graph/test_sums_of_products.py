@@ -41,6 +41,28 @@ def absorbed(q, q_rotary, latent, k_rotary):
     return torch.einsum("bsht,btc->bshc", weights, latent)
 
 
+@pytest.mark.parametrize("order", ["latent first", "rotary first"])
+def test_values_that_are_keys_are_read_with_them(order, monkeypatch):
+    """K and V are one tensor, whose first columns are V."""
+    seen = []
+    run = Reference.run
+
+    def spy(self, problem, q, k, v, *rest):
+        seen.append((k.shape[-1], v.data_ptr() == k.data_ptr(), v.stride() == k.stride()))
+        return run(self, problem, q, k, v, *rest)
+
+    def attention(q, q_rotary, latent, k_rotary):
+        parts = [(q, latent), (q_rotary, k_rotary)]
+        a, b = parts if order == "latent first" else parts[::-1]
+        scores = [torch.einsum("bshc,btc->bsht", *x) for x in (a, b)]
+        weights = ((scores[0] + scores[1]) * SCALE).softmax(-1)
+        return torch.einsum("bsht,btc->bshc", weights, latent)
+
+    monkeypatch.setattr(Reference, "run", spy)
+    assert specs(check(attention, *latents())) == "attention(score=0.25*s, out_order=bqhd)"
+    assert set(seen) == {(D + R, True, True)}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_absorbed_latent_attention(dynamic, dtype):
