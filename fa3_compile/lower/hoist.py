@@ -112,11 +112,23 @@ def _coefficient(term: E.Expr, symbol: sympy.Symbol) -> E.Expr | None:
     return c if rest == symbol and level(c) == HEAD else None
 
 
+# Scores of this size leave the logarithm of a row's sum no more than two digits in float32.
+LARGE = 3e4
+
+
 def may_be_huge(score: E.Expr) -> bool:
-    """Whether a score can be near float32's limits: masks given as large negative biases."""
+    """Whether a score can be so large that its LSE does not hold the logarithm of a sum, up to
+    float32's limits: masks given as large negative biases or as fills."""
     if any(level(x) != HEAD for x in E.loads_in(score)):
         return True
-    return any(abs(x) > 1e30 for x in score.atoms(sympy.Number)) or score.has(sympy.oo, -sympy.oo)
+    if any(abs(x) > LARGE for x in score.atoms(sympy.Number)) or score.has(sympy.oo, -sympy.oo):
+        return True
+    return any(_may_be_fill(y) for x in score.atoms(E.where) for y in x.args[1:])
+
+
+def _may_be_fill(branch: E.Expr) -> bool:
+    """Whether a number that is read is one of its terms."""
+    return any(level(x) == HEAD and x.has(E.load) for x in sympy.Add.make_args(branch))
 
 
 def may_be_minus_inf(score: E.Expr) -> bool:

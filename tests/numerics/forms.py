@@ -263,6 +263,10 @@ def captured(kind: str, shape: Shape, dtype: torch.dtype, generator) -> Tensor:
             x[:, :, 7:8] = torch.finfo(dtype).min
             x[:, :, :, 25::7] = float("-inf")
             return x
+        case "fills":
+            x = torch.where(normal(b, 1, q, eight) > 0, 0.0, -1e9).to(dtype)[..., :kv]
+            x[:, :, 3:40] = -1e9
+            return x
         case "rows":
             return normal(b, q)
         case "keys":

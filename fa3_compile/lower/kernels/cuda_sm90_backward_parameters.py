@@ -104,8 +104,11 @@ class BackwardParameters(Parameters):
         content += struct.pack("qqq", *self.dout.stride()[:3])
         places.append((len(content) + 16, "scratch", self.progress_at))
         content += struct.pack(
-            "iiiiQii", self.heads, self.queries, self.keys, self.sum_blocks, 0, self.counters, 0
-        )
+            "iiiiQii", self.heads, self.queries, self.keys, self.sum_blocks, 0, self.counters,
+            self.heads // self.kv_heads,
+        )  # fmt: skip
+        places += [(len(content), "q", 0), (len(content) + 8, "k", 0)]
+        content += struct.pack("QQ6q", 0, 0, *self.q.stride()[:3], *self.k.stride()[:3])
         return self.launch("row_terms", self.grid, 256, content, places)
 
     def attention(self) -> Launch:

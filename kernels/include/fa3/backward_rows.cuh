@@ -28,13 +28,15 @@ struct RowTermsParams {
              // query blocks, the first ones, dq_sums has room for
   int* progress;  // cleared too
   int counters;   // in progress, 4 bytes each
-  int unused;
+  int group;
+  const char *q, *k;  // read only where Variant::kWideScores
+  RowStrides q_at, k_at;
   AuxT aux;
 };
 
 // LSE in the exponent's unit, infinity where a row has no weight; delta = rowsum(dO * O) - dLSE; and
-// with wide scores log2 of what exp(score - LSE) sums to, not 0 where the LSE is too large to hold
-// it.
+// with wide scores log2 of what exp(score - LSE) sums to, not 0 where the LSE is too large for the
+// logarithm of a sum: from 1e4 on it holds less of that than three digits.
 template <class Variant>
 constexpr int kRowTerms = Variant::kWideScores ? 3 : 2;
 
@@ -111,7 +113,7 @@ struct RowTerms {
         int64_t row = (static_cast<int64_t>(batch) * p.heads + head) * p.queries + q;
         float norm = 0.0f;
         if (q < p.queries) {
-          if constexpr (Variant::kWideScores) norm = weight_of(at, q, p.lse[row]);
+          if constexpr (Variant::kWideScores) norm = weight_of(p, at, q, p.lse[row]);
           if constexpr (Variant::kFindDead) p.dead[row] = !sees_any(at, q);
         }
         if (Variant::kWideScores && threadIdx.x % 32 == 0) rows[2 * kM + row_slot(inside)] = norm;
@@ -119,21 +121,30 @@ struct RowTerms {
     }
   }
 
-  // One warp: log2 of the row's weights where the LSE is so large that scores absorb s.
-  FA3_DEVICE static float weight_of(const typename Variant::At& at, int q, float lse) {
-    if (!(fabsf(lse) > 1e30f) || fabsf(lse) == inf()) return 0.0f;
+  // One warp: log2 of what the row's weights sum to by an LSE that is large.
+  FA3_DEVICE static float weight_of(const Params& p, const typename Variant::At& at, int q,
+                                    float lse) {
+    if (!(fabsf(lse) > 1e4f) || fabsf(lse) == inf()) return 0.0f;
     auto head = Variant::head(at);
     auto row = Variant::row(at, head, q);
-    if constexpr (Variant::kShift) lse -= Variant::shift(at, head, row, q);
+    const Dtype* query = reinterpret_cast<const Dtype*>(p.q) + p.q_at.at(at.batch, at.head, q);
+    const Dtype* keys = reinterpret_cast<const Dtype*>(p.k);
+    keys += p.k_at.at(at.batch, at.head / p.group, 0);
     float total = 0.0f;
     for (int kv = threadIdx.x % 32; kv < at.keys; kv += 32) {
       auto col = Variant::col(at, head, kv);
+      if (!sees<Variant>(at, head, row, col, q, kv)) continue;
+      const Dtype* key = keys + kv * p.k_at.row;
+      float s = 0.0f;
+      for (int d = 0; d < Config::kDimQK; ++d) s = fmaf(ldg(query + d), ldg(key + d), s);
       float tile = Variant::dense(at, head, row, col, q, kv, 0.0f);
-      float x = Variant::score(0.0f, at, head, row, col, q, kv, tile);
-      if (sees<Variant>(at, head, row, col, q, kv)) total += exp2_approx((x - lse) * kLog2e);
+      float x = Variant::score(s, at, head, row, col, q, kv, tile);
+      total += exp2_approx((x - lse) * kLog2e);
     }
 #pragma unroll
     for (int lanes = 16; lanes > 0; lanes /= 2) total += __shfl_xor_sync(~0u, total, lanes);
+    if constexpr (Variant::kSink)
+      total += exp2_approx((Variant::sink(at, head, row, q) - lse) * kLog2e);
     return total > 0.0f ? log2_approx(total) : 0.0f;
   }
 
