@@ -13,8 +13,8 @@ printed as it is found, with what repeats it:
 
 The rest still run, and the exit status is then 1. The file is written as programs are done, so
 that a run that is stopped is not lost. Its rows: a part of the grammar or the kernel family that
-ran, its value, programs with it, fused, left as they were, wrong. Programs of which all parts are
-the same are told in its first line: they differ in their numbers at most. On a GPU most of the time
+ran, its value, programs with it, fused, left as they were, wrong. Processes may draw what another
+one has drawn: how many are distinct is said in its first line. On a GPU most of the time
 is the compiler's: with `--family` programs share their kernels, and several times as many are done.
 """
 
@@ -143,8 +143,9 @@ class Drawn:
     family: int = 1
 
     def each(self, todo: Callable[[int, Program], None]) -> None:
-        """Calls `todo(number, program)`, until the last or until that raises _Stop."""
-        number = 0
+        """Calls `todo(number, program)`, until the last or until that raises _Stop. Hypothesis
+        draws much twice: what differs from an earlier one in its numbers alone is left out."""
+        number, seen = 0, set()
 
         @seed(self.seed)
         @settings(
@@ -158,6 +159,9 @@ class Drawn:
         def some(family: list[Program]) -> None:
             nonlocal number
             for program in family:
+                if repr(program) in seen:
+                    continue
+                seen.add(repr(program))
                 number += 1
                 if number > self.count:
                     raise _Stop
