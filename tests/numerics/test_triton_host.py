@@ -71,6 +71,24 @@ def test_forward_and_backward_reach_their_launches(name: str, launches, caplog) 
     assert all(isinstance(x, OnDevice) for x in (*grads[:3], *grads[3]))
 
 
+@pytest.mark.parametrize("joint", [True, False])
+def test_parts_of_a_split_and_values_in_keys(joint: bool, launches, monkeypatch, caplog) -> None:
+    """One head of wide keys: what knows that V begins where K does is called for nothing else."""
+    packed = replace(TILE, packed=True)
+    monkeypatch.setattr(tune_forward, "table_config", lambda *_: packed)
+    q, k, v, w = on_device(
+        [torch.randn(x).bfloat16() for x in ((1, 8, 1, 264), *[(1, 1, 2048, 264)] * 3)]
+    )
+    call = Attention("attention(score=0.1*s) #;kernels=triton_forward", fixed=True, lse=False)
+    values = (k, v, k) if joint else (v, w)
+    for x in values:
+        out, _ = call(q, k, x, [], [])
+        assert out.shape == (1, 8, 1, 264)
+    assert not caplog.messages
+    assert [x.name for x in launches] == ["attention_forward", "attention_combine"] * len(values)
+    assert len(call._calls) == (2 if joint else 1)
+
+
 def test_tensor_descriptors_have_scratch_memory(launches, monkeypatch) -> None:
     monkeypatch.setattr(tune_forward, "table_config", lambda _: replace(TILE, tma=True))
     form = BY_NAME["full"]
