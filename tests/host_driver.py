@@ -78,9 +78,9 @@ def allocations() -> int:
 
 
 @contextlib.contextmanager
-def captured_elsewhere() -> Iterator[None]:
-    """Another thread captures a CUDA graph meanwhile, as torch.cuda.graph does; what would end
-    that capture fails the test."""
+def captured() -> Iterator[None]:
+    """Some thread captures a CUDA graph meanwhile, as torch.cuda.graph does; what would end that
+    capture fails the test."""
     library = _library()
     library.host_driver_begin_capture()
     valid = False

@@ -23,7 +23,7 @@ from tests.host_driver import (
     Devices,
     OnDevice,
     allocations,
-    captured_elsewhere,
+    captured,
     kernels_of,
     launches,
     on_device,
@@ -193,10 +193,10 @@ def test_rows_without_a_key_are_looked_for_until_there_are_known_to_be_none(
     assert names() == ["block_map", *both]
     monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: True)
     assert names(shared) == both
-    captured: list = []
-    assert names(captured) == ["block_map", *both] and captured[3] == 0
+    inside: list = []
+    assert names(inside) == ["block_map", *both] and inside[3] == 0
     told[0] = 0
-    assert names(captured) == both
+    assert names(inside) == both
 
 
 def test_only_streams_that_last_have_memory_of_their_own(launches, monkeypatch) -> None:
@@ -219,17 +219,19 @@ def test_only_streams_that_last_have_memory_of_their_own(launches, monkeypatch) 
     assert scratch.keys() == {handle} == bound.counters.keys()
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["of another thread", "its own"])
 @pytest.mark.parametrize("name", ["left padding", "global and window"])
-def test_the_first_call_leaves_captures_of_other_threads_alone(name: str, launches) -> None:
+def test_the_first_call_ends_no_capture(name: str, own: bool, launches, monkeypatch) -> None:
+    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: own)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: own)
     form = BY_NAME[name]
     q, k, v, aux = of_form(name, Shape(1, 2, 1, 200, 200, 64, 64))
     text = f"{form.spec()} #;kernels=cuda_sm90"
-    with captured_elsewhere():
+    with captured():
         out, lse = Attention(text)(q, k, v, aux, form.sizes)
-        AttentionBackward(text, [True] * 3 + [False] * len(aux))(
-            out, None, q, k, v, out, lse, aux, form.sizes
-        )
-    with pytest.raises(AssertionError, match="the capture was ended"), captured_elsewhere():
+        backward = AttentionBackward(text, [True] * 3 + [False] * len(aux))
+        backward(out, None, q, k, v, out, lse, aux, form.sizes)
+    with pytest.raises(AssertionError, match="the capture was ended"), captured():
         driver().cuMemAlloc(1)
 
 
@@ -281,7 +283,7 @@ def test_tuning_measures_each_tile_and_keeps_the_choice(launches, monkeypatch, t
     monkeypatch.setattr(cuda_sm90, "load_all", load_all)
     call = Attention(f"{BY_NAME['causal'].spec()} #;autotune=quick;kernels=cuda_sm90")
     q, k, v, _ = of_form("causal", Shape(1, 2, 1, 200, 200, 64, 64))
-    with captured_elsewhere():
+    with captured():
         call(q, k, v, [], [])
     [found] = (tmp_path / "cache").glob("tuned/*/config.json")
     measured = json.loads(found.read_text())["measured"]

@@ -20,7 +20,7 @@ from fa3_compile.runtime.launch import Attention, AttentionBackward
 from tests.host_driver import (
     STREAM,
     OnDevice,
-    captured_elsewhere,
+    captured,
     launches,
     on_device,
     triton_driver,
@@ -109,7 +109,7 @@ def test_tensor_descriptors_have_scratch_memory(launches, monkeypatch) -> None:
 def test_a_kernel_that_is_built_leaves_captures_of_other_threads_alone(launches) -> None:
     form = BY_NAME["causal"]
     q, k, v, _ = on_device(inputs(form, Shape(1, 1, 1, 40, 40, 16, 16), torch.bfloat16, "cpu"))
-    with captured_elsewhere():
+    with captured():
         Attention(f"{form.spec()} #;kernels=triton_forward")(q, k, v, [], [])
     assert [x.name for x in launches] == ["attention_forward"]
 
