@@ -75,7 +75,7 @@ def test_forward_and_backward_reach_their_launches(name: str, launches, caplog) 
 def test_parts_of_a_split_and_values_in_keys(joint: bool, launches, monkeypatch, caplog) -> None:
     """One head of wide keys: what knows that V begins where K does is called for nothing else."""
     packed = replace(TILE, packed=True)
-    monkeypatch.setattr(tune_forward, "table_config", lambda *_: packed)
+    monkeypatch.setattr(tune_forward, "table_config", lambda *_, **__: packed)
     q, k, v, w = on_device(
         [torch.randn(x).bfloat16() for x in ((1, 8, 1, 264), *[(1, 1, 2048, 264)] * 3)]
     )

@@ -6,6 +6,7 @@ binds it to shapes and strides. What a call costs on a warm path is said in lowe
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import logging
@@ -218,12 +219,16 @@ def _compiler() -> str:
     return triton.__version__
 
 
-def _bind_first_that_builds(problem: Problem, *arguments) -> Bound:
+def _bind_first_that_builds(problem: Problem, q, k, v, *arguments) -> Bound:
     """The table's configuration; where that exceeds the device after all, smaller ones."""
     config, errors = tune_forward.table_config(problem), []
+    if _is_shared(problem, k, v):
+        with contextlib.suppress(KernelBuildError):  # what else the score reads may take its room
+            shared = tune_forward.table_config(problem, shared=True)
+            return bind_config(problem, shared, q, k, v, *arguments)
     while True:
         try:
-            return bind_config(problem, config, *arguments)
+            return bind_config(problem, config, q, k, v, *arguments)
         except KernelBuildError as error:
             errors.append(str(error))
             smaller = smaller_config(config)
@@ -232,10 +237,12 @@ def _bind_first_that_builds(problem: Problem, *arguments) -> Bound:
             config = smaller
 
 
-def _begins(v: Tensor, k: Tensor) -> bool:
-    """Whether V is the first columns of K, in the same memory."""
-    strides = zip(k.shape, k.stride(), v.stride())
-    return k.data_ptr() == v.data_ptr() and all(n == 1 or a == b for n, a, b in strides)
+def _is_shared(problem: Problem, k: Tensor, v: Tensor) -> bool:
+    """Whether V is the first columns of K, in the same memory, and taken from there."""
+    if k.data_ptr() != v.data_ptr() or not is_wide(problem):
+        return False
+    alike = all(n == 1 or a == b for n, a, b in zip(k.shape, k.stride(), v.stride()))
+    return alike and is_prefix(problem.dim, problem.v_dim)
 
 
 def walkable(*tensors: Tensor) -> bool:
@@ -284,9 +291,7 @@ def bind_config(problem: Problem, config: TritonConfig, q, k, v, aux, sizes) -> 
     Raises KernelBuildError where it does not compile or exceeds the device.
     """
     spec = problem.spec
-    shared = is_wide(problem) and is_prefix(problem.dim, problem.v_dim) and _begins(v, k)
-    if shared and config == tune_forward.table_config(problem):
-        config = tune_forward.table_config(problem, shared)
+    shared = _is_shared(problem, k, v)
     if config.tma and not _take_descriptors(k, v):
         config = replace(config, tma=False, warp_specialize=False)
     lists = None
