@@ -241,7 +241,10 @@ def _renumbered(fields: list, loads: list):
 
 
 def _with_sizes(fields: list, layout: Layout, key_length: Expr):
-    """Dynamic sizes by the op's names: Sq, Skv, n0, n1, ...; and the values of n0, n1, ..."""
+    """Dynamic sizes by the op's names: Sq, Skv, n0, n1, ...; and the values of n0, n1, ...
+
+    Those are positive. An int of the program may be negative: it is the difference of two.
+    """
     names: dict[Expr, Expr] = {}
     queries = layout.total(layout.query)
     if key_length.is_Symbol:
@@ -254,9 +257,16 @@ def _with_sizes(fields: list, layout: Layout, key_length: Expr):
         {x for f in fields if f is not None for x in f.free_symbols} - known - set(names), key=str
     )
     for symbol in strange:
-        names[symbol] = size_symbol(len(sizes))
-        sizes.append(symbol)
+        signed = [_positive_part(symbol), _positive_part(-symbol)]
+        values = [symbol] if symbol.is_positive else signed
+        parts = [size_symbol(len(sizes) + i) for i in range(len(values))]
+        names[symbol] = parts[0] - sympy.Add(*parts[1:])
+        sizes += values
     return [None if f is None else f.subs(names, simultaneous=True) for f in fields], sizes
+
+
+def _positive_part(x: Expr) -> Expr:
+    return sympy.Max(x, 0) + 1
 
 
 def _kind(x: Captured | Seed) -> str:
