@@ -249,7 +249,20 @@ def test_window_of_a_changing_number():
         runs(attention, inputs, dynamic=None),
         """\
 attention(score=0.25*s, mask=(kv <= q) & (kv >= q - 2), dead=nan)
-attention(score=0.25*s, mask=(kv <= q) & (kv >= q - n0 + 1), dead=nan)""",
+attention(score=0.25*s, mask=(kv <= q) & (kv >= n1 + q - n0 + 1), dead=nan)""",
+    )
+
+
+def test_offset_of_a_changing_number_that_may_be_negative():
+    def attention(q, k, v, offset):
+        return attend(scores_of(q, k).masked_fill(torch.arange(S) + offset < 0, -INF), v)
+
+    inputs = [(*qkv(), n) for n in (3, -2, 5, -7)]
+    assert_expected_inline(
+        runs(attention, inputs, dynamic=None),
+        """\
+attention(score=0.25*s)
+attention(score=0.25*s, mask=kv >= n1 - n0, dead=nan)""",
     )
 
 
@@ -300,6 +313,32 @@ def test_sliced_buffer():
         runs(Sliced(), of_lengths(24, 7, 40)),
         """attention(score=load(1)*s, mask=load(0, 0, 0, q, kv) != 0, dead=nan, aux=[float, float])""",
     )
+
+
+def test_windows_of_a_picture_whose_size_changes():
+    # Swin: windows folded into the batch, and which of them were shifted together read from a map.
+    def windows(x):
+        b, h, w, c = x.shape
+        x = x.view(b, h // 2, 2, w // 2, 2, c)
+        return x.permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, c)
+
+    def attention(x, region):
+        q = k = v = windows(x).unflatten(-1, (2, 8)).transpose(1, 2)
+        scores = q @ k.mT * SCALE
+        seen = windows(region)[..., 0]
+        apart = seen[:, None] != seen[:, :, None]
+        scores = scores.view(-1, len(seen), *scores.shape[1:]) - 100.0 * apart[:, None]
+        return attend(scores.view(-1, *scores.shape[2:]), v)
+
+    def picture(h, w):
+        corner = torch.arange(h)[:, None] + torch.arange(w) > 5
+        return normal(B, h, w, 16), corner[None, ..., None]
+
+    inputs = [picture(4, 6), picture(8, 4)]
+    [spec] = runs(attention, inputs, training=False).splitlines()
+    assert spec.startswith("attention(score=load(0)*s + where(")
+    # What is shifted together is one read of a window's query and one of its key.
+    assert "floordiv(q" not in spec and "floordiv(kv" not in spec
 
 
 @pytest.mark.parametrize("dim", [0, 2], ids=["batch", "length"])
