@@ -77,7 +77,14 @@ WIDE = {
         768: C(32, 16, 8, 2),
         1024: C(16, 16, 8, 1),
     },
-    (10, 0): {576: C(128, 32, 8, 1, tma=True), 768: C(16, 32, 8, 1), 1024: C(16, 16, 8, 1)},
+    # Tensor memory has 512 columns of 128 rows.
+    (10, 0): {
+        320: C(128, 32, 8, 2, tma=True),
+        384: C(128, 32, 8, 1, tma=True),
+        576: C(64, 32, 8, 2, tma=True),
+        768: C(16, 32, 8, 1),
+        1024: C(16, 16, 8, 1),
+    },
 }
 WIDE[12, 0] = WIDE[8, 9]
 # Where V is a part of K, which is in shared memory once: up to a width of 576.

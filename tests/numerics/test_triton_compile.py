@@ -24,8 +24,9 @@ from fa3_compile.lower.assembler import sound_assembler  # noqa: E402
 from fa3_compile.lower.choose import Problem  # noqa: E402
 from fa3_compile.lower.config import SHARED_MEMORY, TritonConfig  # noqa: E402
 from fa3_compile.lower.kernels.triton_forward import TritonForward, _render_key  # noqa: E402
+from fa3_compile.lower.kernels.triton_split import COMBINE  # noqa: E402
 from fa3_compile.lower.render import chunks  # noqa: E402
-from fa3_compile.lower.render_forward import ForwardKey, render_forward  # noqa: E402
+from fa3_compile.lower.render_forward import ForwardKey, is_prefix, render_forward  # noqa: E402
 from fa3_compile.spec.attention import AttentionSpec  # noqa: E402
 
 FULL = "attention(score=0.125*s)"
@@ -157,6 +158,69 @@ def test_default_configs_fit_without_spills(arch: int, dim: int, tmp_path) -> No
         assert ("cp.async.bulk.tensor" in ptx) == described and (described or arch != 100)
 
 
+# DeepSeek's absorbed latent attention: 128 query heads on one head of keys.
+LATENT = {"heads": 128, "kv_heads": 1, "dim": 576, "v_dim": 512}
+WIDE = [(arch, width) for arch in (80, 90, 100) for width in tune_forward.WIDE[divmod(arch, 10)]]
+
+
+@pytest.mark.parametrize(("arch", "width"), WIDE)
+def test_tiles_of_wide_heads_fit_without_spills(arch: int, width: int, tmp_path) -> None:
+    asked = replace(problem(CAUSAL, width, arch), heads=128, kv_heads=1)
+    config = tune_forward.table_config(asked)
+    assert config.packed
+    kernel = compiled(asked, config)
+    assert spilled_bytes(kernel, arch, tmp_path) == 0
+    check_room(kernel, arch)
+
+
+def check_room(kernel, arch: int) -> None:
+    assert kernel.metadata.shared <= SHARED_MEMORY[divmod(arch, 10)]
+    assert getattr(kernel.metadata, "tmem_size", 0) <= 512
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_decoding_of_latent_attention(arch: int, tmp_path) -> None:
+    """V, which is a part of K, is loaded once; the parts of a split are put together."""
+    asked = replace(problem(FULL, 576, arch, length=4096), **LATENT, q_len=1)
+    config = tune_forward.table_config(asked, shared=True)
+    kernel = compiled(asked, config, split=True, shared=True)
+    # On sm_100 the output comes out of tensor memory at the end, in float32: not in the loop.
+    assert spilled_bytes(kernel, arch, tmp_path) <= (432 if arch == 100 else 0)
+    check_room(kernel, arch)
+    product = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch]
+    assert product in kernel.asm["ptx"]
+    described = len(re.findall("tt.make_tensor_descriptor", kernel.asm["ttir"]))
+    assert described == (2 if config.tma else 0)
+    combine = compiled(asked, COMBINE, split=True, shared=True, function="attention_combine")
+    assert spilled_bytes(combine, arch, tmp_path) == 0
+
+
+@pytest.mark.parametrize(("arch", "widest"), [((8, 0), 1024), ((8, 9), 768), ((9, 0), 1024)])
+def test_float32_of_wide_heads(arch: tuple[int, int], widest: int) -> None:
+    """Shared memory holds a block of keys and one of values."""
+    asked = replace(problem(FULL, widest, 80, torch.float32), capability=arch)
+    assert TritonForward().supports(asked) is None
+    assert f"8 to {widest}" in str(TritonForward().supports(replace(asked, v_dim=widest + 1)))
+    config = tune_forward.table_config(asked)
+    assert 4 * 2 * config.block_kv * widest < SHARED_MEMORY[arch]
+
+
+@pytest.mark.parametrize(
+    ("dims", "expected"),
+    [
+        ((576, 512), True),
+        ((576, 576), True),
+        ((576, 256), False),  # a chunk of 512 is not one of 256
+        ((512, 576), False),
+        ((320, 256), True),
+        ((320, 248), True),
+        ((264, 264), True),
+    ],
+)
+def test_values_that_are_chunks_of_keys(dims: tuple[int, int], expected: bool) -> None:
+    assert is_prefix(*dims) == expected
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_compile_for_hopper(form: str, tmp_path) -> None:
     ptx = check(problem(FORMS[form], 128, 90), 90, tmp_path)
@@ -238,7 +302,7 @@ def test_no_string_of_the_user_reaches_the_source() -> None:
     [
         ({"dtype": torch.float64}, "float64"),
         ({"dtype": torch.complex64}, "complex64"),
-        ({"dim": 257}, "head dim is 257"),
+        ({"dim": 1025}, "head dim is 1025"),
         ({"v_dim": 7}, "value head dim is 7"),
         ({"device": torch.device("cpu"), "capability": None}, "not on cpu"),
         ({"capability": (7, 5)}, "8.0"),
