@@ -281,6 +281,16 @@ def test_empty(shape, kernel):
     assert (out == 0).all() and q.grad.shape == q.shape and k.grad.shape == k.shape
 
 
+@pytest.mark.parametrize("kv_len", [1, 7, 15, 16, 37])
+@pytest.mark.parametrize("kernel", ["reference", "cpu"])
+def test_a_row_of_nan_stays_one(kernel, kv_len):
+    case = Case("score=0.3*s", shape=(1, 2, 1, 3, kv_len))
+    q, k, v, _ = case.tensors()
+    q[0, 0, 1, 2] = float("nan")
+    out, lse = attention(q, k, v, [], [], case.text(kernel))
+    assert out.isnan().all(-1).nonzero().tolist() == [[0, 0, 1]] == lse.isnan().nonzero().tolist()
+
+
 @pytest.mark.parametrize("kernel", ["reference", "cpu"])
 def test_any_strides(kernel):
     case = CASES["bias"]

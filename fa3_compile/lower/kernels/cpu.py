@@ -15,6 +15,7 @@ import sympy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from fa3_compile.lower.choose import Gradients, Kernel, Problem, register
 from fa3_compile.lower.elements import Shape, elements
@@ -26,6 +27,8 @@ CAUSAL = sympy.Le(KV, Q)
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
+# With fewer keys and no mask the kernel gives zeros for a row of NaN (torch 2.13).
+WHOLE_VECTOR = 16
 # A row whose scores are all below this is a masked one: the float32 score of a fill like
 # finfo.min no longer has `s` in it, and its lse no longer has log(Skv).
 MASKED = -1e8
@@ -180,6 +183,8 @@ class Cpu(Kernel):
     def run(self, problem, q, k, v, aux, sizes):
         plan = _made(problem)
         bias, empty = _bias(problem, q, k, aux, sizes)
+        if bias is None and not guard_or_false(problem.kv_len >= WHOLE_VECTOR):
+            bias = q.new_zeros(1, 1, 1, 1, dtype=torch.float32)
         dim = max(problem.dim, problem.v_dim)
         out, lse = FLASH(
             _padded(q, dim),
