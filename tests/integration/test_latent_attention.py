@@ -24,6 +24,9 @@ HEADS, SCALE = 4, 0.05
 class CachesApart(nn.Module):
     """DeepSeek's inference code: a cache of latents and one of rotary keys, scores added."""
 
+    kv_cache: Tensor
+    pe_cache: Tensor
+
     def __init__(self, latent: int, rotary: int):
         super().__init__()
         self.register_buffer("kv_cache", torch.zeros(2, 300, latent))
@@ -141,6 +144,37 @@ def test_runs_fused_in_the_triton_kernel(name: str, records) -> None:
     assert record["seen"] == [[*dims, shared]]
 
 
+def test_gradients_are_eagers(records) -> None:
+    """There is no backward kernel for heads so wide."""
+    record = records["training"]
+    assert record["kernels"] == ["triton_forward"] and record["gradients"] == ["reference"]
+    assert record["error"] < 1e-5
+
+
+def train() -> dict:
+    from fa3_compile.backend import fa3
+    from fa3_compile.report import collect
+
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    q, cache = torch.randn(2, 5, HEADS, 320), torch.randn(2, 7, 320)
+
+    def attention(q: Tensor, cache: Tensor) -> Tensor:
+        scores = torch.einsum("bshd,btd->bhst", q, cache) * SCALE
+        return torch.einsum("bhst,btd->bshd", scores.softmax(-1), cache[..., :264]).square().sum()
+
+    found = []
+    with collect() as report:
+        for f in (attention, torch.compile(attention, backend=fa3, options={"kernels": "triton_forward"})):  # fmt: skip
+            inputs = [x.clone().requires_grad_() for x in (q, cache)]
+            f(*inputs).backward()
+            found.append([x.grad for x in inputs])
+    error = max((a - b).abs().max().item() / a.abs().max().item() for a, b in zip(*found))
+    kernels = [x.kernel or x.reason for x in report.regions]
+    gradients = [x.gradients for x in report.regions]
+    return {"name": "training", "kernels": kernels, "gradients": gradients, "error": error}
+
+
 def run(name: str) -> dict:
     from fa3_compile.backend import fa3
     from fa3_compile.lower.kernels import triton_forward
@@ -171,3 +205,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for each in MODELS:
         print(json.dumps(run(each)), flush=True)
+    print(json.dumps(train()), flush=True)
