@@ -25,6 +25,7 @@ from fa3_compile.frontend.lift import (
     shape_of,
 )
 from fa3_compile.frontend.logsumexp import Lse, statistics
+from fa3_compile.frontend.near_softmax import another_axis
 from fa3_compile.frontend.normalize import Softmax
 from fa3_compile.frontend.operands import (
     UNIT_PRODUCT,
@@ -36,11 +37,11 @@ from fa3_compile.frontend.placeholders import D
 from fa3_compile.frontend.product import factors_of, sides_of
 from fa3_compile.frontend.region import Operand, Pair
 from fa3_compile.frontend.scores import Scores, read_scores
-from fa3_compile.frontend.skeletons import Skeleton
+from fa3_compile.frontend.skeletons import Skeleton, products_after
 from fa3_compile.frontend.trace import Shadow
 from fa3_compile.frontend.weights import Term, weights
 from fa3_compile.spec.expr import KV, Expr, S, depends_on, uniform
-from fa3_compile.spec.index import quotient
+from fa3_compile.spec.index import quotient, same
 from fa3_compile.spec.unnormalised import is_nonnegative_weight
 
 
@@ -284,18 +285,25 @@ class _Reader:
         """The softmax runs over the keys, and its rows are the output's."""
         at, dim = term.at, term.softmax.dim
         others = [x for d, x in enumerate(at) if d != dim]
+        summed = term.softmax.summed if term.softmax.by_hand else None
+        several = summed is not None and len(summed.args[1]) > 1  # pyright: ignore
         if (
-            any(depends_on(x, [KV]) for x in others)
+            several
+            or any(depends_on(x, [KV]) for x in others)
             or depends_on(at[dim] - KV, self.ranges)
             or any(depends_on(x, column.free_symbols) for x in at)
         ):
-            raise Decline(
-                "softmax-axis",
+            raise another_axis(
                 self._node(term.softmax.node),
-                "The softmax has to run over the keys, the axis contracted with V.",
-                message="the softmax runs over another axis than the product with V",
+                several=several or depends_on(at[dim], [KV]),
+                mixes=self._leads_to_v(shape_of(term.softmax.node)[dim]),
             )
         self._check_dropout(term, term.weight, at, column)
+
+    def _leads_to_v(self, keys: Expr) -> bool:
+        """Whether what is read as the output is weights of as many keys, which weigh another V."""
+        after = products_after(self.shadow, self.skeleton.values)
+        return any(same(shape_of(x)[d], keys) for p in after for x, d in zip(sides_of(p), (-1, -2)))
 
     def _check_dropout(self, term: Term, weight: Expr, at: Index, column: Expr) -> None:
         """Each weight is dropped for itself, if `at` is where it was read before its dropout."""

@@ -289,32 +289,31 @@ def declined(opaque: Opaque, shadow: Shadow) -> Decline:
     )
 
 
+DIVISIONS = (torch.ops.aten.div.Tensor, torch.ops.aten.reciprocal.default)
+ROOTS = (torch.ops.aten.sqrt.default, torch.ops.aten.rsqrt.default)
+
+
 def _described(node: fx.Node) -> str:
-    """An operator by name; sums that something is divided by are told from other sums, but for
-    those of squares, which norms begin with."""
+    """An operator by name; sums of rows are told from those of norms, whose root is taken."""
     name = str(node.target)
-    summed = node.args[0] if name.startswith("aten.sum.") else None
-    if not isinstance(summed, fx.Node):
+    if not name.startswith("aten.sum.") or ROOTS[0] in (met := _met(node)) or ROOTS[1] in met:
         return name
-    square = str(summed.target).startswith(("aten.pow.", "aten.mul."))
-    square = square and summed.args[1] in (2, summed.args[0])
-    return f"division by {name}" if _divides(node) and not square else name
+    return f"division by {name}" if met & {*DIVISIONS} else f"the sum of a row, {name}"
 
 
-def _divides(node: fx.Node) -> bool:
-    """Whether something near is divided by what is made of the node alone."""
-    stack, seen = [node], set()
+def _met(node: fx.Node) -> set:
+    """Which roots and divisions are near, of what is made of the node alone."""
+    stack, seen, met = [node], set(), set()
     while stack and len(seen) < 16:
         current = stack.pop()
         seen.add(current)
         for user in current.users:
-            if user.target is torch.ops.aten.div.Tensor and user.args[1] is current:
-                return True
-            if user.target is torch.ops.aten.reciprocal.default:
-                return True
-            if len(user.all_input_nodes) == 1 and user not in seen:
+            divided = user.target in DIVISIONS and user.args[-1] is current
+            if divided or user.target in ROOTS:
+                met.add(user.target)
+            elif len(user.all_input_nodes) == 1 and user not in seen:
                 stack.append(user)
-    return False
+    return met
 
 
 def written_between(source: fx.Node, by: fx.Node) -> Decline:

@@ -10,6 +10,36 @@ from fa3_compile.frontend.placeholders import row_stat
 from fa3_compile.spec.expr import KV, Expr, depends_on
 from fa3_compile.spec.simplify import floored
 
+BLOCK_BY_BLOCK = "Write one softmax over all keys: its kernel goes through them block by block."
+
+
+def another_axis(at: fx.Node, *, several: bool, mixes: bool) -> Decline:
+    """The decline of a softmax over another axis than the one that the product after it contracts.
+
+    several  whether it runs over the contracted axis as well
+    mixes    whether that product's result is itself a tensor of weights
+    """
+    if several:
+        return Decline(
+            "softmax-axis",
+            at,
+            "Flatten keys and values to one axis before both products.",
+            message="the softmax runs over several axes at once, which are not V's axis of keys",
+        )
+    if mixes:
+        return Decline(
+            "softmax-axis",
+            at,
+            "Weigh V by each head's own weights.",
+            message="the weights of several heads or rows are mixed before they weigh V",
+        )
+    return Decline(
+        "softmax-axis",
+        at,
+        "The softmax has to run over the keys, the axis contracted with V.",
+        message="the softmax runs over another axis than the product with V",
+    )
+
 
 def of_its_row(score: Expr, at: fx.Node) -> Decline:
     """The decline of a score that has a maximum or a logsumexp in it."""
@@ -17,8 +47,16 @@ def of_its_row(score: Expr, at: fx.Node) -> Decline:
         return Decline(
             "row-statistic",
             at,
-            "Write one softmax over all keys: its kernel goes through them block by block.",
+            BLOCK_BY_BLOCK,
             message="a running maximum is taken off, as in a softmax over blocks of keys",
+        )
+    if isinstance(score, sympy.exp) and not isinstance(score.args[0], row_stat):
+        return Decline(
+            "row-statistic",
+            at,
+            BLOCK_BY_BLOCK,
+            message="exponentials less their row's maximum are not divided by their sum, as in a "
+            "softmax over blocks of keys",
         )
     return Decline(
         "row-statistic",

@@ -144,12 +144,12 @@ def _quotients(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
 
 
 def _sums_of_exponentials(node: fx.Node) -> list[fx.Node]:
-    """The sums along one dimension, of exponentials, that a divisor is made of."""
+    """The sums of exponentials that a divisor is made of."""
     return [
         x
         for x in _behind(node)
         if x.target is aten.sum.dim_IntList
-        and len(x.args[1]) == 1
+        and x.args[1]
         and any(n.target in EXPONENTIALS for n in _behind(x.args[0]))
     ]
 

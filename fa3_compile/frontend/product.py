@@ -85,6 +85,11 @@ class Dot:
         return shape_of(sides_of(self.node)[0])[-1]
 
     @property
+    def keys(self) -> Expr:
+        """How many keys the product has."""
+        return shape_of(self.node)[-2 if depends_on(self.index[-2], [KV]) else -1]
+
+    @property
     def is_dot(self) -> bool:
         """Whether it is of one query and one key."""
         keys = [x for x in self.index[-2:] if depends_on(x, [KV])]

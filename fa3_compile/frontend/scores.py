@@ -32,6 +32,7 @@ from fa3_compile.spec.index import Ranges, same, simplify_index
 
 aten = torch.ops.aten
 WIDE = (torch.float32, torch.float64)
+BESIDE = "Put keys and values side by side: softmax(q @ cat([k, l]).mT) @ cat([v, w]) is the same."
 # The most columns beside the keys that a softmax may have: attention sinks.
 MOST_SINKS = 4
 
@@ -131,7 +132,9 @@ def _positions(softmax: Softmax, at: Index, key_length: Expr, holder) -> tuple[I
         raise Decline(
             "weights-partly-used",
             holder(x),
-            "V has to weigh every key of the softmax: mask the others.",
+            BESIDE
+            if len(products_before(x)) > 1
+            else "V has to weigh every key of the softmax: mask the others.",
             message=f"V meets {key_length} of the softmax's {shape_of(x)[dim]} positions",
         )
     before = [sympy.Integer(i) for i in range(int(offset))]
@@ -178,6 +181,13 @@ def _read(
         return _read(shadow, term, alone, index, extra, ranges, holder, weights, joins)
     products.check(holder(nodes[0]))
     dots = [*products.dots]
+    if any(not same(dot.keys, ranges[KV]) for dot in dots):
+        raise Decline(
+            "keys-apart",
+            holder(x),
+            BESIDE,
+            message=f"V has {ranges[KV]} keys, and one product of the scores {dots[0].keys}",
+        )
 
     def logit(element: Expr) -> Expr:
         return logarithm(element, holder(x)) if softmax.by_hand else element

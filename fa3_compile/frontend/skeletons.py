@@ -74,7 +74,7 @@ def skeletons(shadow: Shadow) -> Iterator[Skeleton]:
         # Without a product before it (a router) a softmax is no attention at all.
         if not products_before(softmax.scores):
             continue
-        products = sorted(_products_after(shadow, softmax.node), key=order.__getitem__)
+        products = sorted(products_after(shadow, softmax.node), key=order.__getitem__)
         nearest |= {*products[:1]}
         for product in products:
             reached.setdefault(product, []).append(softmax)
@@ -109,7 +109,7 @@ def _product_divided(softmax: Softmax) -> fx.Node | None:
     return node if any(side in reached for side in sides_of(node)) else None
 
 
-def _products_after(shadow: Shadow, node: fx.Node) -> set[fx.Node]:
+def products_after(shadow: Shadow, node: fx.Node) -> set[fx.Node]:
     """The products that the node's value reaches, not looking behind them."""
     found, stack, seen = set(), [node], set()
     while stack:
