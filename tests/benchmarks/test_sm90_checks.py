@@ -4,7 +4,7 @@ import subprocess
 import sys
 import time
 
-from benchmarks.sanitizer import findings, lines_of
+from benchmarks.sanitizer import findings
 from benchmarks.sm90_checks import Shard, finish
 
 LOG = """\
@@ -40,32 +40,25 @@ def test_api_calls_are_told_from_memory_errors() -> None:
     }
 
 
-def access(kind: str, header: str, line: int, kernel: str = "attention_bwd") -> str:
-    return f"{kind} access at {kernel}+0x82a0 in /work/fa3/{header}.cuh:{line}"
-
-
-def races(first: str, *others: str) -> dict[str, int]:
+def races(*accesses: str) -> dict[str, int]:
     """How many of a race's accesses are of which kind."""
-    lines = [f"========= Error: Race reported between {first}"]
-    lines += [f"=========     and {x} [256 hazards]" for x in others]
+    lines = [f"========= Error: Race reported between {accesses[0]}"]
+    lines += [f"=========     and {x} [256 hazards]" for x in accesses[1:]]
     return {kind: sum(x.values()) for kind, x in findings("\n".join(lines)).items() if x}
 
 
-def test_copies_that_mbarriers_order_are_told_from_races() -> None:
-    """By what the lines are of, on both sides."""
-    copy, load = (lines_of(*x)[2] for x in (("tma", "bulk_load"), ("fragment", "load_shared")))
-    write, read = access("Write", "tma", copy), access("Read", "fragment", load)
-    assert races(write, read) == races(read, write) == {"ordered": 1}
-    assert races(write, read, access("Read", "fragment", load + 20), read) == {
-        "ordered": 2,
-        "error": 1,
-    }
-    assert races(access("Write", "fragment", load + 8), read) == {"error": 1}
-    assert races(access("Write", "tma", lines_of("tma", "tma_load")[3]), read) == {"error": 1}
-    assert races(write, access("Write", "tma", copy)) == {"error": 1}
-    assert races(access("Write", "tma", copy, "row_terms"), read) == {"error": 1}
-    assert races(write) == races("Write access at") == {"error": 1}
-    assert races("Write access at attention_bwd+0x10", read) == {"error": 1}
+def test_accesses_that_mbarriers_order_are_told_from_races() -> None:
+    copy = "Write access at fa3::bulk_load(unsigned int, const void *, int)+0x94e0 in tma.cuh:36"
+    read = "Read access at fa3::load_shared(float *, unsigned int)+0x1ad0 in fragment.cuh:57"
+    give = "Write access at fa3::store_words(unsigned int)+0x6fd0 in fragment.cuh:67"
+    take = "Read access at fa3::load_words(unsigned int *)+0x2300 in fragment.cuh:73"
+    look = "Read access at fa3::TileRing::look() const+0x610 in /work/fa3/tile_ring.cuh:27"
+    assert races(copy, read) == races(read, copy) == races(take, give) == {"ordered": 1}
+    assert races(copy, read, look, read) == {"ordered": 2, "error": 1}
+    for race in ((give, read), (copy, take), (copy, copy), (look, give), (read, look)):
+        assert races(*race) == {"error": 1}
+    assert races(copy) == races("Write access at") == {"error": 1}
+    assert races("Write access at attention_bwd+0x10", "Read access at 0x20") == {"error": 1}
 
 
 def test_a_clean_run_has_no_findings() -> None:

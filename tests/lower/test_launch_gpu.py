@@ -156,13 +156,17 @@ def test_layers_that_share_their_lists(family):
 
 @each_family
 def test_a_first_call_while_another_thread_captures(family):
-    """Its kernels are built and loaded, and its stream is new."""
+    """Its kernels are built and loaded, and its stream is new. PyTorch's allocator would end the
+    capture, so that what it gives has to be in its cache."""
     captured = Attention(f"{PADDED} #;kernels={family}", fixed=True, lse=False)
     other = Attention(PADDED.replace("0.125", "0.25") + f" #;kernels={family}", fixed=True)
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     q, k, v, keep = inputs(1024)
     want, _ = captured(q, k, v, [keep], [])
+    with torch.cuda.stream(stream):
+        kept = [torch.empty(size, device="cuda") for size in (2**10, 2**18, 2**22) * 8]
     torch.cuda.synchronize()
+    del kept
 
     def work():
         with torch.cuda.stream(stream):
