@@ -4,6 +4,8 @@ one head of keys, 576 wide, of which the first 512 columns are the values.
     python benchmarks/latent_dev.py check    on a GPU: numbers of wide heads against float64
     python benchmarks/latent_dev.py time     on a GPU: decoding and a prompt, against eager and SDPA
     python benchmarks/latent_dev.py tiles    on a GPU: other tiles and parts for the same
+    python benchmarks/latent_dev.py model    on a GPU: DeepSeek's two caches through torch.compile, and
+                                             decoding of grouped heads 128 wide
 
 Full numbers go to $OUT (default: the current directory).
 """
@@ -15,7 +17,7 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from benchmarks.sm90_decode import copy_bandwidth, replayed
 from fa3_compile.backend import fa3
+from fa3_compile.lower import tune_forward
 from fa3_compile.lower.choose import KernelBuildError, Problem
 from fa3_compile.lower.config import TritonConfig
 from fa3_compile.lower.kernels import triton_split
@@ -263,18 +266,21 @@ TILES = [
     TritonConfig(64, 64, 8, 2, packed=True),
     TritonConfig(64, 32, 8, 4, tma=True, packed=True),
     TritonConfig(64, 32, 8, 2, tma=True, packed=True),
-    TritonConfig(64, 64, 4, 2, tma=True, packed=True),
     TritonConfig(64, 64, 8, 2, tma=True, packed=True, lazy_rescale=True),
-    TritonConfig(128, 64, 8, 1, tma=True, packed=True),
     TritonConfig(32, 64, 8, 2, packed=True),
     TritonConfig(16, 64, 8, 2, packed=True),
+    TritonConfig(16, 32, 8, 2, packed=True),
     TritonConfig(16, 32, 4, 2, packed=True),
 ]
-PARTS = (1, 2, 4)
+PARTS = {
+    (1, 8192): (16, 24, 32, 48, 64),
+    (1, 32768): (22, 33, 44, 66, 132),
+    (16, 8192): (1, 2, 4, 8),
+}
 
 
 def tiles() -> None:
-    """Each tile on caches of 128, 32 and 16 heads and on a prompt; then parts of the first."""
+    """Each tile on caches of 128 and 16 heads and on a prompt; then parts."""
     for heads, (batch, q_len, length, text) in [
         (128, (16, 1, 8192, FULL)),
         (128, (1, 2048, 2048, CAUSAL)),
@@ -288,14 +294,15 @@ def tiles() -> None:
             if config.block_q > max(heads, 64) and q_len == 1:
                 continue
             _variant(problem, config, sets, heads, config)
-    print("parts, B1, 32k keys, in waves")
-    spec, sets = AttentionSpec.parse(FULL), cache(1, 32768)
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
-    for waves in PARTS:
-        for tile in TILES[:1]:
-            count = waves * processors // 2
+    spec, chosen = AttentionSpec.parse(FULL), triton_split.part_count
+    for (batch, length), counts in PARTS.items():
+        sets = cache(batch, length)
+        print(
+            f"parts, B{batch} {length} keys; {chosen(2 * batch, length, sets[0][0].device)} are taken"
+        )
+        for count in counts:
             triton_split.part_count = lambda *_, n=count: n  # type: ignore[assignment]
-            _variant(problem_of(spec, *sets[0]), tile, sets, HEADS, f"{count} parts")
+            _variant(problem_of(spec, *sets[0]), TILES[0], sets, HEADS, f"{count} parts")
 
 
 def _variant(problem: Problem, config: TritonConfig, sets, heads: int, name: object) -> None:
@@ -319,5 +326,36 @@ def _variant(problem: Problem, config: TritonConfig, sets, heads: int, name: obj
     )
 
 
+def model() -> None:
+    """One step of DeepSeek's inference code, with its caches of latents and of rotary keys."""
+    for batch, length in ((1, 32768), (16, 8192)):
+        shapes = (batch, 1, HEADS, 512), (batch, 1, HEADS, 64), (batch, length, 512)
+        inputs = [torch.randn(x, device="cuda").bfloat16() for x in (*shapes, (batch, length, 64))]
+        ways = {
+            "eager": decode_step,
+            "inductor": torch.compile(decode_step),
+            "fa3": torch.compile(decode_step, backend=fa3),
+        }
+        line = f"B{batch} {length} keys:"
+        with torch.no_grad():
+            for name, step in ways.items():
+                ms = measured(lambda *_, f=step: f(*inputs, end=length), [()])
+                line += f"  {name} {1e3 * ms:.0f} us;"
+        print(line, flush=True)
+    print("32 heads on 8 of keys, D128, the Triton kernel: packed and split, and as before")
+    for batch, length in ((1, 32768), (16, 8192)):
+        q = torch.randn(batch, 32, 1, 128, device="cuda").bfloat16()
+        k, v = (torch.randn(batch, 8, length, 128, device="cuda").bfloat16() for _ in range(2))
+        problem = problem_of(AttentionSpec.parse("attention(score=0.088*s)"), q, k, v)
+        config = tune_forward.table_config(problem)
+        for x, count in ((config, 0), (replace(config, packed=False), 1)):
+            if count:
+                triton_split.part_count = lambda *_: 1  # type: ignore[assignment]
+            launches = bind_config(problem, x, q, k, v, [], ()).launches
+            ms = measured(lambda: launches(q, k, v, []), [()])
+            rate = 4 * batch * 8 * length * 128 / ms / 1e6
+            print(f"  B{batch} {length} keys: {1e3 * ms:.0f} us, {rate:.0f} GB/s", flush=True)
+
+
 if __name__ == "__main__":
-    {"check": check, "time": time, "tiles": tiles}[sys.argv[1]]()
+    {"check": check, "time": time, "tiles": tiles, "model": model}[sys.argv[1]]()
