@@ -4,7 +4,7 @@ one head of keys, 576 wide, of which the first 512 columns are the values.
     python benchmarks/latent_dev.py check    on a GPU: numbers of wide heads against float64
     python benchmarks/latent_dev.py time     on a GPU: decoding and a prompt, against eager and SDPA
     python benchmarks/latent_dev.py tiles    on a GPU: other tiles and parts for the same
-    python benchmarks/latent_dev.py model    on a GPU: DeepSeek's two caches through torch.compile, and
+    python benchmarks/latent_dev.py model    on a GPU: DeepSeek's step through torch.compile, and
                                              decoding of grouped heads 128 wide
 
 Full numbers go to $OUT (default: the current directory).
@@ -297,9 +297,8 @@ def tiles() -> None:
     spec, chosen = AttentionSpec.parse(FULL), triton_split.part_count
     for (batch, length), counts in PARTS.items():
         sets = cache(batch, length)
-        print(
-            f"parts, B{batch} {length} keys; {chosen(2 * batch, length, sets[0][0].device)} are taken"
-        )
+        taken = chosen(2 * batch, length, sets[0][0].device)
+        print(f"parts, B{batch} {length} keys; {taken} are taken")
         for count in counts:
             triton_split.part_count = lambda *_, n=count: n  # type: ignore[assignment]
             _variant(problem_of(spec, *sets[0]), TILES[0], sets, HEADS, f"{count} parts")
@@ -328,33 +327,33 @@ def _variant(problem: Problem, config: TritonConfig, sets, heads: int, name: obj
 
 def model() -> None:
     """One step of DeepSeek's inference code, with its caches of latents and of rotary keys."""
+    ways = {
+        "eager": decode_step,
+        "inductor": torch.compile(decode_step),
+        "fa3": torch.compile(decode_step, backend=fa3),
+    }
     for batch, length in ((1, 32768), (16, 8192)):
         shapes = (batch, 1, HEADS, 512), (batch, 1, HEADS, 64), (batch, length, 512)
         inputs = [torch.randn(x, device="cuda").bfloat16() for x in (*shapes, (batch, length, 64))]
-        ways = {
-            "eager": decode_step,
-            "inductor": torch.compile(decode_step),
-            "fa3": torch.compile(decode_step, backend=fa3),
-        }
-        line = f"B{batch} {length} keys:"
         with torch.no_grad():
-            for name, step in ways.items():
-                ms = measured(lambda *_, f=step: f(*inputs, end=length), [()])
-                line += f"  {name} {1e3 * ms:.0f} us;"
-        print(line, flush=True)
-    print("32 heads on 8 of keys, D128, the Triton kernel: packed and split, and as before")
+            times = {name: measured(x, [(*inputs, length)]) for name, x in ways.items()}
+        shown = "; ".join(f"{name} {1e3 * ms:.0f} us" for name, ms in times.items())
+        print(f"B{batch} {length} keys: {shown}", flush=True)
+    print("32 heads on 8 of keys, D128, the Triton kernel: packed and split, and neither")
+    chosen = triton_split.part_count
     for batch, length in ((1, 32768), (16, 8192)):
         q = torch.randn(batch, 32, 1, 128, device="cuda").bfloat16()
         k, v = (torch.randn(batch, 8, length, 128, device="cuda").bfloat16() for _ in range(2))
         problem = problem_of(AttentionSpec.parse("attention(score=0.088*s)"), q, k, v)
         config = tune_forward.table_config(problem)
-        for x, count in ((config, 0), (replace(config, packed=False), 1)):
-            if count:
-                triton_split.part_count = lambda *_: 1  # type: ignore[assignment]
-            launches = bind_config(problem, x, q, k, v, [], ()).launches
-            ms = measured(lambda: launches(q, k, v, []), [()])
+        for tile, count in ((config, chosen), (replace(config, packed=False), lambda *_: 1)):
+            triton_split.part_count = count
+            bound = bind_config(problem, tile, q, k, v, [], ())
+            assert bound.launches is not None
+            ms = measured(bound.launches, [(q, k, v, [])])
             rate = 4 * batch * 8 * length * 128 / ms / 1e6
             print(f"  B{batch} {length} keys: {1e3 * ms:.0f} us, {rate:.0f} GB/s", flush=True)
+        triton_split.part_count = chosen
 
 
 if __name__ == "__main__":
