@@ -108,6 +108,24 @@ def read_unnormalised(
     return Separated(score, mask, "zero", None), sympy.S.One, sympy.true, ()
 
 
+def check_finite(fields: Fields, at: fx.Node) -> None:
+    """`Decline` where a constant makes a score NaN, or infinite times what is read: no kernel has
+    to compute that."""
+    separated, weight, rows, sinks = fields
+    for x in (separated.score, separated.mask, separated.fill, weight, rows, *sinks):
+        if x is not None and (x.has(sympy.nan, sympy.zoo) or _has_infinite_factor(x)):
+            raise Decline(
+                "not-a-number",
+                at,
+                "Leave NaN and products with infinities out of the scores.",
+                message="a constant makes scores NaN",
+            )
+
+
+def _has_infinite_factor(expr: Expr | Boolean) -> bool:
+    return any(x.as_coeff_Mul()[0].is_infinite for x in expr.atoms(sympy.Mul))
+
+
 def _may_be_infinite(separated: Separated, loads: list[Captured | Seed]) -> bool:
     """Whether the score of a visible key reads something, key by key, that may be -inf."""
     conditions = sympy.And.make_args(separated.mask)

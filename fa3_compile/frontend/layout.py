@@ -13,7 +13,7 @@ from fa3_compile.frontend.axes import axes_of, layout_of, places, substituted
 from fa3_compile.frontend.captured import Captured, Seed
 from fa3_compile.frontend.detect import Reading, Skeleton
 from fa3_compile.frontend.dynamo_graph import example_value
-from fa3_compile.frontend.fields import read_fields, read_unnormalised
+from fa3_compile.frontend.fields import check_finite, read_fields, read_unnormalised
 from fa3_compile.frontend.lift import descendants
 from fa3_compile.frontend.placeholders import D
 from fa3_compile.frontend.region import Layout, Region
@@ -52,7 +52,9 @@ def region(shadow: Shadow, reading: Reading) -> Region:
 
     interior = _interior(shadow, reading)
     read = read_fields if reading.term.softmax.normalizes else read_unnormalised
-    separated, weight, rows, sinks = read(reading, in_coordinates, ranges, interior)
+    of_spec = read(reading, in_coordinates, ranges, interior)
+    check_finite(of_spec, skeleton.output)
+    separated, weight, rows, sinks = of_spec
     if S not in separated.score.free_symbols:
         raise Decline(
             "no-product",

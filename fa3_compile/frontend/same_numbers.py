@@ -1,7 +1,9 @@
 """Where an element that a kernel computes would not be the program's: numbers of narrow integers
-wrap around, and float64 has digits that float32 has not."""
+wrap around, those of 64 bits do not where 32 would, and float64 has digits that float32 has not."""
 
 from __future__ import annotations
+
+import math
 
 import sympy
 import torch
@@ -26,8 +28,40 @@ def check_same_numbers(node: fx.Node, element: Element, ctx: Lifter) -> None:
     if value.dtype in (*NARROW, torch.int32) and isinstance(element, Expr):
         if not _fits(element, value.dtype, ctx):
             raise Opaque(node, f"integers that may wrap around in {value.dtype}")
+    if value.dtype == torch.int64 and isinstance(element, Expr) and not _reads_int64(element, ctx):
+        if _is_large_product(element, ctx) or not _fits(element, torch.int32, ctx):
+            raise Opaque(node, "integers beyond 32 bits")
     if node not in ctx.inside and element.atoms(load) and any(map(_is_double, node.args)):
         raise Opaque(node, "arithmetic in float64")
+
+
+def _reads_int64(element: Expr, ctx: Lifter) -> bool:
+    """Whether kernels compute it in 64 bits, as what is read is."""
+    return any(ctx.loads[x.tensor].dtype == torch.int64 for x in loads_in(element))
+
+
+def _is_large_product(element: Expr, ctx: Lifter) -> bool:
+    """Whether a product in it may be beyond int32."""
+    products = element.atoms(sympy.Mul, sympy.Pow)
+    return any(size is not None and size >= 1 << 31 for size in (_size(x, ctx) for x in products))
+
+
+def _size(x: Expr, ctx: Lifter) -> float | None:
+    """How large a product may be; None where that is not known."""
+    if x.is_number:
+        return abs(float(x))
+    if isinstance(x, load):
+        held = _range_of(ctx.loads[x.tensor])
+        return None if held is None else float(max(abs(n) for n in held))
+    if isinstance(x, sympy.Pow) and x.exp.is_Integer and x.exp > 0:
+        base = _size(x.base, ctx)
+        return None if base is None else base ** int(x.exp)
+    if isinstance(x, sympy.Mul):
+        sizes = [_size(y, ctx) for y in x.args]
+        known = [y for y in sizes if y is not None]
+        return math.prod(known) if len(known) == len(sizes) else None
+    size = ctx.ranges.get(x)
+    return float(size) if size is not None and size.is_number else None
 
 
 def _is_double(argument) -> bool:

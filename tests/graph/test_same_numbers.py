@@ -42,6 +42,18 @@ READS = {
         AT,
     ),
     "32 bits": (lambda s, x: s + 1e-10 * ((x.int()[:, None] + x.int()) * 1000000007), AT),
+    "beyond 32 bits": (
+        lambda s, x: s.masked_fill((AT[:, None] * 200000003 + x * 100000007) % 97 > 50, -INF),
+        AT,
+    ),
+    "products beyond 32 bits": (
+        lambda s, x: s.masked_fill((x.long()[:, None] * x.long()) % 3 == 2, -INF),
+        (AT + 2**20).int(),
+    ),
+    "positions in products": (
+        lambda s, x: s + ((torch.arange(S) ** 2 * 90000001 + x) % 5) * 0.1,
+        AT,
+    ),
     "differences in float64": (lambda s, t: s.masked_fill(distance(t).abs() > 60, -INF), SECONDS),
     "equality in float64": (lambda s, t: s.masked_fill(distance(t) != 0, -INF), SECONDS),
     "floor of a quotient": (
@@ -92,6 +104,57 @@ def test_logsumexp_of_shifted_scores():
         return attend(shifted, v), shifted.logsumexp(-1)
 
     assert len(check(attention, *qkv()).fused) == 1
+
+
+def test_products_within_32_bits_are_computed():
+    def attention(q, k, v):
+        at = torch.arange(S)
+        return attend(scores_of(q, k) + ((at[:, None] * at * 1000) % 7) * 0.1, v)
+
+    assert "load" not in specs(check(attention, *qkv()))
+
+
+NOT_EQUAL_TO_ITSELF = {
+    "where": lambda p: torch.where(p != p, 0.0, p),
+    "masked_fill": lambda p: p.masked_fill(p != p, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", NOT_EQUAL_TO_ITSELF)
+def test_weights_that_are_not_themselves(name):
+    """The weights of rows without keys are NaN."""
+    hidden = torch.arange(S)[:, None] < 3
+
+    def attention(q, k, v, hidden):
+        p = scores_of(q, k).masked_fill(hidden, -INF).softmax(-1)
+        return NOT_EQUAL_TO_ITSELF[name](p) @ v
+
+    assert "dead=zero" in specs(check(attention, *qkv(), hidden))
+
+
+COMPARED_WITH_ITSELF = {
+    "weights that are": lambda s: torch.where((p := s.softmax(-1)) == p, p, 0.0),
+    "finite weights": lambda s: torch.where((p := s.softmax(-1)).isfinite(), p, 0.0),
+    "scores": lambda s: torch.where(s != s, 0.0, s).softmax(-1),
+}
+
+
+@pytest.mark.parametrize("name", COMPARED_WITH_ITSELF)
+def test_other_comparisons_with_itself_are_left(name):
+    hidden = torch.arange(S)[:, None] < 3
+
+    def attention(q, k, v, hidden):
+        return COMPARED_WITH_ITSELF[name](scores_of(q, k).masked_fill(hidden, -INF)) @ v
+
+    assert specs(check(attention, *qkv(), hidden)) == "lift: not-pointwise"
+
+
+@pytest.mark.parametrize(
+    "change", [lambda s, x: s * INF, lambda s, x: torch.where(x, s, torch.nan)]
+)
+def test_constants_that_make_nan_are_left(change):
+    report = check(lambda q, k, v, x: attend(change(scores_of(q, k), x), v), *qkv(), FLAGS.bool())
+    assert [x.code for x in report.regions] == ["not-a-number"]
 
 
 @pytest.mark.parametrize("draw", ["exponential_", "uniform_", "normal_", "log_normal_", "cauchy_"])

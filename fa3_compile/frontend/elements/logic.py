@@ -49,6 +49,8 @@ def _(node, index, ctx: Lifter) -> Element:
     if isinstance(a, where) and b.is_number and all(x.is_number for x in a.args[1:]):
         condition, yes, no = a.args
         return _choose(condition, compare(yes, b), compare(no, b))
+    if a == b and _is_float(node.args[0]) and _reads_floats(a, ctx):
+        return _no(node)  # NaN is not what it is
     if b.is_infinite:
         return _beside_infinity(node, a, lambda x: compare(x, b), ctx)
     a, b = comparable(node, a, b)
@@ -93,6 +95,10 @@ def compare_infinite(x: Expr) -> Element:
 def _reads_floats(x: Expr, ctx: Lifter) -> bool:
     names = {f.func.__name__ for f in x.atoms(sympy.Function)}
     return E.S in x.free_symbols or bool(names & {"load", "prob", "row_stat"})
+
+
+def _is_float(x: fx.Node) -> bool:
+    return x.meta["val"].dtype.is_floating_point
 
 
 def _no(node: fx.Node):

@@ -25,8 +25,8 @@ aten = torch.ops.aten
 
 
 def without_nan(condition, a, b, index, ctx: Lifter) -> Element | None:
-    """where(isnan(p), 0, p) of the weights p: rows of -inf alone give zeros."""
-    if not isinstance(condition, fx.Node) or condition.target is not aten.isnan.default:
+    """where(isnan(p), 0, p) of the weights p: rows of -inf alone give zeros. So does p != p."""
+    if not isinstance(condition, fx.Node) or not _asks_nan(condition):
         return None
     if condition.args[0] is not b or ctx.operand(a, index) != 0:
         return None
@@ -34,6 +34,12 @@ def without_nan(condition, a, b, index, ctx: Lifter) -> Element | None:
     if is_weight(element):
         ctx.zeroed |= element.atoms(prob)
     return element
+
+
+def _asks_nan(condition: fx.Node) -> bool:
+    if condition.target is aten.ne.Tensor:
+        return condition.args[0] is condition.args[1]
+    return condition.target is aten.isnan.default
 
 
 def is_weight(element: Element | None) -> bool:
