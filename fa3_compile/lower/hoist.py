@@ -126,9 +126,10 @@ def may_be_huge(score: E.Expr) -> bool:
     return any(_may_be_fill(y) for x in score.atoms(E.where) for y in x.args[1:])
 
 
-def _may_be_fill(branch: E.Expr) -> bool:
+def _may_be_fill(branch) -> bool:
     """Whether a number that is read is one of its terms."""
-    return any(level(x) == HEAD and x.has(E.load) for x in sympy.Add.make_args(branch))
+    terms = branch.args if isinstance(branch, sympy.Add) else (branch,)
+    return any(level(x) == HEAD and x.has(E.load) for x in terms)
 
 
 def may_be_minus_inf(score: E.Expr) -> bool:
@@ -178,7 +179,7 @@ class Hoister:
             return self._named(expr, E.load(*index))
         if isinstance(expr, sympy.core.relational.Relational) and level(expr) == ELEMENT:
             return self._compared(expr)
-        if (bias := bias_of(expr)) is not None:
+        if isinstance(expr, E.where) and (bias := bias_of(expr)) is not None:
             return self._biased(expr, *bias)
         if isinstance(expr, (sympy.Add, sympy.Mul, sympy.And, sympy.Or, sympy.Max, sympy.Min)):
             return self._grouped(expr)
