@@ -1,5 +1,6 @@
 """Where an element that a kernel computes would not be the program's: numbers of narrow integers
-wrap around, those of 64 bits do not where 32 would, and float64 has digits that float32 has not."""
+wrap around, those of 64 bits do not where 32 would, half precision has no large numbers, and
+float64 has digits that float32 has not."""
 
 from __future__ import annotations
 
@@ -31,6 +32,8 @@ def check_same_numbers(node: fx.Node, element: Element, ctx: Lifter) -> None:
     if value.dtype == torch.int64 and isinstance(element, Expr) and not _reads_int64(element, ctx):
         if _is_large_product(element, ctx) or not _fits(element, torch.int32, ctx):
             raise Opaque(node, "integers beyond 32 bits")
+    if node not in ctx.inside and element.atoms(load) and _overflows(element, value.dtype):
+        raise Opaque(node, f"numbers that {value.dtype} does not hold")
     if node not in ctx.inside and element.atoms(load) and any(map(_is_double, node.args)):
         raise Opaque(node, "arithmetic in float64")
 
@@ -62,6 +65,14 @@ def _size(x: Expr, ctx: Lifter) -> float | None:
         return math.prod(known) if len(known) == len(sizes) else None
     size = ctx.ranges.get(x)
     return float(size) if size is not None and size.is_number else None
+
+
+def _overflows(element: Element, dtype: torch.dtype) -> bool:
+    """Whether a number in it is infinite in half precision, as (1 - mask) * -1e9 is."""
+    if dtype not in (torch.float16, torch.bfloat16) or not isinstance(element, Expr):
+        return False
+    largest = max((abs(float(x)) for x in element.atoms(sympy.Number) if x.is_finite), default=0.0)
+    return bool(torch.tensor(largest, dtype=torch.float64).to(dtype).isinf())
 
 
 def _is_double(argument) -> bool:

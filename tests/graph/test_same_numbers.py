@@ -106,6 +106,27 @@ def test_logsumexp_of_shifted_scores():
     assert len(check(attention, *qkv()).fused) == 1
 
 
+OVERFLOWING = {
+    "product": (torch.float16, lambda m: (1.0 - m) * -1e9),
+    "float32's lowest": (torch.bfloat16, lambda m: (1.0 - m) * torch.finfo(torch.float32).min),
+    "cast": (torch.float16, lambda m: ((1.0 - m.float()) * -1e5).to(m.dtype)),
+    "cast of a select": (torch.float16, lambda m: torch.where(m == 0, -1e5, 0.0).to(m.dtype)),
+}
+
+
+@pytest.mark.parametrize("name", OVERFLOWING)
+def test_fills_that_half_precision_does_not_hold(name):
+    """A row without keys is NaN then, and not the mean of V."""
+    dtype, mask = OVERFLOWING[name]
+    seen = torch.stack([FLAGS, torch.zeros_like(FLAGS)])[:, None, None].to(dtype)
+
+    def attention(q, k, v, seen):
+        return attend(scores_of(q, k) + mask(seen), v)
+
+    tensors = [x.detach().to(dtype) for x in qkv()]
+    assert len(check(attention, *tensors, seen, training=False).fused) == 1
+
+
 def test_products_within_32_bits_are_computed():
     def attention(q, k, v):
         at = torch.arange(S)

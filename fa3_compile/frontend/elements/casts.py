@@ -60,11 +60,11 @@ def _numeric(limits) -> bool:
 
 def rounded(x: Expr, dtype: torch.dtype) -> Expr:
     """Constants as the type holds them: finfo(float32).min is -inf in bfloat16."""
-    if x.is_number and not x.is_Integer and not x.is_infinite and x.is_real:
+    if x.is_number and not x.is_infinite and x.is_real:
         value = torch.tensor(float(x), dtype=torch.float64).to(dtype).item()
         if math.isinf(value):
             return sympy.oo if value > 0 else -sympy.oo
-        exact = abs(float(x)) < 1e4
+        exact = x.is_Integer or abs(float(x)) < 1e4
         return x if exact else sym(value)
     if isinstance(x, where):
         return where(x.args[0], rounded(x.args[1], dtype), rounded(x.args[2], dtype))
