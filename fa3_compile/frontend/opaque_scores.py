@@ -10,12 +10,15 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fa3_compile.errors import NOTHING, Decline
+from fa3_compile.frontend.activations import activations
 from fa3_compile.frontend.dynamo_graph import example_value, opaque_target, target_name
-from fa3_compile.frontend.lift import ancestors
-from fa3_compile.frontend.normalize import softmaxes
-from fa3_compile.frontend.product import PRODUCTS, products_before
+from fa3_compile.frontend.lift import ancestors, shape_of
+from fa3_compile.frontend.normalize import Softmax, softmaxes
+from fa3_compile.frontend.operands import is_movement
+from fa3_compile.frontend.product import PRODUCTS, products_before, sides_of
 from fa3_compile.frontend.sizes import hint
 from fa3_compile.frontend.trace import Shadow
+from fa3_compile.spec.index import same
 
 aten = torch.ops.aten
 # Products by their names in a Dynamo graph.
@@ -23,6 +26,7 @@ NAMES = frozenset("matmul bmm baddbmm mm addmm einsum tensordot".split())
 # The most by which scores may be padded for a convolution.
 PADDED = 16
 MULTIPLY = "Write q @ k.transpose(-2, -1), which needs no tensor of all queries, keys and features."
+WEIGH = "Write weights @ v, which needs no tensor of all queries, keys and features."
 KEEP = "Keep what lies between the two products to element-wise operations."
 DISTANCES = (
     "-|q - k|^2 is 2 * q @ k.mT - (q * q).sum(-1)[..., None] - (k * k).sum(-1)[..., None, :], "
@@ -36,7 +40,13 @@ def opaque_scores(shadow: Shadow) -> Iterator[Decline]:
     than by a product, by layers of pairs among others."""
     for softmax in softmaxes(shadow):
         scores = softmax.scores
-        if not products_before(scores) and _leads_to_a_product(shadow, softmax.node):
+        summed = _weighs_by_broadcasting(shadow, softmax)
+        if summed is not None and (
+            _given_product(shadow, scores) or _by_broadcasting(shadow, scores)
+        ):
+            why = "V is weighed by a sum of element-wise products"
+            yield Decline("no-product", summed, WEIGH, message=why, stage="detect")
+        elif not products_before(scores) and _leads_to_a_product(shadow, softmax.node):
             found = (
                 _by_a_call(shadow, scores)
                 or _by_broadcasting(shadow, scores)
@@ -107,6 +117,34 @@ def _holds_floats(argument) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
+def _given_product(shadow: Shadow, scores: fx.Node) -> bool:
+    """Whether scores are made of a product of two tensors that both come with the data."""
+    [graph] = {holder.graph for holder in shadow.aten_of}
+    given = activations(graph)
+
+    def comes_with_the_data(x: fx.Node) -> bool:
+        read = (y for y in ancestors(x) if y.op == "placeholder")
+        return any(holder in given for y in read for holder in shadow.dynamo_of.get(y, ()))
+
+    return any(all(map(comes_with_the_data, sides_of(p))) for p in products_before(scores)[:1])
+
+
+def _weighs_by_broadcasting(shadow: Shadow, softmax: Softmax) -> fx.Node | None:
+    """What holds the sum over the keys of weights times V, element by element."""
+    stack = [softmax.node]
+    while stack:
+        for user in shadow.users(stack.pop()):
+            if _broadcasts(user, aten.mul.Tensor):
+                sums = [x for x in shadow.users(user) if x.target is aten.sum.dim_IntList]
+                keys = shape_of(softmax.node)[softmax.dim]
+                for x in sums:
+                    if any(same(shape_of(user)[d], keys) for d in x.args[1]):
+                        return next(iter(shadow.dynamo_of.get(x, ())), None)
+            elif is_movement(user) or user.target is aten._to_copy.default:
+                stack.append(user)
+    return None
+
+
 def _leads_to_a_product(shadow: Shadow, node: fx.Node) -> bool:
     stack, seen = [node], set()
     while stack:
@@ -132,8 +170,11 @@ def _call_of(holder: fx.Node) -> fx.Node | None:
     return holder if opaque_target(holder) else None
 
 
-def made_of_a_product(nodes: Iterable[fx.Node], shape: Sequence) -> bool:
-    """Whether values of this shape, or nearly so, lead from a product to one of the nodes."""
+def made_of_a_product(
+    nodes: Iterable[fx.Node], shape: Sequence, given: set[fx.Node] | None = None
+) -> bool:
+    """Whether values of this shape, or nearly so, lead from a product to one of the nodes: from
+    one of `given` alone if there is such."""
     stack, seen = [*nodes], set()
     while stack:
         node = stack.pop()
@@ -144,7 +185,9 @@ def made_of_a_product(nodes: Iterable[fx.Node], shape: Sequence) -> bool:
             continue
         seen.add(node)
         if target_name(node) in NAMES:
-            return True
+            if given is None or given.issuperset(node.all_input_nodes):
+                return True
+            continue
         if not opaque_target(node):
             stack += node.all_input_nodes
     return False

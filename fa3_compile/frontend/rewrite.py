@@ -16,7 +16,7 @@ from fa3_compile.frontend.emit import Emitter
 from fa3_compile.frontend.gradients import has_gradient
 from fa3_compile.frontend.mutations import written_later
 from fa3_compile.frontend.region import Region
-from fa3_compile.spec.expr import KV
+from fa3_compile.spec.expr import KV, load, where
 
 
 def rewrite(graph: fx.Graph, regions: list[Region], texts: list[str]) -> dict[fx.Node, fx.Node]:
@@ -65,7 +65,13 @@ def _attention(
     """One region's share of the output; what else it replaces is added to `replacements`."""
     device = example_value(region.value.source).device
     operands = _operands(emit, region)
-    operands += [(getattr(x, "source", None), emit.captured(x, device)) for x in region.loads]
+    valued = _valued(region)
+    for i, x in enumerate(region.loads):
+        read = emit.captured(x, device)
+        held_constant = i not in valued and example_value(read).requires_grad
+        operands.append(
+            (getattr(x, "source", None), emit.call("detach", read) if held_constant else read)
+        )
     if example_value(region.output).requires_grad:
         # The backward reads them again; a sum, say, does not keep what it adds.
         sources = [source for source, _ in operands if source is not None]
@@ -77,6 +83,19 @@ def _attention(
     out = coefficient(emit, region, pair, device)
     replacements |= {x.node: emit.statistic(pair, x, region) for x in region.statistics}
     return emit.output(out, region)
+
+
+def _valued(region: Region) -> set[int]:
+    """The loads that a value is made of; the others decide between values, and eager gives them no
+    gradient: not one of zeros, which an optimizer would take for one."""
+    spec = region.spec
+    found, stack = set(), [x for x in spec.expressions if x is not spec.mask]
+    while stack:
+        expr = stack.pop()
+        if isinstance(expr, load):
+            found.add(expr.tensor)
+        stack += expr.args[1:] if isinstance(expr, (load, where)) else expr.args
+    return found
 
 
 def _operands(emit: Emitter, region: Region) -> list[tuple[fx.Node | None, fx.Node]]:

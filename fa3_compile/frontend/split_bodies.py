@@ -1,5 +1,5 @@
-"""Attention whose softmax is in the body of a call and one of its products outside: told, not
-passed over.
+"""Attention whose softmax is in the body of a call and one of its products outside, or whose
+weights an autograd function makes otherwise: told, not passed over.
 
 Bodies of checkpoints, torch.cond, scans and autograd functions are graphs of their own, and each is
 rewritten for itself. An attention that is in one of them as a whole is found there.
@@ -11,9 +11,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from fa3_compile.errors import Decline
 from fa3_compile.frontend import flex
+from fa3_compile.frontend.activations import activations
 from fa3_compile.frontend.dynamo_graph import example_value, is_softmax_like, target_name
 from fa3_compile.frontend.opaque_scores import NAMES, alike, made_of_a_product
 
@@ -32,6 +34,28 @@ def split_attention(gm: fx.GraphModule) -> Iterator[Decline]:
                     "split-attention", call, HINT, message=f"{why}, V is not", stage="detect"
                 )
                 break
+        else:
+            if "autograd_function_apply" in str(call.target) and _normalises(call):
+                yield Decline(
+                    "opaque-weights",
+                    call,
+                    "Write the function in PyTorch, without its own backward.",
+                    message="the weights are made of the scores by an autograd function without a "
+                    "softmax",
+                    stage="detect",
+                )
+
+
+def _normalises(call: fx.Node) -> bool:
+    """Whether a call makes weights of V of scores, products of what comes with the data."""
+    value = example_value(call)
+    made = [x for x in tree_leaves(value) if isinstance(x, torch.Tensor) and x.dim() > 2]
+    given = activations(call.graph)
+    return any(
+        made_of_a_product(call.all_input_nodes, x.shape, given)
+        and _leads_to_a_product(call, x.shape, given)
+        for x in made[:1]
+    )
 
 
 def _bodies(gm: fx.GraphModule, call: fx.Node) -> list[fx.GraphModule]:
@@ -57,13 +81,18 @@ def _is_split(call: fx.Node, softmax: fx.Node) -> bool:
     return before and (after or _leads_to_a_product(call, shape))
 
 
-def _leads_to_a_product(node: fx.Node, shape: Sequence) -> bool:
-    """Whether values of this shape lead from the node to a product."""
+def _leads_to_a_product(node: fx.Node, shape: Sequence, given: set[fx.Node] | None = None) -> bool:
+    """Whether values of this shape lead from the node to a product; if there is `given`, of those
+    alone, and by no softmax."""
     stack, seen = [node], set()
     while stack:
         for user in stack.pop().users:
             if target_name(user) in NAMES:
-                return True
+                if given is None or given.issuperset(user.all_input_nodes):
+                    return True
+                continue
+            if given is not None and is_softmax_like(user):
+                continue
             value = example_value(user)
             parts = value if isinstance(value, (tuple, list)) else [value]
             whole = any(isinstance(x, torch.Tensor) and alike(x.shape, shape) for x in parts)

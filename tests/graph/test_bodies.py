@@ -46,6 +46,33 @@ class Clamped(torch.autograd.Function):
         return g
 
 
+class Entmax(torch.autograd.Function):
+    """1.5-entmax by bisection (Peters et al. 2019, algorithm 2)."""
+
+    @staticmethod
+    def forward(ctx, s):
+        p = bisected(s)
+        ctx.save_for_backward(p)
+        return p
+
+    @staticmethod
+    def backward(ctx, g):
+        (p,) = ctx.saved_tensors
+        slope = p.sqrt()
+        mean = (g * slope).sum(-1, keepdim=True) / slope.sum(-1, keepdim=True)
+        return (g - mean) * slope / 2
+
+
+def bisected(s):
+    x = s / 2
+    low = x.amax(-1, keepdim=True) - 1
+    for step in (0.5, 0.25, 0.125):
+        p = (x - low - step).clamp(min=0) ** 2
+        low = torch.where(p.sum(-1, keepdim=True) >= 1, low + step, low)
+    p = (x - low).clamp(min=0) ** 2
+    return p / p.sum(-1, keepdim=True)
+
+
 def branches(q, k, v):
     return torch.cond(q.sum() > 0, plain, lambda q, k, v: attend(2 * scores_of(q, k), v), (q, k, v))
 
@@ -109,7 +136,21 @@ def test_scores_through_a_body():
     assert specs(check(attention, *qkv())) == "detect: opaque-scores"
 
 
+def test_weights_made_by_a_function():
+    [region] = check(lambda q, k, v: Entmax.apply(scores_of(q, k)) @ v, *qkv()).regions
+    assert (region.code, region.fused) == ("opaque-weights", False)
+    assert "test_bodies.py" in region.where
+
+
+def test_weights_of_a_bisection():
+    [region] = check(lambda q, k, v: bisected(scores_of(q, k)) @ v, *qkv()).regions
+    assert (region.code, region.fused) == ("not-pointwise", False)
+    assert region.reason.startswith("the sum of a row")
+
+
 NO_ATTENTION = {
+    "function of a layer": lambda q, k, v: Entmax.apply(q @ torch.eye(16)) @ k.mT,
+    "function of the output": lambda q, k, v: Entmax.apply(plain(q, k, v)) * v,
     "router": lambda q, k, v: (
         checkpoint(lambda x: x.softmax(-1), q[..., :3], use_reentrant=False) @ k[:, :, :3]
     ),
@@ -119,4 +160,5 @@ NO_ATTENTION = {
 
 @pytest.mark.parametrize("name", NO_ATTENTION)
 def test_no_attention_in_a_body(name):
-    assert SPLIT not in specs(check(NO_ATTENTION[name], *qkv()))
+    left = specs(check(NO_ATTENTION[name], *qkv()))
+    assert SPLIT not in left and "opaque-weights" not in left

@@ -115,6 +115,35 @@ class TestAxes:
 
         assert_expected_inline(declined(attention), """detect: softmax-axis""")
 
+    def test_several_axes_of_keys(self):
+        def flattened(q, k, v):
+            s = torch.einsum("bhnd,bhyxd->bhnyx", q, k)
+            w = s.flatten(-2).softmax(-1).view_as(s)
+            return torch.einsum("bhnyx,bhyxd->bhnd", w, v)
+
+        def by_hand(q, k, v):
+            e = torch.einsum("bhnd,bhyxd->bhnyx", q, k).exp()
+            return torch.einsum("bhnyx,bhyxd->bhnd", e / e.sum((-1, -2), keepdim=True), v)
+
+        pictures = normal(B, H, 4, 6, D, seed=2), normal(B, H, 4, 6, D, seed=3)
+        for function in (flattened, by_hand):
+            [region] = check(function, normal(B, H, 5, D), *pictures).regions
+            assert "several axes at once" in region.reason
+
+    def test_keys_of_several_products(self):
+        def joint(q, k, v, local, value):
+            s = torch.cat([scores_of(q, k), scores_of(q, local)], -1)
+            return attend(s, torch.cat([v, value], -2))
+
+        def apart(q, k, v, local, value):
+            w = torch.cat([scores_of(q, k), scores_of(q, local)], -1).softmax(-1)
+            return w[..., :S] @ v + w[..., S:] @ value
+
+        more = normal(B, H, 7, D, seed=4), normal(B, H, 7, D, seed=5)
+        for function, code in ((joint, "keys-apart"), (apart, "weights-partly-used")):
+            [region] = check(function, *qkv(), *more).regions
+            assert region.code == code and "side by side" in region.hint
+
 
 class TestBetween:
     """Between the products every operation is element-wise."""
@@ -212,6 +241,7 @@ class TestBetween:
 
         assert_expected_inline(declined(before, *qkv(), normal(H, H)), """detect: product-axes""")
         assert_expected_inline(declined(after, *qkv(), normal(H, H)), """detect: softmax-axis""")
+        assert "mixed" in check(after, *qkv(), normal(H, H)).regions[0].reason
         declined(linear, *qkv(), normal(H, H))
 
     def test_largest_scores_only(self):

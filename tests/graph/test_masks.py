@@ -534,3 +534,12 @@ def test_zero_times_infinity():
     assert_expected_inline(
         specs(check(attention, *qkv())), """attention(score=load(0, q, kv) + 0.25*s, aux=[float])"""
     )
+
+
+def test_numbers_that_only_decide_have_no_gradient():
+    # As Mask2Former masks attention by the masks that the layer before predicts.
+    def attention(q, k, v, predicted):
+        hidden = predicted.sigmoid()[:, None] < 0.5
+        return attend(scores_of(q, k).masked_fill(hidden, -10.0), v)
+
+    assert "load(0, b, q, kv) < 0.5" in specs(check(attention, *qkv(), normal(B, S, S)))

@@ -91,3 +91,28 @@ def test_squared_distances_written_out_are_fused():
         return (2 * q @ k.mT - squares).softmax(-1) @ v
 
     assert [region.fused for region in check(attention, *qkv()).regions] == [True]
+
+
+WEIGHED = {
+    "scores by a product": lambda q, k, v: (
+        scores_of(q, k).softmax(-1).unsqueeze(-1) * v.unsqueeze(2)
+    ).sum(3),
+    "scores by a sum too": lambda q, k, v: (
+        (q.unsqueeze(3) * k.unsqueeze(2)).sum(-1).softmax(-1).unsqueeze(-1) * v.unsqueeze(2)
+    ).sum(3),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHED)
+def test_values_weighed_element_by_element_are_reported(name):
+    [region] = check(WEIGHED[name], *qkv()).regions
+    assert (region.code, region.fused) == ("no-product", False)
+    assert region.reason == "V is weighed by a sum of element-wise products"
+
+
+def test_outputs_of_experts_are_not():
+    def experts(x, router, w):
+        gates = torch.einsum("bsc,ce->bse", x, router).softmax(-1)
+        return (gates.unsqueeze(-1) * torch.einsum("bsc,ecd->bsed", x, w)).sum(2)
+
+    assert not check(experts, normal(2, S, 8), normal(8, 4), normal(4, 8, 8)).regions
