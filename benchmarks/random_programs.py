@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import csv
 import itertools
 import logging
@@ -36,7 +37,6 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import torch
-from hypothesis import HealthCheck, Phase, given, seed, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -44,10 +44,9 @@ sys.path.insert(0, str(ROOT))
 from fa3_compile.lower import choose
 from tests.graph.check_program import check_program
 from tests.graph.program import Program
-from tests.graph.programs import families
+from tests.graph.program_choices import Random
+from tests.graph.programs import family
 
-# What Hypothesis draws depends on how many are asked for: that many are, of each seed.
-MOST = 10**6
 COLUMNS = ("part", "value", "programs", "fused", "left", "wrong")
 
 
@@ -143,40 +142,25 @@ class Drawn:
     family: int = 1
 
     def each(self, todo: Callable[[int, Program], None]) -> None:
-        """Calls `todo(number, program)`, until the last or until that raises _Stop. Hypothesis
-        draws much twice: what differs from an earlier one in its numbers alone is left out."""
-        number, seen = 0, set()
-
-        @seed(self.seed)
-        @settings(
-            max_examples=MOST,
-            deadline=None,
-            database=None,
-            phases=(Phase.generate,),
-            suppress_health_check=list(HealthCheck),
-        )
-        @given(families(self.device, self.family))
-        def some(family: list[Program]) -> None:
-            nonlocal number
-            for program in family:
-                if repr(program) in seen:
-                    continue
-                seen.add(repr(program))
-                number += 1
-                if number > self.count:
-                    raise _Stop
-                if self.kernels:
-                    program.run["kernels"] = self.kernels
-                todo(number, program)
-
-        try:
-            some()
-        except _Stop:
-            pass
+        """Calls `todo(number, program)`, until the last or until that raises Stop. What differs
+        from an earlier one in its numbers alone is left out."""
+        source, number, seen = Random(self.seed), 0, set()
+        with contextlib.suppress(Stop):
+            while True:
+                for program in family(source, self.device, self.family):
+                    if repr(program) in seen:
+                        continue
+                    seen.add(repr(program))
+                    number += 1
+                    if number > self.count:
+                        return
+                    if self.kernels:
+                        program.run["kernels"] = self.kernels
+                    todo(number, program)
 
 
-class _Stop(KeyboardInterrupt):
-    """No more programs: the one kind of exception that Hypothesis lets through at once."""
+class Stop(Exception):
+    """No more programs."""
 
 
 def _parts(program: Program) -> dict[str, str]:
@@ -217,12 +201,12 @@ def work(drawn: Drawn, until: float, sent: Connection) -> None:
 
     def check(number: int, program: Program) -> None:
         if time.time() > until:
-            raise _Stop
+            raise Stop
         sent.send((number, repr(program)))
         outcome = _checked(number, program, recorder)
         sent.send(outcome)
         if outcome.is_lost:
-            raise _Stop
+            raise Stop
 
     drawn.each(check)
     sent.close()

@@ -14,7 +14,6 @@ class Program:
     """A function of tensors, its arguments, how it is run, and what it was made of.
 
     expected   "either" where fusing is a matter of taste: only the numbers count
-    choices    what was drawn, by name, where others may keep some of it
     """
 
     def __init__(
@@ -24,10 +23,9 @@ class Program:
         made_of: dict[str, str],
         expected: Expected,
         run: dict[str, Any],
-        choices: dict[str, Any] | None = None,
     ):
         self.function, self.arguments, self.made_of = function, arguments, made_of
-        self.expected, self.run, self.choices = expected, run, choices
+        self.expected, self.run = expected, run
 
     def __repr__(self) -> str:
         return f"Program({self.made_of}, expected={self.expected!r}, run={self.run})"

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import and_masks, create_block_mask, flex_attention, or_masks
 
@@ -108,17 +107,14 @@ def score_mod(name: str, sizes: Sizes, seed: int) -> tuple[tuple[Tensor, ...], A
     return (), None
 
 
-@st.composite
-def calls(draw: st.DrawFn, device: str) -> Program:
+def call(choices: Choices, device: str) -> Program:
     """One program that calls one of PyTorch's own attentions."""
-
-    choices = Choices(draw)
     one_of = choices.one_of
     layout = one_of("layout", *LAYOUTS)
     sizes = parts.sizes(choices, device, square=layout == "fused qkv")
     seed = one_of("seed", *range(4))
     scale = one_of("scale", None, None, 0.3, 1.0 / sizes.dim)
-    flex = one_of("flex", False, True)
+    flex = one_of("attention", "flex", "sdpa") == "flex"
     kernels = one_of("kernels", ("reference",), ("cpu", "reference"))
     run: dict[str, Any] = {
         "dtype": one_of("dtype", None, torch.bfloat16, torch.float16),
@@ -128,11 +124,11 @@ def calls(draw: st.DrawFn, device: str) -> Program:
     }
     arguments, project = layouts.layout(layout, sizes, seed)
     own, grouped = len(arguments), layout in GROUPED
-    extra, call, given = draw(_flex(sizes, seed) if flex else _sdpa(sizes, seed))
+    extra, called, given = (_flex if flex else _sdpa)(choices, sizes, seed)
 
     def function(*tensors: Tensor):
         q, k, v, finish = project(*tensors[:own])
-        out = call(q, k, v, *tensors[own:], scale=scale, enable_gqa=grouped)
+        out = called(q, k, v, *tensors[own:], scale=scale, enable_gqa=grouped)
         return (finish(out[0]), *out[1:]) if isinstance(out, tuple) else finish(out)
 
     made_of = {
@@ -146,12 +142,14 @@ def calls(draw: st.DrawFn, device: str) -> Program:
     return Program(function, (*arguments, *extra), made_of, "fused", run)
 
 
-@st.composite
-def _flex(draw: st.DrawFn, sizes: Sizes, seed: int):
+def _flex(choices: Choices, sizes: Sizes, seed: int):
     """(tensors, (q, k, v, *tensors, **arguments) -> output, what it is made of)"""
-    masks = draw(st.lists(st.sampled_from(sorted(MASK_MODS)), max_size=2, unique=True))
-    combine, block = draw(st.sampled_from(("and", "or"))), draw(st.sampled_from((8, 128)))
-    mod, with_lse = draw(st.sampled_from(SCORE_MODS)), draw(st.sampled_from((False, False, True)))
+    masks = choices.up_to_two("mask mods", sorted(MASK_MODS), unique=True)
+    combine, block = choices.one_of("combine", "and", "or"), choices.one_of("block", 8, 128)
+    mod, with_lse = (
+        choices.one_of("score mod", *SCORE_MODS),
+        choices.one_of("LSE", False, False, True),
+    )
     tensors, modified = score_mod(mod, sizes, seed)
     block_mask = None
     if masks:
@@ -173,10 +171,9 @@ def _flex(draw: st.DrawFn, sizes: Sizes, seed: int):
     return tensors, call, made_of
 
 
-@st.composite
-def _sdpa(draw: st.DrawFn, sizes: Sizes, seed: int):
+def _sdpa(choices: Choices, sizes: Sizes, seed: int):
     """As `_flex`."""
-    mask = draw(st.sampled_from(MASKS))
+    mask = choices.one_of("attn_mask", *MASKS)
     tensors, masked = attn_mask(mask, sizes, seed)
 
     def call(q, k, v, *captured, **arguments):

@@ -8,7 +8,7 @@ be attention no more, which must not be fused, or attention of which more is use
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from tests.graph import program_layouts as layouts
 from tests.graph import program_parts as parts
 from tests.graph.program import Expected, Program
-from tests.graph.program_calls import calls
-from tests.graph.program_choices import Choices
+from tests.graph.program_calls import call
+from tests.graph.program_choices import Choices, Drawn, Source
 from tests.graph.program_mutants import (
     MORE_THAN_ATTENTION,
     NO_ATTENTION,
@@ -32,32 +32,36 @@ from tests.graph.program_parts import Scores, Sizes
 
 # What the programs of a family have in common: all that their kernel is made for.
 KEPT = (
-    "n", "dim", "masks", "how", "fill", "combine", "modifiers", "captured", "scale", "softmax",
-    "late", "sink", "after", "dtype", "training", "kernels",
+    "spelling", "n", "dim", "masks", "how", "fill", "combine", "modifiers", "captured", "scale",
+    "softmax", "late", "sink", "after", "dtype", "training", "kernels",
+    "attention", "attn_mask", "mask mods", "block", "score mod",
 )  # fmt: skip
 
 
-def programs(device: str = "cpu") -> st.SearchStrategy[Program]:
+@st.composite
+def programs(draw: st.DrawFn, device: str = "cpu") -> Program:
     """Programs with their arguments; on a GPU of sizes that a kernel has several tiles of."""
-    written = by_hand(device)
-    return st.one_of(written, written, written, calls(device))
+    return program(Choices(Drawn(draw)), device)
 
 
-@st.composite
-def families(draw: st.DrawFn, device: str, count: int) -> list[Program]:
-    """A program and, where it is written out, others of the same scores and softmax: `count` in
-    all, in other layouts, products, lengths, uses and contexts. What takes seconds is a kernel."""
-    first = draw(programs(device))
-    if not first.choices:
-        return [first]
-    kept = {name: first.choices[name] for name in KEPT}
-    return [first, *(draw(by_hand(device, kept)) for _ in range(count - 1))]
+def family(source: Source, device: str, count: int) -> Iterator[Program]:
+    """`count` programs of the same scores and softmax in different layouts, products, lengths, uses
+    and contexts. What takes seconds is a kernel."""
+    choices = Choices(source)
+    yield program(choices, device)
+    kept = {name: choices.made[name] for name in KEPT if name in choices.made}
+    for _ in range(count - 1):
+        yield program(Choices(source, kept), device)
 
 
-@st.composite
-def by_hand(draw: st.DrawFn, device: str, kept: Mapping[str, Any] | None = None) -> Program:
-    """One program whose attention is written out, with the choices that are `kept`."""
-    choices = Choices(draw, kept)
+def program(choices: Choices, device: str) -> Program:
+    """The program of these choices."""
+    written = choices.one_of("spelling", "by hand", "by hand", "by hand", "call") == "by hand"
+    return by_hand(choices, device) if written else call(choices, device)
+
+
+def by_hand(choices: Choices, device: str) -> Program:
+    """One program whose attention is written out."""
     one_of = choices.one_of
     layout = one_of("layout", *layouts.LAYOUTS)
     sizes = parts.sizes(choices, device, square=layout == "fused qkv")
@@ -239,9 +243,7 @@ def by_hand(draw: st.DrawFn, device: str, kept: Mapping[str, Any] | None = None)
         "context": context,
         "mutant": mutant,
     }
-    return Program(
-        function, (*arguments, *extra, *sinks, *gate), made_of, expected, run, choices.made
-    )
+    return Program(function, (*arguments, *extra, *sinks, *gate), made_of, expected, run)
 
 
 # "flat batch" names every size but the length; "strided" cuts V's length to K's.
