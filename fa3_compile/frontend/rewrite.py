@@ -21,10 +21,22 @@ from fa3_compile.spec.expr import KV, load, where
 
 def rewrite(graph: fx.Graph, regions: list[Region], texts: list[str]) -> dict[fx.Node, fx.Node]:
     """Replaces one output by the sum of its regions, and statistics by theirs; returns what was
-    replaced by what. Dead nodes are left to `remove_dead`.
+    replaced by what. Dead nodes are left to `remove_dead`. A graph that cannot be rewritten is as
+    it was.
 
     texts  the regions' specs, as the op takes them
     """
+    before = {*graph.nodes}
+    try:
+        return _replaced(graph, regions, texts)
+    except Exception:
+        for node in reversed([*graph.nodes]):
+            if node not in before:
+                graph.erase_node(node)
+        raise
+
+
+def _replaced(graph: fx.Graph, regions: list[Region], texts: list[str]) -> dict[fx.Node, fx.Node]:
     output = regions[0].output
     place = place_of(graph, regions)
     replacements: dict[fx.Node, fx.Node] = {}

@@ -11,6 +11,7 @@ from fa3_compile.errors import Decline
 from fa3_compile.frontend import flex, transforms
 from fa3_compile.frontend.dynamo_graph import (
     example_value,
+    is_softmax_like,
     opaque_target,
     target_name,
 )
@@ -18,6 +19,7 @@ from fa3_compile.frontend.mutations import is_mutation, mutated_nodes, writes_th
 from fa3_compile.frontend.seeds import seeds
 
 READABLE = "Write score_mod and mask_mod with element-wise operations and reads of tensors."
+REPORT = "Please report it with the log of TORCH_LOGS=+fa3_compile."
 
 
 class Scope:
@@ -27,7 +29,7 @@ class Scope:
         # The span of transforms that each of these nodes is in: run, or cut as a whole.
         self.batched: dict[fx.Node, transforms.Span] = {}
         self.cut: dict[fx.Node, transforms.Span] = {}
-        # Calls of flex_attention that are more than their mods say.
+        # Calls of flex_attention that are more than their mods say, and calls that cannot be run.
         self.refused: set[fx.Node] = set()
         self.declined: list[Decline] = []
         for span in transforms.spans(gm.graph):
@@ -68,8 +70,12 @@ class Scope:
         """Takes the value of what has turned out unreadable as given."""
         if node in self.batched:
             self._cut(self.batched[node], why)
-        else:
+        elif flex.is_call(node):
             self._refuse(node, Decline("flex-unreadable", None, READABLE, message=why))
+        elif is_softmax_like(node):
+            self._refuse(node, Decline("unreadable", None, REPORT, message=why))
+        else:
+            self.refused.add(node)
 
     def _cut(self, span: transforms.Span, why: str) -> None:
         for node in span.nodes:

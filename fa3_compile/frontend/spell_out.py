@@ -39,7 +39,8 @@ def sdpa(
         else:
             scores = scores + attn_mask
     weights = torch.ops.aten._safe_softmax(scores, -1)
-    return dropout(weights, dropout_p) @ value
+    # Scores may be of the mask's type: a wider one than the operands'.
+    return dropout(weights, dropout_p).to(value.dtype) @ value
 
 
 def dropout(input, p=0.5, training=True, inplace=False):

@@ -93,12 +93,12 @@ def shadow(gm: fx.GraphModule) -> Shadow | None:
             with transforms.nesting_restored():
                 return _shadow(gm, scope)
         except _Unreadable as unreadable:
-            log.debug("%s cannot be read", unreadable.node, exc_info=True)
+            log.info("%s cannot be read", unreadable.node, exc_info=True)
             scope.cut_out(unreadable.node, str(unreadable))
 
 
 class _Unreadable(Exception):
-    """A flex_attention, or a part of a vmap, that the shadow cannot run."""
+    """A call that the shadow cannot run."""
 
     def __init__(self, node: fx.Node, why: str):
         super().__init__(why)
@@ -230,7 +230,7 @@ class _Reader(fx.Interpreter):
             call = flex.call_of(n, self.module, self.env)
             outputs, weights = flex.spelled_out(call, STOP)
         except Exception as error:
-            if not flex.is_call(n) and n not in self.scope.batched:
+            if n.op not in ("call_function", "call_method"):
                 raise
             raise _Unreadable(n, f"{type(error).__name__}: {error}".split("\n")[0]) from error
         self.marks.add(weights, n, n, within=True)

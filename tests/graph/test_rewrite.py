@@ -7,8 +7,11 @@ import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
 
+from fa3_compile.frontend.emit import Emitter
+from fa3_compile.frontend.spell_out import SPELLED_OUT
 from fa3_compile.options import Options
 from fa3_compile.pipeline import rewrite_attention
+from fa3_compile.report import collect
 from tests.graph.harness import check, specs
 from tests.graph.inputs import INF, SCALE, B, D, H, S, attend, normal, qkv, scores_of, uniform
 
@@ -296,6 +299,38 @@ def test_graph_without_attention_is_untouched():
 
     torch.compile(model, backend=backend)(uniform(S, S))
     assert seen == [True]
+
+
+def test_graph_that_cannot_be_written_is_untouched(monkeypatch):
+    def broken(self, *args):
+        self.call("narrow", args[0], 0, 0, 1000)
+
+    monkeypatch.setattr(Emitter, "output", broken)
+
+    def model(q, k, v):
+        weights = F.dropout(scores_of(q, k).softmax(-1), 0.1)
+        return weights @ v
+
+    seen = []
+
+    def backend(gm, example_inputs):
+        before = str(gm.graph)
+        rewrite_attention(gm, Options(kernels=("reference",)), "graph")
+        seen.append(before == str(gm.graph))
+        return gm
+
+    with collect() as report:
+        torch.compile(model, backend=backend)(*qkv())
+    assert seen == [True] and specs(report) == "analysis: internal-error"
+
+
+def test_a_call_that_cannot_be_read_is_taken_as_given(monkeypatch):
+    def broken(x):
+        raise ValueError
+
+    monkeypatch.setitem(SPELLED_OUT, torch.tanh, broken)
+    report = check(lambda q, k, v: attend(scores_of(q, torch.tanh(k)), v), *qkv())
+    assert specs(report) == "attention(score=0.25*s)"
 
 
 def test_declined_graph_is_untouched():

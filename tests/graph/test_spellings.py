@@ -155,6 +155,12 @@ def test_scaled_dot_product_attention():
     assert specs(check(F.scaled_dot_product_attention, *qkv())) == PLAIN
 
 
+def test_scaled_dot_product_attention_with_a_mask_of_a_wider_type():
+    q, k, v = qkv(dtype=torch.bfloat16)
+    mask = torch.zeros(S, S).masked_fill(torch.ones(S, S).triu(1).bool(), -float("inf"))
+    assert len(check(F.scaled_dot_product_attention, q, k, v, mask).fused) == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision(dtype):
     def attention(q, k, v):
