@@ -107,8 +107,9 @@ def by_hand(choices: Choices, device: str) -> Program:
         context = ""
     if context == "checkpoint" and mutant == "K written after the scores":
         context = ""
-    lowest_added = combine == "twice" and (how == "product" or how.startswith("added"))
-    if dtype == torch.float16 and (captured in ADDITIVE or lowest_added):
+    added = how == "product" or how.startswith("added")
+    changed = combine == "twice" or late or softmax in parts.UNNORMALISED
+    if dtype == torch.float16 and (captured in ADDITIVE or (masks and added and changed)):
         # In float16 eager's -65504 absorbs a score, and twice that is -inf; ours is in float32.
         dtype = torch.bfloat16
     # Where NaN is added to a row, eager's gradients of it are NaN too; ours are 0.
