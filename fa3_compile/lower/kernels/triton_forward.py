@@ -198,7 +198,10 @@ def _bind(problem: Problem, q, k, v, aux, sizes) -> Bound:
 
     def measure(config: TritonConfig) -> float:
         try:
-            bound = bind_config(problem, config, q, k, v, aux, sizes)
+            if config == candidates[0]:  # or, where V is in K, the tile for that
+                bound = _bind_first_that_builds(problem, q, k, v, aux, sizes)
+            else:
+                bound = bind_config(problem, config, q, k, v, aux, sizes)
         except KernelBuildError:
             return tune.UNFIT
         if bound.spills and config != candidates[0]:
