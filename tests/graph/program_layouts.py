@@ -70,6 +70,18 @@ def layout(name: str, sizes: Sizes, seed: int):
             return q, k.transpose(-1, -2), v, lambda out: out.flatten(1)
 
         return (leaf(0, b, h, n, d), leaf(1, b, h, d, m), leaf(2, b, h, m, d)), transposed
+    if name == "every other key":
+
+        def every_other(q, k, v):
+            return q, k[:, :, ::2], v[:, :, 1::2], lambda out: out
+
+        return (leaf(0, b, h, n, d), leaf(1, b, h, 2 * m, d), leaf(2, b, h, 2 * m, d)), every_other
+    if name == "one head expanded":
+
+        def one_head(q, k, v):
+            return q, k.expand(b, h, -1, d), v.expand(b, h, -1, d), lambda out: out
+
+        return four(1), one_head
     if name == "windows":
         return tuple(leaf(i, b, 2, h, x, d) for i, x in enumerate((n, m, m))), as_it_is
     if name == "one batch of K":
@@ -110,6 +122,8 @@ LAYOUTS = (
     "fused qkv",
     "strided",
     "K transposed",
+    "every other key",
+    "one head expanded",
     "windows",
     "one batch of K",
     "K is V",

@@ -270,12 +270,20 @@ def captured(name: str, sizes: Sizes, seed: int):
 
     if name == "bias":
         return (leaf(50, 1, HEADS, n, m),), lambda s, x: s + x
+    if name == "wide bias":
+        return (leaf(54, HEADS, n, m),), lambda s, x: s + x.float()
     if name == "temperature":
         return (leaf(51, HEADS, 1, 1),), lambda s, x: s * x.exp()
     if name == "padding":
         keep = torch.ones(BATCH, m, dtype=torch.long, device=device)
         keep[0, m // 2 :] = 0
         return (keep,), lambda s, x: s.masked_fill(x[:, None, None, :] == 0, -math.inf)
+    if name in ("empty sequence", "added empty sequence"):
+        keep = torch.ones(BATCH, 1, 1, m, dtype=torch.bool, device=device)
+        keep[1] = False
+        if name == "empty sequence":
+            return (keep,), lambda s, x: s.masked_fill(~x, -math.inf)
+        return (keep,), lambda s, x: s + (1.0 - x.to(s.dtype)) * torch.finfo(s.dtype).min
     if name == "additive padding":
         keep = torch.ones(BATCH, m, device=device)
         keep[1, : m // 3] = 0
@@ -315,8 +323,11 @@ CAPTURED = (
     "",
     "",
     "bias",
+    "wide bias",
     "temperature",
     "padding",
+    "empty sequence",
+    "added empty sequence",
     "additive padding",
     "two paddings",
     "random mask",
@@ -338,7 +349,11 @@ def after(name: str, sizes: Sizes, seed: int):
         return (leaf(71, HEADS, 1, 1),), lambda p, x: p * x
     if name == "dropout":
         return (), lambda p: dropped(p, 0.25)
+    if name == "nan_to_num":
+        return (), lambda p: p.nan_to_num(0.0)
+    if name == "isnan":
+        return (), lambda p: p.masked_fill(p.isnan(), 0.0)
     return (), lambda p: p
 
 
-AFTER = ("", "", "", "key gate", "head gate", "dropout")
+AFTER = ("", "", "", "key gate", "head gate", "dropout", "nan_to_num", "isnan")

@@ -80,7 +80,7 @@ def by_hand(choices: Choices, device: str) -> Program:
     late = one_of("late", *[""] * 20, *parts.LATE)
     sink = one_of("sink", "", "", "", "", *parts.SINKS)
     after = one_of("after", *parts.AFTER)
-    use = one_of("use", "", "", "residual", "twice", "slice", "sum", "in place", "flat", "LSE")
+    use = one_of("use", "", "", *USES)
     context = one_of("context", *[""] * 6, "checkpoint", "autocast")
     # Not float64: the oracle is eager itself there, to the last rounding.
     dtype = one_of("dtype", *[None] * (1 if on_gpu else 3), torch.bfloat16, torch.float16)
@@ -96,6 +96,8 @@ def by_hand(choices: Choices, device: str) -> Program:
         use = ""
     if plain or mutant == "softmax over queries":
         sink = ""
+    if use == "shared K and V" and after == "dropout":
+        after = ""
     if mutant == "mean of heads" and layout == "mqa":
         mutant = ""
     if layout == "mqa" and of_scores in layouts.BATCHED:
@@ -162,6 +164,8 @@ def by_hand(choices: Choices, device: str) -> Program:
     odd = odd or (softmax == "divided late" and of_values == "baddbmm")
     # A function of a masked score may make something else of its fill.
     odd = odd or symbols or late
+    # Two attentions; and weights without a softmax whose NaN are replaced.
+    odd = odd or use == "shared K and V" or (plain and after in ("nan_to_num", "isnan"))
     if expected == "fused" and (mutant or odd) or mutant in OF_ELEMENTS and plain:
         expected = "either"
     # One query of several heads that share a key is as good as several queries.
@@ -219,13 +223,17 @@ def by_hand(choices: Choices, device: str) -> Program:
         returned = {"weights returned": p, "scores returned": s, "K written after the scores": k}
         return (out, returned[mutant]) if mutant in returned else out
 
+    def twice(*tensors: Tensor):
+        queries, *others = tensors
+        return attention(*tensors), attention(queries * 0.5, *others)
+
     def function(*tensors: Tensor):
         if context == "checkpoint":
             return checkpoint(attention, *tensors, use_reentrant=False)
         if context == "autocast":
             with torch.autocast(device, dtype=torch.bfloat16):
                 return attention(*tensors)
-        return attention(*tensors)
+        return twice(*tensors) if use == "shared K and V" else attention(*tensors)
 
     made_of = {
         "layout": layout,
@@ -247,10 +255,11 @@ def by_hand(choices: Choices, device: str) -> Program:
     return Program(function, (*arguments, *extra, *sinks, *gate), made_of, expected, run)
 
 
+USES = ("residual", "twice", "slice", "sum", "in place", "flat", "LSE", "shared K and V")
 # "flat batch" names every size but the length; "strided" cuts V's length to K's.
 STATIC = ("flat batch", "strided")
-ADDITIVE = ("additive padding", "two paddings")
-MAY_HIDE_ALL = ("padding", *ADDITIVE, "random mask", "documents", "lengths")
+ADDITIVE = ("additive padding", "added empty sequence", "two paddings")
+MAY_HIDE_ALL = ("padding", "empty sequence", *ADDITIVE, "random mask", "documents", "lengths")
 # Whose weights have other batches than the operator, or heads in another order.
 OTHER_BATCHES = ("windows", "one batch of K", "no batch", "gqa tiled")
 BY_BATCH = (*MAY_HIDE_ALL, "bias")
