@@ -106,6 +106,7 @@ class Lifter:
         *,
         wide: bool = False,
         weighs: bool = False,
+        result: torch.dtype | None = None,
         loads: Sequence[Captured | Seed] = (),
         read_at: fx.Node | None = None,
     ):
@@ -116,6 +117,8 @@ class Lifter:
         self.wide = wide
         # Whether what is lifted stands after the softmax, where dropout is a factor.
         self.weighs = weighs
+        # The type of what is computed: what the program rounds further than that stays rounded.
+        self.result = result
         # The elements of a softmax whose NaN a rule replaced by zeros.
         self.zeroed: set[Expr] = set()
         # What load(i, ...) reads, in order of i.

@@ -163,6 +163,7 @@ def _read(
         {**products.rules},
         wide=all(map(_is_wide, nodes)),
         weighs=not softmax.normalizes,
+        result=weights.dtype,
         loads=weights.loads,
         read_at=weights.read_at,
     )

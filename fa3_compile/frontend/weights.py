@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import sympy
+import torch
 from sympy.logic.boolalg import Boolean
 from torch import fx
 
@@ -49,6 +50,8 @@ class Weights:
     dropouts: list[fx.Node]
     # The Dynamo node in whose place loads are read.
     read_at: fx.Node
+    # The type in which the product with V has them.
+    dtype: torch.dtype
 
 
 def weights(
@@ -64,7 +67,8 @@ def weights(
     sum of them. Loads are read at `read_at`."""
     special = {s.node: _element_of(n) for n, s in enumerate(softmaxes)}
     special |= {s.summed: _row_sum for s in softmaxes if s.summed and not s.normalizes}
-    lifter = Lifter(shadow, ranges, special, weighs=True, read_at=read_at)
+    dtype = node.meta["val"].dtype
+    lifter = Lifter(shadow, ranges, special, weighs=True, result=dtype, read_at=read_at)
     element = number(lifter.element(node, index))
     entries: dict[prob, list[tuple[Expr, Boolean]]] = {}
     found = _terms(element, sympy.S.One, sympy.true)
@@ -101,7 +105,7 @@ def weights(
                 )
         zeroed = which in lifter.zeroed
         terms.append(Term(softmax, which.args[1:], coefficient, weight, kept, zeroed))
-    return Weights(terms, lifter.loads, lifter.dropouts, read_at)
+    return Weights(terms, lifter.loads, lifter.dropouts, read_at, dtype)
 
 
 def _row_sum(index: Index) -> Expr:

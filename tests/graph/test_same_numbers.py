@@ -192,3 +192,21 @@ def test_operators_that_draw_are_known():
     for target in (aten.poisson.default, aten.randn.default, aten.empty_like.default):
         assert is_random(graph.call_function(target))
     assert not is_random(graph.call_function(aten.zeros_like.default))
+
+
+ROUNDED = {
+    "scores": lambda q, k, v: attend(scores_of(q, k).bfloat16().float(), v),
+    "weights": lambda q, k, v: scores_of(q, k).softmax(-1).half().float() @ v,
+    "softmax": lambda q, k, v: scores_of(q, k).softmax(-1, dtype=torch.bfloat16).to(v.dtype) @ v,
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_roundings_that_the_program_asks_for(name):
+    assert specs(check(ROUNDED[name], *qkv())) == "lift: not-pointwise"
+
+
+def test_weights_rounded_to_the_type_of_v():
+    q, k, v = qkv(dtype=torch.bfloat16)
+    report = check(lambda q, k, v: (q.float() @ k.float().mT).softmax(-1).to(v.dtype) @ v, q, k, v)
+    assert len(report.fused) == 1

@@ -44,6 +44,8 @@ def _(node, index, ctx: Lifter) -> Element:
         raise Opaque(node, "complex numbers")
     if not target.is_floating_point:
         return to_integer(node, x, ctx) if source.is_floating_point else x
+    if node in ctx.inside and _rounds_further(target, ctx.result):
+        raise Opaque(node, f"a rounding to {target} within what is computed in {ctx.result}")
     if not source.is_floating_point and target in EXACT_INTEGERS:
         limits = bounds(x, ctx.ranges)
         widest = max((abs(v) for v in limits), default=0) if _numeric(limits) else None
@@ -52,6 +54,10 @@ def _(node, index, ctx: Lifter) -> Element:
             if target != torch.float32 or widest is not None:
                 raise Opaque(node, f"positions rounded to {target}")
     return rounded(x, target)
+
+
+def _rounds_further(dtype: torch.dtype, result: torch.dtype | None) -> bool:
+    return result in (torch.float32, torch.float64) and dtype in (torch.float16, torch.bfloat16)
 
 
 def _numeric(limits) -> bool:
