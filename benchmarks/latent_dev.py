@@ -261,17 +261,23 @@ def time() -> None:
 
 
 TRITON = TritonForward()
-TILES = [
-    TritonConfig(64, 64, 8, 2, tma=True, packed=True),
-    TritonConfig(64, 64, 8, 2, packed=True),
-    TritonConfig(64, 32, 8, 4, tma=True, packed=True),
-    TritonConfig(64, 32, 8, 2, tma=True, packed=True),
-    TritonConfig(64, 64, 8, 2, tma=True, packed=True, lazy_rescale=True),
-    TritonConfig(32, 64, 8, 2, packed=True),
-    TritonConfig(16, 64, 8, 2, packed=True),
-    TritonConfig(16, 32, 8, 2, packed=True),
-    TritonConfig(16, 32, 4, 2, packed=True),
-]
+CHOSEN = TritonConfig(64, 64, 8, 2, tma=True, packed=True)
+# By query heads.
+TILES = {
+    128: [
+        CHOSEN,
+        TritonConfig(64, 64, 8, 2, packed=True),
+        TritonConfig(64, 32, 8, 4, tma=True, packed=True),
+        TritonConfig(64, 64, 8, 2, tma=True, packed=True, lazy_rescale=True),
+    ],
+    16: [
+        CHOSEN,
+        TritonConfig(16, 64, 8, 2, packed=True),
+        TritonConfig(16, 32, 8, 2, packed=True),
+        TritonConfig(16, 64, 4, 2, packed=True),
+        TritonConfig(16, 32, 4, 3, packed=True),
+    ],
+}
 PARTS = {
     (1, 8192): (16, 24, 32, 48, 64),
     (1, 32768): (22, 33, 44, 66, 132),
@@ -280,19 +286,12 @@ PARTS = {
 
 
 def tiles() -> None:
-    """Each tile on caches of 128 and 16 heads and on a prompt; then parts."""
-    for heads, (batch, q_len, length, text) in [
-        (128, (16, 1, 8192, FULL)),
-        (128, (1, 2048, 2048, CAUSAL)),
-        (16, (16, 1, 8192, FULL)),
-    ]:
-        spec, sets = AttentionSpec.parse(text), cache(batch, length, q_len)
-        sets = [(q[:, :heads], k, v) for q, k, v in sets]
-        problem = problem_of(spec, *sets[0])
-        print(f"{heads} heads, B{batch} {q_len} x {length}")
-        for config in TILES:
-            if config.block_q > max(heads, 64) and q_len == 1:
-                continue
+    """Each tile on 16 caches of 8k; then parts."""
+    for heads, configs in TILES.items():
+        sets = [(q[:, :heads], k, v) for q, k, v in cache(16, 8192)]
+        problem = problem_of(AttentionSpec.parse(FULL), *sets[0])
+        print(f"{heads} heads, B16 1 x 8192")
+        for config in configs:
             _variant(problem, config, sets, heads, config)
     spec, chosen = AttentionSpec.parse(FULL), triton_split.part_count
     for (batch, length), counts in PARTS.items():
@@ -301,7 +300,7 @@ def tiles() -> None:
         print(f"parts, B{batch} {length} keys; {taken} are taken")
         for count in counts:
             triton_split.part_count = lambda *_, n=count: n  # type: ignore[assignment]
-            _variant(problem_of(spec, *sets[0]), TILES[0], sets, HEADS, f"{count} parts")
+            _variant(problem_of(spec, *sets[0]), CHOSEN, sets, HEADS, f"{count} parts")
 
 
 def _variant(problem: Problem, config: TritonConfig, sets, heads: int, name: object) -> None:
