@@ -49,10 +49,9 @@ class Access:
         return f"{self.kind} by {self.function} in {self.line}" if self.line else self.kind
 
 
-# (who writes, who reads) in which racecheck sees a race -> the mbarriers that order the two. Of
-# these functions each writes or reads nothing else, so that any other access to the same memory
-# is an error. tests/numerics/test_cuda_sm90_backward_races.py has ThreadSanitizer find no race in
-# any of them, and one without the barriers.
+# (who writes, who reads) in which racecheck sees a race -> the mbarriers that order the two
+# (docs/kernel-notes.md, "The Hopper backward"). Of these functions each writes or reads nothing
+# else, so that any other access to the same memory is an error.
 #
 # A copy without a tensor map (cp.async.bulk) passes for a write of the thread that starts it, and
 # the bytes that it brings to an mbarrier for nothing: row terms, and pieces of dQ. In warps that
