@@ -62,6 +62,8 @@ class Sm90Config:
         """Whether the tile can be expected to build without spills."""
         if dense_tile and self.block_n % 64:
             return False
+        if self.held_queries and not (panel_columns(dim_qk) == 64 and dim_qk <= 128):
+            return False
         accumulators = dim_v // 2 + 3 * self.block_n // 4
         limits = SPLIT_ACCUMULATORS if self.split else ACCUMULATORS
         return (
@@ -95,12 +97,14 @@ def _tile(name: str) -> tuple[int, int]:
     return block_m, block_n
 
 
-# Where weights are better computed before the row maximum is known to hold: in the first tile of
-# these columns, for head dims above 96 and up to 128 (docs/kernel-notes.md).
+# Where weights are better computed before the row maximum is known to hold: the first tile of these
+# columns, in the rows of the table from one value head dim to another (docs/kernel-notes.md).
 OPTIMISTIC = {
-    "full": {"optimistic": True},
-    "rows": {"optimistic": True},
-    "dense": {"optimistic": True, "held_queries": True},
+    "full": (64, 192, {"optimistic": True}),
+    "rows": (64, 192, {"optimistic": True}),
+    "capped": (64, 128, {"optimistic": True}),  # softcaps of "scores"
+    "masks": (128, 128, {"optimistic": True}),
+    "dense": (128, 128, {"optimistic": True, "held_queries": True}),
 }
 
 # For up to 64 queries, where loads bound: as many stages as fit, up to this many.
@@ -119,6 +123,7 @@ def candidates(
     group: int = 1,
     split: bool = False,
     asks_mask: bool = False,
+    capped: bool = False,
 ) -> tuple[Sm90Config, ...]:
     """What to build, the best first.
 
@@ -127,6 +132,7 @@ def candidates(
     split      key blocks are dealt out; always possible with few queries, whatever their keys
                are, so that a growing cache needs one kernel
     asks_mask  the mask reads captured tensors or is asked for each element, or weights are
+    capped     the score is a softcap of s
     """
     if q_len <= 64:
         return tuple(_few_queries(dim_qk, dim_v, dense_tile, packs(group, q_len)))
@@ -150,9 +156,20 @@ def candidates(
             )
         )
     configs = [x for x in configs if x.fits(dim_qk, dim_v, dense_tile)]
-    if column in OPTIMISTIC and largest == 128 and 96 < dim_qk <= 128 and not split and configs:
-        configs = [replace(configs[0], **OPTIMISTIC[column]), *configs]
+    kind = "capped" if capped and column == "scores" else column
+    if kind in OPTIMISTIC and not split and configs:
+        least, most, changes = OPTIMISTIC[kind]
+        if least <= largest <= most:
+            first = replace(configs[0], **changes)
+            configs = [first] * first.fits(dim_qk, dim_v, dense_tile) + configs
     return tuple(configs)
+
+
+def smallest(config: Sm90Config, dim_qk: int, dim_v: int) -> Sm90Config | None:
+    """One warpgroup in place of those of `config`, for more tiles."""
+    block_n = 128 if max(dim_qk, dim_v) <= 128 else 64
+    found = Sm90Config(64, block_n, longest_first=config.longest_first, ping_pong=False)
+    return found if found.fits(dim_qk, dim_v) else None
 
 
 def variations(config: Sm90Config, dim_qk: int, dim_v: int, dense: bool) -> list[Sm90Config]:

@@ -79,7 +79,7 @@ def capped(terms: Terms) -> float:
     coefficient = hoist._coefficient(terms.x.args[0], E.S)
     if coefficient is None or not coefficient.is_number:
         return 0.0
-    # The kernel takes powers of it up to the seventh.
+    # The kernel takes powers of it up to the fifth.
     return float(coefficient) if 1e-5 < coefficient < 1e5 else 0.0
 
 

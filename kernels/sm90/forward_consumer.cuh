@@ -130,15 +130,17 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
     wgmma_pin(s);
     release_k(last);
     constexpr bool capped = Weigher::kCapped && !Masked;
-    if constexpr (!capped) this->template modify<Masked>(t, s, block, base);
+    if (!capped || !softmax.small) this->template modify<Masked>(t, s, block, base);
     bool raise = this->must_raise(t, s, base);
     wgmma_wait<0>();
     wgmma_pin(out);
     release_v();
     if constexpr (capped) {
-      if (!raise && this->weigh_capped(t, s, weights)) return;
-      this->template modify<Masked>(t, s, block, base);
-      raise = true;
+      if (softmax.small) {
+        if (!raise && this->weigh_capped(t, s, weights)) return;
+        this->template modify<Masked>(t, s, block, base);
+        raise = true;
+      }
     }
     this->template weigh<Masked>(t, s, block, base, raise, weights, out);
   }

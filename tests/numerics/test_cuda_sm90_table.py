@@ -54,7 +54,7 @@ def shipped() -> list[Shipped]:
         for column in COLUMNS:
             tiles = candidates(
                 dim, dim, 4096, masked=column != "full", plain=column in ("full", "rows"),
-                dense_tile=column == "dense", asks_mask=column == "masks",
+                dense_tile=column == "dense", asks_mask=column == "masks", capped=column == "scores",
             )  # fmt: skip
             found += [(column, dim, x) for x in tiles]
         found += [("rows", dim, candidates(dim, dim, 4096, True, True, False, split=True)[0])]

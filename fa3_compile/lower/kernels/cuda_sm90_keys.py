@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from fa3_compile.lower.choose import Problem
-from fa3_compile.lower.config_sm90 import Sm90Config, candidates, split_count
-from fa3_compile.lower.cuda_terms import arrange, map_kind, mask_parts, named_mask
+from fa3_compile.lower.config_sm90 import Sm90Config, candidates, smallest
+from fa3_compile.lower.cuda_terms import arrange, capped, map_kind, mask_parts, named_mask
 from fa3_compile.lower.launch_cuda import describable
+from fa3_compile.lower.pace_sm90 import microseconds, work_of
 from fa3_compile.lower.remembered import remembered
 from fa3_compile.lower.render import aux_parameters
 from fa3_compile.lower.render_cuda import CudaKey
@@ -125,10 +126,9 @@ def keys_of(problem: Problem, layout: Layout) -> list[CudaKey]:
         choose = functools.partial(
             candidates, problem.dim, problem.v_dim, problem.q_len, spec.has_mask, is_plain(spec),
             tile is not None, group, asks_mask=asks_mask(spec),
+            capped=capped(arrange(spec.score)) > 0,
         )  # fmt: skip
-        configs, dealt = choose(), choose(split=True)
-        if dealt and _splits(problem, dealt[0]) > 1:
-            configs = dealt
+        configs = _paced(problem, choose(), choose(split=True), tile is not None)
         keys += _with_configs(
             spec, problem.dtype, problem.dim, problem.v_dim, configs, layout, tile
         )
@@ -149,12 +149,34 @@ def _with_configs(
     return tuple(CudaKey(spec, DTYPES[dtype], dim, v_dim, x, *rest) for x in configs)
 
 
-def _splits(problem: Problem, config: Sm90Config) -> int:
-    """The parts that unpacked tiles of a config would be dealt in."""
-    tiles = problem.batch * problem.heads * -(-problem.q_len // config.block_m)
-    if not tiles or not problem.kv_len:
-        return 1
-    return split_count(tiles, -(-problem.kv_len // config.block_n), processors(problem.device))
+# Beyond as many tiles for each processor, how they are dealt hardly matters.
+MANY_TILES = 4
+# What another tile, or dealing out keys, has to promise to be taken.
+GAIN = 1.05
+
+
+def _paced(
+    problem: Problem, configs: tuple[Sm90Config, ...], dealt: tuple[Sm90Config, ...], dense: bool
+) -> tuple[Sm90Config, ...]:
+    """The configs of the table, or another first where the table's tiles are few for the card."""
+    shape = (problem.batch * problem.heads, problem.q_len, problem.kv_len)
+    limit = MANY_TILES * processors(problem.device)
+    if not configs or not all(shape) or problem.q_len <= 64:
+        return configs
+    if shape[0] * -(-problem.q_len // configs[0].block_m) > limit:
+        return configs
+    work = work_of(problem.spec, *shape, max(problem.dim, problem.v_dim))
+    pace = functools.partial(microseconds, work=work, processors=processors(problem.device))
+    first = configs[0]
+    if not dense and not asks_mask(problem.spec):
+        low = [x for x in configs if x.block_m == 128][:1]
+        low += [x for x in (smallest(first, problem.dim, problem.v_dim),) if x is not None]
+        best = min(low, key=pace, default=first)
+        if pace(best) * GAIN < pace(first):
+            first = best
+    if dealt and pace(dealt[0]) * GAIN < pace(first):
+        return dealt
+    return (first, *(x for x in configs if x != first))
 
 
 @functools.cache

@@ -66,6 +66,13 @@ FA3_DEVICE Interval<T> united(Interval<T> x) {
   }
   return x;
 }
+// Ids are mostly small numbers: 2 instructions in place of 20 shuffles.
+FA3_DEVICE Interval<int64_t> united(const Interval<int64_t>& x) {
+  int low = static_cast<int>(x.low), high = static_cast<int>(x.high);
+  if (!__all_sync(~0u, low == x.low && high == x.high)) return united<int64_t>(x);
+  Interval<int> y = united(Interval<int>{low, high});
+  return {y.low, y.high};
+}
 
 // Appends the blocks chunk .. chunk + 31, one a lane, to the lists of a query block.
 struct BlockList {
