@@ -243,3 +243,16 @@ def test_nothing_of_a_call_stays_behind():
     for length in range(200, 300):
         call(q[:, :, :length], k, v, [], [])
     assert torch.cuda.memory_allocated() == before
+
+
+@each_family
+def test_a_first_call_that_a_graph_captures(family):
+    """Built, loaded and bound within the capture."""
+    call = Attention(PADDED.replace("0.125", "0.2") + f" #;kernels={family}", fixed=True)
+    q, k, v, keep = inputs(1024)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = call(q, k, v, [keep], [])
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, call(q, k, v, [keep], [])[0])
