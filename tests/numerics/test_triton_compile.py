@@ -49,7 +49,7 @@ HEADS = (64, 96, 128, 192, 256)
 VERSION = triton.__version__.rpartition(".")[0]
 # Bytes that are spilled, by architecture and head dim, or in decoding wide heads: on sm_100 their
 # output comes out of tensor memory at the end, in float32. Others are of other versions than 3.7.
-SPILLS = {(100, "decoding"): 432}
+SPILLS: dict[tuple[int, int | str], int] = {(100, "decoding"): 432}
 SPILLS |= {
     "3.6": {(100, 384): 16},
     "3.9": {
