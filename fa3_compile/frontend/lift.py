@@ -297,11 +297,16 @@ ROOTS = (torch.ops.aten.sqrt.default, torch.ops.aten.rsqrt.default)
 
 
 def _described(node: fx.Node) -> str:
-    """An operator by name; sums of rows are told from those of norms, whose root is taken."""
+    """An operator by name; sums that go back to the rows they are of are told from others, and
+    from those of norms, whose root is taken."""
     name = str(node.target)
     if not name.startswith("aten.sum.") or ROOTS[0] in (met := _met(node)) or ROOTS[1] in met:
         return name
-    return f"division by {name}" if met & {*DIVISIONS} else f"the sum of a row, {name}"
+    if met & {*DIVISIONS}:
+        return f"division by {name}"
+    keeps = len(node.args) > 2 and node.args[2] is True
+    unsqueezed = any(user.target is torch.ops.aten.unsqueeze.default for user in node.users)
+    return f"the sum of a row, {name}" if keeps or unsqueezed else name
 
 
 def _met(node: fx.Node) -> set:
