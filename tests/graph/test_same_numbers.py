@@ -153,6 +153,24 @@ def test_weights_that_are_not_themselves(name):
     assert "dead=zero" in specs(check(attention, *qkv(), hidden))
 
 
+UNDONE = {
+    "log of exp": lambda s: (200 * s).exp().log(),
+    "exp of log": lambda s: s.log().exp(),
+    "square of sqrt": lambda s: s.sqrt() ** 2,
+}
+
+
+@pytest.mark.parametrize("name", UNDONE)
+def test_functions_that_overflow_before_they_are_undone(name):
+    report = check(lambda q, k, v: attend(UNDONE[name](scores_of(q, k)), v), *qkv(), training=False)
+    assert not report.fused
+
+
+def test_the_root_of_a_square_is_the_size():
+    report = check(lambda q, k, v: attend((scores_of(q, k) ** 2).sqrt(), v), *qkv())
+    assert specs(report) == "attention(score=0.25*abs(s))"
+
+
 COMPARED_WITH_ITSELF = {
     "weights that are": lambda s: torch.where((p := s.softmax(-1)) == p, p, 0.0),
     "finite weights": lambda s: torch.where((p := s.softmax(-1)).isfinite(), p, 0.0),

@@ -13,6 +13,7 @@ from fa3_compile.frontend.lift import (
     Cheaper,
     Element,
     Lifter,
+    Opaque,
     element_of,
     shape_of,
     sym,
@@ -31,7 +32,16 @@ def _(node, index, ctx: Lifter) -> Element:
         _transcendental(node, ctx, base, exponent)
     if exponent.is_Float and float(exponent).is_integer():
         exponent = sympy.Integer(int(exponent))
-    return base**exponent
+    return _not_undone(node, base, base**exponent, sympy.Pow)
+
+
+def _not_undone(node: fx.Node, x: Expr, found: Expr, *functions: type) -> Expr:
+    """What a function makes of a score, unless sympy has cancelled it with its inverse: log(exp(s))
+    is infinite where exp overflows, exp(log(s)) and sqrt(s)**2 are NaN below 0."""
+    if E.S in x.free_symbols and x.has(sympy.exp, sympy.log, sympy.Pow):
+        if not found.has(*functions):
+            raise Opaque(node, "a function of the score and its inverse")
+    return found
 
 
 def _transcendental(node: fx.Node, ctx: Lifter, *args: Expr) -> None:
@@ -121,6 +131,9 @@ UNARY = {
 }
 
 
+INVERSES = {aten.exp.default: sympy.exp, aten.log.default: sympy.log}
+
+
 @element_of(*UNARY)
 def _(node, index, ctx: Lifter) -> Element:
     def function(x: Expr) -> Expr:
@@ -128,7 +141,9 @@ def _(node, index, ctx: Lifter) -> Element:
             # Torch's own answer: log(0) is -inf.
             return sym(node.target(torch.tensor(float(x), dtype=torch.float64)).item())
         _transcendental(node, ctx, x)
-        return UNARY[node.target](x)
+        found = UNARY[node.target](x)
+        inverse = INVERSES.get(node.target)
+        return found if inverse is None else _not_undone(node, x, found, inverse)
 
     return through_where(function, ctx.broadcast(node.args[0], index))
 
