@@ -117,6 +117,7 @@ def by_hand(choices: Choices, device: str) -> Program:
     # Where NaN is added to a row, eager's gradients of it are NaN too; ours are 0.
     dead = _has_dead_rows(masks, combine, sizes) or captured in MAY_HIDE_ALL
     additive = how == "logarithm" or how.startswith("added") and fill == "-inf"
+    additive = additive or (softmax in parts.UNNORMALISED and mutant == "renormalised weights")
     run: dict[str, Any] = {
         "dtype": dtype,
         "dynamic": one_of("dynamic", None, None, None, True) if layout not in STATIC else None,
@@ -148,7 +149,7 @@ def by_hand(choices: Choices, device: str) -> Program:
     other = modifiers[-1:] != ["CogView"] or masks or captured or sink
     maximum = "CogView" in modifiers and (other or plain or softmax == "off by one")
     # 0 * -inf is NaN, and fusing would lose that.
-    infinite = how == "both" and masks and captured in ("padding", "lengths")
+    infinite = how == "both" and masks and captured in ("padding", "empty sequence", "lengths")
     # Eager does not normalise a row of one finite fill, spelled so.
     filled = softmax == "logsumexp" and (masks or captured)
     autocast = context == "autocast"
