@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 from sympy.logic.boolalg import Boolean, BooleanAtom
@@ -170,7 +171,7 @@ class Hoister:
         self._known = known
         self._in_loop: dict[sympy.Basic, sympy.Symbol] = {}
 
-    def place(self, expr):
+    def place(self, expr) -> Any:
         """The expression with its parts replaced by the symbols of statements."""
         if not expr.args or expr.is_number:
             return expr
@@ -179,7 +180,7 @@ class Hoister:
             return self._named(expr, E.load(*index))
         if isinstance(expr, sympy.core.relational.Relational) and level(expr) == ELEMENT:
             return self._compared(expr)
-        if isinstance(expr, E.where) and (bias := bias_of(expr)) is not None:
+        if expr.func is E.where and (bias := bias_of(expr)) is not None:
             return self._biased(expr, *bias)
         if isinstance(expr, (sympy.Add, sympy.Mul, sympy.And, sympy.Or, sympy.Max, sympy.Min)):
             return self._grouped(expr)
@@ -188,7 +189,7 @@ class Hoister:
             return self._named(expr, placed)
         return placed
 
-    def _biased(self, expr, fill, mask):
+    def _biased(self, expr, fill: E.Expr, mask: E.Expr) -> E.Expr:
         """fill * (mask - 1) with a name for the difference: as terms of a sum, or of parts of it,
         fill * mask may overflow."""
         below = self.place(mask - 1)
