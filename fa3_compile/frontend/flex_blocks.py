@@ -16,11 +16,16 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fa3_compile.errors import Decline
+from fa3_compile.frontend.dynamo_graph import example_value
+from fa3_compile.frontend.mutations import is_mutation
+from fa3_compile.frontend.sizes import hint
 
 # PyTorch's block size for "no BlockMask at all".
 WHOLE = 1 << 30
 # How many unlisted and how many FULL blocks are looked at, and how many rows and columns of each.
 BLOCKS, POSITIONS = 32, 128
+# How many calls lie between an input and a list that is made of it.
+STEPS = 12
 HINT = "Say what the lists say in mask_mod, or make the BlockMask by create_block_mask."
 
 
@@ -114,8 +119,46 @@ def _block(at, lengths, sizes, mask_mod, captures, device) -> Tensor | None:
 
 
 def _value(x: fx.Node | None) -> Tensor | None:
+    """What a tensor holds in the call that is being compiled: an input of the compiled function,
+    or what is computed of inputs in a few steps, as the rows of blocks that are being decoded."""
+    if x is None or x.op == "placeholder":
+        return _input(x)
+    if _from_create_block_mask(x):
+        return None
+    try:
+        with unset_fake_temporarily(), torch.no_grad():
+            value = _computed(x, {}, STEPS)
+    except Exception:  # whatever it is, nothing is known of its result
+        return None
+    return value if isinstance(value, Tensor) and not _is_fake(value) else None
+
+
+def _computed(x: fx.Node, known: dict[fx.Node, Any], steps: int) -> Any:
+    """The value of a node, by running what it is made of: integers, since blocks that are selected
+    by scores may be others in the next call."""
+    if x in known:
+        return known[x]
+    if x.op == "placeholder":
+        value = _input(x)
+        if value is None and isinstance(example_value(x), (int, torch.SymInt)):
+            value = hint(example_value(x))
+        if value is None:
+            raise ValueError(x.op)
+    elif steps == 0 or x.op not in ("call_function", "call_method") or is_mutation(x):
+        raise ValueError(x.op)
+    else:
+        args, kwargs = fx.node.map_arg((x.args, x.kwargs), lambda n: _computed(n, known, steps - 1))
+        run = getattr(args[0], str(x.target)) if x.op == "call_method" else x.target
+        value = run(*args[x.op == "call_method" :], **kwargs)  # pyright: ignore
+    if isinstance(value, Tensor) and value.is_floating_point():
+        raise ValueError(x.op)
+    known[x] = value
+    return value
+
+
+def _input(x: fx.Node | None) -> Tensor | None:
     """What an input of the compiled function holds in the call that is being compiled."""
-    argument = x.meta.get("grapharg") if x is not None and x.op == "placeholder" else None
+    argument = x.meta.get("grapharg") if x is not None else None
     try:
         value = argument.example if argument is not None else None
     except (AssertionError, AttributeError):  # erased: nothing is known

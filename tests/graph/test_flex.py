@@ -514,6 +514,23 @@ class TestBlockLists:
         made = block_mask(lambda b, h, q, kv: q >= 0)
         assert self.outcome(made) == "attention(score=0.25*s)"
 
+    @pytest.mark.parametrize("offset", [8, 0], ids=["moved", "not moved"])
+    def test_rows_of_blocks_taken_inside(self, offset):
+        # As gpt-fast decodes: the mask's blocks of one row, and a mask_mod that counts from there.
+        made = block_mask(causal)
+
+        def attention(q, k, v, position):
+            rows = made[:, :, position // 8]
+            rows.mask_mod = lambda b, h, q, kv: causal(b, h, q + position[0] if offset else q, kv)
+            rows.seq_lengths = (8, S)
+            return flex_attention(q, k, v, block_mask=rows)
+
+        q, k, v = (x.detach() for x in qkv())
+        inputs = q[:, :, :8].contiguous(), k, v, torch.tensor([8])
+        # PyTorch's eager code does not look at the lists: only what was moved is what they say.
+        found = specs(check(attention, *inputs, training=False))
+        assert found.startswith("attention(" if offset else "trace: block-lists")
+
     def test_computed_by_the_program(self):
         def attention(q, k, v):
             means = q.view(B, H, 3, 8, D).mean(3) @ k.view(B, H, 3, 8, D).mean(3).mT
