@@ -5,8 +5,9 @@
 The way is taken step by step: the kernels on tensors as benchmarks/sm90_backward_dev.py makes them;
 dO in memory as [B, S, H, D]; heads as a batch, as a batch of one is compiled; the compiled graph
 given dO in the layout of its output, and given one of another layout, which AOTAutograd copies.
-cuDNN beside it with dO of either layout. For each: its median in rounds of shuffled order, when it
-follows cuDNN, and when it follows itself, the clock it ends at, and its kernels' times.
+cuDNN beside it with dO of either layout. For each: the tile that was bound, its median
+in rounds of shuffled order, when it follows cuDNN, and when it follows itself, the clock it ends
+at, and its kernels' times.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import cases, contenders
-from benchmarks.sm90_backward_dev import backward_problem
+from benchmarks.sm90_backward_dev import backward_problem, last_bound
 from benchmarks.sm90_dev import Timed, made, timed
 from benchmarks.sm90_dev import interleaved as in_order
 from fa3_compile.lower.kernels import cuda_sm90_backward as backward
@@ -48,7 +49,15 @@ def direct(case: Timed, q: Tensor, k: Tensor, v: Tensor, aux, dout: Tensor) -> C
     def call():
         return backward.run_backward(problem, dout, None, q, k, v, out, lse, aux, (), needs)
 
+    call()
+    print("  direct:", bound_last())
     return call
+
+
+def bound_last() -> str:
+    """The tile of the backward that was bound last."""
+    bound = last_bound()
+    return "another family" if bound is None else str(bound.config)
 
 
 def bshd(x: Tensor) -> Tensor:
@@ -78,6 +87,7 @@ def calls_of(case: Timed) -> dict[str, Call]:
         assert compiled is not None
         out = compiled(*leaves)
         torch.autograd.grad(out, leaves, dout, retain_graph=True)
+    print("  compiled:", bound_last())
     print("  output's strides", out.stride(), "dO's", dout.stride(), bshd(dout).stride())
     found["compiled, dO as out"] = graded(out, torch.empty_like(out).copy_(dout))
     found["compiled, dO bshd"] = graded(out, bshd(dout))
