@@ -119,8 +119,9 @@ LARGE = 3e4
 
 def may_be_huge(score: E.Expr) -> bool:
     """Whether a score can be so large that its LSE does not hold the logarithm of a sum, up to
-    float32's limits: masks given as large negative biases or as fills."""
-    if any(level(x) != HEAD for x in E.loads_in(score)):
+    float32's limits: masks given as large negative biases or as fills, of whole heads too."""
+    terms = [x.as_coeff_Mul()[1] for x in sympy.Add.make_args(score)]
+    if any(level(x) != HEAD or x in terms for x in E.loads_in(score)):
         return True
     if any(abs(x) > LARGE for x in score.atoms(sympy.Number)) or score.has(sympy.oo, -sympy.oo):
         return True

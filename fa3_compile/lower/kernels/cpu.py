@@ -21,6 +21,7 @@ from fa3_compile.lower.choose import Gradients, Kernel, Problem, register
 from fa3_compile.lower.elements import Shape, elements
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.expr import KV, Boolean, Expr, Q, S, depends_on, load, loads_in, where
+from fa3_compile.spec.fills import OUT_OF_REACH
 from fa3_compile.spec.simplify import bias_of
 
 CAUSAL = sympy.Le(KV, Q)
@@ -42,6 +43,27 @@ def _may_hide_twice(score: Expr) -> bool:
     return len(masks) > 1 or any(len(x) > 1 for x in masks)
 
 
+def _may_hide(term: Expr) -> bool:
+    """Whether a term of the bias may be as low as a mask's fill where no condition of the spec's
+    mask says so: what is read, by position or as it is, and a large number that is chosen. ALiBi's
+    slopes, read by head and multiplied by a distance, may not."""
+    if (bias := bias_of(term)) is not None:
+        return -MASKED < bias[0] < -OUT_OF_REACH
+    if isinstance(term.as_coeff_Mul()[1], load):
+        return True
+    by_position = any(depends_on(x, [Q, KV]) for x in loads_in(term))
+    chosen = {y for x in term.atoms(where) for y in x.args[1:] if y.is_number}
+    return by_position or any(y <= MASKED for y in chosen)
+
+
+def _may_weigh_some(spec: AttentionSpec, bias: Expr) -> bool:
+    """Whether a row whose scores are all those of masked keys may still weigh some keys and not
+    others, of which the LSE does not hold how many: by a bias that hides keys beside a mask, or
+    beside another such bias."""
+    hiding = [x for x in sympy.Add.make_args(bias) if _may_hide(x)]
+    return bool(hiding) and (spec.has_mask or len(hiding) > 1 or len(loads_in(*hiding)) > 1)
+
+
 @dataclass(frozen=True)
 class _Plan:
     """How the spec is said to ATen: softmax of scale * s + where(mask, bias, masked scores).
@@ -58,11 +80,11 @@ class _Plan:
 
     @property
     def bias_may_mask(self) -> bool:
-        """Whether the bias can be an additive mask: a load by q or kv (slopes are by b or h), or
-        one that a condition chooses, as a fill that is known only when it runs."""
-        by_position = any(depends_on(x, [Q, KV]) for x in loads_in(self.bias))
+        """Whether the bias can be an additive mask: a load by q or kv, or of a whole head, or one
+        that a condition chooses, as a fill that is known only when it runs."""
+        hides = any(map(_may_hide, sympy.Add.make_args(self.bias)))
         chosen = any(x.has(load) for x in self.bias.atoms(where))
-        return by_position or chosen or self.bias.has(sympy.oo, -sympy.oo)
+        return hides or chosen or self.bias.has(sympy.oo, -sympy.oo)
 
     @property
     def masked_scale(self) -> float:
@@ -208,6 +230,8 @@ class Cpu(Kernel):
             return "ATen's flash kernel has no gradient for a bias"
         if _may_hide_twice(problem.spec.score):
             return "a row that two added masks hide has weights that its LSE does not hold"
+        if _may_weigh_some(problem.spec, _made(problem).bias):
+            return "a row of masked keys may have weights that its LSE does not hold"
         return None
 
     def run_backward(self, problem, dout, dlse, q, k, v, out, lse, aux, sizes, needs) -> Gradients:
