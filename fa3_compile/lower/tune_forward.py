@@ -90,6 +90,7 @@ WIDE[12, 0] = WIDE[8, 9]
 # Where V is a part of K, which is in shared memory once: up to a width of 576.
 WIDE_SHARED = {(9, 0): C(64, 64, 8, 2, tma=True), (8, 9): C(32, 32, 8, 2)}
 WIDE_SHARED[12, 0] = WIDE_SHARED[8, 9]
+WIDE_SHARED_FEW = C(16, 32, 4, 3)  # everywhere, for up to 16 rows
 WIDE_FLOAT32 = {x: {1024: C(16, 16, 8, 1)} for x in WIDE}
 WIDE_FLOAT32 |= {x: {768: C(16, 16, 8, 1)} for x in ((8, 9), (12, 0))}
 # Devices that share another's row: the shared memory of sm_86 is sm_89's, of sm_87 sm_80's.
@@ -126,8 +127,11 @@ def table_config(problem: Problem, shared: bool = False) -> TritonConfig:
 
 def _wide_config(problem: Problem, shared: bool) -> TritonConfig:
     arch, width = _row(problem), max(padded(problem.dim), padded(problem.v_dim))
-    if shared and width <= 576 and arch in WIDE_SHARED and bits(problem.dtype) == 16:
-        return WIDE_SHARED[arch]
+    if shared and width <= 576 and bits(problem.dtype) == 16:
+        if problem.q_len * problem.group <= WIDE_SHARED_FEW.block_q:
+            return WIDE_SHARED_FEW
+        if arch in WIDE_SHARED:
+            return WIDE_SHARED[arch]
     return next(x for largest, x in _wide_tiles(problem).items() if width <= largest)
 
 

@@ -190,10 +190,21 @@ def check_room(kernel, arch: int) -> None:
     assert getattr(kernel.metadata, "tmem_size", 0) <= 512
 
 
+@pytest.mark.parametrize("arch", [80, 89, 90, 100])
+def test_decoding_of_few_latent_heads(arch: int, tmp_path) -> None:
+    """As tensor parallelism leaves them to each of eight GPUs."""
+    asked = replace(problem(FULL, 576, arch), **LATENT | {"heads": 16}, q_len=1)
+    config = tune_forward.table_config(asked, shared=True)
+    assert config.block_q == 16 and config.packed
+    kernel = compiled(asked, config, split=True, shared=True)
+    assert spilled_bytes(kernel, arch, tmp_path) == 0
+    check_room(kernel, arch)
+
+
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_decoding_of_latent_attention(arch: int, tmp_path) -> None:
     """V, which is a part of K, is loaded once; the parts of a split are put together."""
-    asked = replace(problem(FULL, 576, arch, length=4096), **LATENT, q_len=1)
+    asked = replace(problem(FULL, 576, arch), **LATENT, q_len=1)
     config = tune_forward.table_config(asked, shared=True)
     kernel = compiled(asked, config, split=True, shared=True)
     assert spilled_bytes(kernel, arch, tmp_path) <= SPILLS.get((arch, "decoding"), 0)
