@@ -239,14 +239,25 @@ struct BackwardBlock {
         if (before >= 0) await(rounded(before), Pieces::kPieces * p.group * p.query_blocks);
       }
       int i = 0;
-      if (seq.count > 0) {
-        // The first queries' stage is free before K and V of the last tile are: they are there when
-        // these come.
+      // The first queries' stage is free before K and V of the last tile are: they are there when
+      // these come. With listed query blocks there are no registers for that.
+      if (!Variant::kBlockMap && seq.count > 0) {
         load(at, seq.block(0), tile.head * p.group, tile.batch, tile.query_block);
         at.advance();
-        load_keys(kv, tile);
         i = 1;
       }
+      mbarrier_wait(barrier(kKVEmpty), kv.parity() ^ 1);
+      uint32_t full = barrier(kKVFull);
+      kv.advance();
+      if (seq.count == 0) {
+        mbarrier_arrive(full);
+        continue;
+      }
+      mbarrier_expect(full, KTile::kBytes + VTile::kBytes);
+      KTile::load(shared + kAtK, p.k, full, kEvictFirst, tile.query_block * kN, tile.head,
+                  tile.batch);
+      VTile::load(shared + kAtV, p.v, full, kEvictFirst, tile.query_block * kN, tile.head,
+                  tile.batch);
       for (int head = tile.head * p.group; head < (tile.head + 1) * p.group; ++head) {
 #pragma unroll 1
         for (; i < seq.count; ++i) {
@@ -255,20 +266,7 @@ struct BackwardBlock {
         }
         i = 0;
       }
-      if (Config::kFinishes && seq.count == 0) {
-        mbarrier_wait(barrier(kKVEmpty), kv.parity() ^ 1);
-        mbarrier_arrive(barrier(kKVFull));
-      }
-      kv.advance();
     }
-  }
-
-  FA3_DEVICE void load_keys(PipelineState<1> kv, const TileCoord& tile) const {
-    mbarrier_wait(barrier(kKVEmpty), kv.parity() ^ 1);
-    uint32_t full = barrier(kKVFull);
-    mbarrier_expect(full, KTile::kBytes + VTile::kBytes);
-    KTile::load(shared + kAtK, p.k, full, kEvictFirst, tile.query_block * kN, tile.head, tile.batch);
-    VTile::load(shared + kAtV, p.v, full, kEvictFirst, tile.query_block * kN, tile.head, tile.batch);
   }
 
   // The next tile, or the same of the next batch.
