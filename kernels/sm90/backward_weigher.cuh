@@ -152,8 +152,10 @@ struct BackwardWeigher : BackwardBlock<Config, Variant> {
             x = Variant::score(x, t.at, t.head, row, t.col[r], q, key(t, r), extra);
           if constexpr (Variant::kAffine) x += base[r];
           float exponent = fmaf(x, t.scale, -offset);
+          // Not as an FMA with the score's last product: near float32's limits what that rounds off
+          // is not small.
           if constexpr (Variant::kWideScores)
-            exponent = fmaf(x - offset, t.scale, -norm[j % 2 * 2 + e]);
+            exponent = fmaf(__fsub_rn(x, offset), t.scale, -norm[j % 2 * 2 + e]);
           float weight = exp2_approx(exponent);
           if constexpr (Masked) {
             bool seen;

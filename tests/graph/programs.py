@@ -164,7 +164,9 @@ def by_hand(choices: Choices, device: str) -> Program:
     # A factor between the product and the division is not looked through.
     odd = odd or (softmax == "divided late" and of_values == "baddbmm")
     # A function of a masked score may make something else of its fill.
-    odd = odd or symbols or late
+    # The lengths of K and V are halves of the tensors', and not known to be those of the scores.
+    halved = run["dynamic"] and layout == "every other key"
+    odd = odd or symbols or halved or late
     # Two attentions; and weights without a softmax whose NaN are replaced.
     odd = odd or use == "shared K and V" or (plain and after in ("nan_to_num", "isnan"))
     if expected == "fused" and (mutant or odd) or mutant in OF_ELEMENTS and plain:

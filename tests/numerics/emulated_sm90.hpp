@@ -23,6 +23,7 @@ struct dim3_ { unsigned x, y, z; };
 inline int2 make_int2(int x, int y) { return {x, y}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float __fdividef(float x, float y) { return x / y; }
+inline float __fsub_rn(float x, float y) { return x - y; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 namespace emulated {

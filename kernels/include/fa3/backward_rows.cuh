@@ -139,7 +139,7 @@ struct RowTerms {
       for (int d = 0; d < Config::kDimQK; ++d) s = fmaf(ldg(query + d), ldg(key + d), s);
       float tile = Variant::dense(at, head, row, col, q, kv, 0.0f);
       float x = Variant::score(s, at, head, row, col, q, kv, tile);
-      total += exp2_approx((x - lse) * kLog2e);
+      total += exp2_approx(__fsub_rn(x, lse) * kLog2e);
     }
 #pragma unroll
     for (int lanes = 16; lanes > 0; lanes /= 2) total += __shfl_xor_sync(~0u, total, lanes);
