@@ -181,7 +181,8 @@ class Hoister:
             return self._named(expr, E.load(*index))
         if isinstance(expr, sympy.core.relational.Relational) and level(expr) == ELEMENT:
             return self._compared(expr)
-        if expr.func is E.where and (bias := bias_of(expr)) is not None:
+        bias = bias_of(expr)  # pyright: ignore[reportArgumentType]
+        if bias is not None:
             return self._biased(expr, *bias)
         if isinstance(expr, (sympy.Add, sympy.Mul, sympy.And, sympy.Or, sympy.Max, sympy.Min)):
             return self._grouped(expr)
