@@ -37,7 +37,7 @@ def test_a_distance_is_split_into_lane_row_and_block():
 
 
 def test_what_keys_do_not_change_goes_to_the_shift():
-    logits = hoist.arrange(parse("s + load(0, h)*3.0 + q*0.5"))
+    logits = hoist.arrange(parse("s + h*3.0 + q*0.5"))
     assert logits.x == S
     assert {x.name for x in logits.shift.free_symbols} == {"h", "q"}
 
@@ -49,6 +49,9 @@ def test_what_keys_do_not_change_goes_to_the_shift():
         "s + load(0, b, h, q, kv)",
         "where(kv - q <= 0, s, -1e38)",
         "s + load(0, q)",
+        "s + load(0, h)*3.0",
+        "where(kv - q <= 0, s, -5e8)",
+        "where(kv - q <= 0, s, 0.5*load(0))",
     ],
 )
 def test_what_may_hold_a_mask_stays_in_natural_units(score):
