@@ -53,7 +53,7 @@ def _may_hide(term: Expr) -> bool:
         return True
     by_position = any(depends_on(x, [Q, KV]) for x in loads_in(term))
     chosen = {y for x in term.atoms(where) for y in x.args[1:] if y.is_number}
-    return by_position or any(y <= MASKED for y in chosen)
+    return by_position or any(float(y) <= MASKED for y in chosen)  # pyright: ignore
 
 
 def _may_weigh_some(spec: AttentionSpec, bias: Expr) -> bool:
