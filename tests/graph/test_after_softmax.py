@@ -451,11 +451,11 @@ class TestGates:
         assert_expected_inline(specs(report), """check: scores-read""")
 
     def test_of_the_head_dimension(self):
-        # One weight an element of V: no product of matrices.
+        # V weighed element by element: no product of matrices.
         def attention(q, k, v):
             return (weights_of(q, k)[..., None] * v[:, :, None]).sum(-2)
 
-        assert specs(check(attention, *qkv())) == ""
+        assert specs(check(attention, *qkv())) == "detect: no-product"
 
 
 class TestDifferences:
