@@ -17,7 +17,8 @@ from fa3_compile.lower.config import (
 from fa3_compile.lower.hoist import arrange
 from fa3_compile.lower.render import padded
 from fa3_compile.spec.attention import AttentionSpec
-from fa3_compile.spec.expr import KV, Q, S, loads_in
+from fa3_compile.spec.blocks import kv_bounds, kv_full_bounds
+from fa3_compile.spec.expr import KV, H, Q, S, loads_in
 
 # Beside the table's choice.
 QUICK = 4
@@ -151,11 +152,18 @@ def _row(problem: Problem) -> tuple[int, int]:
 
 def _packed(problem: Problem, config: TritonConfig) -> TritonConfig:
     """With the rows of all heads that share a KV head in a tile, where few queries or wide heads
-    make it worthwhile, and no more rows than there are."""
+    make it worthwhile, and no more rows than there are. A tile has one range of KV blocks, so that
+    heads whose masks end at different keys have tiles of their own."""
     packed = problem.group > 1 and (is_wide(problem) or problem.q_len <= FEW_QUERIES)
+    packed = packed and not _bounded_by_head(problem.spec)
     rows = problem.q_len * problem.group if packed else problem.q_len
     warps = config.num_warps if is_wide(problem) else 4
     return replace(config, packed=packed).for_rows(rows, warps)
+
+
+def _bounded_by_head(spec: AttentionSpec) -> bool:
+    bounds = *kv_bounds(spec.mask, Q, Q), *kv_full_bounds(spec.mask, Q, Q)
+    return any(H in x.free_symbols for x in bounds)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -79,7 +79,9 @@ class Attention:
             # Made from (otherwise, lse): of no argument anything but the address is looked at.
             fixed = getattr(call, "fixed", None)
             aligned = not any(x.data_ptr() & 15 for x in tensors)
-            if self.fixed and aligned and fixed is not None:
+            # The first stays: layers hand lists of KV blocks on to who has the same `call`, and
+            # those of another layout have tiles of other sizes.
+            if self.fixed and aligned and fixed is not None and self.call == self._found_again:
                 self.call = fixed(self._found_again, self.lse)
         return call(q, k, v, aux)
 

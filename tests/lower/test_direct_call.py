@@ -157,6 +157,35 @@ def test_addresses_that_are_not_aligned_are_bound_apart(family):
     assert family.binds == 2
 
 
+def test_the_first_layout_keeps_the_call_that_shares_lists(monkeypatch):
+    """Another layout's blocks are of another size: it must never read what the first one left."""
+    handed_on = []
+
+    def bind(self, q, k, v, aux, sizes):
+        def call(q, k, v, aux):
+            return q, v
+
+        def fixed(otherwise, lse):
+            def at_once(q_, k_, v_, aux, sizes, shared=None):
+                if v_.shape != v.shape:
+                    return otherwise(q_, k_, v_, aux, sizes, shared)
+                handed_on.append((v.shape, shared))
+                return call(q_, k_, v_, aux)
+
+            return at_once
+
+        call.fixed = fixed
+        return call
+
+    monkeypatch.setattr(launch.Attention, "_bind", bind)
+    attention = launch.Attention(f"{SPEC} #;kernels=counting", fixed=True)
+    (q, k, v), shared = inputs(), []
+    for values in (v, v, v[..., :4].contiguous(), v):
+        attention.call(q, k, values, [], [], shared)
+    assert [x for x, _ in handed_on] == [v.shape] * 2
+    assert all(x is shared for _, x in handed_on)
+
+
 MASKED = "attention(score=0.25*s, mask=load(0, b, kv) != 0, dead=nan, aux=[int])"
 
 

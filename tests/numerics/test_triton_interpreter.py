@@ -146,6 +146,8 @@ CASES = [
     Case("latent, V in K", f"score=0.1*s, mask={CAUSAL}", (2, 4, 1, 5, 21, 576, 512), BF16, layout="latent", packed=True),
     Case("latent, V in K, fill, split", f"score=0.1*s, mask={WINDOW}, dead=score, fill={MIN}", (1, 2, 1, 40, 19, 272, 264), layout="latent", parts=2),
     Case("packed, causal", f"score=0.25*s, mask={CAUSAL}", (1, 6, 2, 37, 45, 16, 16), packed=True),
+    Case("few queries, window by head", "score=0.25*s, mask=(kv <= q) & (q - kv <= 4*h + 4)", (1, 4, 2, 20, 45, 16, 16), block=None),
+    Case("few queries, causal in some heads", "score=0.25*s, mask=(kv <= q) & ((h < 2) | (q - kv < 8))", (1, 4, 2, 20, 45, 16, 16), block=None),
     Case("packed, three heads, window, alibi", f"score=0.25*s + {SLOPES}*(kv - q), mask={WINDOW}", (1, 6, 2, 37, 45, 16, 16), aux=("slopes",), packed=True),
     Case("packed, bias, one query", "score=0.25*s + load(0, b, h, 0, kv)", (2, 4, 1, 1, 45, 16, 16), aux=("bias",), packed=True),
     Case("packed, temperature by row, sink", f"score=s*load(0, b, q), sinks=[load(1, 0, h, 0, 0)], mask={CAUSAL}", (1, 4, 2, 20, 45, 16, 16), aux=("rows", "slopes"), packed=True),

@@ -181,6 +181,6 @@ def _paced(
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    if not torch.cuda.is_available():
-        return 132  # where kernels are only built
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 132  # where kernels are only built, or interpreted
     return torch.cuda.get_device_properties(device).multi_processor_count
