@@ -347,7 +347,7 @@ def logarithm(element: Expr, at: fx.Node) -> Expr:
     if element == 1:
         return sympy.S.Zero
     if element.is_number and element.is_positive:
-        return sympy.Float(sympy.log(element))
+        return sympy.log(sympy.Float(element))
     if isinstance(element, where):
         condition, a, b = element.args
         return where(condition, logarithm(a, at), logarithm(b, at))

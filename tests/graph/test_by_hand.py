@@ -85,6 +85,15 @@ class TestSoftmaxOne:
         )
 
 
+    def test_whole_numbers_of_each_key(self):
+        # Every other key counts five times: log 5 is added to its score.
+        def normalise(s):
+            e = s.exp() * torch.where(torch.arange(S) % 2 == 0, 5, 1)
+            return e / e.sum(-1, keepdim=True)
+
+        assert repr(math.log(5)) in became(of_weights(normalise))
+
+
 class TestSums:
     """What the exponentials are divided by."""
 
