@@ -10,7 +10,7 @@ from fa3_compile.errors import NOTHING, Decline
 from fa3_compile.frontend.dynamo_graph import example_value
 from fa3_compile.frontend.region import Region
 from fa3_compile.lower.choose import Choice, Problem, choose
-from fa3_compile.lower.dispatch import built_backward
+from fa3_compile.lower.dispatch import built_backward, read_as
 from fa3_compile.options import Options
 from fa3_compile.report import Tiles
 from fa3_compile.resources import source_hash
@@ -47,7 +47,7 @@ def problem_of(region: Region) -> Problem:
         kv_len=_hint(region.key_length, region),
         dim=_hint(region.width, region),
         v_dim=_hint(layout.total(layout.head_dim), region),
-        aux_dtypes=tuple(x.dtype for x in region.loads),
+        aux_dtypes=tuple(read_as(x.dtype) for x in region.loads),
         needs_grad=graded
         and any(x.requires_grad for x in values)
         or any(x.needs_grad for x in (*region.loads, *region.factor_loads)),

@@ -30,6 +30,9 @@ def fold(node: fx.Node, index: Index) -> Element:
         return _element(first)
     if value.dtype == torch.bool or not _exact_integers(value):
         raise Opaque(node, "a computed table")
+    if not value.dtype.is_floating_point:
+        value = value.long()  # 0 - 1 wraps around in uint8
+        first = first.long()
     position = _element(first)
     for dim, size in enumerate(value.shape):
         if size > 1:
@@ -42,7 +45,7 @@ def fold(node: fx.Node, index: Index) -> Element:
 
 def _exact_integers(value: torch.Tensor) -> bool:
     if not value.dtype.is_floating_point:
-        return bool((value.abs() < 1 << 31).all())  # as kernels compute positions
+        return bool((value.double().abs() < 1 << 31).all())  # as kernels compute positions
     exact = value.dtype in (torch.float32, torch.float64)
     return exact and bool(((value == value.round()) & (value.abs() < 1 << 24)).all())
 

@@ -1,6 +1,6 @@
 """Where an element that a kernel computes would not be the program's: numbers of narrow integers
 wrap around, those of 64 bits do not where 32 would, half precision has no large numbers, and
-float64 has digits that float32 has not."""
+float64 and uint64 have digits that float32 and int64 have not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from fa3_compile.frontend.operands import is_movement
 from fa3_compile.spec.expr import Expr, load, loads_in, where
 from fa3_compile.spec.index import bounds
 
-NARROW = (torch.uint8, torch.int8, torch.int16)
+# Types that positions and their differences may be beyond.
+NARROW = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.uint32, torch.uint64)
+# What kernels read as int64 (lower/dispatch.py widens the others).
+READ_AS_INT64 = (torch.int64, torch.uint32, torch.uint64)
 # Ids, positions and lengths are below this: sums and differences of two of them fit into int32.
 LARGEST_ID = 1 << 30
 
@@ -34,13 +37,13 @@ def check_same_numbers(node: fx.Node, element: Element, ctx: Lifter) -> None:
             raise Opaque(node, "integers beyond 32 bits")
     if node not in ctx.inside and element.atoms(load) and _overflows(element, value.dtype):
         raise Opaque(node, f"numbers that {value.dtype} does not hold")
-    if node not in ctx.inside and element.atoms(load) and any(map(_is_double, node.args)):
-        raise Opaque(node, "arithmetic in float64")
+    if node not in ctx.inside and element.atoms(load) and any(map(_is_widest, node.args)):
+        raise Opaque(node, "arithmetic in float64 or uint64")
 
 
 def _reads_int64(element: Expr, ctx: Lifter) -> bool:
     """Whether kernels compute it in 64 bits, as what is read is."""
-    return any(ctx.loads[x.tensor].dtype == torch.int64 for x in loads_in(element))
+    return any(ctx.loads[x.tensor].dtype in READ_AS_INT64 for x in loads_in(element))
 
 
 def _is_large_product(element: Expr, ctx: Lifter) -> bool:
@@ -75,9 +78,9 @@ def _overflows(element: Element, dtype: torch.dtype) -> bool:
     return bool(torch.tensor(largest, dtype=torch.float64).to(dtype).isinf())
 
 
-def _is_double(argument) -> bool:
+def _is_widest(argument) -> bool:
     value = argument.meta["val"] if isinstance(argument, fx.Node) else None
-    return isinstance(value, torch.Tensor) and value.dtype == torch.float64
+    return isinstance(value, torch.Tensor) and value.dtype in (torch.float64, torch.uint64)
 
 
 def _fits(element: Expr, dtype: torch.dtype, ctx: Lifter) -> bool:

@@ -37,6 +37,22 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
+# What captured integers are read as: arithmetic does not overflow there, as 0 - 1 does in uint8,
+# and PyTorch has it, as it has not for uint16 and wider.
+WIDENED = dict.fromkeys((torch.uint8, torch.int8, torch.int16, torch.uint16), torch.int32)
+WIDENED |= dict.fromkeys((torch.uint32, torch.uint64), torch.int64)
+
+
+def read_as(dtype: torch.dtype) -> torch.dtype:
+    """The type in which kernels read a captured tensor of this one."""
+    return WIDENED.get(dtype, dtype)
+
+
+def widened(aux: Sequence[Tensor]) -> list[Tensor]:
+    """Captured tensors in the types that kernels read."""
+    return [x.to(WIDENED[x.dtype]) if x.dtype in WIDENED else x for x in aux]
+
+
 def make_problem(
     text: str,
     q: Tensor,
@@ -60,7 +76,7 @@ def make_problem(
         q.device,
         _capability(q.device),
         *lengths,
-        aux_dtypes=tuple(x.dtype for x in aux),
+        aux_dtypes=tuple(read_as(x.dtype) for x in aux),
         needs_grad=any(needs),
         aux_needs_grad=tuple(needs[3:]) or (False,) * len(aux),
         autotune=options.get("autotune", "none"),
@@ -73,14 +89,6 @@ def allowed_kernels(options: Mapping[str, str]) -> tuple[str, ...] | None:
     """The families that the spec text's options allow; None for the default."""
     names = options.get("kernels")
     return tuple(names.split(",")) if names else None
-
-
-NARROW = (torch.uint8, torch.int8, torch.int16)
-
-
-def widened(aux: Sequence[Tensor]) -> list[Tensor]:
-    """Captured integers in a type that arithmetic does not overflow: 0 - 1 is 255 in uint8."""
-    return [x.to(torch.int32) if x.dtype in NARROW else x for x in aux]
 
 
 def wants_verification(options: Mapping[str, str]) -> bool:
@@ -109,12 +117,10 @@ def built_backward(problem: Problem, allowed: tuple[str, ...] | None) -> Kernel:
     return choose_backward(problem, allowed)
 
 
-def is_direct(
-    kernel: Kernel, options: Mapping[str, str], aux_dtypes: Sequence[torch.dtype]
-) -> bool:
+def is_direct(kernel: Kernel, options: Mapping[str, str], aux: Sequence[Tensor]) -> bool:
     """Whether generated code may call the kernel's launch without the operator around it."""
-    narrow = any(x in NARROW for x in aux_dtypes)
-    return isinstance(kernel, BindingKernel) and not narrow and not wants_verification(options)
+    widens = any(x.dtype in WIDENED for x in aux)
+    return isinstance(kernel, BindingKernel) and not widens and not wants_verification(options)
 
 
 def bound(text: str, q, k, v, aux, sizes) -> Call | None:
@@ -123,7 +129,7 @@ def bound(text: str, q, k, v, aux, sizes) -> Call | None:
     problem = make_problem(text, q, k, v, aux)
     options = split_text(text)[1]
     kernel = built(problem, allowed_kernels(options))
-    if not is_direct(kernel, options, problem.aux_dtypes):
+    if not is_direct(kernel, options, aux):
         return None
     assert isinstance(kernel, BindingKernel)
     return kernel.bound(problem, q, k, v, aux, sizes)
@@ -132,7 +138,7 @@ def bound(text: str, q, k, v, aux, sizes) -> Call | None:
 def bound_backward(text: str, q, k, v, aux, needs: Sequence[bool]) -> Callable[..., Gradients]:
     """What `backward` would call for these arguments and others of their layouts: a function of
     (dout, dlse, q, k, v, out, lse, aux, sizes, needs)."""
-    asked = make_problem(text, q, k, v, widened(aux), needs)
+    asked = make_problem(text, q, k, v, aux, needs)
     always = split_text(text)[1].get("deterministic") == "True"
     allowed = allowed_kernels(split_text(text)[1])
     chosen: dict[bool, tuple[Problem, Kernel]] = {}

@@ -56,6 +56,22 @@ READS = {
     ),
     "differences in float64": (lambda s, t: s.masked_fill(distance(t).abs() > 60, -INF), SECONDS),
     "equality in float64": (lambda s, t: s.masked_fill(distance(t) != 0, -INF), SECONDS),
+    "uint16": (
+        lambda s, t: s.masked_fill(distance(t.long()) > 0, -INF),
+        (2900 * AT).to(torch.uint16),
+    ),
+    "uint32": (
+        lambda s, t: s.masked_fill((t.long()[:, None] + t.long()) % 3 == 2, -INF),
+        (2**31 + 2**27 * AT).to(torch.uint32),
+    ),
+    "uint64": (
+        lambda s, t: s + 1e-20 * t.float() - 0.1 * (t == t[3]),
+        (AT - 4).to(torch.uint64),
+    ),
+    "positions in uint16": (
+        lambda s, x: s + 1e-5 * (torch.arange(S) - 4).to(torch.uint16).float() + 0.01 * x,
+        AT,
+    ),
     "floor of a quotient": (
         lambda s, t: s.masked_fill(distance((t / 41).floor()) != 0, -INF),
         AGES,
