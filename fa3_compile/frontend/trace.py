@@ -52,6 +52,7 @@ KEPT_WHOLE = (
     aten.hardsigmoid.default,
     aten.hardswish.default,
     aten.sinc.default,
+    aten.logaddexp.default,
 )
 # Of a tensor's shape alone, whatever its elements are.
 SIZES = (

@@ -28,8 +28,8 @@ KNOWN = [  # mask, outer bounds, full bounds
     ),
     (
         "floordiv(kv, 4) == floordiv(q, 4)",
-        "(Max(0, 4*floordiv(q_lo, 4)), Min(Skv, 4*floordiv(q_hi, 4) + 4))",
-        "(Max(0, 4*floordiv(q_hi, 4)), Min(Skv, 4*floordiv(q_lo, 4) + 4))",
+        "(4*floordiv(q_lo, 4), Min(Skv, 4*floordiv(q_hi, 4) + 4))",
+        "(4*floordiv(q_hi, 4), Min(Skv, 4*floordiv(q_lo, 4) + 4))",
     ),
     ("kv <= q + Skv - Sq", "(0, Min(Skv, Skv - Sq + q_hi + 1))", None),
     ("kv - q <= 0.5", "(0, Min(Skv, q_hi + 1))", "(0, Min(Skv, q_lo + 1))"),

@@ -20,7 +20,7 @@ from fa3_compile.frontend.lift import (
 )
 from fa3_compile.frontend.placeholders import row_stat
 from fa3_compile.spec import expr as E
-from fa3_compile.spec.expr import Expr, where
+from fa3_compile.spec.expr import Expr, loads_in, where
 
 aten = torch.ops.aten
 
@@ -183,6 +183,19 @@ def _(node, index, ctx: Lifter) -> Element:
 def _hard_sigmoid(x: Expr) -> Expr:
     # Not of clamps, which torch decomposes it into: it has the slope 0 at both corners.
     return sympy.Min(sympy.Max(x + 3, 0), 6) / 6
+
+
+@element_of(aten.logaddexp.default)
+def _(node, index, ctx: Lifter) -> Element:
+    a, b = (ctx.broadcast(x, index) for x in node.args)
+    if not any(E.S in x.free_symbols and not loads_in(x) and not _is_filled(x) for x in (a, b)):
+        raise Opaque(node, "what may be -inf on both sides")
+    _transcendental(node, ctx, a, b)
+    return where(a > b, a, b) + sympy.log(1 + sympy.exp(where(a > b, b - a, a - b)))
+
+
+def _is_filled(x: Expr) -> bool:
+    return x.has(sympy.oo, -sympy.oo, where)
 
 
 @element_of(aten.hypot.default)
