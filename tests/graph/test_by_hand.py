@@ -84,7 +84,6 @@ class TestSoftmaxOne:
             f"attention(score=0.25*s, sinks=[{math.log(2.5)!r}])"
         )
 
-
     def test_whole_numbers_of_each_key(self):
         # Every other key counts five times: log 5 is added to its score.
         def normalise(s):
