@@ -437,7 +437,7 @@ def test_mask_made_of_the_inputs():
 
     assert_expected_inline(
         specs(check(attention, *qkv())),
-        """attention(score=0.25*s, mask=load(0, b, h, kv, 0) <= 1, dead=score, fill=-3.4028234663852886e+38, aux=[float])""",
+        """attention(score=0.25*s, mask=load(0, b, h, kv) == 0, dead=score, fill=-3.4028234663852886e+38, aux=[bool])""",
     )
 
 

@@ -13,6 +13,7 @@ from tests.graph.inputs import INF, H, S, attend, chance, normal, qkv, scores_of
 
 AT = torch.arange(S)
 FLAGS = chance(0.7, S, seed=1).to(torch.uint8)
+UNKNOWN = uniform(S, S, seed=3).masked_fill(AT == 3, torch.nan)
 BYTES = torch.tensor([200, 10, 20, 90, 120, 250]).to(torch.uint8).repeat(4)
 SIGNED = torch.tensor([100, 10, -128, 90, 120, -100]).to(torch.int8).repeat(4)
 INFINITE = normal(S, S).detach().masked_fill(AT[:, None] < AT, -INF)
@@ -30,6 +31,7 @@ READS = {
     "isneginf": (lambda s, b: s.masked_fill(torch.isneginf(b), -INF), INFINITE),
     "beyond -inf": (lambda s, b: s.masked_fill(~(b > -INF), -INF), INFINITE),
     "isfinite": (lambda s, b: torch.where(torch.isfinite(b), s + b, -INF), INFINITE),
+    "not at most": (lambda s, w: torch.where(w <= 0.5, -INF, s), UNKNOWN),
     "bytes less one": (lambda s, m: s + (m - 1).float() * 1e-2, FLAGS),
     "negated bytes": (lambda s, m: s + (-m).float() * 1e-2, FLAGS),
     "sum of bytes": (lambda s, x: s.masked_fill(x[:, None] + x < 100, -INF), BYTES),

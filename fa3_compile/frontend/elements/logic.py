@@ -10,6 +10,7 @@ from fa3_compile.frontend.elements.pointwise import is_bool
 from fa3_compile.frontend.elements.rounding import comparable
 from fa3_compile.frontend.elements.weights import is_weight, without_nan
 from fa3_compile.frontend.lift import (
+    Cheaper,
     Element,
     Lifter,
     Opaque,
@@ -54,9 +55,19 @@ def _(node, index, ctx: Lifter) -> Element:
     if b.is_infinite:
         return _beside_infinity(node, a, lambda x: compare(x, b), ctx)
     a, b = comparable(node, a, b)
+    if compare not in (sympy.Eq, sympy.Ne) and _is_as_large_as_read(node, a - b, ctx):
+        raise Cheaper(node, "it is not the negation of its opposite where a number is NaN")
     if not ctx.weighs and any(E.S in x.free_symbols and _has_fill(x) for x in (a, b)):
         raise Opaque(node, "a comparison of masked scores")
     return compare(a, b)
+
+
+def _is_as_large_as_read(node: fx.Node, difference: Expr, ctx: Lifter) -> bool:
+    """Whether a comparison that is in memory is as large as floats that it is computed from."""
+    if ctx.computes or node not in ctx.shadow.dynamo_of:
+        return False
+    floats = (x for x in loads_in(difference) if ctx.loads[x.tensor].dtype.is_floating_point)
+    return any(difference.free_symbols <= {*x.index} for x in floats)
 
 
 def _beside_infinity(node: fx.Node, x: Expr, compared, ctx: Lifter) -> Element:
