@@ -1,12 +1,12 @@
 # Every target makes the virtual environment it needs: git, make and Python 3.10-3.13 are enough.
 #   make demo    compile four attention models, print what was found, the error and the times
-#   make test    all tests (PYTEST="-k report" narrows them)
+#   make test    all tests but slow ones (PYTEST="-k report" narrows them, PYTEST="-m slow" runs those)
 #   make lint    ruff and pyright
 #   make docs    the documentation, into site/
 #   make check   lint, docs and test, as CI does
 #   make format  let ruff rewrite the files
 PYTHON ?= python3
-PYTEST ?= -n auto --dist loadgroup
+PYTEST ?= -n auto --dist loadgroup -m "not slow"
 
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet

@@ -121,6 +121,9 @@ MODELS = {
 }
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def records(tmp_path_factory) -> dict[str, dict]:
     pytest.importorskip("triton")

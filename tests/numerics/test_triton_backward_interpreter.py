@@ -166,6 +166,9 @@ CASES = [
 ]  # fmt: skip
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def records(tmp_path_factory) -> dict[str, dict]:
     pytest.importorskip("triton")
