@@ -50,7 +50,7 @@ def read_as(dtype: torch.dtype) -> torch.dtype:
 
 def widened(aux: Sequence[Tensor]) -> list[Tensor]:
     """Captured tensors in the types that kernels read."""
-    return [x.to(WIDENED[x.dtype]) if x.dtype in WIDENED else x for x in aux]
+    return [x.to(read_as(x.dtype)) for x in aux]
 
 
 def make_problem(
