@@ -50,13 +50,17 @@ def rewritten(
     *,
     options: dict[str, Any] | None = None,
     mode: str | None = None,
+    outputs: list[fx.Node | None] | None = None,
 ):
-    """As `fa3`, but what it returns is the rewritten graph itself, to be run as it is."""
+    """As `fa3`, but what it returns is the rewritten graph itself, to be run as it is.
+
+    outputs  as for `fa3_compile.pipeline.rewrite_attention`
+    """
     from fa3_compile import report
     from fa3_compile.options import split
     from fa3_compile.pipeline import rewrite_attention
 
-    rewrite_attention(gm, split(options, mode)[0], report.enter_graph())
+    rewrite_attention(gm, split(options, mode)[0], report.enter_graph(), outputs=outputs)
     return gm
 
 

@@ -25,7 +25,7 @@ from fa3_compile.frontend.hints import hints
 from fa3_compile.frontend.liveness import remove_dead
 from fa3_compile.frontend.opaque_scores import opaque_scores
 from fa3_compile.frontend.region import Region
-from fa3_compile.frontend.skeletons import skeletons
+from fa3_compile.frontend.skeletons import Skeleton, skeletons
 from fa3_compile.frontend.split_bodies import split_attention
 from fa3_compile.lower.choose import Choice
 from fa3_compile.options import Options
@@ -35,15 +35,25 @@ from fa3_compile.source import where
 log = logging.getLogger(__name__)
 
 
-def rewrite_attention(gm: fx.GraphModule, options: Options, graph_name: str = "") -> int:
+# What was the output of each recorded region before the graph was rewritten; None where the two
+# products of an attention that was left alone are not seen.
+Outputs = list["fx.Node | None"]
+
+
+def rewrite_attention(
+    gm: fx.GraphModule, options: Options, graph_name: str = "", outputs: Outputs | None = None
+) -> int:
     """Rewrites every attention of `gm`, bodies of checkpoints included; returns how many.
 
     The graph computes what it computed before. What is left alone is recorded with its reason.
+
+    outputs  is added to, in the order of the records
     """
     fused = 0
+    outputs = [] if outputs is None else outputs
     for module in graphs(gm):
         try:
-            fused += _rewrite_graph(module, options, graph_name, fused)
+            fused += _rewrite_graph(module, options, graph_name, fused, outputs)
         except Exception as error:
             if options.strict:
                 raise InternalError(f"{type(error).__name__}: {error}", where=graph_name) from error
@@ -57,14 +67,17 @@ def graphs(gm: fx.GraphModule) -> list[fx.GraphModule]:
     return [m for m in gm.modules() if isinstance(m, fx.GraphModule) and m not in mods]
 
 
-def _rewrite_graph(gm: fx.GraphModule, options: Options, graph_name: str, fused: int) -> int:
+def _rewrite_graph(
+    gm: fx.GraphModule, options: Options, graph_name: str, fused: int, outputs: Outputs
+) -> int:
     expanded = expand.expand_calls(gm.graph)
     shadow = trace.shadow(gm)
-    entries: list[tuple[RegionReport, Region | None]] = []
+    entries: list[tuple[RegionReport, Region | None, fx.Node | None]] = []
     hidden = (*shadow.declined, *opaque_scores(shadow)) if shadow else ()
     for decline in (*split_attention(gm), *hidden):
         at = where(decline.node) if decline.node is not None else ""
-        entries.append((RegionReport.declined(len(entries), graph_name, decline, where=at), None))
+        entry = RegionReport.declined(len(entries), graph_name, decline, where=at)
+        entries.append((entry, None, None))
     replaced: dict[fx.Node, fx.Node] = {}
     rewritten: list[Region] = []
     attended: set[fx.Node] = set()
@@ -72,53 +85,64 @@ def _rewrite_graph(gm: fx.GraphModule, options: Options, graph_name: str, fused:
         assert shadow is not None
         known: dict[str, Any] = {"where": where(skeleton.softmax_holder(shadow))}
         try:
-            if options.fuel is not None and fused + len(rewritten) >= options.fuel:
-                raise Decline(
-                    "fuel",
-                    None,
-                    "Raise options={'fuel': n}.",
-                    message=f"the option fuel allows {options.fuel} fused regions",
-                    stage="rewrite",
-                )
+            _check_fuel(options, fused + len(rewritten))
             found = _analyse(gm.graph, shadow, skeleton, attended, replaced, options, known)
             regions = [region for region, _ in found]
             texts = [selection.spec_text(region, options) for region in regions]
             replaced |= rewrite.rewrite(gm.graph, regions, texts)
-            rewritten += regions
-            attended.add(skeleton.values)
-            for region, choice in found:
-                known |= selection.formulas(region)
-                known |= selection.described(region, choice, options)
-                entries.append((RegionReport(len(entries), graph_name, True, **known), region))
-            continue
-        except Decline as decline:
-            decline.stage = decline.stage or "rewrite"
-            declined = decline
         except Exception as error:
-            if options.strict:
-                raise
-            log.warning("%s left as it was: %s", skeleton.output, error, exc_info=True)
-            declined = Decline(
-                "internal-error",
-                skeleton.output,
-                "Please report it with the log of TORCH_LOGS=+fa3_compile.",
-                message=f"{type(error).__name__}: {error}",
-                stage="analysis",
-            )
-        if skeleton.worth_saying(declined):
-            entry = RegionReport.declined(len(entries), graph_name, declined, **known)
-            entries.append((entry, None))
+            declined = _declined(error, skeleton, options)
+            if skeleton.worth_saying(declined):
+                entry = RegionReport.declined(len(entries), graph_name, declined, **known)
+                entries.append((entry, None, skeleton.output))
+            continue
+        rewritten += regions
+        attended.add(skeleton.values)
+        for region, choice in found:
+            known |= selection.formulas(region)
+            known |= selection.described(region, choice, options)
+            entry = RegionReport(len(entries), graph_name, True, **known)
+            entries.append((entry, region, skeleton.output))
     if rewritten or expanded:
         remove_dead(gm.graph, [node for region in rewritten for node in region.dropouts])
         gm.graph.lint()
         gm.recompile()
-    for entry, region in entries:
+    for entry, region, output in entries:
         if region is not None:
             said = [check.hint(gm.graph, region), joined.hint(region), *hints(region.spec)]
             entry = dataclasses.replace(entry, hint=" ".join(x for x in said if x))
             mask_tensors.keep(gm, region, entry)
         report.record(entry)
+        outputs.append(output)
     return len(rewritten)
+
+
+def _check_fuel(options: Options, rewrites: int) -> None:
+    if options.fuel is not None and rewrites >= options.fuel:
+        raise Decline(
+            "fuel",
+            None,
+            "Raise options={'fuel': n}.",
+            message=f"the option fuel allows {options.fuel} fused regions",
+            stage="rewrite",
+        )
+
+
+def _declined(error: Exception, skeleton: Skeleton, options: Options) -> Decline:
+    """Why a skeleton is left alone: a stage's own word, or a bug of ours, raised if `strict`."""
+    if isinstance(error, Decline):
+        error.stage = error.stage or "rewrite"
+        return error
+    if options.strict:
+        raise error
+    log.warning("%s left as it was: %s", skeleton.output, error, exc_info=error)
+    return Decline(
+        "internal-error",
+        skeleton.output,
+        "Please report it with the log of TORCH_LOGS=+fa3_compile.",
+        message=f"{type(error).__name__}: {error}",
+        stage="analysis",
+    )
 
 
 def _analyse(

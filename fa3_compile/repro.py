@@ -27,6 +27,7 @@ from fa3_compile.frontend.mutations import is_mutation, mutated_nodes
 from fa3_compile.report import RegionReport, Report
 
 WHERE = "python -m fa3_compile repro"
+UNSEEN = "its scores are made, or V is weighed, by a call that is not looked into"
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,14 @@ def repro(
     cuts: list[str | Fa3Error] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], **settings: Any) -> Any:
-        before = _regions(gm)
-        cuts.extend(before)
-        return rewritten(gm, example_inputs, **settings)
+        sources, outputs = _sources(gm), []
+        made = rewritten(gm, example_inputs, outputs=outputs, **settings)
+        cuts.extend(sources[x] if x is not None else _unwritten(UNSEEN) for x in outputs)
+        return made
 
     report = explain_with(backend, model_or_fn, args, kwargs or {}, options, training)
     number = _chosen(report, region)
-    cut = cuts[number] if number < len(cuts) else _unwritten("it was found in no graph")
+    cut = cuts[number]
     if isinstance(cut, Fa3Error):
         raise cut
     script = _script(cut, report.regions[number], training, options)
@@ -88,20 +90,17 @@ def _chosen(report: Report, wanted: int | None) -> int:
     return wanted
 
 
-def _regions(gm: fx.GraphModule) -> list[str | Fa3Error]:
-    """The source of each region's function, in the order in which the pass records them."""
-    found: list[str | Fa3Error] = []
+def _sources(gm: fx.GraphModule) -> dict[fx.Node, str | Fa3Error]:
+    """The source of the function that computes each output that attention may have."""
+    found: dict[fx.Node, str | Fa3Error] = {}
     for module in pipeline.graphs(gm):
         expand.expand_calls(module.graph)
         shadow = trace.shadow(module)
-        if shadow is None:
-            continue
-        found += [_unwritten(str(decline)) for decline in shadow.declined]
-        for skeleton in skeletons.skeletons(shadow):
+        for skeleton in skeletons.skeletons(shadow) if shadow is not None else ():
             try:
-                found.append(_function(module.graph, skeleton.output))
+                found[skeleton.output] = _function(module.graph, skeleton.output)
             except Fa3Error as error:
-                found.append(error)
+                found[skeleton.output] = error
     return found
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from fa3_compile.__main__ import main
 from fa3_compile.backend import rewritten
 from fa3_compile.errors import Fa3Error
+from fa3_compile.explaining import explain_with
 from fa3_compile.repro import repro, tensor
 from fa3_compile.testing import assert_matches_eager
 
@@ -76,6 +77,26 @@ def test_what_is_not_there_is_said(summed, region, said):
 def test_no_attention_is_said():
     with pytest.raises(Fa3Error, match="no attention was found"):
         repro(nn.Linear(2, 2), (torch.ones(1, 2),))
+
+
+def a_call_and_a_layer_between(q, k, v):
+    """`explain` has no skeleton of the first attention, and says nothing of the layer `u`."""
+    distances = torch.cdist(q, k).softmax(-1) @ v
+    u = ((q @ k.mT).relu() @ v).relu() @ k.mT
+    return distances + u @ v + (q @ k.mT).cumsum(-1).softmax(-1) @ v
+
+
+def test_regions_are_numbered_as_explain_numbers_them():
+    model, inputs = a_call_and_a_layer_between, [torch.randn(1, 2, 6, 8) for _ in range(3)]
+    options = {"kernels": "reference"}
+    report = explain_with(rewritten, model, inputs, {}, options, None)
+    assert [r.code for r in report.regions] == ["opaque-scores", "", "not-pointwise"]
+    with pytest.raises(Fa3Error, match="a call that is not looked into"):
+        repro(model, inputs, region=0, options=options)
+    for number, own in ((1, "relu"), (2, "cumsum")):
+        made = repro(model, inputs, region=number, options=options)
+        assert made.faithful and made.region == report.regions[number]
+        assert own in made.script
 
 
 def written_in_between(q, k, v):
