@@ -44,9 +44,9 @@ def arrange(score: E.Expr) -> Terms:
     """The score as `Terms`."""
     if hoist.may_be_huge(score):
         return Terms(score, sympy.S.One, wide=True)
-    terms = [y for x in sympy.Add.make_args(score) for y in hoist._distributed(x)]
+    terms = [y for x in sympy.Add.make_args(score) for y in hoist.distributed(x)]
     with_s = [x for x in terms if E.S in x.free_symbols]
-    per_key = [x for x in terms if hoist._coefficient(x, E.KV) is not None]
+    per_key = [x for x in terms if hoist.coefficient_of(x, E.KV) is not None]
     per_row = [x for x in terms if hoist.level(x) in (hoist.HEAD, hoist.ROW)]
     rest = [x for x in terms if x not in with_s and x not in per_key and x not in per_row]
     if len(with_s) == 1 and not rest:
@@ -76,7 +76,7 @@ def capped(terms: Terms) -> float:
     """c where the score is tanh(c*s) times a scale, as a softcap is; 0 where it is not."""
     if not isinstance(terms.x, sympy.tanh):
         return 0.0
-    coefficient = hoist._coefficient(terms.x.args[0], E.S)
+    coefficient = hoist.coefficient_of(terms.x.args[0], E.S)
     if coefficient is None or not coefficient.is_number:
         return 0.0
     # The kernel takes powers of it up to the fifth.

@@ -67,18 +67,18 @@ def arrange(score: E.Expr) -> Logits:
     """
     if may_be_huge(score):
         return plain(score)
-    terms = [y * LOG2E for x in sympy.Add.make_args(score) for y in _distributed(x)]
-    per_key = {c: t for t in terms if (c := _coefficient(t, E.KV)) is not None}
-    per_query = {c: t for t in terms if (c := _coefficient(t, E.Q)) is not None}
+    terms = [y * LOG2E for x in sympy.Add.make_args(score) for y in distributed(x)]
+    per_key = {c: t for t in terms if (c := coefficient_of(t, E.KV)) is not None}
+    per_query = {c: t for t in terms if (c := coefficient_of(t, E.Q)) is not None}
     x, shift = [], []
     for term in terms:
-        if (c := _coefficient(term, E.KV)) is not None and per_key[c] is term:
+        if (c := coefficient_of(term, E.KV)) is not None and per_key[c] is term:
             distance = KV_START - Q_START if -c in per_query else KV_START
             x.append(c * LANE)
             shift.append(sympy.Mul(c, distance, evaluate=False))
             if -c in per_query:
                 shift.append(-c * ROW_IN_TILE)
-        elif (c := _coefficient(term, E.Q)) is not None and -c in per_key:
+        elif (c := coefficient_of(term, E.Q)) is not None and -c in per_key:
             continue
         elif level(term) in (HEAD, ROW):
             shift.append(term)
@@ -97,7 +97,7 @@ def plain(score: E.Expr) -> Logits:
     return Logits(score, sympy.S.Zero, 1.0, log2=False)
 
 
-def _distributed(term: E.Expr) -> list[E.Expr]:
+def distributed(term: E.Expr) -> list[E.Expr]:
     """c*(kv - q + ...) with c the same for a whole head, as its terms; else the term itself."""
     if isinstance(term, sympy.Mul):
         sums = [x for x in term.args if isinstance(x, sympy.Add) and E.KV in x.free_symbols]
@@ -107,7 +107,7 @@ def _distributed(term: E.Expr) -> list[E.Expr]:
     return [term]
 
 
-def _coefficient(term: E.Expr, symbol: sympy.Symbol) -> E.Expr | None:
+def coefficient_of(term: E.Expr, symbol: sympy.Symbol) -> E.Expr | None:
     """c where the term is c*symbol with c the same for a whole head."""
     c, rest = term.as_independent(symbol, as_Add=False)
     return c if rest == symbol and level(c) == HEAD else None
