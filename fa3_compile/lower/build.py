@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 import sys
 from types import ModuleType
 from typing import Protocol
 
 from fa3_compile.lower import cache
 from fa3_compile.lower.choose import KernelBuildError
+from fa3_compile.spec.attention import AttentionSpec
+
+log = logging.getLogger(__name__)
 
 KIND = "triton"
 SOURCE = "kernel.py"
@@ -20,6 +24,9 @@ class Key(Protocol):
 
     @property
     def digest(self) -> str: ...
+
+    @property
+    def spec(self) -> AttentionSpec: ...
 
     def source(self) -> str: ...
 
@@ -47,4 +54,5 @@ def load(key: Key) -> ModuleType:
     except Exception as error:
         del sys.modules[name]
         raise KernelBuildError(f"the generated kernel {path} does not import: {error}") from error
+    log.debug("%s: %s", key.spec, path)
     return module

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -25,6 +26,7 @@ from fa3_compile.spec.attention import AttentionSpec
 log = logging.getLogger(__name__)
 
 KIND = "cuda"
+SOURCE = "kernel.cu"
 THREADS = 16
 
 OPTIONS = (
@@ -153,13 +155,32 @@ def compiler() -> str:
     return repr(_nvrtc().nvrtcVersion()[1:])
 
 
+# Kernels that a thread is building -> what others who want them wait for, to find them on disk.
+_being_built: dict[Key, threading.Lock] = {}
+
+
 @functools.lru_cache(maxsize=1024)
 def load(key: Key) -> Built:
     """The kernel, from the cache on disk or built now; source, log and resources lie beside it.
 
     Raises BuildError.
     """
-    name = hashlib.sha256(f"{key.digest} {compiler()}".encode()).hexdigest()[:24]
+    with _being_built.setdefault(key, threading.Lock()):
+        try:
+            built = _loaded(key)
+            log.debug("%s: %s", key.spec, cache.folder(KIND, _name(key)) / SOURCE)
+            return built
+        finally:
+            _being_built.pop(key, None)
+
+
+def _name(key: Key) -> str:
+    """The kernel's entry in the cache."""
+    return hashlib.sha256(f"{key.digest} {compiler()}".encode()).hexdigest()[:24]
+
+
+def _loaded(key: Key) -> Built:
+    name = _name(key)
     if (files := cache.read(KIND, name)) is not None:
         facts = json.loads(files["config.json"])["built"]
         return Built(files["kernel.cubin"], files["log"].decode(), **facts)
@@ -172,7 +193,7 @@ def load(key: Key) -> Built:
             KIND,
             name,
             {
-                "kernel.cu": source,
+                SOURCE: source,
                 "kernel.cubin": built.cubin,
                 "log": built.log,
                 "config.json": json.dumps(config, indent=1),

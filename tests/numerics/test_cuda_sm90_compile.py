@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from fa3_compile.lower import build_nvrtc, cache, choose
+from fa3_compile.lower import build_nvrtc, choose
 from fa3_compile.lower.choose import KernelBuildError, Problem
 from fa3_compile.lower.config_sm90 import (
     Sm90Config,
@@ -246,14 +248,15 @@ def test_two_tiles_are_built_at_once_where_the_first_may_spill(
 
 
 @needs_nvrtc
-def test_an_entry_keeps_its_source_and_a_damaged_one_is_rebuilt() -> None:
+def test_an_entry_keeps_its_source_and_a_damaged_one_is_rebuilt(caplog) -> None:
     key = CudaKey(AttentionSpec(), "Fp16", 64, 64, Sm90Config(64, 64))
-    built = build_nvrtc.load(key)
-    [folder] = [
-        x.parent
-        for x in (cache.root() / build_nvrtc.KIND).glob("*/kernel.cu")
-        if "fa3::Fp16" in x.read_text() or "<Fp16, 64, 64, 64, 64" in x.read_text()
-    ]
+    build_nvrtc.load.cache_clear()
+    with caplog.at_level(logging.DEBUG, "fa3_compile"):
+        built = build_nvrtc.load(key)
+    [said] = caplog.messages
+    source = Path(said.removeprefix(f"{key.spec}: "))
+    assert source.read_text() == key.source()
+    folder = source.parent
     assert {"kernel.cubin", "log", "config.json"} <= {x.name for x in folder.iterdir()}
     (folder / "kernel.cubin").write_bytes(b"foreign code")
     build_nvrtc.load.cache_clear()
