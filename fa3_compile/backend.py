@@ -35,7 +35,7 @@ def fa3(
     ours, patches = split(options, mode)
     inductor.install()
     graph = report.enter_graph()
-    rewrite_attention(gm, ours, graph)
+    rewrite_attention(gm, ours, graph, build=True)
     try:
         return compile_fx(gm, list(example_inputs), config_patches=patches or None)
     except RestartAnalysis:

@@ -41,19 +41,24 @@ Outputs = list["fx.Node | None"]
 
 
 def rewrite_attention(
-    gm: fx.GraphModule, options: Options, graph_name: str = "", outputs: Outputs | None = None
+    gm: fx.GraphModule,
+    options: Options,
+    graph_name: str = "",
+    build: bool = False,
+    outputs: Outputs | None = None,
 ) -> int:
     """Rewrites every attention of `gm`, bodies of checkpoints included; returns how many.
 
     The graph computes what it computed before. What is left alone is recorded with its reason.
 
+    build    the kernels will run: they are built while the graph is compiled
     outputs  is added to, in the order of the records
     """
     fused = 0
     outputs = [] if outputs is None else outputs
     for module in graphs(gm):
         try:
-            fused += _rewrite_graph(module, options, graph_name, fused, outputs)
+            fused += _rewrite_graph(module, options, graph_name, fused, build, outputs)
         except Exception as error:
             if options.strict:
                 raise InternalError(f"{type(error).__name__}: {error}", where=graph_name) from error
@@ -68,7 +73,12 @@ def graphs(gm: fx.GraphModule) -> list[fx.GraphModule]:
 
 
 def _rewrite_graph(
-    gm: fx.GraphModule, options: Options, graph_name: str, fused: int, outputs: Outputs
+    gm: fx.GraphModule,
+    options: Options,
+    graph_name: str,
+    fused: int,
+    build: bool,
+    outputs: Outputs,
 ) -> int:
     expanded = expand.expand_calls(gm.graph)
     shadow = trace.shadow(gm)
@@ -99,6 +109,8 @@ def _rewrite_graph(
         rewritten += regions
         attended.add(skeleton.values)
         for region, choice in found:
+            if build:
+                selection.begin(region, choice, options)
             known |= selection.formulas(region)
             known |= selection.described(region, choice, options)
             entry = RegionReport(len(entries), graph_name, True, **known)

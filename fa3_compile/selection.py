@@ -26,8 +26,9 @@ TILE = 128
 MOST_DRAWN, FEWEST_DRAWN = 64, 8
 
 
-def problem_of(region: Region) -> Problem:
+def problem_of(region: Region, options: Options | None = None) -> Problem:
     """The region as a kernel family is asked about it."""
+    options = options or Options()
     layout = region.layout
     values = [example_value(x.source) for x in region.operands]
     graded = torch.is_grad_enabled()
@@ -52,12 +53,14 @@ def problem_of(region: Region) -> Problem:
         and any(x.requires_grad for x in values)
         or any(x.needs_grad for x in (*region.loads, *region.factor_loads)),
         aux_needs_grad=aux_needs_grad,
+        autotune=options.autotune,
+        deterministic=options.deterministic or torch.are_deterministic_algorithms_enabled(),
     )
 
 
 def kernel_for(region: Region, options: Options) -> Choice:
     """The chosen kernel family. `Decline` if none takes the region."""
-    problem = problem_of(region)
+    problem = problem_of(region, options)
     if 0 in (problem.batch, problem.heads, problem.q_len, problem.kv_len, problem.dim):
         raise Decline("empty", region.output, NOTHING, message="there is nothing to compute")
     choice = choose(problem, options.kernels)
@@ -107,10 +110,19 @@ def described(region: Region, choice: Choice, options: Options) -> dict:
     """What the report says of the kernel, and of the one that computes the gradients."""
     assert choice.kernel is not None
     others = {n: r for n, r in choice.reasons.items() if n != choice.kernel.name}
-    problem, gradients = problem_of(region), ""
+    problem, gradients = problem_of(region, options), ""
     if problem.needs_grad:
         gradients = built_backward(problem, options.kernels).name
     return {"kernel": choice.kernel.name, "gradients": gradients, "other_kernels": others}
+
+
+def begin(region: Region, choice: Choice, options: Options) -> None:
+    """Begins to build the kernels, forward and backward, that the compiled program will ask for."""
+    assert choice.kernel is not None
+    problem = problem_of(region, options)
+    choice.kernel.begin(problem)
+    if problem.needs_grad:
+        built_backward(problem, options.kernels).begin_backward(problem)
 
 
 def _tiles(region: Region) -> Tiles | None:

@@ -72,6 +72,12 @@ class Kernel:
     def prepare(self, problem: Problem) -> None:
         """Builds the kernel; raises KernelBuildError."""
 
+    def begin(self, problem: Problem) -> None:
+        """Begins to build what `prepare` builds, and returns at once."""
+
+    def begin_backward(self, problem: Problem) -> None:
+        """As `begin`, of what the first `run_backward` builds."""
+
     def configuration(self, problem: Problem) -> str:
         """What a prepared kernel runs with, for the report: its tile; "" where there is nothing
         to say."""

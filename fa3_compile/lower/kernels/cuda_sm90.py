@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fa3_compile.lower import tune
+from fa3_compile.lower import build_ahead, tune
 from fa3_compile.lower.bound import BindingKernel
 from fa3_compile.lower.build_nvrtc import Built, compiler, load_all, load_first, missing
 from fa3_compile.lower.choose import Gradients, KernelBuildError, Problem, register
@@ -70,6 +70,12 @@ class CudaSm90(BindingKernel):
     def prepare(self, problem: Problem) -> None:
         """Builds the kernel as contiguous captured tensors want it."""
         _load(problem.spec, keys_of(problem, likely_layout(problem)))
+
+    def begin(self, problem: Problem) -> None:
+        build_ahead.begin(functools.partial(self.prepare, problem))
+
+    def begin_backward(self, problem: Problem) -> None:
+        build_ahead.begin(functools.partial(backward.prepare, problem))
 
     def configuration(self, problem: Problem) -> str:
         key, _ = _load(problem.spec, keys_of(problem, likely_layout(problem)))

@@ -29,6 +29,7 @@ from fa3_compile.lower.elements import Shape
 from fa3_compile.lower.kernels.cuda_sm90_backward_keys import (
     finds_dead_rows,
     keys_of,
+    likely_keys,
     load_best,
     score_gradient,
 )
@@ -91,6 +92,11 @@ def _unprintable(spec: AttentionSpec) -> str | None:
     except (UnprintableError, TypeError) as error:
         return f"a gradient has no CUDA text: {error}"
     return None
+
+
+def prepare(problem: Problem) -> None:
+    """Builds the kernels as contiguous captured tensors want them. Raises KernelBuildError."""
+    load_best(likely_keys(problem), at_once=BUILT_AT_ONCE)
 
 
 Strides = tuple[int, ...]
