@@ -26,6 +26,9 @@ class Sm90BackwardConfig:
     in_turn        a block works the batches that share a dense input one after the other: the first
                    stores its gradient, to which the others add
     finishes       dQ is rounded to 16 bits by the main kernel's idle warps, not after it
+    ahead          row terms of heads that are worked next are computed by the main kernel's idle
+                   warps, not before it
+    behind         dQ of heads that were worked before is rounded by them, not after it
     """
 
     block_m: int
@@ -38,6 +41,8 @@ class Sm90BackwardConfig:
     bits: bool = False
     in_turn: bool = False
     finishes: bool = False
+    ahead: bool = False
+    behind: bool = False
 
     @property
     def warpgroups(self) -> int:

@@ -8,6 +8,7 @@
 #include "fa3/operand_tile.cuh"
 #include "fa3/query_blocks.cuh"
 #include "fa3/tile_ring.cuh"
+#include "sm90/backward_beside.cuh"
 #include "sm90/query_gradient.cuh"
 
 namespace fa3 {
@@ -19,7 +20,7 @@ struct BackwardParams {
   const float* rows;
   char *dk, *dv;
   RowStrides dk_at, dv_at;
-  char* dq;  // this, and what follows to `slots`, only where Config::kFinishes
+  char* dq;  // this, and what follows to `slots`, only where Config::kFinishes or kAhead
   int* progress;
   RowStrides dq_at;
   int slots;  // KV heads that dq_sums has room for: others follow in their place
@@ -34,15 +35,24 @@ struct BackwardParams {
   AuxT aux;
 };
 
+// What is computed for other heads beside the products needs O and dO.
+template <class AuxT, bool Ahead>
+struct BackwardParamsOf : BackwardParams<AuxT> {};
+template <class AuxT>
+struct BackwardParamsOf<AuxT, true> : BackwardParams<AuxT> {
+  RowTermsParams<AuxT> before;
+};
+
 // Config says what is of which size: kBlockM, kBlockN, kDimQK, kDimV, kTileDimQK, kWarpgroups;
 // kScoreStages of dS^T and how many warps share one; kWeightBytes of P^T, where one warpgroup hands
 // it to the other; and the columns of dQ that each warpgroup computes.
 template <class ConfigT, class VariantT>
 struct BackwardBlock {
+  using Shared = BackwardBlock;
   using Config = ConfigT;
   using Variant = VariantT;
   using Dtype = typename Config::Dtype;
-  using Params = BackwardParams<typename Variant::Aux>;
+  using Params = BackwardParamsOf<typename Variant::Aux, Config::kAhead>;
   using At = typename Variant::At;
   static constexpr int kM = Config::kBlockM, kN = Config::kBlockN;
   using QTile = OperandTile<Config::kTileDimQK, kM>;
@@ -85,13 +95,15 @@ struct BackwardBlock {
   static constexpr int kAtWeights = kAtScores + Config::kScoreStages * kScoreBytes;
   static constexpr int kAtRows = kAtWeights + Config::kWeightBytes;
   static constexpr int kAtBarriers = kAtRows + kStages * kRowBytes;
+  // Whether a warp tells other blocks when a tile has been worked.
+  static constexpr bool kWatched = Config::kFinishes || Config::kBehind;
   enum Barrier {
     kFull, kEmpty = kFull + kStages,
     kKVFull = kEmpty + kStages, kKVEmpty,
     kScoresFull, kScoresEmpty = kScoresFull + Config::kScoreStages,
     kWeightsFull = kScoresEmpty + Config::kScoreStages, kWeightsEmpty,
     kTileFull, kTileEmpty = kTileFull + 2, kTileDone = kTileEmpty + 2,
-    kPieceFull = kTileDone + (Config::kFinishes ? 2 : 0),
+    kPieceFull = kTileDone + (kWatched ? 2 : 0),
     kBarriers = kPieceFull + (Config::kFinishes ? 2 : 0)
   };
   static constexpr int kAtTiles = round_up(kAtBarriers + 8 * kBarriers, 16);
@@ -137,13 +149,14 @@ struct BackwardBlock {
     else return block_index(0, tile.head * p.group, tile.batch);
   }
 
-  // Where Config::kFinishes: pieces that are taken, and of each head how many tiles have been
-  // worked and how many pieces rounded. The tiles that are taken come first.
+  // Where Config::kFinishes or kAhead: pieces that are taken, and of each head how many tiles have
+  // been worked and how many pieces rounded, or prepared. The tiles that are taken come first.
   FA3_DEVICE int* pieces_taken() const { return p.progress + kCounterInts; }
   FA3_DEVICE int* finished(int position) const {
     return p.progress + (2 + 2 * position) * kCounterInts;
   }
   FA3_DEVICE int* rounded(int position) const { return finished(position) + kCounterInts; }
+  FA3_DEVICE int* prepared(int position) const { return finished(position) + kCounterInts; }
 
   FA3_DEVICE QuerySequence sequence(const TileCoord& tile) const {
     return query_sequence<Variant, kM, kN>(site(tile), p.map, tile.query_block);
@@ -164,7 +177,7 @@ struct BackwardBlock {
       bool loaded = i < kEmpty || i == kKVFull || (i >= kTileFull && i < kTileEmpty) ||
                     (i >= kPieceFull && i < kBarriers);
       bool handed = i == kWeightsFull || i == kWeightsEmpty;
-      bool watched = Config::kFinishes && i >= kTileEmpty && i < kTileDone;
+      bool watched = kWatched && i >= kTileEmpty && i < kTileDone;
       bool shared_scores = i >= kScoresFull && i < kScoresEmpty;
       mbarrier_init(barrier(i), loaded          ? 1
                                 : handed        ? 4
@@ -204,7 +217,8 @@ struct BackwardBlock {
 
   // The tiles of this block, and where there is a counter its first one; thread 0.
   FA3_DEVICE auto tiles_of_block() const {
-    if constexpr (Config::kFinishes) return TakenTiles{atomicAdd(p.order.next, 1)};
+    if constexpr (Config::kFinishes || Config::kAhead)
+      return TakenTiles{atomicAdd(p.order.next, 1)};
     else return TileQueue<Config::kLongestFirst>{};
   }
 
@@ -233,10 +247,16 @@ struct BackwardBlock {
       if (!more) break;
       if (turn == 0) queue.take(p.order);
       QuerySequence seq = sequence(tile);
-      if (!Config::kFinishes && seq.count == 0) continue;
+      if (!kWatched && seq.count == 0) continue;
       if constexpr (Config::kFinishes) {
         int before = position(tile) - p.slots;  // whose sums lie where those of this head will
         if (before >= 0) await(rounded(before), Pieces::kPieces * p.group * p.query_blocks);
+      }
+      if constexpr (Config::kAhead) {
+        if (position(tile) >= p.order.section) {
+          await(prepared(position(tile)), HeadsBeside<BackwardBlock>::of_head(p));
+          fence_proxy_async_global();  // the copy engine reads row terms
+        }
       }
       int i = 0;
       // The first queries' stage is free before K and V of the last tile are: they are there when

@@ -36,7 +36,13 @@ HEADERS = (
     "captured", "philox", "variant", "block_map", "block_map_build", "operand_tile",
     "query_blocks", "query_map", "scheduler", "fragment", "tile_ring", "progress", "backward_rows",
 )  # fmt: skip
-HOPPER_HEADERS = ("query_gradient", "backward_block", "backward_weigher", "backward_consumer")
+HOPPER_HEADERS = (
+    "query_gradient",
+    "backward_beside",
+    "backward_block",
+    "backward_weigher",
+    "backward_consumer",
+)
 ENTRY = """
 extern "C" void {name}(const void* p, unsigned x, unsigned y, unsigned z, int threads) {{
   launch<{kernel}, {kernel}::Params>(p, x, y, z, threads);

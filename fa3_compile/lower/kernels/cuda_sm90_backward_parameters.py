@@ -50,9 +50,12 @@ class BackwardParameters(Parameters):
         self.positions = self.batch * self.kv_heads
         self.slots = self._slots() if config.finishes else self.positions
         group = self.heads // self.kv_heads
-        self.sum_blocks = self.slots * group * self.query_blocks
-        self.sum_floats = self.sum_blocks * config.sum_floats(self.dim)
-        self.counters = COUNTER_INTS * (2 + 2 * self.positions) if config.finishes else 0
+        self.sum_floats = self.slots * group * self.query_blocks * config.sum_floats(self.dim)
+        # Heads whose row terms are there before the main kernel, and whose dQ is left after it.
+        self.section = self._section(self.positions)
+        self.first = self.section if config.ahead else self.slots
+        counts = config.finishes or config.ahead
+        self.counters = COUNTER_INTS * (2 + 2 * self.positions) if counts else 0
         self.grid = (self.query_blocks, self.heads, self.batch)
         self.may_be_nan = may_be_nan(key.spec, self.queries, self.keys)
         self.map_kind = query_map_kind(key.spec, config.grouped)
@@ -83,7 +86,7 @@ class BackwardParameters(Parameters):
         return (
             *([self.block_map()] if makes_lists else []),
             self.row_terms(has_dlse, keeps_delta),
-            self.attention(),
+            self.attention(has_dlse, keeps_delta),
             *([] if self.key.config.finishes else [self.query_gradient()]),
             *([self.nan_values()] if self.may_be_nan else []),
         )
@@ -93,6 +96,14 @@ class BackwardParameters(Parameters):
         return self.lists(self.map_kind, self.list_shape, (self.keys, self.queries))
 
     def row_terms(self, has_dlse: bool, keeps_delta: bool) -> Launch:
+        content, places = self._row_terms(has_dlse, keeps_delta)
+        grid = self.grid
+        if self.key.config.ahead:
+            grid = (*grid[:2], -(-self.first // self.kv_heads))
+        kernel = self.module.kernel("row_terms")
+        return Launch(kernel, grid, 256, 0, content, places, names=NAMES)
+
+    def _row_terms(self, has_dlse: bool, keeps_delta: bool) -> tuple[bytes, Places]:
         used = ["out", "dout", "lse"] + (["dlse"] if has_dlse else [])
         places: Places = [(8 * i, name, 0) for i, name in enumerate(used)]
         places += [(32, "scratch", 0), (40, "scratch", 4 * self.row_floats)]
@@ -103,15 +114,16 @@ class BackwardParameters(Parameters):
         content = bytes(64) + struct.pack("qqq", *self.out.stride()[:3])
         content += struct.pack("qqq", *self.dout.stride()[:3])
         places.append((len(content) + 16, "scratch", self.progress_at))
+        group = self.heads // self.kv_heads
         content += struct.pack(
-            "iiiiQii", self.heads, self.queries, self.keys, self.sum_blocks, 0, self.counters,
-            self.heads // self.kv_heads,
+            "iiiiQii", self.heads, self.queries, self.keys, self.first * group * self.query_blocks,
+            0, self.counters, group,
         )  # fmt: skip
         places += [(len(content), "q", 0), (len(content) + 8, "k", 0)]
         content += struct.pack("QQ6q", 0, 0, *self.q.stride()[:3], *self.k.stride()[:3])
-        return self.launch("row_terms", self.grid, 256, content, places)
+        return self.with_captured(content, places)
 
-    def attention(self) -> Launch:
+    def attention(self, has_dlse: bool, keeps_delta: bool) -> Launch:
         config = self.key.config
         content, places = b"", Places()
         width = config.tile_dim(self.dim)
@@ -150,7 +162,7 @@ class BackwardParameters(Parameters):
         content += struct.pack(
             "iiiiii", tiles, self.kv_blocks, self.kv_heads, self._section(heads), turns, grid
         )
-        if config.finishes:
+        if config.finishes or config.ahead:
             places.append((len(content), "scratch", self.progress_at))
         elif config.longest_first:
             places.append((len(content), "counter", 0))
@@ -168,6 +180,10 @@ class BackwardParameters(Parameters):
         content += struct.pack("ii", *broadcast)
         content, places = self.with_captured(content, places)
         content += bytes(-len(content) % 64)
+        if config.ahead:
+            before, there = self._row_terms(has_dlse, keeps_delta)
+            places += [(len(content) + at, name, more) for at, name, more in there]
+            content += before + bytes(-len(before) % 64)
         return Launch(
             self.module.kernel("attention_bwd"), (grid, 1, 1), config.threads,
             self.module.shared_bytes, content, places, names=NAMES,
@@ -190,11 +206,16 @@ class BackwardParameters(Parameters):
     def query_gradient(self) -> Launch:
         content = bytes(16)
         content += struct.pack("qqq", *torch.empty_like(self.q, device="meta").stride()[:3])
-        content += struct.pack("ii", self.heads, self.queries)
+        # Of the heads that the main kernel leaves.
+        left = (self.positions - 1) // self.section * self.section if self.key.config.behind else 0
+        batch, group = left // self.kv_heads, self.heads // self.kv_heads
+        first = left * group * self.query_blocks
+        content += struct.pack("iiii", self.heads, self.queries, batch, first)
+        grid = (*self.grid[:2], self.batch - batch)
         places: Places = [(0, "scratch", 4 * self.row_floats), (8, "dq", 0)]
         threads = 128 * self.key.config.warpgroups
         kernel = self.module.kernel("query_gradient")
-        return Launch(kernel, self.grid, threads, 0, content, places, names=NAMES)
+        return Launch(kernel, grid, threads, 0, content, places, names=NAMES)
 
     def nan_values(self) -> Launch:
         content = bytes(16)

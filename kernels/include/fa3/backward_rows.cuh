@@ -24,8 +24,8 @@ struct RowTermsParams {
   unsigned char* dead;      // the same: 1 where a row sees no key; only if Variant::kFindDead
   RowStrides out_at, dout_at;
   int heads, queries, keys;
-  int sums;  // this, and what follows to `counters`, only where Config::kFinishes: of how many
-             // query blocks, the first ones, dq_sums has room for
+  int sums;  // this, and what follows to `counters`, only where Config::kFinishes or kAhead: of
+             // how many query blocks, the first ones, dq_sums has room for, or are to be prepared
   int* progress;  // cleared too
   int counters;   // in progress, 4 bytes each
   int group;
@@ -62,7 +62,7 @@ struct RowTerms {
     int head = gridDim.y - 1 - blockIdx.y, batch = gridDim.z - 1 - blockIdx.z;
     int64_t block = (static_cast<int64_t>(batch) * p.heads + head) * gridDim.x + blockIdx.x;
     float4* sums = reinterpret_cast<float4*>(p.dq_sums + block * Config::kSumFloats);
-    if (!Config::kFinishes || block < p.sums) {
+    if (!(Config::kFinishes || Config::kAhead) || block < p.sums) {
       for (int i = threadIdx.x; i < Config::kSumFloats / 4; i += kThreads)
         sums[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     }
@@ -70,42 +70,19 @@ struct RowTerms {
       int i = (batch * p.heads + head) * kThreads + threadIdx.x;
       if (i < p.counters) p.progress[i] = 0;
     }
+    if constexpr (Config::kAhead) {
+      int threads = gridDim.x * gridDim.y * gridDim.z * kThreads;
+      int first = ((blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x) * kThreads;
+      for (int i = first + threadIdx.x; i < p.counters; i += threads) p.progress[i] = 0;
+      if (block >= p.sums) return;
+    }
     typename Variant::At at{p.aux, batch, head, p.queries, p.keys};
     int piece = threadIdx.x % kLanes;
     float* rows = p.rows + block * kRowTerms<Variant> * kM;
 #pragma unroll
     for (int i = 0; i < ceil_div(kM, kRowsAtOnce); ++i) {
       int inside = i * kRowsAtOnce + threadIdx.x / kLanes;
-      int q = blockIdx.x * kM + inside;
-      float sum = 0.0f;
-      bool exists = q < p.queries && inside < kM;
-      if (exists && piece < kPieces) {
-        uint4 o = __ldg(reinterpret_cast<const uint4*>(p.out + 2 * p.out_at.at(batch, head, q)) +
-                        piece);
-        uint4 d = __ldg(reinterpret_cast<const uint4*>(p.dout + 2 * p.dout_at.at(batch, head, q)) +
-                        piece);
-        sum = product(o.x, d.x) + product(o.y, d.y) + product(o.z, d.z) + product(o.w, d.w);
-      }
-#pragma unroll
-      for (int lanes = kLanes / 2; lanes > 0; lanes /= 2)
-        sum += __shfl_xor_sync(~0u, sum, lanes);
-      if (piece > 0 || inside >= kM) continue;
-      float lse = inf();
-      if (exists) {
-        int64_t row = (static_cast<int64_t>(batch) * p.heads + head) * p.queries + q;
-        lse = __ldg(p.lse + row);
-        if (p.dlse != nullptr) sum -= __ldg(p.dlse + row);
-        // A row of nothing but scores of -inf has weights of NaN, unless it is to have none.
-        constexpr bool lost = Variant::kFiniteScores || Variant::kDead == Dead::kZero;
-        if (lse == -inf()) lse = lost ? inf() : lse, sum = 0.0f;
-        if (p.delta != nullptr) p.delta[row] = sum;
-        auto own = Variant::head(at);
-        if constexpr (Variant::kShift)
-          lse -= Variant::shift(at, own, Variant::row(at, own, q), q);
-        if constexpr (!Variant::kWideScores) lse *= kLog2e;
-      }
-      rows[row_slot(inside)] = lse;
-      rows[kM + row_slot(inside)] = sum;
+      one(p, at, rows, inside, blockIdx.x * kM + inside, piece);
     }
     if constexpr (Variant::kWideScores || Variant::kFindDead) {
       for (int inside = threadIdx.x / 32; inside < kM; inside += kThreads / 32) {
@@ -119,6 +96,41 @@ struct RowTerms {
         if (Variant::kWideScores && threadIdx.x % 32 == 0) rows[2 * kM + row_slot(inside)] = norm;
       }
     }
+  }
+
+  // The terms of a row, which kLanes lanes compute, each from a piece; past the last query those of
+  // none. All lanes of the warp take part.
+  FA3_DEVICE static void one(const Params& p, const typename Variant::At& at, float* rows,
+                             int inside, int q, int piece) {
+    float sum = 0.0f;
+    bool exists = q < p.queries && inside < kM;
+    if (exists && piece < kPieces) {
+      uint4 o = __ldg(reinterpret_cast<const uint4*>(p.out + 2 * p.out_at.at(at.batch, at.head, q)) +
+                      piece);
+      uint4 d = __ldg(reinterpret_cast<const uint4*>(p.dout + 2 * p.dout_at.at(at.batch, at.head, q)) +
+                      piece);
+      sum = product(o.x, d.x) + product(o.y, d.y) + product(o.z, d.z) + product(o.w, d.w);
+    }
+#pragma unroll
+    for (int lanes = kLanes / 2; lanes > 0; lanes /= 2)
+      sum += __shfl_xor_sync(~0u, sum, lanes);
+    if (piece > 0 || inside >= kM) return;
+    float lse = inf();
+    if (exists) {
+      int64_t row = (static_cast<int64_t>(at.batch) * p.heads + at.head) * p.queries + q;
+      lse = __ldg(p.lse + row);
+      if (p.dlse != nullptr) sum -= __ldg(p.dlse + row);
+      // A row of nothing but scores of -inf has weights of NaN, unless it is to have none.
+      constexpr bool lost = Variant::kFiniteScores || Variant::kDead == Dead::kZero;
+      if (lse == -inf()) lse = lost ? inf() : lse, sum = 0.0f;
+      if (p.delta != nullptr) p.delta[row] = sum;
+      auto own = Variant::head(at);
+      if constexpr (Variant::kShift)
+        lse -= Variant::shift(at, own, Variant::row(at, own, q), q);
+      if constexpr (!Variant::kWideScores) lse *= kLog2e;
+    }
+    rows[row_slot(inside)] = lse;
+    rows[kM + row_slot(inside)] = sum;
   }
 
   // One warp: log2 of what the row's weights sum to by an LSE that is large.
@@ -174,6 +186,7 @@ struct QueryGradientParams {
   char* dq;
   RowStrides dq_at;
   int heads, queries;
+  int first_batch, first;  // only where Config::kBehind: of the query blocks of all heads
 };
 
 // dQ from the sums, which lie as the main kernel's accumulators do: those of each warpgroup, warp,
@@ -193,7 +206,9 @@ struct QueryGradient {
   FA3_DEVICE static void store(const QueryGradientParams& p) {
     constexpr int count = Columns / 2;
     int head = gridDim.y - 1 - blockIdx.y, batch = gridDim.z - 1 - blockIdx.z;
+    if constexpr (Config::kBehind) batch += p.first_batch;
     int64_t block = (static_cast<int64_t>(batch) * p.heads + head) * gridDim.x + blockIdx.x;
+    if (Config::kBehind && block < p.first) return;
     int part = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const float4* sums = reinterpret_cast<const float4*>(p.dq_sums + block * Config::kSumFloats +
                                                          part * Config::kFirstColumns * 64) +
