@@ -29,6 +29,7 @@ from fa3_compile.lower.dispatch import (
     wants_verification,
     widened,
 )
+from fa3_compile.runtime import cpu_backward  # noqa: F401, compiled code from a cache calls it
 from fa3_compile.runtime.op import split_text
 
 log = logging.getLogger(__name__)

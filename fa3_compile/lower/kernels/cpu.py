@@ -19,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from fa3_compile.lower.choose import Gradients, Kernel, Problem, register
 from fa3_compile.lower.elements import Shape, elements
+from fa3_compile.runtime.cpu_backward import cpu_backward
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.expr import KV, Boolean, Expr, Q, S, depends_on, load, loads_in, where
 from fa3_compile.spec.fills import OUT_OF_REACH
@@ -26,21 +27,13 @@ from fa3_compile.spec.simplify import bias_of
 
 CAUSAL = sympy.Le(KV, Q)
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 # With fewer keys and no mask the kernel gives zeros for a row of NaN (torch 2.13).
 WHOLE_VECTOR = 16
-# A row whose scores are all below this is a masked one: the float32 score of a fill like
-# finfo.min no longer has `s` in it, and its lse no longer has log(Skv).
+# A fill from here on is a mask: a float32 score of it has no digit of `s`, and its LSE no log(Skv).
 MASKED = -1e8
-
-
-def _may_hide_twice(score: Expr) -> bool:
-    """Whether a sum of masks hides keys, some by more of them than others: where no key is left,
-    the weights are those of some keys, and the LSE does not hold of how many."""
-    found = (bias_of(x) for x in score.atoms(where))
-    masks = [loads_in(x) for c, x in filter(None, found) if c > -MASKED]
-    return len(masks) > 1 or any(len(x) > 1 for x in masks)
+# No score that is not masked is below this.
+LEAST = -1e30
 
 
 def _may_hide(term: Expr) -> bool:
@@ -56,12 +49,16 @@ def _may_hide(term: Expr) -> bool:
     return by_position or any(float(y) <= MASKED for y in chosen)  # pyright: ignore
 
 
-def _may_weigh_some(spec: AttentionSpec, bias: Expr) -> bool:
+def _weighs_some(spec: AttentionSpec, bias: Expr) -> bool:
     """Whether a row whose scores are all those of masked keys may still weigh some keys and not
     others, of which the LSE does not hold how many: by a bias that hides keys beside a mask, or
-    beside another such bias."""
+    beside another such bias; by a sum of masks, of which some keys have more than others."""
     hiding = [x for x in sympy.Add.make_args(bias) if _may_hide(x)]
-    return bool(hiding) and (spec.has_mask or len(hiding) > 1 or len(loads_in(*hiding)) > 1)
+    if hiding and (spec.has_mask or len(hiding) > 1 or len(loads_in(*hiding)) > 1):
+        return True
+    found = (bias_of(x) for x in spec.score.atoms(where))
+    masks = [loads_in(x) for c, x in filter(None, found) if c > -MASKED]
+    return len(masks) > 1 or any(len(x) > 1 for x in masks)
 
 
 @dataclass(frozen=True)
@@ -85,6 +82,12 @@ class _Plan:
         hides = any(map(_may_hide, sympy.Add.make_args(self.bias)))
         chosen = any(x.has(load) for x in self.bias.atoms(where))
         return hides or chosen or self.bias.has(sympy.oo, -sympy.oo)
+
+    @property
+    def all_masked(self) -> float:
+        """The LSE below which all scores of a row are those of masked keys, and of one weight."""
+        fill = 0.0 if self.fill_bias is None else float(self.fill_bias)
+        return max(LEAST, fill / 2) if fill <= MASKED else LEAST
 
     @property
     def masked_scale(self) -> float:
@@ -228,57 +231,40 @@ class Cpu(Kernel):
     def supports_backward(self, problem: Problem) -> str | None:
         if any(problem.aux_needs_grad):
             return "ATen's flash kernel has no gradient for a bias"
-        if _may_hide_twice(problem.spec.score):
-            return "a row that two added masks hide has weights that its LSE does not hold"
-        if _may_weigh_some(problem.spec, _made(problem).bias):
+        if _weighs_some(problem.spec, _made(problem).bias):
             return "a row of masked keys may have weights that its LSE does not hold"
         return None
 
     def run_backward(self, problem, dout, dlse, q, k, v, out, lse, aux, sizes, needs) -> Gradients:
         spec, plan = problem.spec, _made(problem)
         bias, _ = _bias(problem, q, k, aux, sizes)
-        dim = max(problem.dim, problem.v_dim + (2 if dlse is not None else 0))
         corrections = None
         if bias is not None:
-            masked = (lse < MASKED).unsqueeze(-1)
-            corrections = _masked_rows_backward(spec, plan, dout, q, k, v, lse)
-            dout = torch.where(masked, 0.0, dout)
-            out = torch.where(masked, 0.0, out)
-            dlse = None if dlse is None else torch.where(lse < MASKED, 0.0, dlse)
-            lse = torch.where(lse < MASKED, 0.0, lse)
-        if dlse is not None:
-            dout, out = _with_lse(dout, out, dlse)
-        grads = FLASH_BACKWARD(
-            *(_padded(x, dim).contiguous() for x in (dout, q, k, v, out)),
-            lse.contiguous(),
-            0.0,
-            plan.causal,
-            attn_mask=bias,
-            scale=plan.scale,
-        )
-        grads = [g[..., : x.shape[-1]] for g, x in zip(grads, (q, k, v))]
+            masked = lse < plan.all_masked
+            corrections = _masked_rows_backward(spec, plan, masked, dout, q, k, v, lse)
+            dout = torch.where(masked.unsqueeze(-1), 0.0, dout)
+            out = torch.where(masked.unsqueeze(-1), 0.0, out)
+            dlse = None if dlse is None else torch.where(masked, 0.0, dlse)
+            lse = torch.where(masked, 0.0, lse)
+        grads = cpu_backward(dout, dlse, q, k, v, out, lse, bias, plan.causal, plan.scale)
         if corrections is not None:
             grads = [(g + c).to(g.dtype) for g, c in zip(grads, corrections)]
         dq, dk, dv = (g if n else None for g, n in zip(grads, needs))
         return dq, dk, dv, [None] * len(aux)
 
 
-def _with_lse(dout: Tensor, out: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor]:
-    """dO and O with two columns more, for the LSE's gradient: dS = P (dP - delta + dLSE), and the
-    kernel computes delta as the sum of dO * O. Where V's columns are zeros they change dP nowhere.
-    """
-    high = dlse.to(out.dtype)
-    low = (dlse - high).to(out.dtype)
-    ones = torch.ones_like(dout[..., :1])
-    dout = torch.cat((dout, ones, ones), -1)
-    return dout, torch.cat((out, -high.unsqueeze(-1), -low.unsqueeze(-1)), -1)
-
-
 def _masked_rows_backward(
-    spec: AttentionSpec, plan: _Plan, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor
+    spec: AttentionSpec,
+    plan: _Plan,
+    masked: Tensor,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the rows of masked scores add to dq, dk, dv, in float32; one product of [D, Skv] and
-    [Skv, Dv] a head.
+    """What the rows in `masked` [B,H,Sq] add to dq, dk, dv, in float32; one product of [D, Skv]
+    and [Skv, Dv] a head.
 
     Their probabilities are 1/Skv: with p uniform, ds = a/Skv * (dout.v - dout.mean(v)) is linear
     in dout, and the sums over kv and q factor. A row of -inf has none ("zero") or NaN ("nan").
@@ -287,7 +273,7 @@ def _masked_rows_backward(
     rows = (batch, kv_heads, -1)
     empty_weight = 0.0 if spec.dead == "zero" else float("nan")
     weight = torch.where(lse == float("-inf"), empty_weight, 1.0).unsqueeze(-1)
-    dout = torch.where((lse < MASKED).unsqueeze(-1), dout.float() * weight, 0.0)
+    dout = torch.where(masked.unsqueeze(-1), dout.float() * weight, 0.0)
     dout = dout.reshape(*rows, dout.shape[-1])
     q_rows, k, v = q.float().reshape(*rows, q.shape[-1]), k.float(), v.float()
     dv = (dout.sum(2, keepdim=True) / kv_len).expand(v.shape)

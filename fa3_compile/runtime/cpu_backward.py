@@ -1,0 +1,107 @@
+"""The operator `fa3::cpu_backward`: gradients of softmax(scale * Q K^T + bias) V on the CPU.
+
+ATen's kernel rebuilds the weights as exp(score - LSE), and takes the rows' sum of dO * O for what
+the weights' own gradients sum to. In float32 that is off by |LSE| * 2^-24 of each weight; where one
+key has all of a row's weight, eager's gradients are 0 and its are not. How large an LSE is, only a
+run can tell, so that this is one operator for compiled code, and not a program of ATen's.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fa3_compile.runtime.op import LIBRARY
+
+LIBRARY.define(
+    "cpu_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    " Tensor? bias, bool causal, float scale) -> (Tensor dq, Tensor dk, Tensor dv)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+cpu_backward = torch.ops.fa3.cpu_backward.default
+FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# Up to these the weights are off by eight roundings of float32, or by one of 16 bits. The scores of
+# a softmax that is not nearly one-hot are below 32.
+LARGE, LARGE_OF_HALF = 32.0, 1e4
+
+
+@torch.library.impl(LIBRARY, "cpu_backward", "CompositeExplicitAutograd")
+def _cpu_backward(dout, dlse, q, k, v, out, lse, bias, causal, scale):
+    """dout, out [B,H,Sq,Dv]; dlse, lse [B,H,Sq], lse -inf nowhere; q [B,H,Sq,D], k [B,Hkv,Skv,D],
+    v [B,Hkv,Skv,Dv]; bias float32 [B|1,H|1,Sq|1,Skv|1]. Rows whose bias is all -inf have no
+    gradient. Memory: O(S), or one KV head's scores where an LSE is large."""
+    large = LARGE if q.dtype == torch.float32 else LARGE_OF_HALF
+    with torch.no_grad():
+        rebuild = _by_kv_head if bool((lse.abs() > large).any()) else _by_lse
+        return rebuild(dout, dlse, q, k, v, out, lse, bias, causal, scale)
+
+
+@torch.library.register_fake("fa3::cpu_backward", lib=LIBRARY)
+def _cpu_backward_fake(dout, dlse, q, k, v, out, lse, bias, causal, scale):
+    return _empty_like(q), _empty_like(k), _empty_like(v)
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """[B,H,S,D] with the memory of [B,S,H,D], which ATen's gradients have."""
+    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
+
+
+def _by_lse(dout, dlse, q, k, v, out, lse, bias, causal, scale):
+    """ATen's."""
+    if dlse is not None:
+        dout, out = _with_lse(dout, out, dlse)
+    dim = max(q.shape[-1], dout.shape[-1])
+    padded = (F.pad(x, (0, dim - x.shape[-1])).contiguous() for x in (dout, q, k, v, out))
+    grads = FLASH_BACKWARD(*padded, lse.contiguous(), 0.0, causal, attn_mask=bias, scale=scale)
+    return tuple(_as_declared(g, x) for g, x in zip(grads, (q, k, v)))
+
+
+def _as_declared(grad: Tensor, x: Tensor) -> Tensor:
+    declared = _empty_like(x)
+    if grad.shape == x.shape and grad.stride() == declared.stride():
+        return grad
+    return declared.copy_(grad[..., : x.shape[-1]])
+
+
+def _with_lse(dout: Tensor, out: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor]:
+    """dO and O with two columns more, for the LSE's gradient: dS = P (dP - delta + dLSE), and the
+    kernel computes delta as the sum of dO * O. Where V's columns are zeros they change dP nowhere.
+    """
+    high = dlse.to(out.dtype)
+    low = (dlse - high).to(out.dtype)
+    ones = torch.ones_like(dout[..., :1])
+    dout = torch.cat((dout, ones, ones), -1)
+    return dout, torch.cat((out, -high.unsqueeze(-1), -low.unsqueeze(-1)), -1)
+
+
+def _by_kv_head(dout, dlse, q, k, v, out, lse, bias, causal, scale):
+    """The softmax again, and its gradient as eager has it."""
+    batch, kv_heads, kv_len, _ = k.shape
+    heads, q_len = q.shape[1:3]
+    group = heads // kv_heads
+    dq, dk, dv = (_empty_like(x) for x in (q, k, v))
+    bias = None if bias is None else bias.expand(batch, heads, -1, -1)
+    hidden = torch.ones(q_len, kv_len, dtype=torch.bool).triu(1) if causal else None
+    for b in range(batch):
+        for kv_head in range(kv_heads):
+            member = b, slice(kv_head * group, (kv_head + 1) * group)
+            key, value = k[b, kv_head].float(), v[b, kv_head].float()
+            query, dvalue = q[member].float(), dout[member].float()
+            x = query @ key.mT * scale
+            if bias is not None:
+                x += bias[member]
+            if hidden is not None:
+                x.masked_fill_(hidden, float("-inf"))
+            p = torch.softmax(x, -1)
+            if bias is not None:
+                p.masked_fill_((x == float("-inf")).all(-1, keepdim=True), 0.0)
+            dp = dvalue @ value.mT
+            share = (p * dp).sum(-1, keepdim=True)
+            if dlse is not None:
+                share -= dlse[member].unsqueeze(-1)
+            ds = p * (dp - share) * scale
+            dq[member] = (ds @ key).to(q.dtype)
+            dk[b, kv_head] = (ds.mT @ query).sum(0).to(k.dtype)
+            dv[b, kv_head] = (p.mT @ dvalue).sum(0).to(v.dtype)
+    return dq, dk, dv
