@@ -67,7 +67,7 @@ def attention(q, k, v):
 @pytest.mark.parametrize("grad", [False, True])
 def test_what_will_run_is_begun_once(grad: bool, family: Begun) -> None:
     q, k, v = (torch.randn(1, 2, 8, 16, requires_grad=grad) for _ in range(3))
-    options = {"deterministic": True}
+    options: dict[str, Any] = {"deterministic": True}
     out = torch.compile(attention, backend="fa3", options=options)(q, k, v)
     assert [x for x, _ in family.asked] == ["forward", "backward"][: 1 + grad]
     assert {(str(x.spec), x.deterministic, x.needs_grad) for _, x in family.asked} == {
