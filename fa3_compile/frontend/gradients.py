@@ -41,11 +41,7 @@ def _cuts_gradient(node: fx.Node, before: set[fx.Node]) -> bool:
         return False
     if has_gradient(node) or _creates(node):
         return False
-    name = target_name(node)
     sources = [s for s in node.all_input_nodes if _is_float(example_value(s))]
-    if name == "detach" and sources and _is_row_maximum(sources[0]):
-        # A softmax does not depend on what is taken off a whole row, nor does its gradient.
-        return False
     return any(_had_gradient(s, before) for s in sources)
 
 
@@ -83,14 +79,3 @@ def has_gradient(node: fx.Node) -> bool:
 
 def _is_float(value) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
-
-
-def _is_row_maximum(node: fx.Node) -> bool:
-    if target_name(node) == "amax":
-        return True
-    source = node.args[0] if node.args else None
-    return (
-        target_name(node) == "getitem"
-        and isinstance(source, fx.Node)
-        and (target_name(source) == "max")
-    )

@@ -245,7 +245,7 @@ class Lifter:
         return self.load(node, index)
 
 
-INEXACT = frozenset("add sub rsub mul div pow exp log sqrt rsqrt reciprocal _to_copy".split())
+INEXACT = frozenset("add sub rsub mul div pow exp log sqrt rsqrt reciprocal _to_copy copy".split())
 
 
 def _rounds_to_half(node: fx.Node) -> bool:

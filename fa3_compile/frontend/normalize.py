@@ -10,6 +10,7 @@ from torch import fx
 
 from fa3_compile.frontend.elements.movement import dimension
 from fa3_compile.frontend.same import same_value
+from fa3_compile.frontend.shadow_operators import STOP
 from fa3_compile.frontend.trace import SIZES, Shadow
 
 aten = torch.ops.aten
@@ -198,12 +199,19 @@ def unexpanded(node) -> tuple[fx.Node, list[int]]:
     return node, added
 
 
+def _undetached(node):
+    """A node, or what it holds constant."""
+    return unexpanded(node.args[0])[0] if _is(node, STOP) else node
+
+
 def _is(node, target) -> bool:
     return isinstance(node, fx.Node) and node.target is target
 
 
 def row_statistic(node: fx.Node) -> bool:
-    """Whether the node is a maximum or a logsumexp, which is finite where any score is."""
+    """Whether the node is a maximum or a logsumexp, which is finite where any score is. It may be
+    detached: a softmax does not depend on what is taken off a whole row, nor does its gradient."""
+    node = _undetached(node)
     if not isinstance(node, fx.Node):
         return False
     if node.target in (aten.amax.default, aten.max.default, aten.logsumexp.default):
@@ -219,7 +227,7 @@ def largest_is_one(softmax: Softmax) -> bool:
     ):
         return False
     x, shift = softmax.scores.args[0].args[:2]
-    statistic, _ = unexpanded(shift)
+    statistic = _undetached(unexpanded(shift)[0])
     if not row_statistic(statistic) or statistic.target is aten.logsumexp.default:
         return False
     reduced = statistic.args[0] if statistic.target is operator.getitem else statistic

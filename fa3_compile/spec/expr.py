@@ -152,7 +152,7 @@ class trunc(sympy.Function):
     def eval(cls, x):
         if x.is_integer:
             return x
-        return None
+        return sympy.Integer(int(x)) if x.is_number and x.is_finite else None
 
 
 class round_half_even(sympy.Function):

@@ -83,12 +83,19 @@ def _times(a: Expr, b: Expr) -> Expr:
 @element_of(aten.div.Tensor, aten.div.Scalar, aten.true_divide.Tensor)
 def _(node, index, ctx: Lifter) -> Element:
     a, b = (ctx.broadcast(x, index) for x in node.args[:2])
-    return through_where(_quotient, a, b)
+    return _divided(node, a, b)
+
+
+def _divided(node, a: Expr, b: Expr) -> Expr:
+    try:
+        return through_where(_quotient, a, b)
+    except ZeroDivisionError as zero:
+        raise Opaque(node, "a division by the constant 0") from zero
 
 
 def _quotient(a: Expr, b: Expr) -> Expr:
     if b == 0:
-        raise ZeroDivisionError("a score divided by the constant 0")
+        raise ZeroDivisionError
     if b.is_number and a.is_integer and float(b).is_integer():
         return a / sympy.Integer(int(b))
     return a * sym(1 / float(b)) if b.is_number else a / b
@@ -99,9 +106,9 @@ def _(node, index, ctx: Lifter) -> Element:
     a, b = (ctx.broadcast(x, index) for x in node.args[:2])
     mode = node.kwargs.get("rounding_mode", "floor" if node.target is not None else None)
     if mode is None:
-        return through_where(_quotient, a, b)
+        return _divided(node, a, b)
     if is_float(node):
-        x = through_where(_quotient, a, b)
+        x = _divided(node, a, b)
         return rounded_down(node, x, ctx) if mode == "floor" else to_integer(node, x, ctx)
     if b.is_positive:
         return divide(a, b, ctx.ranges) if mode == "floor" else truncated(a, b, ctx)

@@ -32,11 +32,16 @@ EXACT_INTEGERS = {torch.bfloat16: 256, torch.float16: 2048, torch.float32: 1 << 
 
 @element_of(aten._to_copy.default, torch.ops.prims.convert_element_type.default)
 def _(node, index, ctx: Lifter) -> Element:
-    x = ctx.operand(node.args[0], index)
+    return cast(node, node.args[0], index, ctx)
+
+
+def cast(node: fx.Node, given, index: Index, ctx: Lifter) -> Element:
+    """The element of `given`, which broadcasts to `node`, in the type that `node` has."""
+    x = ctx.operand(given, index)
     target = node.meta["val"].dtype
     # vmap casts the Python numbers that it meets.
-    number_cast = not isinstance(node.args[0], fx.Node)
-    source = target if number_cast else node.args[0].meta["val"].dtype
+    number_type = torch.float64 if isinstance(given, float) else target
+    source = given.meta["val"].dtype if isinstance(given, fx.Node) else number_type
     if target == torch.bool:
         return truth(x)
     x = number(x)
@@ -70,7 +75,8 @@ def rounded(x: Expr, dtype: torch.dtype) -> Expr:
         value = torch.tensor(float(x), dtype=torch.float64).to(dtype).item()
         if math.isinf(value):
             return sympy.oo if value > 0 else -sympy.oo
-        exact = x.is_Integer or abs(float(x)) < 1e4
+        half = dtype in (torch.float16, torch.bfloat16)
+        exact = x.is_Integer or not half and abs(float(x)) < 1e4
         return x if exact else sym(value)
     if isinstance(x, where):
         return where(x.args[0], rounded(x.args[1], dtype), rounded(x.args[2], dtype))

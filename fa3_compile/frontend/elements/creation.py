@@ -7,6 +7,7 @@ import torch
 from torch import fx
 
 from fa3_compile.frontend.elements.casts import rounded
+from fa3_compile.frontend.elements.rounding import to_integer
 from fa3_compile.frontend.lift import Element, Lifter, Opaque, element_of, number, truth
 from fa3_compile.spec.expr import where
 
@@ -23,7 +24,9 @@ def _constant(node: fx.Node, value, ctx: Lifter) -> Element:
     if dtype == torch.bool:
         return sympy.true if value else sympy.false
     value = _value(value, ctx)
-    return rounded(value, dtype) if dtype.is_floating_point else value
+    if dtype.is_floating_point:
+        return rounded(value, dtype)
+    return value if value.is_Integer else to_integer(node, value, ctx)
 
 
 @element_of(aten.full.default, aten.full_like.default)
@@ -54,7 +57,8 @@ def _(node, index, ctx: Lifter) -> Element:
         start = _value(node.args[0], ctx)
         step = _value(node.args[2] if len(node.args) > 2 else 1, ctx)
     dtype = node.meta["val"].dtype
-    if dtype in (torch.float16, torch.bfloat16):
+    fractional = not (start.is_integer and step.is_integer)
+    if dtype in (torch.float16, torch.bfloat16) or not dtype.is_floating_point and fractional:
         raise Opaque(node, f"positions rounded to {dtype}")
     return start + step * index[0]
 

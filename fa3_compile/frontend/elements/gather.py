@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from fa3_compile.frontend.captured import Captured
+from fa3_compile.frontend.elements.casts import cast
 from fa3_compile.frontend.elements.movement import dimension, read_inside
 from fa3_compile.frontend.lift import (
     Cheaper,
@@ -110,7 +111,7 @@ def _(node, index, ctx: Lifter) -> Element:
 
 @element_of(aten.copy.default)
 def _(node, index, ctx: Lifter) -> Element:
-    return ctx.operand(node.args[1], index)
+    return cast(node, node.args[1], index, ctx)
 
 
 @element_of(aten.index_put.default)
