@@ -41,8 +41,9 @@ def explain(
 
     Something already compiled is explained as it was before. Dynamo is reset before and after, so
     everything compiled in this process compiles again at its next call. The caches of compiled
-    graphs are not used: the pass does not run on a hit, and there would be nothing to report. A
-    training run has its side effects, such as random numbers drawn and batch statistics.
+    graphs are not used: on a hit nothing is lowered, and the report would lack each kernel's config
+    and what could not be built. A training run has its side effects, such as random numbers drawn
+    and batch statistics.
 
     Raises what the model raises.
     """
@@ -64,7 +65,7 @@ def explain_with(
     plain = plain or getattr(model_or_fn, "_torchdynamo_orig_callable", model_or_fn)
     torch._dynamo.reset()
     try:
-        with _no_graph_caches(), mode(plain, training), collect() as report:
+        with no_graph_caches(), mode(plain, training), collect() as report:
             breaks = _GraphBreaks(backend)
             compiled = torch.compile(plain, backend=breaks.backend, options=dict(options or {}))
             start = time.perf_counter()
@@ -121,7 +122,8 @@ def _counted_breaks() -> Counter[str]:
 
 
 @contextmanager
-def _no_graph_caches() -> Iterator[None]:
+def no_graph_caches() -> Iterator[None]:
+    """Everything is compiled anew: Inductor's and AOTAutograd's caches are off."""
     from torch._functorch import config as functorch_config
     from torch._inductor import config as inductor_config
 

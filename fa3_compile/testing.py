@@ -27,6 +27,7 @@ from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fa3_compile.explaining import no_graph_caches
 from fa3_compile.fused import assert_fused, snapshot
 from fa3_compile.report import Report, collect
 
@@ -71,7 +72,8 @@ def assert_matches_eager(
     eager = subject.run(lambda fn: fn, dtype)
     torch._dynamo.reset()
     compiled_options: dict[str, Any] = {"options": dict(options)} if options else {}
-    with collect() as report, _no_caches():
+    # On a hit of the caches nothing would be compiled that could be wrong.
+    with collect() as report, no_graph_caches():
         ours = subject.run(
             lambda fn: torch.compile(fn, backend=backend, dynamic=dynamic, **compiled_options),
             dtype,
@@ -245,16 +247,3 @@ def _wide_oracle() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(default)
-
-
-@contextlib.contextmanager
-def _no_caches() -> Iterator[None]:
-    # On a hit of Inductor's caches nothing would be compiled that could be wrong.
-    from torch._functorch import config as functorch_config
-    from torch._inductor import config as inductor_config
-
-    with (
-        inductor_config.patch({"fx_graph_cache": False, "fx_graph_remote_cache": False}),
-        functorch_config.patch({"enable_autograd_cache": False}),
-    ):
-        yield

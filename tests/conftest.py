@@ -3,7 +3,7 @@
 import os
 import sys
 
-# On a hit in these caches the pass does not run, and a test of it would test an earlier run.
+# On a hit in these caches nothing is lowered, and a test of that would test an earlier run.
 os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
 # A worker a core: threads of several would wait for each other.

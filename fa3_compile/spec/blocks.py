@@ -5,10 +5,6 @@
 tensor, a function without a rule) counts as "may hold, may not": sound by construction.
 """
 
-# sympy annotates every argument as Basic and every Function as a type.
-# pyright: reportArgumentType=false, reportReturnType=false, reportOperatorIssue=false
-# pyright: reportAssignmentType=false
-
 from __future__ import annotations
 
 import functools

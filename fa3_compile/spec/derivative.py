@@ -3,9 +3,6 @@
 sympy's own `diff` answers in Heaviside and DiracDelta there, which no kernel can print.
 """
 
-# sympy annotates every argument as Basic.
-# pyright: reportArgumentType=false, reportReturnType=false, reportOperatorIssue=false
-
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -5,9 +5,6 @@ Eager code masks such weights before or after their function: `where(m, f(s), 0)
 which of the conditions that the weight is made of make it 0, whatever s is?
 """
 
-# sympy annotates every argument as Basic.
-# pyright: reportArgumentType=false, reportReturnType=false
-
 from __future__ import annotations
 
 import math
