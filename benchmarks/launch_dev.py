@@ -1,11 +1,12 @@
 """What a call costs the host: launches, binding, building, tuning.
 
-    python benchmarks/launch_dev.py [calls] [parts] [cache] [build] [tune]     on a CUDA GPU
+    python benchmarks/launch_dev.py [calls] [parts] [cache] [build] [ahead] [tune]    on a CUDA GPU
 
 calls   microseconds a call, of each way to a kernel, against SDPA's
 parts   microseconds of what a launch consists of
 cache   a KV cache that grows by a token a call
 build   a kernel from source, and from the cache on disk in a new process
+ahead   what cold kernels add to a model's first step, where they are built while it is compiled
 tune    autotune="quick" and "full"
 """
 
@@ -15,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -26,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from fa3_compile.lower import dispatch
+from fa3_compile.lower import build_ahead, dispatch
 from fa3_compile.lower.bound import BindingKernel
 from fa3_compile.lower.choose import kernels
 from fa3_compile.lower.inductor import install
@@ -223,6 +225,67 @@ def build() -> None:
             print(f"{what}, ms: {done.stdout.strip() or done.stderr[-800:]}", flush=True)
 
 
+def step_each() -> None:
+    """In a process of its own: seconds of a block's first training step, forward and backward, and
+    of those what was spent waiting for kernels."""
+    from fa3_compile.lower import build_nvrtc
+
+    waited, load_first = [0.0], build_nvrtc.load_first
+
+    def timed(*arguments, **options):
+        start = time.perf_counter()
+        try:
+            return load_first(*arguments, **options)
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                waited[-1] += time.perf_counter() - start
+
+    def block(x, w_in, w_out, w_up, w_down):
+        b, s, c = x.shape
+        q, k, v = (y.view(b, s, -1, 64).transpose(1, 2) for y in (x @ w_in).split(c, dim=2))
+        scores = (q @ k.mT * 0.125).masked_fill(causal == 0, float("-inf"))
+        y = (torch.softmax(scores, -1) @ v).transpose(1, 2).reshape(b, s, c)
+        x = torch.nn.functional.layer_norm(x + y @ w_out, (c,))
+        return torch.nn.functional.layer_norm(x + torch.relu(x @ w_up) @ w_down, (c,))
+
+    # Both look it up in their own module.
+    from fa3_compile.lower.kernels import cuda_sm90, cuda_sm90_backward_keys
+
+    cuda_sm90.load_first = cuda_sm90_backward_keys.load_first = timed
+    if sys.argv[2] == "alone":
+        build_ahead.begin = lambda build: None
+    causal = torch.ones(512, 512, device="cuda").tril()
+    widths = ((512, 1536), (512, 512), (512, 2048), (2048, 512))
+    options = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": True}
+    x = torch.randn(2, 512, 512, **options)
+    weights = [torch.randn(shape, **options) for shape in widths]
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    out = torch.compile(block, backend="fa3")(x, *weights)
+    torch.cuda.synchronize()
+    forward = time.perf_counter() - start
+    waited.append(0.0)
+    start = time.perf_counter()
+    # autograd's own thread would not count as the one that waits
+    with torch.autograd.set_multithreading_enabled(False):
+        out.backward(torch.ones_like(out))
+    torch.cuda.synchronize()
+    backward = time.perf_counter() - start
+    print(f"forward {forward:.2f} s, {waited[0]:.2f} of it for kernels; "
+          f"backward {backward:.2f}, {waited[1]:.2f}")  # fmt: skip
+
+
+def ahead() -> None:
+    for what in ("alone", "ahead", "warm"):
+        with tempfile.TemporaryDirectory() as folder:
+            environment = dict(os.environ, FA3_CACHE_DIR=folder)
+            for _ in range(1 + (what == "warm")):
+                environment["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(dir=folder)
+                command = [sys.executable, __file__, "step_each", what]
+                done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        print(f"{what}: {done.stdout.strip() or done.stderr[-800:]}", flush=True)
+
+
 def tune() -> None:
     q, k, v = tensors(2048, 2048, 16)
     with tempfile.TemporaryDirectory() as folder:
@@ -241,7 +304,9 @@ def tune() -> None:
 
 def main() -> None:
     assert op.LIBRARY is not None
-    for name in sys.argv[1:] or ["calls", "parts", "cache", "build", "tune"]:
+    if sys.argv[1:2] == ["step_each"]:
+        return step_each()
+    for name in sys.argv[1:] or ["calls", "parts", "cache", "build", "ahead", "tune"]:
         globals()[name]()
 
 
