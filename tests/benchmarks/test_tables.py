@@ -37,17 +37,25 @@ def test_a_line_has_ours_and_the_others_with_our_share():
     assert fill(page, rows) == page
 
 
-def test_models_are_held_against_sdpa_where_it_was_run():
+def test_models_are_held_against_the_faster_of_both_spellings():
     rows = [
         row("llama", "fa3", ms="50", peak_gib="3", kernel="cuda_sm90"),
         row("llama", "inductor", ms="120", peak_gib="11"),
         row("llama", "inductor sdpa", ms="75", peak_gib="4"),
+        row("t5", "fa3", ms="6", peak_gib="1", kernel="cuda_sm90"),
+        row("t5", "inductor", ms="12", peak_gib="2"),
+        row("t5", "inductor sdpa", ms="18", peak_gib="2"),
         row("bloom", "fa3", ms="6", peak_gib="1", kernel="cuda_sm90"),
-        row("bloom", "inductor", ms="24", peak_gib="2"),
+        row("bloom", "inductor", note="out of memory"),
+        row("bloom", "inductor sdpa", ms="24", peak_gib="2"),
+        row("bloom", "inductor sdpa", direction="training", note="there is none"),
     ]
     page = fill("<!-- table models -->\n<!-- end -->", rows)
-    assert "| llama | forward | 50.0 | 75.0 (SDPA) | 1.50x | 3.00 | 4.00 | cuda_sm90 |" in page
-    assert "| bloom | forward | 6.0 | 24.0 (eager) | 4.00x |" in page
+    line = "| llama | forward | 50.0 | 120.0 | 75.0 | 1.50x | 3.00 | 11.00 | 4.00 | cuda_sm90 |"
+    assert line in page
+    assert "| t5 | forward | 6.0 | 12.0 | 18.0 | 2.00x |" in page
+    assert "| bloom | forward | 6.0 | out of memory | 24.0 | 4.00x | 1.00 | out of memory |" in page
+    assert "training" not in page
 
 
 def test_a_place_for_an_unknown_table_is_an_error():
