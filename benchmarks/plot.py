@@ -1,7 +1,7 @@
 """Draws the CSVs of `benchmarks/run.py` into docs/images, and writes the tables of
 docs/benchmarks.md; needs the extra `docs` (matplotlib).
 
-    python benchmarks/plot.py benchmarks/results/2026-11-21_h100_*.csv
+    python benchmarks/plot.py benchmarks/results/2026-11-21_h100_run_*.csv
     python benchmarks/plot.py --out /tmp/images --page "" mine.csv
 
 lengths.svg   TFLOP/s of causal attention by sequence length, forward and backward
