@@ -1,8 +1,8 @@
 """Triton kernels with a factor after the softmax, and gradients of tables, on a GPU.
 
-    python benchmarks/triton_weight_dev.py check   # masks bit by bit, gradients, repetitions
-    python benchmarks/triton_weight_dev.py time    # dropout, tables: beside the same without
-    python benchmarks/triton_weight_dev.py lists   # documents, padding: with lists and without
+python benchmarks/triton_weight_dev.py check   # masks bit by bit, gradients, repetitions
+python benchmarks/triton_weight_dev.py time    # dropout, tables: beside the same without
+python benchmarks/triton_weight_dev.py lists   # documents, padding: with lists and without
 """
 
 from __future__ import annotations
