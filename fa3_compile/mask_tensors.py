@@ -20,8 +20,8 @@ from torch import Tensor, fx
 from fa3_compile import report
 from fa3_compile.frontend.captured import Captured
 from fa3_compile.frontend.dynamo_graph import opaque_target, target_name
+from fa3_compile.frontend.dynamo_products import NAMES
 from fa3_compile.frontend.mutations import is_mutation
-from fa3_compile.frontend.opaque_scores import NAMES
 from fa3_compile.frontend.region import Region
 from fa3_compile.lower.elements import Shape, elements
 from fa3_compile.report import RegionReport

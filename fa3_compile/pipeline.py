@@ -24,6 +24,7 @@ from fa3_compile.frontend import check, detect, expand, flex, joined, layout, re
 from fa3_compile.frontend.hints import hints
 from fa3_compile.frontend.liveness import remove_dead
 from fa3_compile.frontend.opaque_scores import opaque_scores
+from fa3_compile.frontend.opaque_weights import opaque_weights
 from fa3_compile.frontend.region import Region
 from fa3_compile.frontend.skeletons import Skeleton, skeletons
 from fa3_compile.frontend.split_bodies import split_attention
@@ -83,7 +84,9 @@ def _rewrite_graph(
     expanded = expand.expand_calls(gm.graph)
     shadow = trace.shadow(gm)
     entries: list[tuple[RegionReport, Region | None, fx.Node | None]] = []
-    hidden = (*shadow.declined, *opaque_scores(shadow)) if shadow else ()
+    hidden: tuple[Decline, ...] = ()
+    if shadow:
+        hidden = (*shadow.declined, *opaque_scores(shadow), *opaque_weights(shadow))
     for decline in (*split_attention(gm), *hidden):
         at = where(decline.node) if decline.node is not None else ""
         entry = RegionReport.declined(len(entries), graph_name, decline, where=at)

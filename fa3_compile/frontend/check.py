@@ -16,6 +16,7 @@ from fa3_compile.frontend.lift import written_between
 from fa3_compile.frontend.liveness import depends_on_values, live_nodes
 from fa3_compile.frontend.mutations import overwrite
 from fa3_compile.frontend.region import Region
+from fa3_compile.spec.expr import loads_in
 
 
 def check(graph: fx.Graph, regions: Sequence[Region]) -> None:
@@ -113,8 +114,18 @@ def _check_mutations(region: Region) -> None:
 def _check_loads(region: Region) -> None:
     """What the op reads may not be computed from the scores that it replaces."""
     interior = {*region.interior}
+    weight = region.spec.weight
+    weighing = [region.loads[x.tensor] for x in loads_in(weight)] if weight is not None else []
     for source, _ in reads_of(region):
         if depends_on_values(source, interior):
+            if any(isinstance(x, Captured) and x.source is source for x in weighing):
+                raise Decline(
+                    "scores-read",
+                    source,
+                    "Multiply the weights by what does not depend on the scores.",
+                    message="the weights are multiplied by what is computed from the scores by "
+                    f"{_name(source)}",
+                )
             raise Decline(
                 "scores-read",
                 source,

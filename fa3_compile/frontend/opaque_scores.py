@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fa3_compile.errors import NOTHING, Decline
 from fa3_compile.frontend.activations import activations
 from fa3_compile.frontend.dynamo_graph import example_value, opaque_target, target_name
+from fa3_compile.frontend.dynamo_products import leads_to_a_product, made_of_a_product
 from fa3_compile.frontend.lift import ancestors, shape_of
 from fa3_compile.frontend.normalize import Softmax, softmaxes
 from fa3_compile.frontend.operands import is_movement
@@ -21,10 +20,6 @@ from fa3_compile.frontend.trace import Shadow
 from fa3_compile.spec.index import same
 
 aten = torch.ops.aten
-# Products by their names in a Dynamo graph.
-NAMES = frozenset("matmul bmm baddbmm mm addmm einsum tensordot".split())
-# The most by which scores may be padded for a convolution.
-PADDED = 16
 MULTIPLY = "Write q @ k.transpose(-2, -1), which needs no tensor of all queries, keys and features."
 WEIGH = "Write weights @ v, which needs no tensor of all queries, keys and features."
 KEEP = "Keep what lies between the two products to element-wise operations."
@@ -46,7 +41,7 @@ def opaque_scores(shadow: Shadow) -> Iterator[Decline]:
         ):
             why = "V is weighed by a sum of element-wise products"
             yield Decline("no-product", summed, WEIGH, message=why, stage="detect")
-        elif not products_before(scores) and _leads_to_a_product(shadow, softmax.node):
+        elif not products_before(scores) and _leads_on(shadow, softmax):
             found = (
                 _by_a_call(shadow, scores)
                 or _by_broadcasting(shadow, scores)
@@ -145,7 +140,12 @@ def _weighs_by_broadcasting(shadow: Shadow, softmax: Softmax) -> fx.Node | None:
     return None
 
 
-def _leads_to_a_product(shadow: Shadow, node: fx.Node) -> bool:
+def _leads_on(shadow: Shadow, softmax: Softmax) -> bool:
+    """Whether a softmax leads to a product, in the shadow or past what is not in it."""
+    node = softmax.node
+    shape = node.meta["val"].shape
+    if any(leads_to_a_product(x, shape) for x in shadow.dynamo_of.get(node, [])[-1:]):
+        return True
     stack, seen = [node], set()
     while stack:
         for user in shadow.users(stack.pop()):
@@ -168,34 +168,3 @@ def _call_of(holder: fx.Node) -> fx.Node | None:
     if target_name(holder) == "getitem" and isinstance(holder.args[0], fx.Node):
         holder = holder.args[0]
     return holder if opaque_target(holder) else None
-
-
-def made_of_a_product(
-    nodes: Iterable[fx.Node], shape: Sequence, given: set[fx.Node] | None = None
-) -> bool:
-    """Whether values of this shape, or nearly so, lead from a product to one of the nodes: from
-    one of `given` alone if there is such."""
-    stack, seen = [*nodes], set()
-    while stack:
-        node = stack.pop()
-        value = example_value(node)
-        if node in seen or not isinstance(value, torch.Tensor):
-            continue
-        if not alike(value.shape, shape):
-            continue
-        seen.add(node)
-        if target_name(node) in NAMES:
-            if given is None or given.issuperset(node.all_input_nodes):
-                return True
-            continue
-        if not opaque_target(node):
-            stack += node.all_input_nodes
-    return False
-
-
-def alike(shape: Sequence, other: Sequence) -> bool:
-    """Whether a tensor may be the other's, its elements moved, padded or cropped."""
-    if statically_known_true(math.prod(shape) == math.prod(other)):
-        return True
-    last = zip(shape[-2:], other[-2:])
-    return len(shape) == len(other) and all(abs(hint(a) - hint(b)) <= PADDED for a, b in last)

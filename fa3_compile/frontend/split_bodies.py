@@ -7,7 +7,7 @@ rewritten for itself. An attention that is in one of them as a whole is found th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import fx
@@ -17,7 +17,7 @@ from fa3_compile.errors import Decline
 from fa3_compile.frontend import flex
 from fa3_compile.frontend.activations import activations
 from fa3_compile.frontend.dynamo_graph import example_value, is_softmax_like, target_name
-from fa3_compile.frontend.opaque_scores import NAMES, alike, made_of_a_product
+from fa3_compile.frontend.dynamo_products import leads_to_a_product, made_of_a_product
 
 HINT = "Put the softmax and both of its products into the call, or none of them."
 
@@ -53,7 +53,7 @@ def _normalises(call: fx.Node) -> bool:
     given = activations(call.graph)
     return any(
         made_of_a_product(call.all_input_nodes, x.shape, given)
-        and _leads_to_a_product(call, x.shape, given)
+        and leads_to_a_product(call, x.shape, given)
         for x in made[:1]
     )
 
@@ -74,29 +74,8 @@ def _softmaxes(body: fx.GraphModule) -> list[fx.Node]:
 def _is_split(call: fx.Node, softmax: fx.Node) -> bool:
     shape = example_value(softmax).shape
     before = made_of_a_product(softmax.all_input_nodes, shape)
-    after = _leads_to_a_product(softmax, shape)
+    after = leads_to_a_product(softmax, shape)
     if before and after:
         return False
     before = before or made_of_a_product(call.all_input_nodes, shape)
-    return before and (after or _leads_to_a_product(call, shape))
-
-
-def _leads_to_a_product(node: fx.Node, shape: Sequence, given: set[fx.Node] | None = None) -> bool:
-    """Whether values of this shape lead from the node to a product; if there is `given`, of those
-    alone, and by no softmax."""
-    stack, seen = [node], set()
-    while stack:
-        for user in stack.pop().users:
-            if target_name(user) in NAMES:
-                if given is None or given.issuperset(user.all_input_nodes):
-                    return True
-                continue
-            if given is not None and is_softmax_like(user):
-                continue
-            value = example_value(user)
-            parts = value if isinstance(value, (tuple, list)) else [value]
-            whole = any(isinstance(x, torch.Tensor) and alike(x.shape, shape) for x in parts)
-            if user not in seen and whole:
-                seen.add(user)
-                stack.append(user)
-    return False
+    return before and (after or leads_to_a_product(call, shape))

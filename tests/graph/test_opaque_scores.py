@@ -43,6 +43,47 @@ def test_a_sink_beside_hidden_scores_of_lengths_that_are_symbols():
     assert not check(attention, *qkv(), normal(H), dynamic=True).fused
 
 
+def mixed_by_a_layer(scores, matrix):
+    return F.linear(scores.permute(0, 2, 3, 1), matrix).permute(0, 3, 1, 2)
+
+
+TALKING = {
+    "before and after": (
+        lambda s, m: mixed_by_a_layer(mixed_by_a_layer(s, m).softmax(-1), m),
+        ("opaque-scores", "linear"),
+    ),
+    "after": (
+        lambda s, m: F.conv2d(s.softmax(-1), m[:, :, None, None]),
+        ("opaque-weights", "conv2d"),
+    ),
+    "normed": (
+        lambda s, m: F.layer_norm(s.softmax(-1), (S,)),
+        ("opaque-weights", "layer_norm"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TALKING)
+def test_weights_by_way_of_a_call(name):
+    """Talking heads (Shazeer et al. 2020), the heads mixed by a layer or a convolution."""
+    weights, (code, node) = TALKING[name]
+    report = check(lambda q, k, v, m: weights(scores_of(q, k), m) @ v, *qkv(), normal(H, H))
+    [region] = report.regions
+    assert (region.fused, region.code, region.node) == (False, code, node)
+    assert region.reason and region.hint
+
+
+def test_weights_times_the_signs_of_their_scores():
+    """Cog attention (Lv et al. 2024)."""
+
+    def attention(q, k, v):
+        s = scores_of(q, k)
+        return (s.abs().softmax(-1) * s.sign()) @ v
+
+    [region] = check(attention, *qkv()).regions
+    assert region.code == "scores-read" and "the weights are multiplied by" in region.reason
+
+
 def additive(q, k):
     """Bahdanau et al. (2015), section A.1.2."""
     pairs = torch.tanh(q.unsqueeze(-2) + k.unsqueeze(-3))
