@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.numerics.interpreted import captured, distance, parsed
+
 CAUSAL = "(kv - q <= 0)"
 MIN = "-3.4028234663852886e38"
 # Two masks of 0 and 1 that are added, as the lowest number times what they hide.
@@ -176,7 +178,7 @@ def records(tmp_path_factory) -> dict[str, dict]:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "FA3_CACHE_DIR": str(folder)}
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
-        [sys.executable, __file__], env=environment, cwd=root, capture_output=True, text=True
+        [sys.executable, "-m", __name__], env=environment, cwd=root, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return {x["name"]: x for x in map(json.loads, done.stdout.splitlines())}
@@ -203,24 +205,11 @@ def run(case: Case) -> dict:
     from fa3_compile.lower.kernels import triton_captured
     from fa3_compile.lower.kernels.reference import attention, attention_backward
     from fa3_compile.lower.tune_backward import Configs
-    from fa3_compile.spec.attention import AttentionSpec
 
     render_blocks.WORTHWHILE = 0 if case.lists else 2**20
     triton_captured.SCRATCH, triton_captured.ENOUGH_PROGRAMS = case.scratch, case.enough
     torch.manual_seed(0)
-    kinds = {
-        "documents": "int",
-        "seed": "int",
-        "dense_by_head": "bool",
-        "index": "int",
-        "padding": "bool",
-        "nothing": "bool",
-        "dense": "bool",
-    }
-    fields = case.spec
-    if case.aux:
-        fields += f", aux=[{', '.join(kinds.get(x, 'float') for x in case.aux)}]"
-    spec = AttentionSpec.parse(f"attention({fields})")
+    spec = parsed(case.spec, case.aux)
     batch, heads, kv_heads, q_len, kv_len, dim, v_dim = case.shape
     q = torch.randn(batch, q_len, heads, dim).to(case.dtype).transpose(1, 2)
     k = torch.randn(batch, kv_heads, kv_len, dim).to(case.dtype)
@@ -271,67 +260,6 @@ def run(case: Case) -> dict:
         ours, exact = (torch.as_tensor(column[2]).double().sum(2) for column in columns[:2])
         record["error_of_sums"] = ((ours - exact) / exact).abs().max().item()
     return record
-
-
-def distance(x: torch.Tensor, exact: torch.Tensor) -> float:
-    return (x.double() - exact).nan_to_num(0.0).abs().max().item()
-
-
-def captured(kind: str, shape: tuple[int, ...]) -> torch.Tensor:
-    batch, heads, _, q_len, kv_len, *_ = shape
-    match kind:
-        case "slopes":
-            return torch.rand(1, heads, 1, 1)
-        case "heads":
-            return torch.rand(heads)
-        case "scalar":
-            return torch.tensor(0.3)
-        case "bias":
-            return torch.randn(batch, heads, kv_len, q_len).transpose(2, 3)
-        case "head_bias":
-            return torch.randn(1, heads, q_len, kv_len)
-        case "batch_bias":
-            return torch.randn(batch, 1, q_len, kv_len)
-        case "plain_bias":  # longer than the axes
-            return torch.randn(q_len + 3, kv_len)
-        case "masked_bias":
-            x = torch.randn(batch, heads, q_len, kv_len)
-            x[:, :, :, :20] = torch.finfo(torch.float32).min
-            x[:, :, 7] = torch.finfo(torch.float32).min
-            return x
-        case "rows":
-            return torch.randn(batch, q_len)
-        case "seen":
-            return (torch.arange(kv_len) < torch.tensor([[kv_len - 9], [0]])).float()
-        case "seen too":
-            return (torch.arange(kv_len) >= torch.tensor([[7], [kv_len // 2]])).float()
-        case "temperatures":
-            return torch.tensor([0.0, -95.0, -200.0, 0.5])
-        case "keys":
-            return torch.randn(batch, kv_len)
-        case "relative":
-            return torch.randn(heads, 15)
-        case "padding":
-            return (torch.arange(kv_len) < torch.tensor([[kv_len], [7]])).view(2, 1, 1, kv_len)
-        case "nothing":
-            return torch.zeros(batch, 1, 1, kv_len, dtype=torch.bool)
-        case "documents":
-            return (torch.arange(max(q_len, kv_len)) // 13).expand(batch, -1)
-        case "turned_relative":
-            return torch.randn(15, heads)
-        case "index":
-            return torch.randint(15, (q_len, kv_len))
-        case "decomposed":
-            return torch.randn(batch, heads, q_len, max(8, kv_len // 8 + 1))
-        case "positions":
-            return torch.randn(max(q_len, kv_len))
-        case "dense_by_head":
-            return torch.rand(heads, q_len, kv_len) > torch.arange(heads).view(-1, 1, 1) * 0.98
-        case "seed":
-            return torch.tensor([-(2**40) - 12345])
-        case "dense":
-            return torch.rand(1, 1, q_len, kv_len) > 0.6
-    raise ValueError(kind)
 
 
 if __name__ == "__main__":

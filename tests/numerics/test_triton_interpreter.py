@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.numerics.interpreted import captured, distance, parsed
+
 CAUSAL = "(kv - q <= 0)"
 MIN = "-3.4028234663852886e38"
 # Two masks of 0 and 1 that are added, as the lowest number times what they hide.
@@ -73,13 +75,13 @@ CASES = [
     Case("alibi both sides", f"score=0.25*s - {SLOPES}*abs(q - kv)", aux=("slopes",)),
     Case("alibi, Dv 80", f"score=0.25*s + {SLOPES}*(kv - q)", (1, 2, 1, 9, 20, 24, 80), BF16, ("slopes",)),
     Case("dense bias", "score=0.25*s + load(0, b, h, q, kv)", aux=("bias",)),
-    Case("dense bias with -inf", "score=0.25*s + load(0, b, h, q, kv)", aux=("masked_bias",)),
+    Case("dense bias with -inf", "score=0.25*s + load(0, b, h, q, kv)", aux=("lost_bias",)),
     Case("row and key bias", "score=0.25*s + load(0, b, q) + load(1, b, kv)", aux=("rows", "keys")),
     Case(
         "bias with -inf under a mask",
         f"score=0.25*s + load(0, b, h, q, kv), mask={WINDOW}, dead=score, fill=-1e4",
         LONG,
-        aux=("masked_bias",),
+        aux=("lost_bias",),
     ),
     Case(
         "relative bias",
@@ -116,7 +118,7 @@ CASES = [
     Case("lazy", "score=0.25*s", lazy=True),
     Case("lazy, large scores", "score=40.0*s", lazy=True),
     Case("lazy, fp16, growing by keys", "score=0.25*s + 3.0*kv", dtype=F16, lazy=True),
-    Case("lazy, -inf and the least", "score=0.25*s + load(0, b, h, q, kv)", aux=("masked_bias",), lazy=True),
+    Case("lazy, -inf and the least", "score=0.25*s + load(0, b, h, q, kv)", aux=("lost_bias",), lazy=True),
     Case("lazy, window, least fill", f"score=0.25*s, mask={WINDOW}, dead=score, fill={MIN}", LONG, lazy=True),
     Case("lazy, sink, dead rows", f"score=0.25*s, mask={WINDOW}, sinks=[{SLOPES}]", LONG, aux=("slopes",), lazy=True),
     Case("lazy, inf in q", "score=0.25*s", layout="infinite", lazy=True),
@@ -161,7 +163,7 @@ CASES = [
     Case("split, window, zero", f"score=0.25*s, mask={WINDOW}, dead=zero", LONG, parts=2, packed=True),
     Case("split, window, least fill", f"score=0.25*s, mask={WINDOW}, dead=score, fill={MIN}", LONG, parts=3, packed=True),
     Case("split, fill by key, added", f"score=0.25*s, mask={WINDOW}, dead=score, fill=s - kv*0.5", LONG, BF16, parts=2),
-    Case("split, bias with -inf under a mask", f"score=0.25*s + load(0, b, h, q, kv), mask={WINDOW}, dead=score, fill=-1e4", LONG, aux=("masked_bias",), parts=3, packed=True),
+    Case("split, bias with -inf under a mask", f"score=0.25*s + load(0, b, h, q, kv), mask={WINDOW}, dead=score, fill=-1e4", LONG, aux=("lost_bias",), parts=3, packed=True),
     Case("split, padding, zero", "score=0.25*s, mask=load(0, b, 0, 0, kv) != 0, dead=zero", (2, 2, 1, 9, 45, 16, 16), aux=("padding",), parts=3, packed=True),
     Case("split, no key, least fill", f"score=0.25*s, mask=load(0, b, 0, 0, kv) != 0, dead=score, fill={MIN}", (2, 2, 1, 9, 45, 16, 16), aux=("nothing",), parts=3, packed=True),
     Case("split, documents, lists", f"score=0.25*s, mask=(load(0, b, q) == load(0, b, kv)) & {CAUSAL}", (2, 2, 1, 60, 75, 16, 16), aux=("documents",), lists=True, parts=2),
@@ -183,7 +185,7 @@ def records(tmp_path_factory) -> dict[str, dict]:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "FA3_CACHE_DIR": str(folder)}
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
-        [sys.executable, __file__], env=environment, cwd=root, capture_output=True, text=True
+        [sys.executable, "-m", __name__], env=environment, cwd=root, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return {x["name"]: x for x in map(json.loads, done.stdout.splitlines())}
@@ -212,24 +214,11 @@ def run(case: Case) -> dict:
     from fa3_compile.lower.kernels.reference import attention
     from fa3_compile.lower.kernels.triton_forward import TritonForward, bind_config, outputs
     from fa3_compile.runtime.op import empty_out
-    from fa3_compile.spec.attention import AttentionSpec
 
     triton_split.part_count = lambda *_: case.parts
     render_blocks.WORTHWHILE = 0 if case.lists else 2**20
     torch.manual_seed(0)
-    kinds = {
-        "documents": "int",
-        "seed": "int",
-        "lengths": "int",
-        "dense_by_head": "bool",
-        "padding": "bool",
-        "nothing": "bool",
-        "dense": "bool",
-    }
-    fields = case.spec
-    if case.aux:
-        fields += f", aux=[{', '.join(kinds.get(x, 'float') for x in case.aux)}]"
-    spec = AttentionSpec.parse(f"attention({fields})")
+    spec = parsed(case.spec, case.aux)
     batch, heads, kv_heads, q_len, kv_len, dim, v_dim = case.shape
     q, k, v = (
         laid_out(torch.randn(shape).to(case.dtype), case.layout)
@@ -275,10 +264,6 @@ def run(case: Case) -> dict:
     return record
 
 
-def distance(x: torch.Tensor, exact: torch.Tensor) -> float:
-    return (x.double() - exact).nan_to_num(0.0).abs().max().item()
-
-
 def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
     if layout == "bshd":
         return x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -292,48 +277,6 @@ def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
         x[:, :, 3, 2] = float("inf")
         x[:, :, 7, 1] = float("nan")
     return x
-
-
-def captured(kind: str, shape: tuple[int, ...]) -> torch.Tensor:
-    batch, heads, _, q_len, kv_len, *_ = shape
-    match kind:
-        case "slopes":
-            return torch.rand(1, heads, 1, 1)
-        case "bias":
-            return torch.randn(batch, heads, kv_len, q_len).transpose(2, 3)
-        case "masked_bias":
-            x = torch.randn(batch, heads, q_len, kv_len)
-            x[:, :, :, :20] = torch.finfo(torch.float32).min
-            x[:, :, 5] = float("-inf")
-            x[:, :, 7] = torch.finfo(torch.float32).min
-            return x
-        case "rows":
-            return torch.randn(batch, q_len)
-        case "seen":
-            return (torch.arange(kv_len) < torch.tensor([[kv_len - 9], [0]])).float()
-        case "seen too":
-            return (torch.arange(kv_len) >= torch.tensor([[7], [kv_len // 2]])).float()
-        case "temperatures":
-            return torch.tensor([0.0, -95.0, -200.0, 0.5])
-        case "keys":
-            return torch.randn(batch, kv_len)
-        case "relative":
-            return torch.randn(heads, 15)
-        case "padding":
-            return (torch.arange(kv_len) < torch.tensor([[kv_len], [7]])).view(2, 1, 1, kv_len)
-        case "nothing":
-            return torch.zeros(batch, 1, 1, kv_len, dtype=torch.bool)
-        case "documents":
-            return (torch.arange(max(q_len, kv_len)) // 13).expand(batch, -1)
-        case "dense_by_head":
-            return torch.rand(heads, q_len, kv_len) > torch.arange(heads).view(-1, 1, 1) * 0.98
-        case "lengths":
-            return torch.tensor([[kv_len, 3], [17, 50]])
-        case "seed":
-            return torch.tensor([-(2**40) - 12345])
-        case "dense":
-            return torch.rand(1, 1, q_len, kv_len) > 0.6
-    raise ValueError(kind)
 
 
 if __name__ == "__main__":
