@@ -121,7 +121,11 @@ class _Writer:
         if isinstance(expr, E.load):
             return self._load(expr)
         if isinstance(expr, sympy.Pow):
-            return self._call(torch.pow, self.write(expr.base), self.write(expr.exp))
+            base, power = self.write(expr.base), self.write(expr.exp)
+            if not (expr.exp.is_Integer and expr.exp.is_positive):
+                # Of integers, torch.pow(2, -1) is 0.
+                base = self.emit.call("to", base, torch.float32)
+            return self._call(torch.pow, base, power)
         if type(expr) not in FUNCTIONS:
             raise Decline(
                 "coefficient-unclear",
@@ -155,6 +159,10 @@ class _Writer:
         captured = self.loads[x.tensor]
         assert isinstance(captured, Captured)
         tensor = self.emit.captured(captured, self.device)
+        wide = torch.float32 if captured.dtype.is_floating_point else torch.int64
+        if captured.dtype not in (torch.bool, wide):
+            # What is computed of it is not rounded further than the output, nor does it wrap.
+            tensor = self.emit.call("to", tensor, wide)
         if all(i.is_Integer for i in x.index):
             for i in x.index:
                 tensor = self.emit.call("select", tensor, 0, int(i))

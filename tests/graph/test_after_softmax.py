@@ -669,3 +669,20 @@ def test_rows_multiplied_by_whether_they_have_a_key():
 
     spec = "attention(score=0.25*s, mask=load(0, b, 0, q, kv) == 0, dead=nan, aux=[bool])"
     assert specs(check(attention, *qkv(), hidden())) == spec
+
+
+@pytest.mark.parametrize(
+    "factor",
+    [
+        lambda n, small: 1 / n[:, None, None, None],
+        lambda n, small: 1 / torch.arange(1, S + 1)[:, None],
+        lambda n, small: (small.long() * 200)[:, None],
+    ],
+    ids=["lengths", "positions", "8 bits"],
+)
+def test_factors_of_integers_are_neither_rounded_nor_wrapped(factor):
+    def attention(q, k, v, n, small):
+        return (scores_of(q, k).softmax(-1) * factor(n, small)) @ v
+
+    lengths, small = torch.arange(3, B + 3), torch.arange(S, dtype=torch.int8) - 3
+    assert check(attention, *qkv(), lengths, small).fused
