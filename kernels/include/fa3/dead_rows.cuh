@@ -35,9 +35,16 @@ struct DeadRows {
   static constexpr int kWarps = kThreads / 32;
   // A uniform fill reads the values once for all rows of a thread block.
   static constexpr int kRows = Variant::kUniformFill ? 1024 : 64;
+  // All keys have the same weight in all rows: the output is the mean of the values.
+  static constexpr bool kMean =
+      Variant::kUniformFill && Variant::kFiniteScores && !Variant::kWeight && !Variant::kSink;
+  // Values are read in 16 bytes by each thread, kKeys keys side by side.
+  static constexpr int kPieces = Config::kDimV / 8, kKeys = kThreads / kPieces;
 
   struct Shared {
     float weights[kThreads], query[round_up(Config::kDimQK, 8)], partial[kWarps];
+    float sums[kMean ? kKeys : 1][Config::kDimV];
+    uint32_t mean[Config::kDimV / 2];
   };
 
   const Params& p;
@@ -63,6 +70,56 @@ struct DeadRows {
     float s = 0.0f;
     for (int d = 0; d < Config::kDimQK; ++d) s = fmaf(shared.query[d], ldg(k + d), s);
     return s;
+  }
+
+  // The mean of all values, in shared.mean.
+  FA3_DEVICE void find_mean() const {
+    int piece = threadIdx.x % kPieces, own = threadIdx.x / kPieces;
+    float sum[8] = {};
+    if (own < kKeys) {
+      const Dtype* v = p.v + p.v_at.at(at.batch, kv_head, 0) + 8 * piece;
+#pragma unroll 8
+      for (int kv = own; kv < p.keys; kv += kKeys) {
+        uint4 x = __ldg(reinterpret_cast<const uint4*>(v + kv * p.v_at.row));
+        add(sum, x.x), add(sum + 2, x.y), add(sum + 4, x.z), add(sum + 6, x.w);
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) shared.sums[own][8 * piece + i] = sum[i];
+    }
+    __syncthreads();
+    if (threadIdx.x < Config::kDimV / 2) {
+      float total[2] = {};
+      for (int i = 0; i < kKeys; ++i) {
+        total[0] += shared.sums[i][2 * threadIdx.x];
+        total[1] += shared.sums[i][2 * threadIdx.x + 1];
+      }
+      float keys = static_cast<float>(p.keys);
+      shared.mean[threadIdx.x] = pack<Dtype>(total[0] / keys, total[1] / keys);
+    }
+    __syncthreads();
+  }
+
+  FA3_DEVICE static void add(float* sum, uint32_t pair) {
+    float2 x = unpack<Dtype>(pair);
+    sum[0] += x.x, sum[1] += x.y;
+  }
+
+  // The mean of the values in the dead rows from `first` on: all keys have the same score there.
+  FA3_DEVICE void fill_with_mean(int first, const unsigned* dead) const {
+    find_mean();
+    auto head = Variant::head(at);
+    float score = Variant::fill(0.0f, at, head, Variant::row(at, head, first),
+                                Variant::col(at, head, 0), first, 0);
+    float lse = score + log2_approx(static_cast<float>(p.keys)) * kLn2;
+    int piece = threadIdx.x % kPieces, own = threadIdx.x / kPieces;
+    const uint32_t* mean = shared.mean + 4 * piece;
+    uint4 value{mean[0], mean[1], mean[2], mean[3]};
+    for (int i = own; i < kRows && own < kKeys; i += kKeys) {
+      if (!(dead[i / 32] >> i % 32 & 1)) continue;
+      int q = first + i;
+      *reinterpret_cast<uint4*>(p.out + p.out_at.at(at.batch, at.head, q) + 8 * piece) = value;
+      if (piece == 0) p.lse[lse_at(q)] = lse;
+    }
   }
 
   // Column threadIdx.x of the row, and its LSE. A row whose mask holds somewhere is dead because
@@ -125,8 +182,11 @@ struct DeadRows {
     if (threadIdx.x < Config::kDimV)
       p.out[p.out_at.at(at.batch, at.head, q) + threadIdx.x] =
           static_cast<unsigned short>(pack<Dtype>(value, 0.0f));
-    if (threadIdx.x == 0)
-      p.lse[(static_cast<int64_t>(at.batch) * p.heads + at.head) * p.queries + q] = lse;
+    if (threadIdx.x == 0) p.lse[lse_at(q)] = lse;
+  }
+
+  FA3_DEVICE int64_t lse_at(int q) const {
+    return (static_cast<int64_t>(at.batch) * p.heads + at.head) * p.queries + q;
   }
 
   // One thread of each block says whether it has found a dead row. The last to do so, of fewer than
@@ -146,7 +206,7 @@ struct DeadRows {
     __shared__ unsigned dead[kRows / 32];
     int head = blockIdx.y, batch = blockIdx.z, first = blockIdx.x * kRows;
     DeadRows self{p, memory, At{p.aux, batch, head, p.queries, p.keys}, head / p.group};
-    const float* lse = p.lse + (static_cast<int64_t>(batch) * p.heads + head) * p.queries;
+    const float* lse = p.lse + self.lse_at(0);
     bool any = false;
     for (int i = threadIdx.x; i < kRows; i += kThreads) {
       bool mine = first + i < p.queries && lse[first + i] == -inf();
@@ -157,6 +217,7 @@ struct DeadRows {
     any = __syncthreads_or(any);
     if (p.number != 0 && threadIdx.x == 0) tell(p, any);
     if (!any) return;
+    if constexpr (kMean) return self.fill_with_mean(first, dead);
     float value = 0.0f, of_row = 0.0f;
     bool known = false;
     for (int i = 0; i < kRows; ++i) {
