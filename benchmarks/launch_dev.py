@@ -1,6 +1,8 @@
 """What a call costs the host: launches, binding, building, tuning.
 
-    python benchmarks/launch_dev.py [calls] [parts] [cache] [build] [ahead] [tune]    on a CUDA GPU
+    python benchmarks/launch_dev.py [calls] [parts] [cache] [build] [ahead] [tune] [dead]
+
+on a CUDA GPU; all of them where none is named:
 
 calls   microseconds a call, of each way to a kernel, against SDPA's
 parts   microseconds of what a launch consists of
@@ -8,6 +10,7 @@ cache   a KV cache that grows by a token a call
 build   a kernel from source, and from the cache on disk in a new process
 ahead   what cold kernels add to a model's first step, where they are built while it is compiled
 tune    autotune="quick" and "full"
+dead    milliseconds of an attention in which some rows see no key, host and device
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from fa3_compile.lower import build_ahead, dispatch
 from fa3_compile.lower.bound import BindingKernel
 from fa3_compile.lower.choose import kernels
 from fa3_compile.lower.inductor import install
+from fa3_compile.lower.tune import seconds
 from fa3_compile.runtime import op
 from fa3_compile.runtime.launch import Attention
 
@@ -302,11 +306,32 @@ def tune() -> None:
             print(record.read_text().replace("\n", "")[:1500], flush=True)
 
 
+def dead() -> None:
+    for batch, heads, length, dim in ((2, 8, 256, 64), (8, 16, 2048, 64), (2, 16, 8192, 128)):
+        q, k, v = (
+            torch.randn(batch, length, heads, dim, device="cuda").bfloat16().transpose(1, 2)
+            for _ in range(3)
+        )
+        took = []
+        for padded in (0, length // 2):
+            keep = (torch.arange(length, device="cuda") >= padded).long().expand(batch, -1)
+            call = Attention(f"{PADDED} #;kernels=cuda_sm90", fixed=True, lse=False)
+            shared: list = []
+            arguments = (q, k, v, [keep.contiguous()], [])
+            call(*arguments)
+            launch = partial(call.call, *arguments, shared)
+            launch()
+            torch.cuda.synchronize()
+            took.append(f"{padded} padded: host {microseconds(launch):.1f} us, "
+                        f"device {seconds(launch, 50) * 1e3:.4f} ms")  # fmt: skip
+        print(f"B{batch} H{heads} S{length} D{dim}: {'; '.join(took)}", flush=True)
+
+
 def main() -> None:
     assert op.LIBRARY is not None
     if sys.argv[1:2] == ["step_each"]:
         return step_each()
-    for name in sys.argv[1:] or ["calls", "parts", "cache", "build", "ahead", "tune"]:
+    for name in sys.argv[1:] or ["calls", "parts", "cache", "build", "ahead", "tune", "dead"]:
         globals()[name]()
 
 
