@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
+from fa3_compile.backend import fa3
 from fa3_compile.lower import build_ahead, dispatch
 from fa3_compile.lower.bound import BindingKernel
 from fa3_compile.lower.choose import kernels
@@ -265,7 +266,7 @@ def step_each() -> None:
     weights = [torch.randn(shape, **options) for shape in widths]
     torch.cuda.synchronize()
     start = time.perf_counter()
-    out = torch.compile(block, backend="fa3")(x, *weights)
+    out = torch.compile(block, backend=fa3)(x, *weights)
     torch.cuda.synchronize()
     forward = time.perf_counter() - start
     waited.append(0.0)
