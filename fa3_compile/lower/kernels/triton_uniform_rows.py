@@ -7,7 +7,7 @@ whether there are such rows or not.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,7 +26,9 @@ CONFIG = TritonConfig(BLOCK, BLOCK, num_warps=4, num_stages=1)
 
 @dataclass(frozen=True)
 class UniformKey:
-    """The kernels' module, one for all attentions."""
+    """The kernels' module, one for all attentions: `spec` is that of the first."""
+
+    spec: AttentionSpec = field(compare=False)
 
     @property
     def digest(self) -> str:
@@ -83,7 +85,7 @@ def bind_uniform_rows(spec: AttentionSpec, tensors: Mapping[str, Tensor]) -> Uni
     heads = batch * kv_heads
     tiles = -(-v_dim // TILE) * (-(-dim // TILE) if slope else 1)
     blocks = -(-kv_len // BLOCK) + (group * -(-q.shape[2] // BLOCK) if slope else 0)
-    module = load(UniformKey())
+    module = load(UniformKey(spec))
     sums, add = (
         bind_kernel(kernel, CONFIG, programs * heads, given, integers, constants)
         for kernel, programs in ((module.uniform_sums, tiles), (module.add_uniform_rows, blocks))
