@@ -119,6 +119,10 @@ class Printer:
     def cast_int(self, x: Text) -> Text:
         raise NotImplementedError
 
+    def cast_long(self, x: Text) -> Text:
+        """An integer of 64 bits."""
+        raise NotImplementedError
+
     def truth(self, x: Text, expected: bool) -> Text:
         """Whether a loaded bool is as expected."""
         return Text(f"{x.at(ATOM)} {'!=' if expected else '=='} 0", "bool", LOW)
@@ -297,7 +301,10 @@ class Session:
         return rule(x, y, plain)
 
     def _trunc(self, expr) -> Text:
-        return self.to.to_int(self.text(expr.args[0]))
+        x = self.text(expr.args[0])
+        # A float that is read, perhaps into a name, may be beyond 32 bits.
+        wide = expr.has(E.load) or any(not y.is_integer and y != E.S for y in expr.free_symbols)
+        return self.to.cast_long(x) if wide and x.kind == "float" else self.to.to_int(x)
 
     def _Max(self, expr) -> Text:
         return self.fold("max", expr.args)

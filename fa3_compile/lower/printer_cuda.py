@@ -45,6 +45,9 @@ class CudaPrinter(Printer):
     def cast_int(self, x: Text) -> Text:
         return Text(f"int({x.body})", "int")
 
+    def cast_long(self, x: Text) -> Text:
+        return Text(f"(long long)({x.body})", "int")
+
     def where(self, condition: Text, a: Text, b: Text) -> Text:
         return Text(f"{condition.at(ATOM)} ? {a.at(ADD)} : {b.at(ADD)}", a.kind, LOW)
 

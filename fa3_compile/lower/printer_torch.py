@@ -33,6 +33,8 @@ class TorchPrinter(Printer):
     def cast_int(self, x: Text) -> Text:
         return Text(f"{x.at(ATOM)}.to(torch.int64)", "int")
 
+    cast_long = cast_int
+
     def truth(self, x: Text, expected: bool) -> Text:
         return x if expected else Text(f"~{x.at(ATOM)}", "bool", MUL)
 

@@ -56,6 +56,9 @@ class TritonPrinter(Printer):
     def cast_int(self, x: Text) -> Text:
         return Text(f"tl.cast({x.body}, tl.int32)", "int")
 
+    def cast_long(self, x: Text) -> Text:
+        return Text(f"tl.cast({x.body}, tl.int64)", "int")
+
     def where(self, condition: Text, a: Text, b: Text) -> Text:
         return Text(f"tl.where({condition.body}, {a.body}, {b.body})", a.kind)
 

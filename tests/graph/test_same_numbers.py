@@ -78,6 +78,19 @@ READS = {
         lambda s, t: s.masked_fill(distance((t / 41).floor()) != 0, -INF),
         AGES,
     ),
+    "large ids that are added": (
+        lambda s, t: s.masked_fill((t.long()[:, None] + t.long()) % 3 == 2, -INF),
+        (AT + 2**31 - S).int(),
+    ),
+    "large ids that are negated": (lambda s, t: s + (-t.long() // 7) * 1e-9, (AT - 2**31).int()),
+    "floats as large ids": (
+        lambda s, t: s + (t.long() % 7) * 0.1,
+        1e10 * uniform(S, seed=4),
+    ),
+    "infinity less itself": (lambda s, b: s + (b - b), INFINITE),
+    "most of infinity": (lambda s, b: s + (b - b / 2), INFINITE),
+    "nothing of infinity": (lambda s, b: s + 0.0 * b, INFINITE),
+    "a quotient of itself": (lambda s, t: s + t / t, AT),
     "bound of a quotient": (lambda s, t: s.masked_fill((t / 41 < 1) & (AT > 3), -INF), AGES),
 }
 
@@ -96,6 +109,20 @@ def test_bytes_that_fit_are_computed():
         return attend(scores_of(q, k) + (1 - hidden) * 0.5, v)
 
     assert "load" not in specs(check(attention, *qkv()))
+
+
+COMPUTED = {
+    "ids that are compared": (lambda s, t: s.masked_fill(t[:, None].long() != t.long(), -INF), AT.int() // 5),
+    "positions of one row": (lambda s, t: s.masked_fill(AT - AT[:, None] + t > 0, -INF), AT.int()[3:4]),
+    "bytes less themselves": (lambda s, t: s.masked_fill((t.long() - t.long() + AT) > AT[:, None], -INF), FLAGS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_what_is_safe_is_computed(name):
+    change, captured = COMPUTED[name]
+    report = check(lambda q, k, v, x: attend(change(scores_of(q, k), x), v), *qkv(), captured)
+    assert "mask=" in specs(report) and "q, kv)" not in specs(report)
 
 
 def test_infinite_scores_are_masked_scores():
@@ -182,6 +209,14 @@ UNDONE = {
 def test_functions_that_overflow_before_they_are_undone(name):
     report = check(lambda q, k, v: attend(UNDONE[name](scores_of(q, k)), v), *qkv(), training=False)
     assert not report.fused
+
+
+def test_a_score_divided_by_itself():
+    """0 / 0 where a query is nothing but zeros."""
+    q, k, v = qkv()
+    q = (q.detach() * (AT != 2)[:, None]).requires_grad_()
+    divided = lambda q, k, v: attend((s := scores_of(q, k)) + s / s, v)  # noqa: E731
+    assert not check(divided, q, k, v, training=False).fused
 
 
 def test_the_root_of_a_square_is_the_size():

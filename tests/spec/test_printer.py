@@ -14,10 +14,11 @@ import sympy
 import torch
 from hypothesis import given, settings
 
-from fa3_compile.lower.printer import Env, UnprintableError
+from fa3_compile.lower.printer import Env, Session, Text, UnprintableError
 from fa3_compile.lower.printer_cuda import CudaPrinter
 from fa3_compile.lower.printer_torch import TorchPrinter
 from fa3_compile.lower.printer_triton import TritonPrinter
+from fa3_compile.spec.expr import trunc
 from fa3_compile.spec.text import parse
 from tests.spec.by_hand import evaluate, indices, masks, scores
 
@@ -320,3 +321,16 @@ def test_triton_text_compiles(tmp_path, monkeypatch, capability):
     source = ASTSource(formulas.kernel, signature, {"N": _COUNT, "BLOCK": 256})
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
     assert "f64" not in compiled.asm["ttir"]  # (the slow path of sin has some in PTX)
+
+
+def test_floats_that_are_read_become_integers_of_64_bits():
+    """Those of positions and scores are below 2**31."""
+    read, score = parse("mod(trunc(load(0, kv)), 7)"), parse("trunc(0.3*s)")
+    env = Env(load=lambda load, index: f"x[{index[0]}]", aux=("float",))
+    assert "tl.int64" in TritonPrinter().print(read, env)
+    assert "(long long)" in CudaPrinter().print(read, env)
+    assert "tl.int32" in TritonPrinter().print(score, env)
+    assert "int64" not in TritonPrinter().print(score, env)
+    name = sympy.Symbol("name", real=True)  # what a kernel calls a part of an expression
+    named = Session(TritonPrinter(), env, {name: Text("name", "float")})
+    assert named.text(trunc(name)).body == "tl.cast(name, tl.int64)"

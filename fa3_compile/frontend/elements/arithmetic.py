@@ -9,7 +9,12 @@ import sympy
 import torch
 from sympy.logic.boolalg import Boolean
 
-from fa3_compile.frontend.elements.finite import may_be_infinite
+from fa3_compile.frontend.elements.finite import (
+    check_product,
+    check_quotient,
+    check_sum,
+    may_be_infinite,
+)
 from fa3_compile.frontend.elements.pointwise import is_bool, is_float, through_where
 from fa3_compile.frontend.elements.rounding import rounded_down, to_integer, truncated
 from fa3_compile.frontend.lift import (
@@ -35,6 +40,12 @@ def _(node, index, ctx: Lifter) -> Element:
     if is_bool(node):
         return sympy.Or(*(truth(ctx.operand(x, index)) for x in node.args[:2]))
     alpha = ctx.broadcast(node.kwargs.get("alpha", 1), index)
+    return _added(node, ctx, a, b, alpha)
+
+
+def _added(node, ctx: Lifter, a: Expr, b: Expr, alpha: Expr) -> Expr:
+    """a + alpha * b"""
+    check_sum(node, a, alpha * b, ctx)
     return through_where(lambda x, y: _sum(x, alpha * y), a, b)
 
 
@@ -47,13 +58,13 @@ def _sum(a: Expr, b: Expr) -> Expr:
 def _(node, index, ctx: Lifter) -> Element:
     a, b = (ctx.broadcast(x, index) for x in node.args[:2])
     alpha = ctx.broadcast(node.kwargs.get("alpha", 1), index)
-    return through_where(lambda x, y: _sum(x, -alpha * y), a, b)
+    return _added(node, ctx, a, b, -alpha)
 
 
 @element_of(aten.rsub.Tensor, aten.rsub.Scalar)
 def _(node, index, ctx: Lifter) -> Element:
     a, b = (ctx.broadcast(x, index) for x in node.args[:2])
-    return through_where(lambda x, y: _sum(y, -x), a, b)
+    return _added(node, ctx, b, a, sympy.Integer(-1))
 
 
 @element_of(aten.mul.Tensor, aten.mul.Scalar)
@@ -63,7 +74,9 @@ def _(node, index, ctx: Lifter) -> Element:
     a, b = (ctx.broadcast(x, index) for x in node.args[:2])
     if any(_may_be_zero(x) and may_be_infinite(y) for x, y in ((a, b), (b, a))):
         raise Opaque(node, "an infinite score times zero is NaN")
-    return through_where(_times, a, b)
+    found = through_where(_times, a, b)
+    check_product(node, found, a, b, ctx)
+    return found
 
 
 def _may_be_zero(x: Expr) -> bool:
@@ -83,7 +96,9 @@ def _times(a: Expr, b: Expr) -> Expr:
 @element_of(aten.div.Tensor, aten.div.Scalar, aten.true_divide.Tensor)
 def _(node, index, ctx: Lifter) -> Element:
     a, b = (ctx.broadcast(x, index) for x in node.args[:2])
-    return _divided(node, a, b)
+    found = _divided(node, a, b)
+    check_quotient(node, found, a, b)
+    return found
 
 
 def _divided(node, a: Expr, b: Expr) -> Expr:

@@ -19,6 +19,7 @@ from fa3_compile.frontend.lift import (
     sym,
     truth,
 )
+from fa3_compile.frontend.operands import is_movement
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.expr import Expr, where
 from fa3_compile.spec.index import bounds
@@ -48,6 +49,8 @@ def cast(node: fx.Node, given, index: Index, ctx: Lifter) -> Element:
     if target.is_complex or source.is_complex:
         raise Opaque(node, "complex numbers")
     if not target.is_floating_point:
+        if (source, target) == (torch.int32, torch.int64) and _widens_for_sums(node, x, ctx):
+            raise Opaque(node, "ids that the program reads as 64 bits to calculate with them")
         return to_integer(node, x, ctx) if source.is_floating_point else x
     if node in ctx.inside and _rounds_further(target, ctx.result):
         raise Opaque(node, f"a rounding to {target} within what is computed in {ctx.result}")
@@ -59,6 +62,25 @@ def cast(node: fx.Node, given, index: Index, ctx: Lifter) -> Element:
             if target != torch.float32 or widest is not None:
                 raise Opaque(node, f"positions rounded to {target}")
     return rounded(x, target)
+
+
+SUMS_AND_PRODUCTS = frozenset("add sub rsub mul neg abs pow __lshift__ bitwise_left_shift".split())
+
+
+def _widens_for_sums(node: fx.Node, x: Expr, ctx: Lifter) -> bool:
+    """Whether the program itself widens what it reads, and then has sums of it that 32 bits may not
+    hold. Comparisons, and what PyTorch widens by itself, are of ids below 2**30."""
+    if node not in ctx.shadow.dynamo_of or not x.has(E.load):
+        return False
+    stack, seen = [node], set()
+    while stack:
+        for user in stack.pop().users:
+            if getattr(user.target, "__name__", "").split(".")[0] in SUMS_AND_PRODUCTS:
+                return True
+            if is_movement(user) and user not in seen:
+                seen.add(user)
+                stack.append(user)
+    return False
 
 
 def _rounds_further(dtype: torch.dtype, result: torch.dtype | None) -> bool:

@@ -1,4 +1,5 @@
-"""Whether constants make a score infinite, and what it is with them replaced."""
+"""Whether constants make a score infinite, and what it is with them replaced; whether what cancels
+in a sum, product or quotient may be infinite or NaN."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from torch import fx
 
 from fa3_compile.frontend.captured import reads_infinite
 from fa3_compile.frontend.lift import Lifter, Opaque
-from fa3_compile.spec.expr import Expr, load, loads_in, where
+from fa3_compile.spec.expr import Expr, S, load, loads_in, where
 from fa3_compile.spec.fills import LOWEST
 
 NOT_FINITE = (sympy.oo, -sympy.oo, sympy.nan, sympy.zoo)
@@ -21,6 +22,34 @@ def may_be_infinite(x: Expr, selects: int = MOST_SELECTS) -> bool:
         return False
     cases = _by_select(x) if selects else None
     return cases is None or any(may_be_infinite(case, selects - 1) for case in cases[1:])
+
+
+def check_sum(node: fx.Node, a: Expr, b: Expr, ctx: Lifter) -> None:
+    """`Opaque` where a term of a + b that may be infinite cancels: b - b is NaN then. A score
+    counts as finite."""
+    if not (loads_in(a) and loads_in(b)):
+        return
+    coefficients = {x: c for c, x in (y.as_coeff_Mul() for y in sympy.Add.make_args(a))}
+    for c, x in (y.as_coeff_Mul() for y in sympy.Add.make_args(b)):
+        opposite = x in coefficients and (c * coefficients[x]).is_negative
+        if opposite and reads_infinite(loads_in(x), ctx.loads):
+            raise Opaque(node, "what may be infinite cancels in it")
+
+
+def check_product(node: fx.Node, found: Expr, a: Expr, b: Expr, ctx: Lifter) -> None:
+    """`Opaque` where something that may be infinite was multiplied by 0, which is NaN."""
+    if reads_infinite(_lost(found, a, b), ctx.loads):
+        raise Opaque(node, "what may be infinite is multiplied by 0")
+
+
+def check_quotient(node: fx.Node, found: Expr, a: Expr, b: Expr) -> None:
+    """`Opaque` where what was divided by is no longer there, and may be 0: x / x is NaN then."""
+    if _lost(found, a, b) or S in b.free_symbols and S not in found.free_symbols:
+        raise Opaque(node, "what may be zero cancels in it")
+
+
+def _lost(found: Expr, a: Expr, b: Expr) -> list[load]:
+    return [x for x in loads_in(a, b) if x not in loads_in(found)]
 
 
 def made_finite(
