@@ -35,6 +35,7 @@ class CudaBackwardKey:
     dead_rows      whether rows without a key have to be found
     tile_gradient  "", or how dS becomes the gradient of the tile's tensor: "store", or "add" where
                    it broadcasts
+    nan_rows       whether rows may be NaN
     """
 
     spec: AttentionSpec
@@ -47,6 +48,7 @@ class CudaBackwardKey:
     dead_rows: bool = False
     tile: int | None = None
     tile_gradient: str = ""
+    nan_rows: bool = False
 
     def source(self) -> str:
         """The kernels' text. UnprintableError or TypeError where there is none."""
@@ -56,7 +58,8 @@ class CudaBackwardKey:
     def digest(self) -> str:
         """Names the kernels on disk; other sources of ours give another name."""
         rest = (self.dtype, self.dim_qk, self.dim_v, self.config, self.elements, self.unit)
-        fields = ("backward", str(self.spec), rest, self.dead_rows, self.tile, self.tile_gradient)
+        rows = (self.dead_rows, self.nan_rows)
+        fields = ("backward", str(self.spec), rest, rows, self.tile, self.tile_gradient)
         return hashlib.sha256(repr((fields, resources.source_hash())).encode()).hexdigest()[:24]
 
 
@@ -103,6 +106,7 @@ def render_backward(key: CudaBackwardKey) -> str:
         dim_qk=key.dim_qk,
         dim_v=key.dim_v,
         block_map=query_map_kind(key.spec, key.config.grouped),
+        nan_rows=key.nan_rows,
         aux_fields="\n".join(writer.aux_members()),
         variant="\n".join(writer.variant()),
     )

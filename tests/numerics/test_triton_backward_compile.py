@@ -99,7 +99,7 @@ def test_default_configs(arch: int, dim: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_rows_without_a_key(arch: int, tmp_path: Path) -> None:
-    module = build.load(triton_uniform_rows.UniformKey())
+    module = build.load(triton_uniform_rows.UniformKey(AttentionSpec()))
     given = {"GROUP": 4, "SLOPE": True, "PRECISION": "tf32", "BLOCK": 64, "TILE": 64}
     pointers = {"dead_ptr": "*i8", "lost_ptr": "*i8", "delta_ptr": "*fp32", "sums_ptr": "*fp32"}
     for kernel in (module.uniform_sums, module.add_uniform_rows):

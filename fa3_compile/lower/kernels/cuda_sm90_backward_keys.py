@@ -16,6 +16,7 @@ from fa3_compile.lower.kernels.cuda_sm90_keys import (
     likely_layout,
     tile_candidate,
 )
+from fa3_compile.lower.kernels.dead_rows import may_be_nan
 from fa3_compile.lower.kernels.triton_forward import may_have_dead_rows
 from fa3_compile.lower.render_cuda_backward import (
     CudaBackwardKey,
@@ -41,7 +42,8 @@ def keys_of(problem: Problem, layout: Layout) -> list[CudaBackwardKey]:
     """What to build, the best first."""
     spec, dim, v_dim = problem.spec, problem.dim, problem.v_dim
     gradient, _ = score_gradient(problem)
-    dead = finds_dead_rows(spec, problem.q_len, problem.kv_len)
+    lengths = problem.q_len, problem.kv_len
+    dead, nan = finds_dead_rows(spec, *lengths), may_be_nan(spec, *lengths)
     configs = candidates(
         dim, v_dim, spec.has_mask, problem.group > 1, gradient, asks_elements(spec)
     )
@@ -54,7 +56,7 @@ def keys_of(problem: Problem, layout: Layout) -> list[CudaBackwardKey]:
     return [
         CudaBackwardKey(
             spec, DTYPES[problem.dtype], dim, v_dim, config, layout.elements, layout.unit, dead,
-            tile, gradient,
+            tile, gradient, nan,
         )
         for tile in tiles
         for config in configs

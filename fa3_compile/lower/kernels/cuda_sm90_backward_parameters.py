@@ -16,7 +16,6 @@ from fa3_compile.lower.kernels.cuda_sm90_parameters import (
     Parameters,
     Places,
 )
-from fa3_compile.lower.kernels.dead_rows import may_be_nan
 from fa3_compile.lower.launch_cuda import MAP_BYTES, Launch, Module, describable, tensor_map
 from fa3_compile.lower.render_cuda_backward import CudaBackwardKey, query_map_kind
 from fa3_compile.spec import expr as E
@@ -57,7 +56,6 @@ class BackwardParameters(Parameters):
         counts = config.finishes or config.ahead
         self.counters = COUNTER_INTS * (2 + 2 * self.positions) if counts else 0
         self.grid = (self.query_blocks, self.heads, self.batch)
-        self.may_be_nan = may_be_nan(key.spec, self.queries, self.keys)
         self.map_kind = query_map_kind(key.spec, config.grouped)
         symbols = key.spec.mask.free_symbols
         self.list_shape = ListShape(
@@ -88,7 +86,7 @@ class BackwardParameters(Parameters):
             self.row_terms(has_dlse, keeps_delta),
             self.attention(has_dlse, keeps_delta),
             *([] if self.key.config.finishes else [self.query_gradient()]),
-            *([self.nan_values()] if self.may_be_nan else []),
+            *([self.nan_values()] if self.key.nan_rows else []),
         )
 
     def block_map(self) -> Launch:
