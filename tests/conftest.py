@@ -13,6 +13,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import hypothesis
 import pytest
 import torch
+from torch._inductor import config as inductor_config
+
+# Inductor's C++ for all but attention: scalar and unoptimised it takes the compiler 2/3 of the
+# time, for a model of several layers 1/3.
+inductor_config.cpp.simdlen = 1
+inductor_config.aot_inductor.debug_compile = True
 
 hypothesis.settings.register_profile("fa3", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("fa3")

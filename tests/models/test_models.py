@@ -22,8 +22,7 @@ from tests.models.zoo_vision import VISION_AND_SOUND
 EVERYTHING = os.environ.get("FA3_ALL_MODELS") == "1"
 WIDER = (*TEXT, *VISION_AND_SOUND)
 
-# Inductor's C++ for everything else is compiled scalar and unoptimised: 5 s a model, not 15.
-REFERENCE = {"kernels": "reference", "cpp.simdlen": 1, "aot_inductor.debug_compile": True}
+REFERENCE = {"kernels": "reference"}
 
 # `if torch.rand([]) < self.layerdrop` in train() breaks the graph at every layer; Dynamo then
 # compiles a layer once and runs it for all.
@@ -32,13 +31,15 @@ LAYER_DROP = {"opt", "bart", "whisper"}
 # No mask argument: decoders then derive packed documents from the positions, others drop the mask.
 UNPADDED = ("llama", "gemma2", "gpt_neo", "bloom", "falcon", "mpt", "bert", "modernbert", "t5")
 
-# Through Inductor too; the others run their rewritten graph as it is, a fifth of the time.
-# FA3_ALL_MODELS=1 takes every model, in every test, through Inductor (about 15 minutes).
-THROUGH_INDUCTOR = {"llama", "gemma2", "bloom", "bert", "gpt2", "gpt_oss"}
+# Through Inductor too, with gradients or without; the others run their rewritten graph as it is, a
+# fifth of the time. FA3_ALL_MODELS=1 takes every model, in every test, through Inductor (about 15
+# minutes).
+TRAINED_BY_INDUCTOR = {"llama", "gemma2", "bloom", "gpt_oss"}
+RUN_BY_INDUCTOR = {"bert", "gpt2"}
 
 
-def backend_for(name: str):
-    return "fa3" if EVERYTHING or name in THROUGH_INDUCTOR else rewrite_only
+def backend(by_inductor: bool):
+    return "fa3" if EVERYTHING or by_inductor else rewrite_only
 
 
 def each(architectures: tuple[Architecture, ...]):
@@ -60,7 +61,7 @@ def assert_all_fused(report, architecture: Architecture) -> None:
 def test_inference(architecture: Architecture) -> None:
     report = assert_matches_eager(
         architecture.make(),
-        backend=backend_for(architecture.name),
+        backend=backend(architecture.name in RUN_BY_INDUCTOR),
         options=REFERENCE,
         **architecture.inputs(batch=2, length=24),
     )
@@ -86,7 +87,7 @@ def test_training(architecture: Architecture) -> None:
         model.train()
     report = assert_matches_eager(
         model,
-        backend=backend_for(architecture.name),
+        backend=backend(architecture.name in TRAINED_BY_INDUCTOR),
         options=REFERENCE,
         training=True,
         **architecture.inputs(batch=2, length=24),
@@ -99,7 +100,7 @@ def test_wider(architecture: Architecture) -> None:
     """Outputs and gradients at once, without train(): layer drop would break the graphs."""
     report = assert_matches_eager(
         architecture.make(),
-        backend=backend_for(architecture.name),
+        backend=backend(False),
         options=REFERENCE,
         training=True,
         **architecture.inputs(batch=2, length=24),
