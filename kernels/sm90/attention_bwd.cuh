@@ -114,11 +114,43 @@ struct AttentionBackward : BackwardConsumer<Config, Variant> {
     if constexpr (Block::kKeptBits) kept = this->kept_bits(c, t, block);
   }
 
-  FA3_DEVICE void attend(Consumer& c, const TileCoord& tile, const QuerySequence& seq) const {
+  // Whether each warpgroup asks for itself which query blocks see all of its keys, and whether the
+  // first one sees none. A causal tile's second block is full for the first warpgroup, and its first
+  // one empty for the second.
+  static constexpr bool kOwnBounds = kM == 64 && Config::kLateDq && !Variant::kBlockMap &&
+                                     !Variant::kTileGradient &&
+                                     (Variant::kMask || Variant::kRowEnd || Variant::kRowBegin);
+
+  // Of a query block that sees none of this warpgroup's keys: its dS. Its stage is let go of before it
+  // is full; what was there before has been, as dS of the step between was waited for.
+  FA3_DEVICE void pass_over(Consumer& c) const {
+    constexpr uint32_t nothing[kM / 4] = {};
+    ScorePipe written{c.at.passed};
+    mbarrier_wait(barrier(Block::kScoresEmpty + written.stage()), written.parity() ^ 1);
+    this->share(c, nothing, Block::kAtScores + written.stage() * Block::kScoreBytes);
+    release(Block::kScoresFull + written.stage(), c.lane);
+    if (c.lane == 0) mbarrier_arrive(barrier(Block::kEmpty + c.at.stage()));
+    c.at.advance();
+  }
+
+  FA3_DEVICE void attend(Consumer& c, const TileCoord& tile, QuerySequence seq) const {
     TileTerms t = this->terms(c, tile);
     int sums = this->first_sums(tile);
     int i = 0, block = seq.block(0);
     int left = this->steps(seq);
+    int previous = -1;  // the sums that dQ of the step before goes to, once there is one
+    if constexpr (kOwnBounds) {
+      QuerySequence own = query_sequence<Variant, kM, 64>(
+          this->site(tile), p.map, tile.query_block * Config::kWarpgroups + c.warpgroup);
+      seq.full_begin = own.full_begin;
+      seq.full_end = own.full_end;
+      if (own.first > seq.first && seq.count > 1) {
+        pass_over(c);
+        previous = sums + block;
+        --left;
+        block = seq.block(++i);
+      }
+    }
     float s[kM / 2], dp[kM / 2];
     float dk[Config::kDimQK / 2], dv[Config::kDimV / 2];
     uint32_t weights[kM / 4];
@@ -138,7 +170,6 @@ struct AttentionBackward : BackwardConsumer<Config, Variant> {
     int column = 0;
     if constexpr (Config::kSplitColumns) column = 64 * c.warpgroup;
     int own_rows = Block::kAtScores + (Config::kSplitColumns ? 0 : c.warpgroup * 64 * 128);
-    int previous = -1;  // the sums that dQ of the step before goes to, once there is one
     [[maybe_unused]] int previous_block = 0, previous_head = 0;  // and where its dS is stored
     for (;;) {
       uint32_t ds[kM / 4];
