@@ -1,23 +1,18 @@
 """The Triton backward under Triton's interpreter: every form's gradients, without a GPU.
 
-As test_triton_interpreter.py: this file is also the program that runs the cases. Each gradient
-is compared with float64 autograd through the reference.
+Each gradient is compared with float64 autograd through the reference.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.numerics.interpreted import captured, distance, parsed
+from tests.numerics.interpreter_process import Interpreter, interpreter, serve
 
 CAUSAL = "(kv - q <= 0)"
 MIN = "-3.4028234663852886e38"
@@ -172,21 +167,15 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory) -> dict[str, dict]:
+def interpreted(tmp_path_factory) -> Iterator[Interpreter]:
     pytest.importorskip("triton")
-    folder = tmp_path_factory.mktemp("interpreter")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "FA3_CACHE_DIR": str(folder)}
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-m", __name__], env=environment, cwd=root, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {x["name"]: x for x in map(json.loads, done.stdout.splitlines())}
+    with interpreter(__name__, tmp_path_factory.mktemp("interpreter")) as run_case:
+        yield run_case
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda x: x.name)
-def test_matches_float64(case: Case, records) -> None:
-    record = records[case.name]
+def test_matches_float64(case: Case, interpreted: Interpreter) -> None:
+    record = interpreted(case.name)
     assert record["supported"] is None
     for name, x in record["gradients"].items():
         assert x["same_nan"], (name, x)
@@ -263,7 +252,4 @@ def run(case: Case) -> dict:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    for each in CASES:
-        print(json.dumps(run(each)), flush=True)
+    serve(CASES, run)

@@ -1,23 +1,15 @@
-"""`triton_forward` under Triton's interpreter: every form's numbers, without a GPU.
-
-TRITON_INTERPRET has to be set before Triton is imported, so this file is also the program that
-runs the cases, in a process of its own; each test looks at the record of one case.
-"""
+"""`triton_forward` under Triton's interpreter: every form's numbers, without a GPU."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.numerics.interpreted import captured, distance, parsed
+from tests.numerics.interpreter_process import Interpreter, interpreter, serve
 
 CAUSAL = "(kv - q <= 0)"
 MIN = "-3.4028234663852886e38"
@@ -179,21 +171,15 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory) -> dict[str, dict]:
+def interpreted(tmp_path_factory) -> Iterator[Interpreter]:
     pytest.importorskip("triton")
-    folder = tmp_path_factory.mktemp("interpreter")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "FA3_CACHE_DIR": str(folder)}
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-m", __name__], env=environment, cwd=root, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {x["name"]: x for x in map(json.loads, done.stdout.splitlines())}
+    with interpreter(__name__, tmp_path_factory.mktemp("interpreter")) as run_case:
+        yield run_case
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda x: x.name)
-def test_matches_float64(case: Case, records) -> None:
-    record = records[case.name]
+def test_matches_float64(case: Case, interpreted: Interpreter) -> None:
+    record = interpreted(case.name)
     assert record["same_nan"], record
     assert record["error"] <= 2 * record["error_of_reference"] + record["floor"], record
     assert record["lse_error"] <= 1e-5 * (1 + record["largest_lse"]), record
@@ -201,9 +187,9 @@ def test_matches_float64(case: Case, records) -> None:
     assert record["layout"], record
 
 
-def test_dead_rows_are_what_eager_makes_of_them(records) -> None:
+def test_dead_rows_are_what_eager_makes_of_them(interpreted: Interpreter) -> None:
     """Against eager code itself: a fully masked row under finfo.min is the mean of V."""
-    assert records["no key, least fill"]["dead_row_is_mean"]
+    assert interpreted("no key, least fill")["dead_row_is_mean"]
 
 
 def run(case: Case) -> dict:
@@ -280,7 +266,4 @@ def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    for each in CASES:
-        print(json.dumps(run(each)), flush=True)
+    serve(CASES, run)
