@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import pytest
@@ -18,6 +17,8 @@ from fa3_compile.lower.build_nvrtc import Built
 from fa3_compile.spec.attention import AttentionSpec
 
 SPEC = AttentionSpec.parse("attention(score=0.25*s, out_order=bqhd)")
+CPU = torch.device("cpu")
+PROBLEM = choose.Problem(SPEC, torch.float32, CPU, None, 1, 2, 2, 8, 8, 16, 16)
 
 
 class Begun(choose.Kernel):
@@ -120,16 +121,24 @@ def test_who_needs_a_kernel_waits_for_the_thread_that_builds_it(monkeypatch, tmp
     monkeypatch.setenv("FA3_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(build_nvrtc, "build", build)
     monkeypatch.setattr(build_nvrtc, "compiler", lambda: "none")
-    monkeypatch.setattr(build_ahead, "_free", threading.BoundedSemaphore(1))
-    load = functools.partial(build_nvrtc.load, cast("build_nvrtc.Key", Key()))
-    build_ahead.begin(load)
+    free = threading.BoundedSemaphore(2)
+    monkeypatch.setattr(build_ahead, "_free", free)
+    key = cast("build_nvrtc.Key", Key())
+
+    def load(problem):
+        return build_nvrtc.load(key)
+
+    build_ahead.begin(load, PROBLEM)
     assert started.wait(60)
-    build_ahead.begin(lambda: builds.append("no processor is free"))
+    build_ahead.begin(load, PROBLEM)  # another layer's
+    build_ahead.begin(load, replace(PROBLEM, batch=2))
+    build_ahead.begin(builds.append, PROBLEM)  # no processor is free
     with ThreadPoolExecutor(1) as threads:
-        waits = threads.submit(load)
+        waits = threads.submit(build_nvrtc.load, key)
         go_on.set()
         assert waits.result().cubin == b"cubin"
-    assert builds == ["fa3-build"] and not build_nvrtc._being_built
+    assert free.acquire(timeout=60) and free.acquire(timeout=60)  # both threads have ended
+    assert builds == ["fa3-build"] and not build_nvrtc._being_built and not build_ahead._running
     build_nvrtc.load.cache_clear()
 
 
@@ -137,10 +146,10 @@ def test_what_cannot_be_built_is_left_to_who_needs_it(monkeypatch) -> None:
     free = threading.BoundedSemaphore(1)
     monkeypatch.setattr(build_ahead, "_free", free)
 
-    def fails() -> None:
+    def fails(problem) -> None:
         raise RuntimeError
 
     for _ in range(2):
-        build_ahead.begin(fails)
+        build_ahead.begin(fails, PROBLEM)
         assert free.acquire(timeout=60)
         free.release()

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from fa3_compile.backend import fa3
+from fa3_compile.lower import build_ahead
 from fa3_compile.lower.build_nvrtc import load
+from fa3_compile.options import Options
+from fa3_compile.pipeline import rewrite_attention
 from fa3_compile.runtime.launch import Attention
 
 pytestmark = [
@@ -166,6 +169,35 @@ def test_a_growing_cache_builds_nothing_new():
         want = torch.nn.functional.scaled_dot_product_attention(q[:, :, :1], keys, values)
         torch.testing.assert_close(out, want, rtol=0, atol=0.02)
     assert load.cache_info().misses == built
+
+
+def biased(q, k, v, keep, bias):
+    return torch.softmax(q @ k.mT / 8 + bias, -1) @ v
+
+
+def softcapped(q, k, v, keep):
+    return torch.softmax(torch.tanh(q @ k.mT / 80) * 10, -1) @ v
+
+
+@pytest.mark.skipif(not HOPPER, reason="a Hopper GPU is needed")
+@pytest.mark.parametrize("form", [attention, softcapped, biased])
+def test_what_is_built_ahead_is_what_runs(form, monkeypatch):
+    monkeypatch.setattr(build_ahead, "begin", lambda build, problem: begun.append(build(problem)))
+    begun, loaded = [], []
+
+    def backend(gm, example_inputs):
+        rewrite_attention(gm, Options(), build=True)
+        loaded.append(load.cache_info().misses)
+        return gm
+
+    arguments = inputs()
+    if form is biased:
+        arguments += (torch.randn(2, 4, 300, 304, device="cuda").bfloat16()[..., :300],)
+    for x in arguments:
+        x.requires_grad_(x.is_floating_point())
+    with torch.autograd.set_multithreading_enabled(False):
+        torch.compile(form, backend=backend)(*arguments).float().sum().backward()
+    assert len(begun) == 2 and loaded == [load.cache_info().misses]
 
 
 @pytest.mark.skipif(not HOPPER, reason="a Hopper GPU is needed")

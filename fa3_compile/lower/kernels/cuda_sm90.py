@@ -72,10 +72,10 @@ class CudaSm90(BindingKernel):
         _load(problem.spec, keys_of(problem, likely_layout(problem)))
 
     def begin(self, problem: Problem) -> None:
-        build_ahead.begin(functools.partial(self.prepare, problem))
+        build_ahead.begin(self.prepare, problem)
 
     def begin_backward(self, problem: Problem) -> None:
-        build_ahead.begin(functools.partial(backward.prepare, problem))
+        build_ahead.begin(backward.prepare, problem)
 
     def configuration(self, problem: Problem) -> str:
         key, _ = _load(problem.spec, keys_of(problem, likely_layout(problem)))
