@@ -96,6 +96,8 @@ def _rewrite_graph(
     attended: set[fx.Node] = set()
     for skeleton in skeletons(shadow) if shadow else ():
         assert shadow is not None
+        if skeleton.values in attended:
+            continue
         known: dict[str, Any] = {"where": where(skeleton.softmax_holder(shadow))}
         try:
             _check_fuel(options, fused + len(rewritten))
@@ -187,7 +189,7 @@ def _analyse(
         except Decline as decline:
             decline.stage = decline.stage or stage
             decline.node = decline.node or skeleton.softmax_holder(shadow)
-            if apart is None or apart.code != "no-kernel":
+            if apart is None or apart.code not in ("no-kernel", "queries-apart"):
                 apart, said = decline, dict(known)
             if not skeleton.may_join:
                 break

@@ -14,7 +14,7 @@ from fa3_compile.spec.index import divide, remainder, simplify_index
 
 def axes_of(*operands: Operand) -> set[sympy.Symbol]:
     """The axes that run along any of the operands."""
-    return {axis.symbol for operand in operands for axis in operand.axes}
+    return {axis.symbol for x in operands for part in x.parts for axis in part.axes}
 
 
 def layout_of(reading: Reading, skeleton: Skeleton) -> Layout:

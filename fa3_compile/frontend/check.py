@@ -10,7 +10,7 @@ from torch import fx
 from fa3_compile.errors import Decline
 from fa3_compile.frontend import flex, transforms
 from fa3_compile.frontend.captured import Captured
-from fa3_compile.frontend.dynamo_graph import target_name
+from fa3_compile.frontend.dynamo_graph import opaque_target, target_name
 from fa3_compile.frontend.gradients import has_gradient
 from fa3_compile.frontend.lift import written_between
 from fa3_compile.frontend.liveness import depends_on_values, live_nodes
@@ -124,14 +124,28 @@ def _check_loads(region: Region) -> None:
                     source,
                     "Multiply the weights by what does not depend on the scores.",
                     message="the weights are multiplied by what is computed from the scores by "
-                    f"{_name(source)}",
+                    f"{_name(_call_between(interior, source))}",
                 )
             raise Decline(
                 "scores-read",
                 source,
                 "Keep what lies between the two products to element-wise operations.",
-                message=f"what is computed from the scores by {_name(source)} is needed for them",
+                message="what is computed from the scores by "
+                f"{_name(_call_between(interior, source))} is needed for them",
             )
+
+
+def _call_between(interior: set[fx.Node], source: fx.Node) -> fx.Node:
+    """The first call that is not element-wise of those that make a value of the interior's, or the
+    value itself: a sort, a maximum over some of a row."""
+    behind, stack = {source}, [source]
+    while stack:
+        for node in stack.pop().all_input_nodes:
+            if node not in behind and node not in interior:
+                behind.add(node)
+                stack.append(node)
+    made = (n for n in source.graph.nodes if n in behind and opaque_target(n))
+    return next((n for n in made if depends_on_values(n, interior)), source)
 
 
 def _name(node: fx.Node) -> str:

@@ -16,6 +16,7 @@ from torch import fx
 import fa3_compile.frontend.elements  # noqa: F401  (registers the element rules)
 from fa3_compile.errors import NOTHING, Decline
 from fa3_compile.frontend.captured import Captured, Seed
+from fa3_compile.frontend.dynamo_products import leads_to_a_product
 from fa3_compile.frontend.find_operands import OperandFinder, axis_symbol, find_split
 from fa3_compile.frontend.lift import (
     Index,
@@ -33,9 +34,10 @@ from fa3_compile.frontend.operands import (
     step_back,
     unit_rows,
 )
+from fa3_compile.frontend.parts import Part, side_by_side
 from fa3_compile.frontend.placeholders import D
-from fa3_compile.frontend.product import factors_of, sides_of
-from fa3_compile.frontend.region import Operand, Pair
+from fa3_compile.frontend.product import factors_of, several_elements, sides_of
+from fa3_compile.frontend.region import Operand, Pair, operands_of
 from fa3_compile.frontend.scores import Scores, read_scores
 from fa3_compile.frontend.skeletons import Skeleton, products_after
 from fa3_compile.frontend.trace import Shadow
@@ -68,13 +70,14 @@ class Reading:
 
     @property
     def operands(self) -> list[Operand]:
-        """The queries and keys of every pair, and V."""
-        return [*(x for pair in self.pairs for x in (pair.query, pair.key)), self.value]
+        """The queries and keys of every pair, and V, part by part."""
+        return operands_of(self.pairs, self.value)
 
     @property
     def largest_s(self) -> float | None:
         """What |s| cannot exceed, where both operands are normalised."""
-        unit = all(unit_rows(x.place, D) for x in self.operands[:2])
+        rows = [x for pair in self.pairs for x in (pair.query, *pair.key.parts)]
+        unit = all(unit_rows(x.place, D) for x in rows)
         return UNIT_PRODUCT if unit and len(self.pairs) == 1 else None
 
 
@@ -159,68 +162,43 @@ class _Reader:
     def __init__(self, shadow: Shadow, skeleton: Skeleton, softmaxes, output, axes, sizes, joins):
         self.shadow, self.skeleton, self.softmaxes = shadow, skeleton, softmaxes
         self.output, self.axes, self.sizes, self.joins = output, axes, dict(sizes), joins
-        self.left, self.right = sides_of(skeleton.values)
         self.ranges: dict[sympy.Symbol, Expr] = dict(sizes)
         # The index at which the output is divided by the sums of its rows, if it is.
         self.divided_at: Index | None = None
 
     def read(self) -> list[Reading]:
-        beta, alpha = factors_of(self.skeleton.values)
-        if beta != 0:
-            raise Decline(
-                "product-adds",
-                self._node(self.skeleton.values),
-                "Add the other tensor to the attention's output.",
-                message="the product with V adds another tensor to its result",
-            )
-        product_index = self._product_index()
-        self._split(product_index)
-        keys_first = self._weights_are_right()
-        side, values = (self.right, self.left) if keys_first else (self.left, self.right)
-        key_length = shape_of(side)[-2 if keys_first else -1]
-        if key_length == 1:
-            raise Decline(
-                "single-key", self.skeleton.output, NOTHING, message="there is only one key"
-            )
-        self.ranges[KV] = key_length
-        row, column = product_index[-2], product_index[-1]
-        if keys_first:
-            row, column = column, row
-        batch = product_index[:-2]
-        weights_index = (*batch, KV, row) if keys_first else (*batch, row, KV)
-        values_index = (*batch, column, KV) if keys_first else (*batch, KV, column)
-        found = weights(
-            self.shadow,
-            self.softmaxes,
-            side,
-            weights_index,
-            self.ranges,
-            at=self._node(side),
-            read_at=self.skeleton.output,
-        )
+        index = self._product_index()
+        if self.skeleton.total is None:
+            found = [self._part(self.skeleton.values, index)]
+        else:
+            addends = self._addends(self.skeleton.total, index)
+            found = side_by_side([self._part(node, at) for node, at in addends])
+        first = found[0]
+        self.ranges[KV] = key_length = sum((x.keys for x in found), sympy.S.Zero)
         readings = []
-        for term in found.terms:
+        for term in first.weights.terms:
             term.divided_at = self.divided_at
-            self._check_axis(term, column)
+            self._check_axis(term, first.column)
             scores = read_scores(
-                self.shadow, term, key_length, self.ranges, self._node, found, self.joins
+                self.shadow, term, key_length, self.ranges, self._node, first.weights, self.joins
             )
             if not term.softmax.normalizes:
                 for dot in scores.dots:
-                    self._check_dropout(term, scores.score, dot.index, column)
+                    self._check_dropout(term, scores.score, dot.index, first.column)
             finder = OperandFinder(
                 self.shadow, self.skeleton.output, self.sizes, self.ranges, self._node
             )
             dtype = self.output.meta["val"].dtype
-            pairs, value, factor = finder.find(scores, values, values_index, dtype)
-            term.coefficient *= alpha
+            values = [(x.values, x.values_index, x.keys) for x in found]
+            pairs, value, factor = finder.find(scores, values, dtype)
+            term.coefficient *= first.alpha
             readings.append(
                 Reading(
                     self.skeleton,
                     self.axes,
                     self.sizes,
-                    rows=(*batch, row),
-                    head_dim=column,
+                    rows=(*first.batch, first.row),
+                    head_dim=first.column,
                     key_length=key_length,
                     term=term,
                     scores=scores,
@@ -228,13 +206,58 @@ class _Reader:
                     value=value,
                     score=scores.score.subs(S, factor * S) if factor != 1 else scores.score,
                     loads=scores.lifter.loads,
-                    dropouts=[*found.dropouts, *scores.lifter.dropouts],
+                    dropouts=[*first.weights.dropouts, *scores.lifter.dropouts],
                     statistics=self._statistics(term, scores),
                 )
             )
         for r in readings:
             self._split(i for x in r.operands for i in x.place.index)
         return readings
+
+    def _part(self, product: fx.Node, index: Index) -> Part:
+        """The product with V, or with a part of it, read at [index]."""
+        beta, alpha = factors_of(product)
+        if beta != 0:
+            raise Decline(
+                "product-adds",
+                self._node(product),
+                "Add the other tensor to the attention's output.",
+                message="the product with V adds another tensor to its result",
+            )
+        self._split(index)
+        left, right = sides_of(product)
+        keys_first = self._weights_are_right(left, right)
+        side, values = (right, left) if keys_first else (left, right)
+        keys = shape_of(side)[-2 if keys_first else -1]
+        if keys == 1 and self.skeleton.total is None:
+            raise Decline(
+                "single-key", self.skeleton.output, NOTHING, message="there is only one key"
+            )
+        self.ranges[KV] = keys
+        *batch, row, column = index
+        if keys_first:
+            row, column = column, row
+        found = weights(
+            self.shadow,
+            self.softmaxes,
+            side,
+            (*batch, KV, row) if keys_first else (*batch, row, KV),
+            self.ranges,
+            at=self._node(side),
+            read_at=self.skeleton.output,
+        )
+        values_index = (*batch, column, KV) if keys_first else (*batch, KV, column)
+        return Part(tuple(batch), row, column, keys, values, values_index, found, alpha)
+
+    def _addends(self, node: fx.Node, index: Index) -> list[tuple[fx.Node, Index]]:
+        """The products that a sum of products is made of, each with its index."""
+        if node in self.skeleton.parts:
+            return [(node, index)]
+        if is_movement(node):
+            return self._addends(*step_back(node, index, self.ranges))
+        if any(shape_of(x) != shape_of(node) for x in node.args):  # pyright: ignore
+            raise several_elements()
+        return [found for x in node.args for found in self._addends(x, index)]  # pyright: ignore
 
     def _statistics(self, term: Term, scores: Scores) -> list[Lse]:
         if scores.less_row_terms:
@@ -254,7 +277,7 @@ class _Reader:
         index: Index = tuple(sympy.expand(_mixed_radix(axes, self.ranges)) for axes in self.axes)
         node = self.output
         division = self.softmaxes[0].division
-        while node is not self.skeleton.values:
+        while node is not (self.skeleton.total or self.skeleton.values):
             if division is not None and node is division.node:
                 self.divided_at, node = index, division.top
                 index = index[len(index) - len(shape_of(node)) :]
@@ -269,17 +292,16 @@ class _Reader:
             node, index = step_back(node, index, self.ranges)
         return index
 
-    def _weights_are_right(self) -> bool:
+    def _weights_are_right(self, left: fx.Node, right: fx.Node) -> bool:
         reached = descendants(s.node for s in self.softmaxes)
-        left, right = self.left in reached, self.right in reached
-        if left and right:
+        if left in reached and right in reached:
             raise Decline(
                 "weights-on-both-sides",
                 self.skeleton.output,
                 "V may not depend on the weights that it is weighed by.",
                 message="both sides of the product are made of the softmax",
             )
-        return right
+        return right in reached
 
     def _check_axis(self, term: Term, column: Expr) -> None:
         """The softmax runs over the keys, and its rows are the output's."""
@@ -303,6 +325,9 @@ class _Reader:
     def _leads_to_v(self, keys: Expr) -> bool:
         """Whether what is read as the output is weights of as many keys, which weigh another V."""
         after = products_after(self.shadow, self.skeleton.values)
+        shape = self.output.meta["val"].shape
+        if not after and any(same(x, keys) for x in shape_of(self.output)):
+            return leads_to_a_product(self.skeleton.output, shape)
         return any(same(shape_of(x)[d], keys) for p in after for x, d in zip(sides_of(p), (-1, -2)))
 
     def _check_dropout(self, term: Term, weight: Expr, at: Index, column: Expr) -> None:

@@ -19,7 +19,7 @@ from fa3_compile.frontend.lift import sym
 from fa3_compile.frontend.logsumexp import Lse
 from fa3_compile.frontend.placeholders import D
 from fa3_compile.frontend.region import Layout, Operand, Region
-from fa3_compile.spec.expr import Expr, floordiv, mod
+from fa3_compile.spec.expr import KV, Expr, floordiv, mod
 
 SIZES_OF_TWO = {
     floordiv: operator.floordiv,
@@ -134,7 +134,14 @@ class Emitter:
         return drawn
 
     def operand(self, operand: Operand, target: tuple[list, ...], sizes) -> fx.Node:
-        """The operand as a tensor whose dimensions are the target's groups of axes."""
+        """The operand as a tensor whose dimensions are the target's groups of axes, with what is
+        behind it along its keys."""
+        if not operand.behind:
+            return self._part(operand, target, sizes)
+        parts = [self._part(x, target, {**sizes, KV: x.length}) for x in operand.parts]
+        return self.function(torch.cat, parts, target.index([KV]))
+
+    def _part(self, operand: Operand, target: tuple[list, ...], sizes) -> fx.Node:
         x = operand.source
         view = operand.view
         if operand.place.cast is not None:

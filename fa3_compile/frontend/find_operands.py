@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import sympy
 import torch
 from torch import fx
 
 from fa3_compile.errors import Decline
+from fa3_compile.frontend import beside
 from fa3_compile.frontend.joined import check_factor
 from fa3_compile.frontend.lift import Index, Lifter
 from fa3_compile.frontend.mutations import overwrite
@@ -21,6 +23,8 @@ from fa3_compile.frontend.scores import Scores
 from fa3_compile.frontend.trace import Shadow
 from fa3_compile.spec.expr import KV, Expr, depends_on, floordiv, mod
 from fa3_compile.spec.index import quotient, same
+
+T = TypeVar("T")
 
 
 def find_split(indices, sizes) -> tuple[sympy.Symbol, Expr] | None:
@@ -85,19 +89,23 @@ class OperandFinder:
         self.sizes, self.ranges = sizes, ranges
 
     def find(
-        self, scores: Scores, values: fx.Node, values_index: Index, dtype: torch.dtype
+        self, scores: Scores, values: Sequence[tuple[fx.Node, Index, Expr]], dtype: torch.dtype
     ) -> tuple[list[Pair], Operand, Expr]:
         """(the queries and keys of every product, V, the factor that their scales put on s), with
         V in the dtype of the output if that can be had. Scales of several products stay on their
-        operands."""
+        operands. `values` are the parts of V, what they are read at, and how many keys each has."""
         found: list[Pair] = []
         value: Operand | None = None
         total: Expr = sympy.S.One
         for casts in (True, False):
             search = _Search(scores.lifter, casts)
-            value = self._operand(search, values, values_index)
+            parts = [self._with_keys(n, self._operand, search, x, i) for x, i, n in values]
+            value = parts[0]
+            if len(parts) > 1:
+                parts = [replace(x, length=n) for x, (_, _, n) in zip(parts, values, strict=True)]
+                value = replace(parts[0], behind=parts[1:])
             search = replace(search, scales=len(scores.dots) == 1)
-            found = [self._pair(search, dot) for dot in scores.dots]
+            found = [self._with_keys(x.keys, self._pair, search, x) for x in scores.dots]
             total = sympy.Mul(*(x.place.factor for p in found for x in (p.query, p.key)))
             if value.dtype == dtype:
                 break
@@ -105,7 +113,16 @@ class OperandFinder:
         for pair, factor, dot in zip(found, scores.factors, scores.dots, strict=True):
             pair.factor = factor
             check_factor(pair, dot)
-        return found, value, total
+        return [beside.paired(found, scores.dots)] if scores.beside else found, value, total
+
+    def _with_keys(self, keys: Expr, find: Callable[..., T], *args) -> T:
+        """What is found where there are so many keys."""
+        every = self.ranges[KV]
+        self.ranges[KV] = keys
+        try:
+            return find(*args)
+        finally:
+            self.ranges[KV] = every
 
     def _pair(self, search: _Search, dot: Dot) -> Pair:
         """The queries and keys of a product. What it contracts as one axis and they have as

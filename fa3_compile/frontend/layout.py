@@ -108,7 +108,8 @@ def region(shadow: Shadow, reading: Reading) -> Region:
 
 def _interior(shadow: Shadow, reading: Reading) -> list[fx.Node]:
     """The Dynamo nodes that hold something between the two products."""
-    behind, stack = set(), [reading.skeleton.values]
+    skeleton = reading.skeleton
+    behind, stack = set(), [skeleton.total or skeleton.values]
     while stack:
         node = stack.pop()
         for source in node.all_input_nodes:
@@ -169,7 +170,7 @@ def _check_not_router(reading: Reading, skeleton: Skeleton) -> None:
     if not reading.term.softmax.normalizes and _is_perceptron(reading):
         raise Decline("perceptron", skeleton.output, NOTHING, message="K or V is one for all rows")
     flat = all(example_value(x.source).dim() == 2 for x in reading.operands)
-    keys = [example_value(pair.key.source) for pair in reading.pairs]
+    keys = [example_value(x.source) for pair in reading.pairs for x in pair.key.parts]
     if flat and all(isinstance(x, torch.nn.Parameter) for x in keys):
         raise Decline(
             "router",
@@ -183,7 +184,8 @@ def _is_perceptron(reading: Reading) -> bool:
     """Whether K or V is a given matrix that the rows of several batches meet; where there are no
     batches, whether K has its keys as columns, as the weights of a layer do."""
     rows = {a for axes in reading.axes for a in axes} - reading.head_dim.free_symbols
-    for operand in (*(pair.key for pair in reading.pairs), reading.value):
+    keys = (x for pair in reading.pairs for x in pair.key.parts)
+    for operand in (*keys, *reading.value.parts):
         given = operand.source.op == "placeholder" and example_value(operand.source).dim() == 2
         if not given:
             continue

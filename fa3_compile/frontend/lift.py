@@ -283,6 +283,14 @@ def declined(opaque: Opaque, shadow: Shadow) -> Decline:
     holders = shadow.dynamo_of.get(opaque.node)
     if isinstance(opaque, Overwritten) and holders:
         return written_between(holders[0], opaque.by)
+    if opaque.node.target is torch.ops.aten._softmax.default:
+        return Decline(
+            "not-pointwise",
+            holders[0] if holders else opaque.node,
+            "Take one softmax of the scores.",
+            message="the scores are made of a softmax, and so each of its whole row",
+            stage="lift",
+        )
     return Decline(
         "not-pointwise",
         holders[0] if holders else opaque.node,

@@ -11,15 +11,17 @@ from fa3_compile.errors import NOTHING, Decline
 from fa3_compile.frontend.activations import activations
 from fa3_compile.frontend.dynamo_graph import example_value, opaque_target, target_name
 from fa3_compile.frontend.dynamo_products import leads_to_a_product, made_of_a_product
-from fa3_compile.frontend.lift import ancestors, shape_of
+from fa3_compile.frontend.lift import ancestors, descendants, shape_of
 from fa3_compile.frontend.normalize import Softmax, softmaxes
 from fa3_compile.frontend.operands import is_movement
 from fa3_compile.frontend.product import PRODUCTS, products_before, sides_of
 from fa3_compile.frontend.sizes import hint
+from fa3_compile.frontend.skeletons import products_after
 from fa3_compile.frontend.trace import Shadow
 from fa3_compile.spec.index import same
 
 aten = torch.ops.aten
+LAYERS = ("linear", "conv1d", "conv2d")
 MULTIPLY = "Write q @ k.transpose(-2, -1), which needs no tensor of all queries, keys and features."
 WEIGH = "Write weights @ v, which needs no tensor of all queries, keys and features."
 KEEP = "Keep what lies between the two products to element-wise operations."
@@ -46,6 +48,7 @@ def opaque_scores(shadow: Shadow) -> Iterator[Decline]:
                 _by_a_call(shadow, scores)
                 or _by_broadcasting(shadow, scores)
                 or _by_a_layer(shadow, scores)
+                or _of_one_tensor(shadow, softmax)
             )
             if found is not None:
                 found.stage = "detect"
@@ -77,6 +80,26 @@ def _by_a_layer(shadow: Shadow, scores: fx.Node) -> Decline | None:
         if [*layer_input.shape[-3:-1]] == pair:
             why = "the scores are made by a layer of every query and key together, not by a product"
             return Decline("no-product", holder, NOTHING, message=why)
+    return None
+
+
+def _of_one_tensor(shadow: Shadow, softmax: Softmax) -> Decline | None:
+    """A softmax of what layers make of one tensor, whose axis the next product contracts with
+    another: outlook attention (Yuan et al. 2021), linear attention by a softmax of the keys."""
+    [graph] = {holder.graph for holder in shadow.aten_of}
+    given = activations(graph)
+    length = shape_of(softmax.node)[softmax.dim]
+    from_layers = _taken_as_given(shadow, softmax.scores)
+    if len(shape_of(softmax.node)) < 3 or not all(target_name(x) in LAYERS for x in from_layers):
+        return None
+    for product in products_after(shadow, softmax.node):
+        weights = descendants([softmax.node])
+        for side, other, axis in zip(sides_of(product), sides_of(product)[::-1], (-1, -2)):
+            values = (h for x in ancestors(other) for h in shadow.dynamo_of.get(x, ()))
+            if side in weights and same(shape_of(side)[axis], length) and {*values} & given:
+                why = "the scores are made of one tensor by a layer: no query is multiplied by keys"
+                holder = next(iter(shadow.dynamo_of.get(softmax.node, ())), None)
+                return Decline("no-product", holder, NOTHING, message=why)
     return None
 
 

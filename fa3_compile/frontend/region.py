@@ -28,6 +28,14 @@ class Operand:
     since: fx.Node
     place: Place
     view: View | None
+    # How many keys it has, and the operands whose keys come behind them, where there are such.
+    length: Expr | None = None
+    behind: list[Operand] = field(default_factory=list)
+
+    @property
+    def parts(self) -> list[Operand]:
+        """It and what is behind it along the keys."""
+        return [self, *self.behind]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -61,6 +69,11 @@ class Pair:
     def axes(self) -> list[sympy.Symbol]:
         """The contracted axes as views have them: one of length 1 is none."""
         return [] if self.width == 1 else [*self.contracted]
+
+
+def operands_of(pairs: list[Pair], value: Operand) -> list[Operand]:
+    """The queries and keys of every pair, and V, part by part."""
+    return [x for pair in pairs for x in (pair.query, *pair.key.parts)] + value.parts
 
 
 @dataclass
@@ -123,8 +136,8 @@ class Region:
 
     @property
     def operands(self) -> list[Operand]:
-        """The queries and keys of every pair, and V."""
-        return [*(x for pair in self.pairs for x in (pair.query, pair.key)), self.value]
+        """The queries and keys of every pair, and V, part by part."""
+        return operands_of(self.pairs, self.value)
 
     @property
     def width(self) -> Expr:

@@ -15,7 +15,7 @@ from fa3_compile.frontend.dynamo_graph import example_value
 from fa3_compile.frontend.emit import Emitter
 from fa3_compile.frontend.gradients import has_gradient
 from fa3_compile.frontend.mutations import written_later
-from fa3_compile.frontend.region import Region
+from fa3_compile.frontend.region import Operand, Region
 from fa3_compile.spec.expr import KV, load, where
 
 
@@ -124,7 +124,7 @@ def _operands(emit: Emitter, region: Region) -> list[tuple[fx.Node | None, fx.No
         columns = ([*layout.batch], [*layout.kv_heads], [KV], pair.axes)
         keys.append(emit.operand(pair.key, columns, {**sizes, **pair.contracted}))
     values = ([*layout.batch], [*layout.kv_heads], [KV], [*layout.head_dim])
-    value = (region.value.source, emit.operand(region.value, values, sizes))
+    value = (_memory(region.value), emit.operand(region.value, values, sizes))
     if len(region.pairs) > 1:
         # Keys that are the values too come first: kernels load what both are once.
         both = [i for i, x in enumerate(keys) if _same_reads(x, value[1])][:1]
@@ -138,7 +138,12 @@ def _operands(emit: Emitter, region: Region) -> list[tuple[fx.Node | None, fx.No
             )
         return [(None, beside[0]), (None, beside[1]), value]
     [pair] = region.pairs
-    return [(pair.query.source, queries[0]), (pair.key.source, keys[0]), value]
+    return [(pair.query.source, queries[0]), (_memory(pair.key), keys[0]), value]
+
+
+def _memory(operand: Operand) -> fx.Node | None:
+    """The node whose memory an operand is."""
+    return None if operand.behind else operand.source
 
 
 def _same_reads(a: Any, b: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import torch
 from torch import fx
 
 from fa3_compile.errors import Decline
+from fa3_compile.frontend import beside
 from fa3_compile.frontend.joined import joined
 from fa3_compile.frontend.lift import (
     Index,
@@ -32,7 +34,6 @@ from fa3_compile.spec.index import Ranges, same, simplify_index
 
 aten = torch.ops.aten
 WIDE = (torch.float32, torch.float64)
-BESIDE = "Put keys and values side by side: softmax(q @ cat([k, l]).mT) @ cat([v, w]) is the same."
 # The most columns beside the keys that a softmax may have: attention sinks.
 MOST_SINKS = 4
 
@@ -52,6 +53,8 @@ class Scores:
     shifted: bool = True
     # Whether the score is less something of its row than what the program has.
     less_row_terms: bool = False
+    # Whether `s` is one of the dots instead, that of the key: they have their keys side by side.
+    beside: bool = False
 
 
 def read_scores(
@@ -72,8 +75,8 @@ def read_scores(
     softmax = term.softmax
     index, extra = _positions(softmax, term.at, key_length, holder)
 
-    def read(nodes: list[fx.Node]) -> Scores:
-        return _read(shadow, term, nodes, index, extra, ranges, holder, weights, joins)
+    def read(nodes: list[fx.Node], are_beside: bool = False) -> Scores:
+        return _read(shadow, term, nodes, index, extra, ranges, holder, weights, joins, are_beside)
 
     return _around_a_product(softmax, holder, read, shadow, joins)
 
@@ -91,6 +94,9 @@ def _around_a_product(softmax: Softmax, holder, read, shadow: Shadow, joins: boo
             first = first or declined(opaque, shadow)
         except Decline as decline:
             first = first or decline
+    if joins and len(products) > 1:
+        with contextlib.suppress(Opaque, Decline):
+            return read(products, are_beside=True)
     raise first or Decline(
         "no-product",
         holder(softmax.scores),
@@ -132,7 +138,7 @@ def _positions(softmax: Softmax, at: Index, key_length: Expr, holder) -> tuple[I
         raise Decline(
             "weights-partly-used",
             holder(x),
-            BESIDE
+            beside.HINT
             if len(products_before(x)) > 1
             else "V has to weigh every key of the softmax: mask the others.",
             message=f"V meets {key_length} of the softmax's {shape_of(x)[dim]} positions",
@@ -152,6 +158,7 @@ def _read(
     holder,
     weights: Weights,
     joins: bool,
+    are_beside: bool,
 ) -> Scores:
     softmax = term.softmax
     x, dim = softmax.scores, softmax.dim
@@ -177,23 +184,29 @@ def _read(
         }
     products.lifter = lifter
     element = without_some(number(lifter.element(x, index)))
-    if len(nodes) > 1 and (biases := products.biases()):
+    if are_beside:
+        dots = beside.side_by_side(products, ranges)
+        element = element.xreplace(dict.fromkeys(products.dots.values(), S))
+    elif len(nodes) > 1 and (biases := products.biases()):
         alone = [n for n in nodes if n not in biases]
-        return _read(shadow, term, alone, index, extra, ranges, holder, weights, joins)
-    products.check(holder(nodes[0]))
-    dots = [*products.dots]
-    if any(not same(dot.keys, ranges[KV]) for dot in dots):
+        return _read(shadow, term, alone, index, extra, ranges, holder, weights, joins, False)
+    else:
+        products.check(holder(nodes[0]))
+        dots = [*products.dots]
+    if not are_beside and any(not same(dot.keys, ranges[KV]) for dot in dots):
         raise Decline(
             "keys-apart",
             holder(x),
-            BESIDE,
+            beside.HINT,
             message=f"V has {ranges[KV]} keys, and one product of the scores {dots[0].keys}",
         )
 
     def logit(element: Expr) -> Expr:
         return logarithm(element, holder(x)) if softmax.by_hand else element
 
-    score, factors = _joined(logit(element), products, joins)
+    score, factors = logit(element), [sympy.S.One] * len(dots)
+    if not are_beside:
+        score, factors = _joined(score, products, joins)
     shift: Expr = sympy.S.Zero
     if softmax.normalizes:
         score, shift = _without_row_terms(score)
@@ -201,6 +214,7 @@ def _read(
     if not shifted:
         score = _without_underflow(score, x.meta["val"].dtype)
     found = Scores(dots, factors, lifter, score, shifted=shifted, less_row_terms=shift != 0)
+    found.beside = are_beside
     for position in extra:
         element = number(lifter.element(x, (*index[:dim], position, *index[dim + 1 :])))
         found.sinks.append(logit(element) - shift)

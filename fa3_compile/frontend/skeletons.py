@@ -45,6 +45,9 @@ class Skeleton:
     output: fx.Node
     nearest: bool
     plain: list[Softmax] = field(default_factory=list)
+    # Where V is in parts: the sum of its products with them, and these, of which `values` is one.
+    total: fx.Node | None = None
+    parts: list[fx.Node] = field(default_factory=list)
 
     @property
     def may_join(self) -> bool:
@@ -84,6 +87,10 @@ def skeletons(shadow: Shadow) -> Iterator[Skeleton]:
         if product is not None and softmax.division:
             found.append((product, softmax.division.node, [softmax], True))
     finder = PlainWeights(shadow, {product for product, *_ in found})
+    for total, parts in sums_of_products(shadow, reached):
+        output = _output_node(shadow, total)
+        if output is not None:
+            yield Skeleton(reached[parts[0]], parts[0], output, False, total=total, parts=parts)
     certain = {product for product, _, of, _ in found if not all(x.by_hand for x in of)}
     plain = {p: w for p in order if p not in certain and (w := finder.of(p))}
     found += [(p, p, plain.pop(p), True) for p in [*plain] if p not in finder.taken]
@@ -95,6 +102,27 @@ def skeletons(shadow: Shadow) -> Iterator[Skeleton]:
         if output is not None:
             weights = plain.get(product, []) if last is product else []
             yield Skeleton(of, product, output, is_nearest, weights)
+
+
+def sums_of_products(
+    shadow: Shadow, reached: dict[fx.Node, list[Softmax]]
+) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
+    """(sum, products): what adds up products of one softmax and nothing else, largest first."""
+    taken: set[fx.Node] = set()
+    for node in reversed([*shadow.graph.nodes]):
+        if node.target is aten.add.Tensor and node not in taken:
+            found = _addends(node, taken)
+            if len(found) > 1 and all(reached.get(x) == reached.get(found[0]) for x in found):
+                if len(reached.get(found[0], [])) == 1 and len({*found}) == len(found):
+                    yield node, found
+
+
+def _addends(node: fx.Node, seen: set[fx.Node]) -> list[fx.Node]:
+    """What a sum is made of, moved elements followed back."""
+    if node.target is aten.add.Tensor and not node.kwargs:
+        seen.add(node)
+        return [x for arg in node.args if isinstance(arg, fx.Node) for x in _addends(arg, seen)]
+    return _addends(node.args[0], seen) if is_movement(node) else [node]  # pyright: ignore
 
 
 def _product_divided(softmax: Softmax) -> fx.Node | None:

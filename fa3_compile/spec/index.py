@@ -250,6 +250,9 @@ def reshape_index(
                     group_in, i = list(source[start_in:]), len(source)
                     group_out, j = list(to[start_out:]), len(to)
                 break
+        while min(len(group_in), len(group_out)) > 1 and same(group_in[-1], group_out[-1]):
+            # The last dimensions of a group that are the same are groups of their own.
+            group_in, group_out, i, j = group_in[:-1], group_out[:-1], i - 1, j - 1
         if len(group_in) == 1 and len(group_out) == 1:
             out.append(index[start_out])
         elif group_in:

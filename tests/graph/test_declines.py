@@ -130,20 +130,6 @@ class TestAxes:
             [region] = check(function, normal(B, H, 5, D), *pictures).regions
             assert "several axes at once" in region.reason
 
-    def test_keys_of_several_products(self):
-        def joint(q, k, v, local, value):
-            s = torch.cat([scores_of(q, k), scores_of(q, local)], -1)
-            return attend(s, torch.cat([v, value], -2))
-
-        def apart(q, k, v, local, value):
-            w = torch.cat([scores_of(q, k), scores_of(q, local)], -1).softmax(-1)
-            return w[..., :S] @ v + w[..., S:] @ value
-
-        more = normal(B, H, 7, D, seed=4), normal(B, H, 7, D, seed=5)
-        for function, code in ((joint, "keys-apart"), (apart, "weights-partly-used")):
-            [region] = check(function, *qkv(), *more).regions
-            assert region.code == code and "side by side" in region.hint
-
 
 class TestBetween:
     """Between the products every operation is element-wise."""

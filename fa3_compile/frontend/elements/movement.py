@@ -37,8 +37,10 @@ def read_inside(
     elsewhere: its loads wrap around there. `Opaque` where it may as well be read as a whole."""
     if not element.atoms(load):
         return element
-    if node not in ctx.inside or not axis.is_Symbol:
+    if node not in ctx.inside:
         raise Opaque(node, "a seam between values that are read")
+    if not axis.is_Symbol:
+        raise Opaque(node, "scores are put together or padded at computed places, not key by key")
     wrapped = {axis: mod(axis - start, size) + start}
     return element.xreplace({x: x.xreplace(wrapped) for x in element.atoms(load)})
 

@@ -1,0 +1,82 @@
+"""Scores of keys side by side: softmax(cat([q k, q l])), of several products of the same queries.
+
+A row of them is the product of q and the concatenation of k and l, which is read for them: keys of
+memory, or of the whole and its surroundings, under one softmax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import sympy
+
+from fa3_compile.errors import Decline
+from fa3_compile.frontend.lift import shape_of
+from fa3_compile.frontend.product import Dot, Products, several_elements
+from fa3_compile.frontend.region import Operand, Pair
+from fa3_compile.spec.expr import KV, Expr, depends_on
+from fa3_compile.spec.index import Ranges, same
+
+HINT = "Put keys and values side by side: softmax(q @ cat([k, l]).mT) @ cat([v, w]) is the same."
+
+
+def side_by_side(products: Products, ranges: Ranges) -> list[Dot]:
+    """The products' elements, each by its own keys, in the order in which these fill the keys of
+    the scores without a gap. `Decline` if they do not."""
+    dots = [*products.dots]
+    places = [(start, dot) for dot in dots if (start := _start(dot, ranges)) is not None]
+    alone = [dot for dot in dots if _of_one_key(dot)]
+    found: list[Dot] = []
+    filled: Expr = sympy.S.Zero
+    while places or alone:
+        following = [x for x in places if same(x[0], filled)]
+        if following:
+            places.remove(following[0])
+            dot = following[0][1]
+            found.append(Dot(dot.node, tuple(i.subs(KV, KV + filled) for i in dot.index)))
+        elif alone:
+            found.append(alone.pop(0))
+        else:
+            break
+        filled += found[-1].keys
+    if len(found) < len(dots) or not same(filled, ranges[KV]):
+        raise several_elements()
+    return found
+
+
+def _start(dot: Dot, ranges: Ranges) -> Expr | None:
+    """Which of the scores' keys is the product's first; None if it is not read key by key."""
+    *batch, row, column = dot.index
+    keys = [x for x in (row, column) if depends_on(x, [KV])]
+    if len(keys) != 1 or any(depends_on(x, [KV]) for x in batch):
+        return None
+    start = (KV - keys[0]).expand()
+    return None if depends_on(start, ranges) else start
+
+
+def _of_one_key(dot: Dot) -> bool:
+    """Whether the product has one key, whose place no index tells."""
+    return shape_of(dot.node)[-1] == 1 and not any(depends_on(x, [KV]) for x in dot.index)
+
+
+def paired(pairs: Sequence[Pair], dots: Sequence[Dot]) -> Pair:
+    """The products of the same queries as one, of the keys of all. `Decline` of other queries."""
+    first = pairs[0]
+    if not all(_reads_same(x.query, first.query) for x in pairs) or any(
+        x.contracted != first.contracted for x in pairs
+    ):
+        raise Decline(
+            "queries-apart",
+            first.query.source,
+            "Take the scores of all keys from the same queries.",
+            message="products of different queries have their scores side by side",
+        )
+    keys = [replace(x.key, length=dot.keys) for x, dot in zip(pairs, dots, strict=True)]
+    return replace(first, key=replace(keys[0], behind=keys[1:]))
+
+
+def _reads_same(a: Operand, b: Operand) -> bool:
+    return (a.source, a.since, a.view, a.place.index, a.place.cast) == (
+        *(b.source, b.since, b.view, b.place.index, b.place.cast),
+    )

@@ -1,0 +1,155 @@
+"""Keys of several products under one softmax: one attention over the keys side by side."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+
+from tests.graph.harness import check, specs
+from tests.graph.inputs import INF, B, D, H, S, attend, normal, qkv, scores_of
+
+M = 7
+MORE = normal(B, H, M, D, seed=4), normal(B, H, M, D, seed=5)
+
+
+def joint(q, k, v, local, value):
+    return attend(torch.cat([scores_of(q, k), scores_of(q, local)], -1), torch.cat([v, value], -2))
+
+
+def weights_of(q, k, local):
+    return torch.cat([scores_of(q, k), scores_of(q, local)], -1).softmax(-1)
+
+
+def apart(q, k, v, local, value):
+    w = weights_of(q, k, local)
+    return w[..., :S] @ v + w[..., S:] @ value
+
+
+def later_keys_first(q, k, v, local, value):
+    w = weights_of(q, k, local)
+    return w[..., S:] @ value + w[..., :S] @ v
+
+
+def three(q, k, v, local, value):
+    scores = [scores_of(q, local), q @ k.mT, scores_of(q, local.cos())]
+    a, b, c = torch.cat(scores, -1).softmax(-1).split([M, S, M], -1)
+    return a @ value + (b @ v + c @ value)
+
+
+FUSED = {
+    joint: "attention(score=0.25*s)",
+    apart: "attention(score=0.25*s)",
+    later_keys_first: "attention(score=0.25*s)",
+    three: "attention(score=where(kv <= 6, 0.25*s, where(kv <= 30, s, 0.25*s)))",
+}
+
+
+@pytest.mark.parametrize("function", FUSED, ids=lambda f: f.__name__)
+def test_one_attention(function):
+    assert specs(check(function, *qkv(), *MORE)) == FUSED[function]
+
+
+@pytest.mark.parametrize("function", [joint, apart], ids=lambda f: f.__name__)
+def test_lengths_that_change(function):
+    report = check(function, *qkv(), *MORE, dynamic=True)
+    assert specs(report) == "attention(score=load(0)*s, aux=[float])"
+
+
+def test_memory_of_heads_before_causal_keys():
+    """Persistent memory (Sukhbaatar et al. 2019), which every query sees, with keys of groups."""
+
+    def attention(q, k, v, memory, recalled):
+        k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+        past = scores_of(q, k).masked_fill(torch.ones(S, S, dtype=torch.bool).triu(1), -INF)
+        scores = torch.cat([torch.einsum("bhqd,hmd->bhqm", q, memory), past], -1)
+        return attend(scores, torch.cat([recalled.expand(B, -1, -1, -1), v], -2))
+
+    k, v = (normal(B, H // 2, S, D, seed=n) for n in (2, 3))
+    report = check(attention, qkv()[0], k, v, normal(H, 3, D, seed=4), normal(H, 3, D, seed=5))
+    assert_expected_inline(
+        specs(report),
+        """attention(score=where(kv <= 2, s, 0.25*s), mask=(kv <= 2) | (kv <= q + 3), dead=nan)""",
+    )
+
+
+def test_one_key_for_every_query():
+    def attention(q, k, v, null, value):
+        scores = torch.cat([q @ null.unsqueeze(-1), scores_of(q, k)], -1)
+        return attend(scores, torch.cat([value.expand(B, -1, -1, -1), v], -2))
+
+    report = check(attention, *qkv(), normal(H, D, seed=4), normal(H, 1, D, seed=5))
+    assert_expected_inline(specs(report), """attention(score=where(kv <= 0, s, 0.25*s))""")
+
+
+def test_v_in_parts_of_one_product():
+    def attention(q, k, v, value):
+        w = scores_of(q, k).softmax(-1)
+        return w[..., :M] @ value + w[..., M:] @ v[..., M:, :]
+
+    assert specs(check(attention, *qkv(), MORE[1])) == "attention(score=0.25*s)"
+
+
+def test_weights_that_are_returned_too():
+    def attention(q, k, v, local, value):
+        w = weights_of(q, k, local)
+        return w[..., :S] @ v + w[..., S:] @ value, w
+
+    report = check(attention, *qkv(), *MORE)
+    assert report.fused and "computed once more" in report.regions[0].hint
+
+
+def other_queries(q, k, v, local, value):
+    scores = torch.cat([scores_of(q, k), scores_of(q.sin(), local)], -1)
+    return attend(scores, torch.cat([v, value], -2))
+
+
+def a_key_left_out(q, k, v, local, value):
+    w = weights_of(q, k, local)
+    return w[..., : S - 1] @ v[..., :-1, :] + w[..., S:] @ value
+
+
+def a_key_twice(q, k, v, local, value):
+    w = weights_of(q, k, local)
+    return w[..., : S + 1] @ torch.cat([v, v[..., :1, :]], -2) + w[..., S:] @ value
+
+
+def parts_weighed_apart(q, k, v, local, value):
+    w = weights_of(q, k, local)
+    return w[..., :S] @ v + (2 * w[..., S:]) @ value
+
+
+def parts_of_other_rows(q, k, v, local, value):
+    w = weights_of(q, k, local)
+    return w[..., :S] @ v + w.flip(1)[..., S:] @ value
+
+
+def keys_of_both(q, k, v, local, value):
+    scores = torch.where(torch.arange(S) < M, scores_of(q, k), scores_of(q, v))
+    return attend(scores, v)
+
+
+def parts_of_two_softmaxes(q, k, v, local, value):
+    w, u = weights_of(q, k, local), weights_of(q, v, local)
+    return w[..., :S] @ v + u[..., S:] @ value
+
+
+@pytest.mark.parametrize(
+    ("function", "code"),
+    [
+        (other_queries, "queries-apart"),
+        (a_key_left_out, "weights-partly-used"),
+        (a_key_twice, "weights-partly-used"),
+        (parts_weighed_apart, "weights-partly-used"),
+        (parts_of_other_rows, "weights-partly-used"),
+        (parts_of_two_softmaxes, "weights-partly-used"),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_left_alone(function, code):
+    regions = check(function, *qkv(), *MORE).regions
+    assert {x.code for x in regions} == {code}
+
+
+def test_keys_of_two_products_at_one_place_keep_their_own():
+    check(keys_of_both, *qkv(), *MORE)
