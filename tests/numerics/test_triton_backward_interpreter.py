@@ -163,7 +163,41 @@ CASES = [
 ]  # fmt: skip
 
 
-pytestmark = pytest.mark.slow
+# One of each kind; CI has no time for the others.
+IN_CI = {
+    "full",
+    "weights sum to one",
+    "fp16, dk != dv",
+    "bf16, causal",
+    "window, zero",
+    "least fill, one tile",
+    "fill by key",
+    "fill with s",
+    "no key, least fill",
+    "key mask, zero",
+    "documents, lists",
+    "softcap",
+    "alibi",
+    "row and key bias",
+    "dense bias",
+    "dense bias over the batch",
+    "two masks, added",
+    "table",
+    "table of Swin",
+    "decomposed",
+    "sink",
+    "dropout",
+    "gates after the softmax",
+    "sigmoid, even",
+    "decay",
+    "relu and its sums",
+    "one query",
+    "only k",
+}
+
+
+def test_what_ci_runs_is_there() -> None:
+    assert {case.name for case in CASES} >= IN_CI
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +207,11 @@ def interpreted(tmp_path_factory) -> Iterator[Interpreter]:
         yield run_case
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda x: x.name)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(x, marks=[] if x.name in IN_CI else pytest.mark.slow) for x in CASES],
+    ids=lambda x: x.name,
+)
 def test_matches_float64(case: Case, interpreted: Interpreter) -> None:
     record = interpreted(case.name)
     assert record["supported"] is None
