@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import collections
 import csv
+import functools
 import json
 import os
 import signal
@@ -144,26 +145,27 @@ def row_of(name: str, implementation: str) -> dict[str, Any]:
         row["class"] = type(model).__name__
         inputs, row["softmaxes"] = inputs_of(name, model)
     except Exception as error:
-        return row | {"problem": _line(error)}
+        return row | {"problem": line(error)}
     backend = Rewritten()
     with collect() as report:
         try:
             assert_matches_eager(model, backend=backend, training=True, **inputs)
             row["numbers"] = "ok"
         except Exception as error:
-            row["numbers"] = _line(error)
+            row["numbers"] = line(error)
     row["fused"] = backend.fused
     row["left"] = "; ".join(f"{n}x {line}" for line, n in backend.left.items())
     reasons = {f"{x.code}: {x.reason}" for x in report.regions if not x.fused}
     return row | {"reasons": "; ".join(sorted(reasons))}
 
 
-def _line(error: Exception) -> str:
+def line(error: Exception) -> str:
+    """An error in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
-def in_a_process(name: str, implementation: str) -> dict[str, Any]:
-    """`row_of` in a fork, which may crash or take too long."""
+def in_a_process(known: dict[str, Any], row: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `row` answers in a fork; `known` and a problem where that crashes or takes too long."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -171,7 +173,7 @@ def in_a_process(name: str, implementation: str) -> dict[str, Any]:
         signal.alarm(SECONDS)
         try:
             with os.fdopen(writing, "w") as pipe:
-                json.dump(row_of(name, implementation), pipe)
+                json.dump(row(), pipe)
         finally:
             os._exit(0)
     os.close(writing)
@@ -179,7 +181,7 @@ def in_a_process(name: str, implementation: str) -> dict[str, Any]:
         text = pipe.read()
     os.waitpid(child, 0)
     if not text:
-        return {"model_type": name, "problem": f"crashed, or more than {SECONDS} s"}
+        return known | {"problem": f"crashed, or more than {SECONDS} s"}
     return json.loads(text)
 
 
@@ -204,7 +206,8 @@ def main() -> int:
             writer.writeheader()
         for name in options.names or model_types():
             if name not in there:
-                row = in_a_process(name, options.implementation)
+                run = functools.partial(row_of, name, options.implementation)
+                row = in_a_process({"model_type": name}, run)
                 wrong += row.get("numbers", "ok") != "ok"
                 writer.writerow(row)
                 file.flush()
