@@ -33,18 +33,16 @@ struct DeadRows {
   using Params = DeadRowsParams<typename Variant::Aux, Dtype>;
   static constexpr int kThreads = 256;
   static constexpr int kWarps = kThreads / 32;
-  // A uniform fill reads the values once for all rows of a thread block.
-  static constexpr int kRows = Variant::kUniformFill ? 1024 : 64;
-  // All keys have the same weight in all rows: the output is the mean of the values.
-  static constexpr bool kMean =
-      Variant::kUniformFill && Variant::kFiniteScores && !Variant::kWeight && !Variant::kSink;
+  // All keys have the same weight in a row, so that the sum of the values serves all rows.
+  static constexpr bool kEven =
+      Variant::kUniformFill && Variant::kFiniteScores && !Variant::kWeight;
+  static constexpr int kRows = Variant::kUniformFill ? 1024 : 64;  // of a thread block
   // Values are read in 16 bytes by each thread, kKeys keys side by side.
   static constexpr int kPieces = Config::kDimV / 8, kKeys = kThreads / kPieces;
 
   struct Shared {
     float weights[kThreads], query[round_up(Config::kDimQK, 8)], partial[kWarps];
-    float sums[kMean ? kKeys : 1][Config::kDimV];
-    uint32_t mean[Config::kDimV / 2];
+    float sums[kEven ? kKeys : 1][Config::kDimV], sum[Config::kDimV];
   };
 
   const Params& p;
@@ -72,8 +70,8 @@ struct DeadRows {
     return s;
   }
 
-  // The mean of all values, in shared.mean.
-  FA3_DEVICE void find_mean() const {
+  // The sum of all values, in shared.sum.
+  FA3_DEVICE void add_values() const {
     int piece = threadIdx.x % kPieces, own = threadIdx.x / kPieces;
     float sum[8] = {};
     if (own < kKeys) {
@@ -87,14 +85,10 @@ struct DeadRows {
       for (int i = 0; i < 8; ++i) shared.sums[own][8 * piece + i] = sum[i];
     }
     __syncthreads();
-    if (threadIdx.x < Config::kDimV / 2) {
-      float total[2] = {};
-      for (int i = 0; i < kKeys; ++i) {
-        total[0] += shared.sums[i][2 * threadIdx.x];
-        total[1] += shared.sums[i][2 * threadIdx.x + 1];
-      }
-      float keys = static_cast<float>(p.keys);
-      shared.mean[threadIdx.x] = pack<Dtype>(total[0] / keys, total[1] / keys);
+    if (threadIdx.x < Config::kDimV) {
+      float total = 0.0f;
+      for (int i = 0; i < kKeys; ++i) total += shared.sums[i][threadIdx.x];
+      shared.sum[threadIdx.x] = total;
     }
     __syncthreads();
   }
@@ -104,22 +98,39 @@ struct DeadRows {
     sum[0] += x.x, sum[1] += x.y;
   }
 
-  // The mean of the values in the dead rows from `first` on: all keys have the same score there.
-  FA3_DEVICE void fill_with_mean(int first, const unsigned* dead) const {
-    find_mean();
-    auto head = Variant::head(at);
-    float score = Variant::fill(0.0f, at, head, Variant::row(at, head, first),
-                                Variant::col(at, head, 0), first, 0);
-    float lse = score + log2_approx(static_cast<float>(p.keys)) * kLn2;
+  // The dead rows from `first` on, where all keys of a row have the same score.
+  FA3_DEVICE void fill_evenly(int first, const unsigned* dead) const {
+    add_values();
     int piece = threadIdx.x % kPieces, own = threadIdx.x / kPieces;
-    const uint32_t* mean = shared.mean + 4 * piece;
-    uint4 value{mean[0], mean[1], mean[2], mean[3]};
-    for (int i = own; i < kRows && own < kKeys; i += kKeys) {
+    if (own >= kKeys) return;
+    float sum[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum[i] = shared.sum[8 * piece + i];
+    auto head = Variant::head(at);
+    for (int i = own; i < kRows; i += kKeys) {
       if (!(dead[i / 32] >> i % 32 & 1)) continue;
       int q = first + i;
+      auto row = Variant::row(at, head, q);
+      float top = Variant::fill(0.0f, at, head, row, Variant::col(at, head, 0), q, 0);
+      float factor = 1.0f, total = static_cast<float>(p.keys);
+      if constexpr (Variant::kSink) add_sink(Variant::sink(at, head, row, q), top, total, factor);
+      factor /= total;
+      uint4 value{pack<Dtype>(sum[0] * factor, sum[1] * factor),
+                  pack<Dtype>(sum[2] * factor, sum[3] * factor),
+                  pack<Dtype>(sum[4] * factor, sum[5] * factor),
+                  pack<Dtype>(sum[6] * factor, sum[7] * factor)};
       *reinterpret_cast<uint4*>(p.out + p.out_at.at(at.batch, at.head, q) + 8 * piece) = value;
-      if (piece == 0) p.lse[lse_at(q)] = lse;
+      if (piece == 0) p.lse[lse_at(q)] = top + log2_approx(total) * kLn2;
     }
+  }
+
+  // Raises the maximum of a row to its sink and adds that to the sum; `out` is scaled with it.
+  FA3_DEVICE static void add_sink(float sink, float& top, float& total, float& out) {
+    float raised = fmaxf(top, sink);
+    float factor = exp2_approx((top - raised) * kLog2e);
+    total = total * factor + exp2_approx((sink - raised) * kLog2e);
+    out *= factor;
+    top = raised;
   }
 
   // Column threadIdx.x of the row, and its LSE. A row whose mask holds somewhere is dead because
@@ -160,14 +171,7 @@ struct DeadRows {
       top = raised;
     }
     total = over_block(total, [](float a, float b) { return a + b; });
-    if constexpr (Variant::kSink) {
-      float sink = Variant::sink(at, head, row, q);
-      float raised = fmaxf(top, sink);
-      float factor = exp2_approx((top - raised) * kLog2e);
-      total = total * factor + exp2_approx((sink - raised) * kLog2e);
-      out *= factor;
-      top = raised;
-    }
+    if constexpr (Variant::kSink) add_sink(Variant::sink(at, head, row, q), top, total, out);
     if constexpr (!Variant::kFiniteScores) {
       if (__syncthreads_or(alive)) {
         lse = -inf();
@@ -217,14 +221,10 @@ struct DeadRows {
     any = __syncthreads_or(any);
     if (p.number != 0 && threadIdx.x == 0) tell(p, any);
     if (!any) return;
-    if constexpr (kMean) return self.fill_with_mean(first, dead);
-    float value = 0.0f, of_row = 0.0f;
-    bool known = false;
+    if constexpr (kEven) return self.fill_evenly(first, dead);
     for (int i = 0; i < kRows; ++i) {
       if (!(dead[i / 32] >> i % 32 & 1)) continue;
-      // A row whose mask holds has its own answer, NaN.
-      if (!known || !Variant::kFiniteScores || Variant::kWeight) value = self.attend(first + i, of_row);
-      known = Variant::kUniformFill;
+      float of_row, value = self.attend(first + i, of_row);
       self.store(first + i, value, of_row);
     }
   }
