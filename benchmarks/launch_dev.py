@@ -108,7 +108,7 @@ def calls() -> None:
     with torch.no_grad():
         print(f"sdpa: eager {microseconds(partial(sdpa, q, k, v)):.1f} us, "
               f"in a compiled model {in_chain(sdpa, q, k, v):.1f} us", flush=True)  # fmt: skip
-        for name in ("cuda_sm90", "triton_forward"):
+        for name in ("cuda_sm90", "triton"):
             for form, spec, aux in (
                 ("causal", CAUSAL, []), ("padded causal", PADDED, [ones]),
                 ("documents", DOCUMENTS, [ones]),
@@ -174,7 +174,7 @@ def parts() -> None:
 
 def cache() -> None:
     """The first call for each length, and the next."""
-    for name in ("cuda_sm90", "triton_forward"):
+    for name in ("cuda_sm90", "triton"):
         call = Attention(f"attention(score=0.125*s) #;kernels={name}")
         other = Attention(f"attention(score=0.125*s) #;kernels={name}")
         q, k, v = tensors(1, 2048)

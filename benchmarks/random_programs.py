@@ -2,7 +2,7 @@
 
     python benchmarks/random_programs.py --count 5000 --seed 1 --out benchmarks/results/FILE.csv
     python benchmarks/random_programs.py --device cuda --family 16 --processes 15 --seconds 240
-    TRITON_INTERPRET=1 python benchmarks/random_programs.py --kernels triton_forward
+    TRITON_INTERPRET=1 python benchmarks/random_programs.py --kernels triton
 
 On the CPU outputs, gradients and what was fused are checked; with `--device cuda`, or `--kernels`,
 also the kernels that are chosen. Each process draws its share with a seed of its own, counted up

@@ -170,7 +170,7 @@ def check_graph() -> str:
 
     def step():
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), device="cuda")
-        out = torch.ops.fa3.attention(q, k, v, [seed], [], f"{text} #;kernels=triton_forward")[0]
+        out = torch.ops.fa3.attention(q, k, v, [seed], [], f"{text} #;kernels=triton")[0]
         [dv] = torch.autograd.grad(out, v, torch.ones_like(out))
         return seed, out, dv
 

@@ -13,7 +13,7 @@ from fa3_compile.errors import OptionError, nearest
 
 log = logging.getLogger(__name__)
 
-KERNELS = ("reference", "cpu", "triton_forward", "cuda_sm90")
+KERNELS = ("reference", "cpu", "triton", "cuda_sm90")
 OTHER_VARIABLES = ("FA3_CACHE_DIR",)
 
 

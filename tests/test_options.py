@@ -153,8 +153,8 @@ def test_a_wrong_value_names_the_legal_ones(name, value, takes):
 
 
 def test_options_built_by_hand_are_checked_too():
-    with pytest.raises(OptionError, match="did you mean 'triton_forward'"):
-        Options(kernels=("triton_foward",))
+    with pytest.raises(OptionError, match="did you mean 'triton'"):
+        Options(kernels=("trition",))
     assert Options(kernels=KERNELS).kernels == KERNELS
 
 

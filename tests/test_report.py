@@ -26,7 +26,7 @@ GEMMA = RegionReport(
     score="50*tanh(s/800)",
     mask="kv <= q",
     tiles=Tiles(empty=6, partial=4, full=6),
-    kernel="triton_forward",
+    kernel="triton",
     config="block_q=128 block_kv=64",
     other_kernels={"cpu": "the tensors are on cuda"},
     spec="softcap-spec",
@@ -57,7 +57,7 @@ region 0 (graph 0/0): fused
   score   50*tanh(s/800)
   mask    kv <= q
   tiles   6 skipped, 4 masked, 6 full, of 16
-  kernel  triton_forward block_q=128 block_kv=64
+  kernel  triton block_q=128 block_kv=64
           not cpu: the tensors are on cuda
 
 region 1 (graph 0/0): fused, like region 0
@@ -172,7 +172,7 @@ def test_what_lowering_learns_later_is_filled_in_by_spec():
     with collect() as collected:
         report.record(dataclasses.replace(GEMMA, kernel="", config=""))
         report.record(TALKING)
-        report.update("softcap-spec", kernel="triton_forward", config="block_q=64")
+        report.update("softcap-spec", kernel="triton", config="block_q=64")
     assert collected.regions[0].config == "block_q=64"
     assert collected.regions[1] == TALKING
 

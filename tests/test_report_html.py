@@ -27,7 +27,7 @@ FUSED = RegionReport(
     tiles=CAUSAL,
     kernel="cuda_sm90",
     config="128 x 112",
-    gradients="triton_forward",
+    gradients="triton",
     spec="attention(score=0.25*s, mask=kv <= q)",
 )
 LEFT = RegionReport(1, "0/0", False, stage="check", code="weights-used", reason="why", hint="do")
@@ -83,7 +83,7 @@ def test_the_page_says_what_the_text_says_once_for_regions_that_are_alike():
     page = Page(report.to_html())
     assert page.count("section") == 2
     for said in (report.summary(), "0 (graph 0/0), 1 (graph 0/0)", "kv <= q", "cuda_sm90 128 x 112",
-                 "triton_forward", "6 skipped, 4 masked, 6 full, of 16", "why [weights-used]",
+                 "triton", "6 skipped, 4 masked, 6 full, of 16", "why [weights-used]",
                  "do", "print", "a note", "3.250", FUSED.spec):  # fmt: skip
         assert said in page.text, said
     assert page.count("svg") == 1

@@ -14,7 +14,7 @@ from torch import Tensor
 from fa3_compile.spec.attention import AttentionSpec
 
 # Modules of fa3_compile.lower.kernels; importing one registers its families.
-FAMILIES = ("reference", "cpu", "triton_forward", "cuda_sm90")
+MODULES = ("reference", "cpu", "triton_forward", "cuda_sm90")
 
 
 class KernelBuildError(RuntimeError):
@@ -135,7 +135,7 @@ def register(kernel: Kernel) -> None:
 
 @functools.cache
 def _import_families() -> None:
-    for name in FAMILIES:
+    for name in MODULES:
         module = f"fa3_compile.lower.kernels.{name}"
         if importlib.util.find_spec(module):
             importlib.import_module(module)

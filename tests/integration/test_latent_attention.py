@@ -142,7 +142,7 @@ def records(tmp_path_factory) -> dict[str, dict]:
 def test_runs_fused_in_the_triton_kernel(name: str, records) -> None:
     _, _, dims, shared = MODELS[name]
     record = records[name]
-    assert record["kernels"] == ["triton_forward"] * len(record["kernels"]) and record["kernels"]
+    assert record["kernels"] == ["triton"] * len(record["kernels"]) and record["kernels"]
     assert record["error"] < 2e-5
     assert record["seen"] == [[*dims, shared]]
 
@@ -150,7 +150,7 @@ def test_runs_fused_in_the_triton_kernel(name: str, records) -> None:
 def test_gradients_are_eagers(records) -> None:
     """There is no backward kernel for heads so wide."""
     record = records["training"]
-    assert record["kernels"] == ["triton_forward"] and record["gradients"] == ["reference"]
+    assert record["kernels"] == ["triton"] and record["gradients"] == ["reference"]
     assert record["error"] < 1e-5
 
 
@@ -168,7 +168,7 @@ def train() -> dict:
 
     found = []
     with collect() as report:
-        for f in (attention, torch.compile(attention, backend=fa3, options={"kernels": "triton_forward"})):  # fmt: skip
+        for f in (attention, torch.compile(attention, backend=fa3, options={"kernels": "triton"})):  # fmt: skip
             inputs = [x.clone().requires_grad_() for x in (q, cache)]
             f(*inputs).backward()
             found.append([x.grad for x in inputs])
@@ -193,7 +193,7 @@ def run(name: str) -> dict:
     torch.manual_seed(0)
     torch._dynamo.reset()
     model, error = make(), 0.0
-    compiled = torch.compile(model, backend=fa3, options={"kernels": "triton_forward"})
+    compiled = torch.compile(model, backend=fa3, options={"kernels": "triton"})
     with torch.no_grad(), collect() as report, pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_forward.TritonForward, "bound", spy)
         for arguments in calls():

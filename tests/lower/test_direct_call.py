@@ -243,7 +243,7 @@ def model(q, k, v):
 
 torch.manual_seed(0)
 q, k, v = (torch.randn(1, 1, 16, 16) for _ in range(3))
-compiled = torch.compile(model, backend=fa3, options={"kernels": "triton_forward"})
+compiled = torch.compile(model, backend=fa3, options={"kernels": "triton"})
 torch.testing.assert_close(compiled(q, k, v), model(q, k, v))
 print(counters["inductor"]["fxgraph_cache_hit"], counters["aot_autograd"]["autograd_cache_hit"])
 """

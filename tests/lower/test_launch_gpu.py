@@ -25,7 +25,7 @@ each_family = pytest.mark.parametrize(
         pytest.param(
             "cuda_sm90", marks=pytest.mark.skipif(not HOPPER, reason="a Hopper GPU is needed")
         ),
-        "triton_forward",
+        "triton",
     ],
 )
 

@@ -1,4 +1,4 @@
-"""`triton_forward` compiled for GPUs that are not here: no spills, and the matrix instructions.
+"""`triton` compiled for GPUs that are not here: no spills, and the matrix instructions.
 
 Spills are read from ptxas, run with -v on the PTX that Triton emits.
 """

@@ -55,7 +55,7 @@ def test_forward_and_backward_reach_their_launches(name: str, launches, caplog) 
     length = 1024 if "block_lists" in forward else 70
     shape = Shape(1, 2, 1, length, length, 16, 16)
     q, k, v, aux = on_device(inputs(form, shape, torch.bfloat16, "cpu"))
-    text = f"{form.spec()} #;kernels=triton_forward"
+    text = f"{form.spec()} #;kernels=triton"
     call = Attention(text)
     for _ in range(2):
         out, lse = call(q, k, v, aux, form.sizes)
@@ -79,7 +79,7 @@ def test_parts_of_a_split_and_values_in_keys(joint: bool, launches, monkeypatch,
     q, k, v, w = on_device(
         [torch.randn(x).bfloat16() for x in ((1, 8, 1, 264), *[(1, 1, 2048, 264)] * 3)]
     )
-    call = Attention("attention(score=0.1*s) #;kernels=triton_forward", fixed=True, lse=False)
+    call = Attention("attention(score=0.1*s) #;kernels=triton", fixed=True, lse=False)
     values = (k, v, k) if joint else (v, w)
     for x in values:
         out, _ = call(q, k, x, [], [])
@@ -94,7 +94,7 @@ def test_tensor_descriptors_have_scratch_memory(launches, monkeypatch) -> None:
     form = BY_NAME["full"]
     shape = Shape(1, 1, 1, 20, 20, 64, 64)
     q, k, v, _ = on_device(inputs(form, shape, torch.bfloat16, "cpu"))
-    call = Attention(f"{form.spec()} #;kernels=triton_forward")
+    call = Attention(f"{form.spec()} #;kernels=triton")
     call(q, k, v, [], [])
     [bound] = call._calls.values()
     assert isinstance(bound, Launches) and bound.scratch > 0 and len(launches) == 1
@@ -110,7 +110,7 @@ def test_a_kernel_that_is_built_leaves_captures_of_other_threads_alone(launches)
     form = BY_NAME["causal"]
     q, k, v, _ = on_device(inputs(form, Shape(1, 1, 1, 40, 40, 16, 16), torch.bfloat16, "cpu"))
     with captured():
-        Attention(f"{form.spec()} #;kernels=triton_forward")(q, k, v, [], [])
+        Attention(f"{form.spec()} #;kernels=triton")(q, k, v, [], [])
     assert [x.name for x in launches] == ["attention_forward"]
 
 

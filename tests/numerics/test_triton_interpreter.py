@@ -1,4 +1,4 @@
-"""`triton_forward` under Triton's interpreter: every form's numbers, without a GPU."""
+"""`triton` under Triton's interpreter: every form's numbers, without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`triton_forward`: one Triton flash-attention program per spec, for every CUDA GPU since Ampere.
+"""`triton`: one Triton flash-attention program per spec, for every CUDA GPU since Ampere.
 
 The kernel's text is templates/triton/attention_forward.py.jinja; this file says what it takes,
 binds it to shapes and strides. What a call costs on a warm path is said in lower/launch_calls.py.
@@ -67,7 +67,7 @@ class Bound:
 
 
 class TritonForward(BindingKernel):
-    name = "triton_forward"
+    name = "triton"
     priority = 10
 
     def supports(self, problem: Problem) -> str | None:
@@ -117,7 +117,7 @@ class TritonForward(BindingKernel):
             bound = _bind(problem, q, k, v, aux, sizes)
         except KernelBuildError as error:
             log.warning(
-                "triton_forward could not be built for %s, head dims %d and %d, another kernel "
+                "triton could not be built for %s, head dims %d and %d, another kernel "
                 "runs instead: %s", problem.spec, problem.dim, problem.v_dim, error
             )  # fmt: skip
             return None
@@ -210,7 +210,7 @@ def _bind(problem: Problem, q, k, v, aux, sizes) -> Bound:
         return tune.seconds(lambda: bound.launch(tensors))
 
     with torch.cuda.device(q.device):
-        config = tune.tuned(problem, "triton_forward", _compiler(), candidates, measure)
+        config = tune.tuned(problem, "triton", _compiler(), candidates, measure)
     if config == candidates[0]:
         return _bind_first_that_builds(problem, q, k, v, aux, sizes)
     return bind_config(problem, config, q, k, v, aux, sizes)
