@@ -162,6 +162,7 @@ CASES = [
     Case("split, large scores, lazy", "score=40.0*s", lazy=True, parts=3),
     Case("split, inf in q", "score=0.25*s", layout="infinite", parts=2),
     Case("split, sigmoid", f"normalize=none, score=sigmoid(0.25*s), mask={CAUSAL}", parts=2, packed=True),
+    Case("sink of each row, filled", f"score=0.25*s, mask={WINDOW}, dead=score, fill=-2.0, sinks=[load(0, b, q)]", LONG, aux=("rows",)),
     Case("split, relu and its sums", "normalize=sums, score=max(0.25*s, 0)", parts=3, packed=True),
     Case("relu and its sums, padding", "normalize=sums, score=max(0.25*s, 0), mask=load(0, b, 0, 0, kv) != 0", (2, 2, 1, 9, 45, 16, 16), aux=("padding",)),
     Case("two masks, added", f"score=0.25*s + {ADDED}", (2, 2, 1, 9, 45, 16, 16), aux=("seen", "seen too")),
