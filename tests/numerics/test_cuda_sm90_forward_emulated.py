@@ -74,6 +74,7 @@ CASES = [
     ("documents", (128, 128), (200, 200), 2, {"held_queries": True} | LATE),
     ("alibi both sides", (32, 32), (130, 200), 2, {"block_n": 16} | LATE),
     ("sink", (32, 32), (70, 70), 1, {"block_n": 16} | LATE),
+    ("sink of each row, filled", (32, 40), (90, 60), 1, {"block_n": 16}),
     ("dropout, causal", (32, 32), (70, 70), 1, {"block_n": 16} | LATE),
     ("temperatures out of range", (32, 32), (70, 70), 1, {"block_n": 16} | LATE),
     ("two masks, added", (32, 32), (70, 70), 1, {}),
