@@ -258,6 +258,10 @@ class Report:
         lines.extend(f"\nNote: {line}" for line in self.notes)
         return "\n".join(lines)
 
+    def _repr_markdown_(self) -> str:
+        """What a notebook shows."""
+        return self.markdown()
+
     def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
         """One page, without scripts and without anything from elsewhere; also written to `path`."""
         from fa3_compile.report_html import page

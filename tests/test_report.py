@@ -85,7 +85,9 @@ def test_a_region_that_differs_in_its_source_line_gets_its_own_block():
 
 def test_markdown_is_one_table_row_a_region_and_escapes_bars():
     masked = dataclasses.replace(GEMMA, mask="(kv <= q) | (kv < 4)")
-    lines = Report(regions=[masked, TALKING], graphs=1).markdown().splitlines()
+    report = Report(regions=[masked, TALKING], graphs=1)
+    assert report._repr_markdown_() == report.markdown()
+    lines = report.markdown().splitlines()
     assert len(lines) == 6
     assert "`(kv <= q) \\| (kv < 4)`" in lines[4]
     assert {line.replace("\\|", "").count("|") for line in lines[2:]} == {9}
