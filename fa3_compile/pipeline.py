@@ -34,6 +34,8 @@ from fa3_compile.report import RegionReport
 from fa3_compile.source import where
 
 log = logging.getLogger(__name__)
+# Why products cannot be read as one, which is what to say where they cannot be read otherwise.
+APART = ("no-kernel", "queries-apart", "products-apart")
 
 
 # What was the output of each recorded region before the graph was rewritten; None where the two
@@ -183,13 +185,15 @@ def _analyse(
             stage = "check"
             check.check(graph, regions)
             stage = "choose"
-            for region in regions if skeleton.may_join else ():
-                selection.check_joined(region)
+            for region in regions:
+                selection.check_beside(region)
+                if skeleton.may_join:
+                    selection.check_joined(region)
             return [(region, selection.kernel_for(region, options)) for region in regions]
         except Decline as decline:
             decline.stage = decline.stage or stage
             decline.node = decline.node or skeleton.softmax_holder(shadow)
-            if apart is None or apart.code not in ("no-kernel", "queries-apart"):
+            if apart is None or apart.code not in APART:
                 apart, said = decline, dict(known)
             if not skeleton.may_join:
                 break

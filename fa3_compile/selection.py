@@ -76,10 +76,22 @@ def check_joined(region: Region) -> None:
     """`Decline` where several products are read as one, and the queries or keys that lie side by
     side for it are larger than the scores, which a bias of all queries and keys is: with few
     queries, as in decoding, that is the smaller one."""
-    problem = problem_of(region)
-    queries, keys = problem.heads * problem.q_len, problem.kv_heads * problem.kv_len
-    scores = problem.heads * problem.q_len * problem.kv_len
-    if len(region.pairs) > 1 and max(queries, keys) * problem.dim > scores:
+    if len(region.pairs) > 1:
+        problem = problem_of(region)
+        rows = max(problem.heads * problem.q_len, problem.kv_heads * problem.kv_len)
+        _check_copied(region, rows * problem.dim, problem)
+
+
+def check_beside(region: Region) -> None:
+    """`Decline` where keys or values of several tensors are put side by side, and are larger than
+    the scores."""
+    if region.pairs[0].key.behind or region.value.behind:
+        problem = problem_of(region)
+        _check_copied(region, problem.kv_heads * problem.kv_len * problem.dim, problem)
+
+
+def _check_copied(region: Region, copied: int, problem: Problem) -> None:
+    if copied > problem.heads * problem.q_len * problem.kv_len:
         raise Decline(
             "products-apart",
             region.output,

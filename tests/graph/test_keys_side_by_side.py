@@ -99,6 +99,13 @@ def test_weights_that_are_returned_too():
     assert report.fused and "computed once more" in report.regions[0].hint
 
 
+def test_few_queries_are_not_worth_a_copy_of_the_keys():
+    """A step of decoding, whose cache and new key the program keeps apart."""
+    q, k, v = qkv()
+    assert specs(check(joint, q[:, :, :2], k, v, *MORE)) == "choose: products-apart"
+    assert not check(apart, q[:, :, :2], k, v, *MORE).fused
+
+
 def other_queries(q, k, v, local, value):
     scores = torch.cat([scores_of(q, k), scores_of(q.sin(), local)], -1)
     return attend(scores, torch.cat([v, value], -2))
