@@ -20,9 +20,9 @@ from torch import Tensor, fx
 from fa3_compile import report
 from fa3_compile.frontend.captured import Captured
 from fa3_compile.frontend.dynamo_graph import opaque_target, target_name
-from fa3_compile.frontend.dynamo_products import NAMES
 from fa3_compile.frontend.mutations import is_mutation
 from fa3_compile.frontend.region import Region
+from fa3_compile.frontend.seeds import PRODUCTS
 from fa3_compile.lower.elements import Shape, elements
 from fa3_compile.report import RegionReport
 from fa3_compile.selection import tiles_of_masks
@@ -116,7 +116,7 @@ def _program(gm: fx.GraphModule, wanted: Sequence[fx.Node | None]) -> fx.GraphMo
         if node in needed:
             continue
         needed.add(node)
-        dear = opaque_target(node) or target_name(node) in NAMES
+        dear = opaque_target(node) or target_name(node) in PRODUCTS
         if node.op == "call_module" or is_mutation(node) or dear:
             return None
         stack += node.all_input_nodes

@@ -16,9 +16,9 @@ from fa3_compile.frontend.dynamo_graph import (
     opaque_target,
     target_name,
 )
+from fa3_compile.frontend.seeds import PRODUCTS
 from fa3_compile.frontend.sizes import hint
 
-NAMES = frozenset("matmul bmm baddbmm mm addmm einsum tensordot".split())
 # The most by which scores may be padded for a convolution.
 PADDED = 16
 
@@ -37,7 +37,7 @@ def made_of_a_product(
         if not alike(value.shape, shape):
             continue
         seen.add(node)
-        if target_name(node) in NAMES:
+        if target_name(node) in PRODUCTS:
             if given is None or given.issuperset(node.all_input_nodes):
                 return True
             continue
@@ -69,7 +69,7 @@ def ways_to_a_product(
     while stack:
         node, way = stack.pop()
         for user in node.users:
-            if target_name(user) in NAMES:
+            if target_name(user) in PRODUCTS:
                 if given is None or given.issuperset(user.all_input_nodes):
                     yield way
                 continue

@@ -18,6 +18,7 @@ from fa3_compile.frontend.dynamo_graph import (
     target_name,
 )
 
+# Products by their names in a Dynamo graph; product.PRODUCTS are those of the shadow.
 PRODUCTS = frozenset(
     """matmul bmm mm einsum baddbmm addmm addbmm tensordot __matmul__ __rmatmul__ inner""".split()
 )
