@@ -75,15 +75,19 @@ def finishes(spec: AttentionSpec, grouped: bool) -> bool:
 
 def load_best(keys: Sequence[CudaBackwardKey], at_once: int = 1) -> tuple[CudaBackwardKey, Built]:
     """What runs of these keys: the tile of 128 queries that spills least, if that is little; else
-    what `load_first` says. Raises KernelBuildError where none builds."""
+    what `load_first` says. Raises KernelBuildError where none builds.
+
+    Where each element is asked for its mask, the first of them spill: all are built side by side.
+    """
+    at_first = len(keys) if keys and asks_elements(keys[0].spec) else 1
     if tall := [x for x in keys if x.config.block_m == 128]:
         try:
-            key, built = load_first(tall, at_once)
+            key, built = load_first(tall, at_once, at_first)
             if built.spill_bytes <= TALL_SPILLS and not built.serialised:
                 return key, built
         except KernelBuildError:
             pass
-    return load_first(keys, at_once)
+    return load_first(keys, at_once, at_first)
 
 
 def _is_sum_of_batches(spec: AttentionSpec) -> bool:
