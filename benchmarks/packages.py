@@ -1,6 +1,6 @@
 """What becomes of attention as public packages write it: timm, diffusers, x-transformers and more.
 
-    PYTHONPATH=SITE python benchmarks/packages.py --out FILE.csv [--only WORD] [PACKAGE ...]
+    PYTHONPATH=SITE python benchmarks/packages.py --out FILE.csv [--only WORD] [TABLE ...]
 
 Each module of the tables benchmarks/package_*.py gets weights under which attention matters, its
 attention is rewritten, and outputs and all gradients are compared with float64 eager. Each runs in
@@ -48,7 +48,9 @@ COLUMNS = (
 )
 # Those that import torchvision.
 PICTURES = ("timm", "vit_pytorch")
-PACKAGES = ("timm", "diffusers", "x_transformers", "vit_pytorch", "attn_gym")
+TABLES = ("timm", "diffusers", "x_transformers", "vit_pytorch", "attn_gym", "more")
+# Where the names of a package and of what is installed differ.
+INSTALLED_AS = {"esm": "fair-esm"}
 
 
 def stand_in(package: str) -> contextlib.AbstractContextManager[None]:
@@ -58,7 +60,8 @@ def stand_in(package: str) -> contextlib.AbstractContextManager[None]:
 
 def row_of(package: str, name: str, case: Case) -> dict[str, Any]:
     """The row of one case."""
-    row: dict[str, Any] = {"package": package, "version": version(package), "case": name}
+    row: dict[str, Any] = {"package": package, "case": name}
+    row["version"] = version(INSTALLED_AS.get(package, package))
     torch.manual_seed(0)
     try:
         with stand_in(package):
@@ -90,7 +93,9 @@ def row_of(package: str, name: str, case: Case) -> dict[str, Any]:
         except Exception as error:
             row["numbers"] = line(error)
     row["fused"] = backend.fused
-    row["left"] = "; ".join(f"{n}x {at.split('/site/')[-1]}" for at, n in backend.left.items())
+    row["left"] = "; ".join(
+        f"{n}x {package}/{at.split(f'/{package}/')[-1]}" for at, n in backend.left.items()
+    )
     reasons = {f"{x.code}: {x.reason}" for x in report.regions if not x.fused}
     row["error"] = f"{errors[0]:.2f}" if errors else ""
     return row | {"reasons": "; ".join(sorted(reasons))}
@@ -114,7 +119,7 @@ def _worst(ours, eager, oracle) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("packages", nargs="*", choices=[*PACKAGES, []])
+    parser.add_argument("tables", nargs="*", choices=[*TABLES, []])
     parser.add_argument("--only", default="", help="cases that have this word in their names")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -129,13 +134,18 @@ def main() -> int:
         writer = csv.DictWriter(file, COLUMNS)
         if new:
             writer.writeheader()
-        for package in options.packages or PACKAGES:
-            if importlib.util.find_spec(package) is None:
-                print(f"{package} is not installed", flush=True)
+        for table in options.tables or TABLES:
+            if table != "more" and importlib.util.find_spec(table) is None:
+                print(f"{table} is not installed", flush=True)
                 continue
-            with stand_in(package):
-                cases = importlib.import_module(f"benchmarks.package_{package}").CASES
-            for name, case in cases.items():
+            with stand_in(table):
+                cases = importlib.import_module(f"benchmarks.package_{table}").CASES
+            for case_name, case in cases.items():
+                package, name = table, case_name
+                if table == "more":
+                    package, name = case_name.split(": ")
+                    if importlib.util.find_spec(package) is None:
+                        continue
                 if (package, name) in there or options.only not in name:
                     continue
                 known = {"package": package, "case": name}
