@@ -26,9 +26,8 @@ class Sm90BackwardConfig:
     in_turn        a block works the batches that share a dense input one after the other: the first
                    stores its gradient, to which the others add
     finishes       dQ is rounded to 16 bits by the main kernel's idle warps, not after it
-    ahead          row terms of heads that are worked next are computed by the main kernel's idle
-                   warps, not before it
-    behind         dQ of heads that were worked before is rounded by them, not after it
+    beside         row terms of heads that are worked next are computed, and dQ of those that were
+                   worked before is rounded, by the main kernel as its tiles begin; wide ones only
     """
 
     block_m: int
@@ -41,8 +40,7 @@ class Sm90BackwardConfig:
     bits: bool = False
     in_turn: bool = False
     finishes: bool = False
-    ahead: bool = False
-    behind: bool = False
+    beside: bool = False
 
     @property
     def warpgroups(self) -> int:

@@ -15,18 +15,16 @@ namespace fa3 {
 // BlockM is 64, and the warpgroups share out the columns of dQ; or 64 for each of them, and they
 // share out its rows. EarlyValues issues dV while dS is computed, where registers allow that. LateDq
 // computes dQ a step later, so that no warpgroup waits for the other's dS. Bits finds what is asked of
-// elements under the scores. InTurn: see Block::kInTurn. Finishes: see sm90/query_gradient.cuh. Ahead,
-// Behind: see sm90/backward_beside.cuh.
+// elements under the scores. InTurn: see Block::kInTurn. Finishes: see sm90/query_gradient.cuh.
 template <class DtypeT, int DimQK, int DimV, int BlockM_, int BlockN_, bool LongestFirst_,
-          bool Grouped_, bool EarlyValues_, bool LateDq_, bool Bits_, bool InTurn_, bool Finishes_,
-          bool Ahead_, bool Behind_>
+          bool Grouped_, bool EarlyValues_, bool LateDq_, bool Bits_, bool InTurn_, bool Finishes_>
 struct BackwardConfig {
   using Dtype = DtypeT;
   static constexpr int kDimQK = DimQK, kDimV = DimV, kBlockM = BlockM_, kBlockN = BlockN_;
   static constexpr bool kLongestFirst = LongestFirst_, kGrouped = Grouped_;
   static constexpr bool kEarlyValues = EarlyValues_, kLateDq = LateDq_, kBits = Bits_;
   static constexpr bool kInTurn = InTurn_, kFinishes = Finishes_;
-  static constexpr bool kAhead = Ahead_, kBehind = Behind_;
+  static constexpr bool kBeside = false;
   static constexpr int kWarpgroups = BlockN_ / 64;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 24;
@@ -117,8 +115,9 @@ struct AttentionBackward : BackwardConsumer<Config, Variant> {
   // Whether each warpgroup asks for itself which query blocks see all of its keys, and whether the
   // first one sees none. A causal tile's second block is full for the first warpgroup, and its first
   // one empty for the second.
-  static constexpr bool kOwnBounds = kM == 64 && Config::kLateDq && !Variant::kBlockMap &&
-                                     !Variant::kTileGradient &&
+  // Of a window's queries it is a few percent slower.
+  static constexpr bool kOwnBounds = kM == 64 && Config::kLateDq && !Config::kFinishes &&
+                                     !Variant::kBlockMap && !Variant::kTileGradient &&
                                      (Variant::kMask || Variant::kRowEnd || Variant::kRowBegin);
 
   // Of a query block that sees none of this warpgroup's keys: its dS. Its stage is let go of before it
@@ -258,7 +257,7 @@ struct AttentionBackward : BackwardConsumer<Config, Variant> {
       this->template add_dq<kColumns>(c, dq, sums + block);
     }
     release(Block::kKVEmpty, c.lane);
-    if constexpr (!Block::kWatched) c.kv.advance();
+    if constexpr (!Config::kFinishes) c.kv.advance();
     if (Block::kInTurn && threadIdx.x == 128) bulk_wait();  // before the next batch adds
     wgmma_pin(dk);
     wgmma_pin(dv);

@@ -10,13 +10,13 @@
 namespace fa3 {
 
 template <class DtypeT, int DimQK, int DimV, bool LongestFirst_, bool Grouped_, bool Bits_,
-          bool InTurn_, bool Finishes_, bool Ahead_, bool Behind_>
+          bool InTurn_, bool Finishes_, bool Beside_>
 struct WideBackwardConfig {
   using Dtype = DtypeT;
   static constexpr int kDimQK = DimQK, kDimV = DimV, kBlockM = 64, kBlockN = 64;
   static constexpr bool kLongestFirst = LongestFirst_, kGrouped = Grouped_, kBits = Bits_;
   static constexpr bool kInTurn = InTurn_, kFinishes = Finishes_;
-  static constexpr bool kAhead = Ahead_, kBehind = Behind_;
+  static constexpr bool kBeside = Beside_;
   static constexpr int kWarpgroups = 2;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
@@ -207,7 +207,7 @@ struct WideAttentionBackward : BackwardConsumer<Config, Variant> {
     this->each_tile([&](Consumer& c, const TileCoord& tile, const QuerySequence& seq) {
       if (c.warpgroup == 0) attend_weights(c, tile, seq);
       else attend_scores(c, tile, seq);
-      if constexpr (!Block::kWatched) c.kv.advance();
+      if constexpr (!Config::kFinishes) c.kv.advance();
     });
   }
 

@@ -20,7 +20,7 @@ struct BackwardParams {
   const float* rows;
   char *dk, *dv;
   RowStrides dk_at, dv_at;
-  char* dq;  // this, and what follows to `slots`, only where Config::kFinishes or kAhead
+  char* dq;  // this, and what follows to `slots`, only where Config::kFinishes or kBeside
   int* progress;
   RowStrides dq_at;
   int slots;  // KV heads that dq_sums has room for: others follow in their place
@@ -36,7 +36,7 @@ struct BackwardParams {
 };
 
 // What is computed for other heads beside the products needs O and dO.
-template <class AuxT, bool Ahead>
+template <class AuxT, bool Beside>
 struct BackwardParamsOf : BackwardParams<AuxT> {};
 template <class AuxT>
 struct BackwardParamsOf<AuxT, true> : BackwardParams<AuxT> {
@@ -52,7 +52,7 @@ struct BackwardBlock {
   using Config = ConfigT;
   using Variant = VariantT;
   using Dtype = typename Config::Dtype;
-  using Params = BackwardParamsOf<typename Variant::Aux, Config::kAhead>;
+  using Params = BackwardParamsOf<typename Variant::Aux, Config::kBeside>;
   using At = typename Variant::At;
   static constexpr int kM = Config::kBlockM, kN = Config::kBlockN;
   using QTile = OperandTile<Config::kTileDimQK, kM>;
@@ -95,19 +95,18 @@ struct BackwardBlock {
   static constexpr int kAtWeights = kAtScores + Config::kScoreStages * kScoreBytes;
   static constexpr int kAtRows = kAtWeights + Config::kWeightBytes;
   static constexpr int kAtBarriers = kAtRows + kStages * kRowBytes;
-  // Whether a warp tells other blocks when a tile has been worked.
-  static constexpr bool kWatched = Config::kFinishes || Config::kBehind;
   enum Barrier {
     kFull, kEmpty = kFull + kStages,
     kKVFull = kEmpty + kStages, kKVEmpty,
     kScoresFull, kScoresEmpty = kScoresFull + Config::kScoreStages,
     kWeightsFull = kScoresEmpty + Config::kScoreStages, kWeightsEmpty,
     kTileFull, kTileEmpty = kTileFull + 2, kTileDone = kTileEmpty + 2,
-    kPieceFull = kTileDone + (kWatched ? 2 : 0),
+    kPieceFull = kTileDone + (Config::kFinishes ? 2 : 0),
     kBarriers = kPieceFull + (Config::kFinishes ? 2 : 0)
   };
   static constexpr int kAtTiles = round_up(kAtBarriers + 8 * kBarriers, 16);
   static constexpr int kSharedLimit = 232448;
+  static constexpr int kAtBefore = kAtTiles + 32;  // see HeadsBeside
   // For pieces of dQ, of each of the warps that round them.
   using Pieces = QueryGradientShape<Config>;
   static constexpr int kAtPieces = round_up(kAtTiles + 32, 128);
@@ -116,7 +115,7 @@ struct BackwardBlock {
   static_assert(!Config::kFinishes || (kRoom > 0 && !Variant::kDenseTile),
                 "dQ is rounded by a kernel of its own");
   static constexpr int kSharedBytes =  // and room to align the base
-      (Config::kFinishes ? kAtPieces + kRounders * Pieces::kBytes : kAtTiles + 32) + 1024;
+      (Config::kFinishes ? kAtPieces + kRounders * Pieces::kBytes : kAtBefore + 64) + 1024;
   static_assert(kSharedBytes <= kSharedLimit, "the tile needs more shared memory than there is");
 
   const Params& p;
@@ -149,7 +148,7 @@ struct BackwardBlock {
     else return block_index(0, tile.head * p.group, tile.batch);
   }
 
-  // Where Config::kFinishes or kAhead: pieces that are taken, and of each head how many tiles have
+  // Where Config::kFinishes or kBeside: pieces that are taken, and of each head how many tiles have
   // been worked and how many pieces rounded, or prepared. The tiles that are taken come first.
   FA3_DEVICE int* pieces_taken() const { return p.progress + kCounterInts; }
   FA3_DEVICE int* finished(int position) const {
@@ -177,7 +176,7 @@ struct BackwardBlock {
       bool loaded = i < kEmpty || i == kKVFull || (i >= kTileFull && i < kTileEmpty) ||
                     (i >= kPieceFull && i < kBarriers);
       bool handed = i == kWeightsFull || i == kWeightsEmpty;
-      bool watched = kWatched && i >= kTileEmpty && i < kTileDone;
+      bool watched = Config::kFinishes && i >= kTileEmpty && i < kTileDone;
       bool shared_scores = i >= kScoresFull && i < kScoresEmpty;
       mbarrier_init(barrier(i), loaded          ? 1
                                 : handed        ? 4
@@ -217,7 +216,7 @@ struct BackwardBlock {
 
   // The tiles of this block, and where there is a counter its first one; thread 0.
   FA3_DEVICE auto tiles_of_block() const {
-    if constexpr (Config::kFinishes || Config::kAhead)
+    if constexpr (Config::kFinishes || Config::kBeside)
       return TakenTiles{atomicAdd(p.order.next, 1)};
     else return TileQueue<Config::kLongestFirst>{};
   }
@@ -245,16 +244,16 @@ struct BackwardBlock {
       if (kInTurn) tile.batch = turn;
       tiles.publish(tile);
       if (!more) break;
-      if (turn == 0) queue.take(p.order);
+      if (!Config::kBeside && turn == 0) queue.take(p.order);
       QuerySequence seq = sequence(tile);
-      if (!kWatched && seq.count == 0) continue;
+      if (!Config::kFinishes && seq.count == 0) continue;
       if constexpr (Config::kFinishes) {
         int before = position(tile) - p.slots;  // whose sums lie where those of this head will
         if (before >= 0) await(rounded(before), Pieces::kPieces * p.group * p.query_blocks);
       }
-      if constexpr (Config::kAhead) {
+      if constexpr (Config::kBeside) {
         if (position(tile) >= p.order.section) {
-          await(prepared(position(tile)), HeadsBeside<BackwardBlock>::of_head(p));
+          await(prepared(position(tile)), HeadsBeside<BackwardBlock>::signals(p));
           fence_proxy_async_global();  // the copy engine reads row terms
         }
       }
@@ -295,6 +294,7 @@ struct BackwardBlock {
       if (++turn < p.order.splits) return;
       turn = 0;
     }
+    if constexpr (Config::kBeside) queue.take(p.order);  // no sooner: its share is waited for
     queue.next(p.order);
   }
 

@@ -120,14 +120,17 @@ struct BackwardConsumer : BackwardWeigher<Config, Variant> {
   FA3_DEVICE void each_tile(Attend attend) const {
     Consumer c = Block::consumer();
     TileRing tiles = this->ring();
+    HeadsBeside<Block> beside{*this, p};
+    if constexpr (Config::kBeside) beside.start();
     for (;;) {
-      if constexpr (Block::kWatched) c.kv.passed = tiles.state.passed;
+      if constexpr (Config::kFinishes) c.kv.passed = tiles.state.passed;
       TileCoord tile = tiles.receive();
+      if constexpr (Config::kBeside) beside.share(tile);
       if (tile.query_block < 0) break;
       QuerySequence seq = this->sequence(tile);
       if (seq.count > 0) attend(c, tile, seq);
       else leave_out(c, tile);
-      if constexpr (Block::kWatched)
+      if constexpr (Config::kFinishes)
         Block::release(Block::kTileDone + (tiles.state.passed - 1) % 2, c.lane);
     }
     if (Variant::kTileGradient) bulk_wait();
@@ -145,7 +148,7 @@ struct BackwardConsumer : BackwardWeigher<Config, Variant> {
 
   // dK and dV of keys that no query sees.
   FA3_DEVICE void leave_out(const Consumer& c, const TileCoord& tile) const {
-    if constexpr (Block::kWatched) {
+    if constexpr (Config::kFinishes) {
       mbarrier_wait(Block::barrier(Block::kKVFull), c.kv.parity());
       Block::release(Block::kKVEmpty, c.lane);
     }
@@ -179,10 +182,6 @@ FA3_DEVICE void run_backward(const typename Kernel::Params& p) {
     if constexpr (Kernel::Config::kFinishes) {
       if (threadIdx.x / 32 == 1) self.watch();
       self.round_pieces();
-    }
-    if constexpr (Kernel::Config::kAhead) {
-      if (Kernel::Config::kBehind && threadIdx.x / 32 == 1) self.watch();
-      else if (threadIdx.x >= 32) HeadsBeside<typename Kernel::Shared>{self, p}.run();
     }
   } else {
     grow_registers<Kernel::Config::kConsumerRegisters>();

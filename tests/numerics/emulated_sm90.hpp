@@ -253,7 +253,6 @@ inline void bulk_load(uint32_t dst, const void* from, int bytes, uint32_t barrie
   std::memcpy(emulated::memory_base + dst, from, bytes);
   mbarrier_change(barrier, 0, -bytes);
 }
-inline void bulk_prefetch(const void*, int) {}
 using StoreDtype = DTYPE;
 template <bool Add>
 void tma_store(const TensorMap& m, uint32_t from, int d, int row, int head, int batch) {
@@ -364,6 +363,8 @@ inline void store_if(bool wanted, char* to, const uint32_t (&x)[4]) {
   if (wanted) std::memcpy(to, x, 16);
 }
 inline void store_word(uint32_t a, uint32_t x) { at_shared<uint32_t>(a) = x; }
+inline void set_shared(uint32_t a, int x) { at_shared<int>(a) = x; }
+inline int get_shared(uint32_t a) { return at_shared<int>(a); }
 inline void store_words(uint32_t a, const uint32_t* x) {
   std::memcpy(emulated::memory_base + a, x, 16);
 }
@@ -415,6 +416,8 @@ inline void add_global(float* to, float a, float b, float c, float d) {
 
 // ---- progress.cuh ----
 inline void signal(int* counter) { atomicAdd(counter, 1); }
+inline void fence_gpu() {}
+inline void count(int* counter) { atomicAdd(counter, 1); }
 inline void fence_proxy_async_global() {}
 inline void await(int* counter, int count) {
   while (atomicAdd(counter, 0) < count) std::this_thread::yield();

@@ -284,7 +284,7 @@ def bind(
         tile,
         () if tile is None else gradient_strides(aux[tile]),
         is_stored_whole(key, q, k, aux),
-        key.config.longest_first and not (key.config.finishes or key.config.ahead),
+        key.config.longest_first and not (key.config.finishes or key.config.beside),
         parameters.launches(dlse is not None, keeps_delta, kept=bool(lists)),
     )
 

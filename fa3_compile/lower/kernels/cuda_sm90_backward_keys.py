@@ -9,7 +9,7 @@ from dataclasses import replace
 from fa3_compile.lower.build_nvrtc import Built, load_first
 from fa3_compile.lower.choose import KernelBuildError, Problem
 from fa3_compile.lower.config_sm90_backward import candidates
-from fa3_compile.lower.cuda_terms import mask_parts, named_mask
+from fa3_compile.lower.cuda_terms import arrange, mask_parts, named_mask
 from fa3_compile.lower.kernels.cuda_sm90_keys import (
     DTYPES,
     Layout,
@@ -52,6 +52,8 @@ def keys_of(problem: Problem, layout: Layout) -> list[CudaBackwardKey]:
     few_heads = problem.batch * problem.heads < MOST_COUNTED
     if layout.tile is None and few_heads and finishes(spec, problem.group > 1):
         configs = [replace(x, finishes=x.may_finish(dim)) for x in configs]
+    elif layout.tile is None and few_heads and not dead and not arrange(spec.score).wide:
+        configs = [replace(x, beside=x.wide and x.longest_first) for x in configs]
     tiles = [layout.tile] if gradient else dict.fromkeys((layout.tile, None))
     return [
         CudaBackwardKey(

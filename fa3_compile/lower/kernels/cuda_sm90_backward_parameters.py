@@ -52,8 +52,8 @@ class BackwardParameters(Parameters):
         self.sum_floats = self.slots * group * self.query_blocks * config.sum_floats(self.dim)
         # Heads whose row terms are there before the main kernel, and whose dQ is left after it.
         self.section = self._section(self.positions)
-        self.first = self.section if config.ahead else self.slots
-        counts = config.finishes or config.ahead
+        self.first = self.section if config.beside else self.slots
+        counts = config.finishes or config.beside
         self.counters = COUNTER_INTS * (2 + 2 * self.positions) if counts else 0
         self.grid = (self.query_blocks, self.heads, self.batch)
         self.map_kind = query_map_kind(key.spec, config.grouped)
@@ -96,7 +96,7 @@ class BackwardParameters(Parameters):
     def row_terms(self, has_dlse: bool, keeps_delta: bool) -> Launch:
         content, places = self._row_terms(has_dlse, keeps_delta)
         grid = self.grid
-        if self.key.config.ahead:
+        if self.key.config.beside:
             grid = (*grid[:2], -(-self.first // self.kv_heads))
         kernel = self.module.kernel("row_terms")
         return Launch(kernel, grid, 256, 0, content, places, names=NAMES)
@@ -160,7 +160,7 @@ class BackwardParameters(Parameters):
         content += struct.pack(
             "iiiiii", tiles, self.kv_blocks, self.kv_heads, self._section(heads), turns, grid
         )
-        if config.finishes or config.ahead:
+        if config.finishes or config.beside:
             places.append((len(content), "scratch", self.progress_at))
         elif config.longest_first:
             places.append((len(content), "counter", 0))
@@ -178,7 +178,7 @@ class BackwardParameters(Parameters):
         content += struct.pack("ii", *broadcast)
         content, places = self.with_captured(content, places)
         content += bytes(-len(content) % 64)
-        if config.ahead:
+        if config.beside:
             before, there = self._row_terms(has_dlse, keeps_delta)
             places += [(len(content) + at, name, more) for at, name, more in there]
             content += before + bytes(-len(before) % 64)
@@ -188,11 +188,12 @@ class BackwardParameters(Parameters):
         )  # fmt: skip
 
     def _section(self, heads: int) -> int:
-        """KV heads, of `heads` in all, whose queries, dO and dQ may be in L2 together."""
+        """KV heads, of `heads` in all, whose queries, dO and dQ may be in L2 together; in each
+        section about as many, as a small last one has too few tiles for all processors."""
         group = self.heads // self.kv_heads
         bytes_ = self.queries * group * (6 * self.dim + 2 * self.v.shape[3])
         section = max(1, SECTION_BYTES // max(bytes_, 1))
-        return min(section, heads)
+        return -(-heads // -(-heads // section))
 
     def _slots(self) -> int:
         """KV heads whose dQ has fp32 sums at a time: those that are worked at once, the next, and
@@ -204,8 +205,9 @@ class BackwardParameters(Parameters):
     def query_gradient(self) -> Launch:
         content = bytes(16)
         content += struct.pack("qqq", *torch.empty_like(self.q, device="meta").stride()[:3])
-        # Of the heads that the main kernel leaves.
-        left = (self.positions - 1) // self.section * self.section if self.key.config.behind else 0
+        # Of the heads that the main kernel leaves: its last two sections.
+        sections = -(-self.positions // self.section)
+        left = max(sections - 2, 0) * self.section if self.key.config.beside else 0
         batch, group = left // self.kv_heads, self.heads // self.kv_heads
         first = left * group * self.query_blocks
         content += struct.pack("iiii", self.heads, self.queries, batch, first)

@@ -24,7 +24,7 @@ struct RowTermsParams {
   unsigned char* dead;      // the same: 1 where a row sees no key; only if Variant::kFindDead
   RowStrides out_at, dout_at;
   int heads, queries, keys;
-  int sums;  // this, and what follows to `counters`, only where Config::kFinishes or kAhead: of
+  int sums;  // this, and what follows to `counters`, only where Config::kFinishes or kBeside: of
              // how many query blocks, the first ones, dq_sums has room for, or are to be prepared
   int* progress;  // cleared too
   int counters;   // in progress, 4 bytes each
@@ -62,7 +62,7 @@ struct RowTerms {
     int head = gridDim.y - 1 - blockIdx.y, batch = gridDim.z - 1 - blockIdx.z;
     int64_t block = (static_cast<int64_t>(batch) * p.heads + head) * gridDim.x + blockIdx.x;
     float4* sums = reinterpret_cast<float4*>(p.dq_sums + block * Config::kSumFloats);
-    if (!(Config::kFinishes || Config::kAhead) || block < p.sums) {
+    if (!(Config::kFinishes || Config::kBeside) || block < p.sums) {
       for (int i = threadIdx.x; i < Config::kSumFloats / 4; i += kThreads)
         sums[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     }
@@ -70,7 +70,7 @@ struct RowTerms {
       int i = (batch * p.heads + head) * kThreads + threadIdx.x;
       if (i < p.counters) p.progress[i] = 0;
     }
-    if constexpr (Config::kAhead) {
+    if constexpr (Config::kBeside) {
       int threads = gridDim.x * gridDim.y * gridDim.z * kThreads;
       int first = ((blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x) * kThreads;
       for (int i = first + threadIdx.x; i < p.counters; i += threads) p.progress[i] = 0;
@@ -82,7 +82,15 @@ struct RowTerms {
 #pragma unroll
     for (int i = 0; i < ceil_div(kM, kRowsAtOnce); ++i) {
       int inside = i * kRowsAtOnce + threadIdx.x / kLanes;
-      one(p, at, rows, inside, blockIdx.x * kM + inside, piece);
+      int q = blockIdx.x * kM + inside;
+      float sum = 0.0f;
+      bool exists = q < p.queries && inside < kM;
+      if (exists && piece < kPieces)
+        sum = product(piece_of(p.out, p.out_at, at, q, piece),
+                      piece_of(p.dout, p.dout_at, at, q, piece));
+      sum = row_sum(sum);
+      if (piece > 0 || inside >= kM) continue;
+      keep(p, at, rows, inside, q, exists, sum);
     }
     if constexpr (Variant::kWideScores || Variant::kFindDead) {
       for (int inside = threadIdx.x / 32; inside < kM; inside += kThreads / 32) {
@@ -98,23 +106,23 @@ struct RowTerms {
     }
   }
 
-  // The terms of a row, which kLanes lanes compute, each from a piece; past the last query those of
-  // none. All lanes of the warp take part.
-  FA3_DEVICE static void one(const Params& p, const typename Variant::At& at, float* rows,
-                             int inside, int q, int piece) {
-    float sum = 0.0f;
-    bool exists = q < p.queries && inside < kM;
-    if (exists && piece < kPieces) {
-      uint4 o = __ldg(reinterpret_cast<const uint4*>(p.out + 2 * p.out_at.at(at.batch, at.head, q)) +
-                      piece);
-      uint4 d = __ldg(reinterpret_cast<const uint4*>(p.dout + 2 * p.dout_at.at(at.batch, at.head, q)) +
-                      piece);
-      sum = product(o.x, d.x) + product(o.y, d.y) + product(o.z, d.z) + product(o.w, d.w);
-    }
+  // A lane's piece of a row of O or dO.
+  FA3_DEVICE static uint4 piece_of(const char* x, const RowStrides& strides,
+                                   const typename Variant::At& at, int q, int piece) {
+    return __ldg(reinterpret_cast<const uint4*>(x + 2 * strides.at(at.batch, at.head, q)) + piece);
+  }
+
+  // rowsum(dO * O) in all of a row's kLanes lanes, from the product of each one's pieces.
+  FA3_DEVICE static float row_sum(float sum) {
 #pragma unroll
     for (int lanes = kLanes / 2; lanes > 0; lanes /= 2)
       sum += __shfl_xor_sync(~0u, sum, lanes);
-    if (piece > 0 || inside >= kM) return;
+    return sum;
+  }
+
+  // The terms of a row of which `sum` is rowsum(dO * O); past the last query those of none.
+  FA3_DEVICE static void keep(const Params& p, const typename Variant::At& at, float* rows,
+                              int inside, int q, bool exists, float sum) {
     float lse = inf();
     if (exists) {
       int64_t row = (static_cast<int64_t>(at.batch) * p.heads + at.head) * p.queries + q;
@@ -179,6 +187,9 @@ struct RowTerms {
     float2 x = unpack<Dtype>(a), y = unpack<Dtype>(b);
     return fmaf(x.x, y.x, x.y * y.y);
   }
+  FA3_DEVICE static float product(const uint4& a, const uint4& b) {
+    return product(a.x, b.x) + product(a.y, b.y) + product(a.z, b.z) + product(a.w, b.w);
+  }
 };
 
 struct QueryGradientParams {
@@ -186,7 +197,7 @@ struct QueryGradientParams {
   char* dq;
   RowStrides dq_at;
   int heads, queries;
-  int first_batch, first;  // only where Config::kBehind: of the query blocks of all heads
+  int first_batch, first;  // only where Config::kBeside: of the query blocks of all heads
 };
 
 // dQ from the sums, which lie as the main kernel's accumulators do: those of each warpgroup, warp,
@@ -204,28 +215,41 @@ struct QueryGradient {
 
   template <int Columns>
   FA3_DEVICE static void store(const QueryGradientParams& p) {
-    constexpr int count = Columns / 2;
     int head = gridDim.y - 1 - blockIdx.y, batch = gridDim.z - 1 - blockIdx.z;
-    if constexpr (Config::kBehind) batch += p.first_batch;
+    if constexpr (Config::kBeside) batch += p.first_batch;
     int64_t block = (static_cast<int64_t>(batch) * p.heads + head) * gridDim.x + blockIdx.x;
-    if (Config::kBehind && block < p.first) return;
-    int part = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    if (Config::kBeside && block < p.first) return;
+    float x[Columns / 2];
+    load<Columns>(p, x, block, threadIdx.x);
+    keep<Columns>(p, x, p.queries, blockIdx.x, head, batch, threadIdx.x);
+  }
+
+  // Of a query block's sums the part of a thread among kThreads.
+  template <int Columns>
+  FA3_DEVICE static void load(const auto& p, float (&x)[Columns / 2], int64_t block, int thread) {
+    constexpr int count = Columns / 2;
+    int part = thread / 128, warp = thread / 32 % 4, lane = thread % 32;
     const float4* sums = reinterpret_cast<const float4*>(p.dq_sums + block * Config::kSumFloats +
                                                          part * Config::kFirstColumns * 64) +
                          warp * count * 8 + lane;
-    float x[count];
 #pragma unroll
     for (int j = 0; j < count / 4; ++j) {
       float4 y = __ldcs(sums + j * 32);
       x[4 * j] = y.x, x[4 * j + 1] = y.y, x[4 * j + 2] = y.z, x[4 * j + 3] = y.w;
     }
-    int q0 = blockIdx.x * Config::kBlockM + Config::sum_row(part) + warp * 16 + lane / 4;
+  }
+
+  template <int Columns>
+  FA3_DEVICE static void keep(const auto& p, const float (&x)[Columns / 2], int queries,
+                              int query_block, int head, int batch, int thread) {
+    int part = thread / 128, warp = thread / 32 % 4, lane = thread % 32;
+    int q0 = query_block * Config::kBlockM + Config::sum_row(part) + warp * 16 + lane / 4;
     int column = Config::sum_column(part);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       int q = q0 + 8 * r;
       char* to = p.dq + 2 * (p.dq_at.at(batch, head, q) + column);
-      store_row<Dtype, Columns>(x, r, Variant::kFactor, q < p.queries, to,
+      store_row<Dtype, Columns>(x, r, Variant::kFactor, q < queries, to,
                                 Config::kDimQK - column);
     }
   }

@@ -62,6 +62,15 @@ FA3_DEVICE void store_shared(uint32_t to, float a, float b, float c, float d) {
                : "memory");
 }
 
+FA3_DEVICE void set_shared(uint32_t to, int x) {
+  asm volatile("st.shared.s32 [%0], %1;" ::"r"(to), "r"(x) : "memory");
+}
+FA3_DEVICE int get_shared(uint32_t from) {
+  int x;
+  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(x) : "r"(from) : "memory");
+  return x;
+}
+
 FA3_DEVICE void store_words(uint32_t to, const uint32_t* x) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x[0]), "r"(x[1]),
                "r"(x[2]), "r"(x[3])

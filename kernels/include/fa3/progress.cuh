@@ -19,6 +19,12 @@ FA3_DEVICE void signal(int* counter) {
       : "memory");
 }
 
+// The two of them.
+FA3_DEVICE void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+FA3_DEVICE void count(int* counter) {
+  asm volatile("red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
+}
+
 // Global memory that ordinary instructions have written is read by the copy engine after it.
 FA3_DEVICE void fence_proxy_async_global() {
   asm volatile("fence.proxy.async.global;" ::: "memory");

@@ -37,11 +37,6 @@ FA3_DEVICE void bulk_load(uint32_t dst, const void* from, int bytes, uint32_t ba
       : "memory");
 }
 
-// The same to L2, and no further.
-FA3_DEVICE void bulk_prefetch(const void* from, int bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
-
 // A box of shared memory to the tensor, or added to it; elements outside are left out. Part of this
 // thread's bulk group.
 template <bool Add>
