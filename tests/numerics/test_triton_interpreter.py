@@ -219,7 +219,7 @@ def run(case: Case) -> dict:
         v = k[..., :v_dim]
     aux = [captured(x, case.shape) for x in case.aux]
     dtypes = tuple(x.dtype for x in aux)
-    problem = Problem(spec, case.dtype, q.device, None, *case.shape, dtypes)
+    problem = Problem(spec, case.dtype, q.device, None, *case.shape, aux_dtypes=dtypes)
     kernel = TritonForward()
     assert kernel.supports(problem) is None, kernel.supports(problem)
     if case.block is None:
