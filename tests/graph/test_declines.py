@@ -140,6 +140,24 @@ class TestBetween:
 
         assert_expected_inline(declined(attention), """lift: not-pointwise""")
 
+    def test_softmax_of_a_softmax(self):
+        [region] = check(lambda q, k, v: weights_of(q, k).softmax(-1) @ v, *qkv()).regions
+        assert region.code == "not-pointwise" and "made of a softmax" in region.reason
+
+    def test_a_threshold_of_sorted_scores(self):
+        """Sparsemax (Martins and Astudillo 2016, algorithm 1)."""
+
+        def attention(q, k, v):
+            s = scores_of(q, k)
+            z = s.sort(-1, descending=True).values
+            count = torch.arange(1, S + 1)
+            size = (1 + count * z > z.cumsum(-1)).sum(-1, keepdim=True)
+            threshold = (z.cumsum(-1).gather(-1, size - 1) - 1) / size
+            return (s - threshold).clamp(min=0) @ v
+
+        [region] = check(attention, *qkv()).regions
+        assert region.code == "scores-read" and "by sort" in region.reason
+
     def test_mean_of_the_row(self):
         def attention(q, k, v):
             s = scores_of(q, k)

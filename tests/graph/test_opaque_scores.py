@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.graph.harness import check
-from tests.graph.inputs import H, S, normal, qkv, scores_of
+from tests.graph.inputs import B, D, H, S, normal, qkv, scores_of
 
 HIDDEN = {
     "cdist": lambda q, k: -torch.cdist(q, k),
@@ -82,6 +82,39 @@ def test_weights_times_the_signs_of_their_scores():
 
     [region] = check(attention, *qkv()).regions
     assert region.code == "scores-read" and "the weights are multiplied by" in region.reason
+
+
+def of_queries(x, v, layer):
+    """Synthesizer (Tay et al. 2021), section 3.1; outlook attention is of this kind."""
+    return F.linear(x, layer).unflatten(-1, (H, S)).transpose(1, 2).softmax(-1) @ v
+
+
+def of_keys(x, v, layer):
+    """Efficient attention (Shen et al. 2021): features of keys, each normalised over the keys."""
+    keys = F.linear(x, layer).unflatten(-1, (H, S)).permute(0, 2, 3, 1)
+    return keys.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("function", [of_queries, of_keys])
+def test_scores_of_one_tensor(function):
+    report = check(function, normal(B, S, D), qkv()[2], normal(H * S, D))
+    [region] = report.regions
+    assert region.code == "no-product" and "one tensor" in region.reason
+
+
+class Choice(torch.nn.Module):
+    """A soft choice among parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.table = torch.nn.Linear(D, S), torch.nn.Parameter(torch.ones(S, D))
+
+    def forward(self, x):
+        return self.layer(x).softmax(-1) @ self.table
+
+
+def test_a_choice_among_parameters_is_no_attention():
+    assert not check(Choice(), normal(B, S, D)).regions
 
 
 def additive(q, k):
