@@ -40,6 +40,8 @@ class Part:
         alike = (self.batch, self.row, self.column, self.alpha, own.coefficient, own.zeroed) == (
             *(other.batch, other.row, other.column, other.alpha, term.coefficient, term.zeroed),
         )
+        # Loads are told apart by their place in these lists.
+        alike = alike and self.weights.loads == other.weights.loads
         rows = all(same(x, y) for d, (x, y) in enumerate(zip(own.at, term.at)) if d != dim)
         return alike and rows and not more and term.weight == 1 and term.kept == sympy.true
 
