@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from fa3_compile.report import collect
 from tests.graph.dropout import check_dropout
@@ -50,7 +49,6 @@ def report_of(function, *args):
     return report
 
 
-REFERENCE = {"kernels": ["reference"]}
 DROPPED = "weight=where(uniform(load(0, 0), b, h, q, kv) < 0.25, 0, 1.3333333333333333), aux=[int]"
 
 
@@ -183,41 +181,6 @@ class TestDropout:
             spread = kept.double().mean(rest)
             draws = kept.numel() // kept.shape[axis]
             assert (spread - 0.9).abs().max() < 5 * (0.09 / draws) ** 0.5, axis
-
-    def test_in_a_checkpoint(self):
-        # The output is linear in V: the same weights forward and backward.
-        def attention(q, k, v):
-            return F.dropout(weights_of(q, k), 0.5) @ v
-
-        def checkpointed(q, k, v):
-            return checkpoint(attention, q, k, v, use_reentrant=False)
-
-        torch._dynamo.reset()
-        q, k, v = qkv()
-        with collect() as report:
-            out = torch.compile(checkpointed, backend="fa3", options=REFERENCE)(q, k, v)
-        cotangent = normal(*out.shape).detach()
-        (out * cotangent).sum().backward()
-        assert [r.fused for r in report.regions] == [True]
-        torch.testing.assert_close((v * v.grad).sum(), (out * cotangent).sum())
-
-    def test_compiled(self):
-        def attention(q, k, v):
-            return F.dropout(weights_of(q, k), 0.5) @ v
-
-        torch._dynamo.reset()
-        q, k, v = qkv()
-        compiled = torch.compile(attention, backend="fa3", options=REFERENCE)
-
-        def run():
-            torch.manual_seed(3)
-            out = compiled(q, k, v)
-            return out, torch.autograd.grad(out.square().sum(), v)[0]
-
-        (out, grad), (again, grad_again) = run(), run()
-        assert torch.equal(out, again) and torch.equal(grad, grad_again)
-        assert not torch.equal(out, compiled(q, k, v))
-        torch.testing.assert_close((v * grad).sum(), 2 * out.square().sum())
 
     def test_random_numbers_afterwards_are_still_drawn(self):
         def attention(q, k, v):
