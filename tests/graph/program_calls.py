@@ -15,7 +15,8 @@ from tests.graph import program_layouts as layouts
 from tests.graph import program_parts as parts
 from tests.graph.program import Program
 from tests.graph.program_choices import Choices
-from tests.graph.program_parts import BATCH, HEADS, Sizes
+from tests.graph.program_masks import BATCH, HEADS, MASKS, positions
+from tests.graph.program_parts import Sizes
 
 LAYOUTS = (
     "bhsd", "bshd einsum", "sbhd", "fused qkv", "strided", "K transposed", "one batch of K", "K is V",
@@ -24,7 +25,7 @@ LAYOUTS = (
 # Fewer heads of keys than of queries: `enable_gqa`.
 GROUPED = ("gqa", "mqa")
 
-MASKS = (
+ATTN_MASKS = (
     "", "", "causal", "boolean", "two", "added", "lowest", "bias", "causal bias", "padding",
     "float padding",
 )  # fmt: skip
@@ -36,7 +37,7 @@ def attn_mask(name: str, sizes: Sizes, seed: int) -> tuple[tuple[Tensor, ...], C
     n, m, device = sizes.n, sizes.m, sizes.device
 
     def at(q: Tensor, name: str) -> Tensor:
-        return parts.MASKS[name](*parts.positions(q.new_empty(n, m)))
+        return MASKS[name](*positions(q.new_empty(n, m)))
 
     def added(q: Tensor, value: float) -> Tensor:
         return torch.zeros(n, m, dtype=q.dtype, device=device).masked_fill(~at(q, "prefix"), value)
@@ -173,7 +174,7 @@ def _flex(choices: Choices, sizes: Sizes, seed: int):
 
 def _sdpa(choices: Choices, sizes: Sizes, seed: int):
     """As `_flex`."""
-    mask = choices.one_of("attn_mask", *MASKS)
+    mask = choices.one_of("attn_mask", *ATTN_MASKS)
     tensors, masked = attn_mask(mask, sizes, seed)
 
     def call(q, k, v, *captured, **arguments):

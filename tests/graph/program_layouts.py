@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tests.graph.program_parts import BATCH, HEADS, Sizes, normal
+from tests.graph.program_masks import BATCH, HEADS
+from tests.graph.program_parts import Sizes, normal
 
 
 def layout(name: str, sizes: Sizes, seed: int):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tests.graph import program_parts as parts
+from tests.graph.program_masks import positions
 
 NO_ATTENTION = (
     "softmax over queries",
@@ -70,7 +70,7 @@ def other_weights(p: Tensor, mutant: str) -> Tensor:
     if mutant == "squared weights":
         return p * p
     if mutant == "renormalised weights":
-        p = p * (parts.positions(p)[1] % 3 + 1).to(p.dtype)
+        p = p * (positions(p)[1] % 3 + 1).to(p.dtype)
         return p / p.sum(-1, keepdim=True)
     if mutant == "thresholded weights":
         return torch.relu(p - 0.05)
@@ -81,9 +81,9 @@ def other_weights(p: Tensor, mutant: str) -> Tensor:
     if mutant == "running weights":
         return p.cumsum(-1)
     if mutant == "weights multiplied":
-        return p * (parts.positions(p)[1] % 3).to(p.dtype)
+        return p * (positions(p)[1] % 3).to(p.dtype)
     if mutant == "weights masked":
-        return p.masked_fill(parts.positions(p)[1] % 2 == 1, 0.0)
+        return p.masked_fill(positions(p)[1] % 2 == 1, 0.0)
     if mutant == "weights detached":
         return p.detach()
     if mutant == "dropout of nothing":

@@ -1,4 +1,4 @@
-"""What random attention programs are made of: masks, score modifiers, softmaxes, and weights without
+"""What random attention programs are made of: fills, score modifiers, softmaxes, and weights without
 one.
 
 Everything takes its sizes and device from the tensors it is given, so that a program may run with
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from tests.graph.dropout import dropped
 from tests.graph.program_choices import Choices
+from tests.graph.program_masks import BATCH, HEADS, positions
 
-BATCH, HEADS = 2, 4
 Scores = Callable[[Tensor], Tensor]
 
 
@@ -46,44 +46,6 @@ def normal(seed: int, *shape: int, device: str = "cpu") -> Tensor:
     """The same numbers on every device."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
-
-def positions(s: Tensor) -> tuple[Tensor, Tensor]:
-    """Those of the queries [n, 1] and of the keys [1, m]."""
-    n, m = s.shape[-2:]
-    return torch.arange(n, device=s.device)[:, None], torch.arange(m, device=s.device)[None, :]
-
-
-def _ones(q: Tensor, kv: Tensor, dtype: torch.dtype = torch.bool) -> Tensor:
-    return torch.ones(q.shape[0], kv.shape[1], dtype=dtype, device=q.device)
-
-
-def _blocks(q: Tensor, kv: Tensor) -> Tensor:
-    shapes = ((3, 5), (13, 11), (150, 100), (200, 300))
-    blocks = torch.block_diag(*(torch.ones(*shape, device=q.device) for shape in shapes))
-    return blocks.bool()[: q.shape[0], : kv.shape[1]]
-
-
-def _by_head(q: Tensor, kv: Tensor) -> Tensor:
-    return q - kv < 3 * torch.arange(1, HEADS + 1, device=q.device)[:, None, None]
-
-
-# name -> (`positions`) -> boolean [.., n, m], True where a key is seen
-MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "causal": lambda q, kv: kv <= q,
-    "tril": lambda q, kv: _ones(q, kv).tril(),
-    "tril float": lambda q, kv: torch.tril(_ones(q, kv, torch.float32)) != 0,
-    "bottom right": lambda q, kv: _ones(q, kv).tril(kv.shape[1] - q.shape[0]),
-    "window": lambda q, kv: (q - kv).abs() < 4,
-    "band": lambda q, kv: (kv <= q) & (q - kv < 5),
-    "prefix": lambda q, kv: (kv <= q) | (kv < 3),
-    "chunks": lambda q, kv: q // 4 == kv // 4,
-    "dilated": lambda q, kv: (q - kv) % 3 == 0,
-    "strict": lambda q, kv: kv < q,
-    "block": _blocks,
-    "first and near": lambda q, kv: (kv == 0) | ((q - kv).abs() <= 2),
-    "by head": _by_head,
-    "not own": lambda q, kv: ~torch.eye(q.shape[0], kv.shape[1], dtype=torch.bool, device=q.device),
-}
 
 FILLS = {
     "-inf": -math.inf,
@@ -250,7 +212,7 @@ def scaled(q: Tensor, k: Tensor, scale: str) -> tuple[Tensor, Tensor]:
     return q, k
 
 
-SCALES = ("after", "on q", "on q in place", "on k", "both", "divided", "tensor", "none")
+SCALES = ("after", "on q", "on q in place", "on k", "both", "divided", "tensor", "none", "sharp")
 
 
 def rescaled(s: Tensor, scale: str, dim: int) -> Tensor:
@@ -258,6 +220,8 @@ def rescaled(s: Tensor, scale: str, dim: int) -> Tensor:
         return s / math.sqrt(dim)
     if scale == "tensor":
         return s / torch.sqrt(torch.tensor(dim, dtype=s.dtype))
+    if scale == "sharp":
+        return s * 20
     return s * dim**-0.5 if scale == "after" else s
 
 
@@ -312,6 +276,26 @@ def captured(name: str, sizes: Sizes, seed: int):
         return (
             leaf(53, 9, HEADS),
         ), lambda s, x: s + x[_distance(s).clamp(-4, 4) + 4].permute(2, 0, 1)
+    if name in ("int32 ids", "seconds"):
+        ids = torch.arange(n, device=device) // 3, torch.arange(m, device=device) // 4
+
+        def near(s: Tensor, x: Tensor, y: Tensor) -> Tensor:
+            if name == "seconds":
+                x, y = x.double() * 60 + 1.7e9, y.double() * 60 + 1.7e9
+                return s.masked_fill((x[:, None] - y).abs() > 60, -30.0)
+            return s - (x.long()[:, None] - y.long()).abs().to(s.dtype)
+
+        return tuple(x.int() for x in ids), near
+    if name == "bytes":
+        keep = (torch.arange(m, device=device) % 3 != 1).to(torch.uint8)
+        return (keep,), lambda s, x: s + (x - 1).to(s.dtype) * 0.01 - (1 - x.int()) * 0.5
+    if name == "slopes":
+        slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625], device=device)
+        return (slopes,), lambda s, x: s + x[:, None, None] * _distance(s)
+    if name == "infinite bias":
+        bias = normal(seed + 55, HEADS, n, m, device=device)
+        bias[(bias > 0.5) & (torch.arange(m, device=device) > 0)] = -math.inf
+        return (bias,), lambda s, x: s + x
     if name == "lengths":
         return (torch.tensor([m, m // 2], device=device),), lambda s, x: s.masked_fill(
             positions(s)[1] >= x[:, None, None, None], -math.inf
@@ -334,6 +318,11 @@ CAPTURED = (
     "documents",
     "table",
     "lengths",
+    "int32 ids",
+    "seconds",
+    "bytes",
+    "slopes",
+    "infinite bias",
 )
 
 

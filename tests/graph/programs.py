@@ -21,6 +21,7 @@ from tests.graph import program_parts as parts
 from tests.graph.program import Expected, Program
 from tests.graph.program_calls import call
 from tests.graph.program_choices import Choices, Drawn, Source
+from tests.graph.program_masks import HEADS, MASKS, positions
 from tests.graph.program_mutants import (
     MORE_THAN_ATTENTION,
     NO_ATTENTION,
@@ -68,7 +69,7 @@ def by_hand(choices: Choices, device: str) -> Program:
     n, m, on_gpu = sizes.n, sizes.m, device != "cpu"
     of_scores = one_of("scores", "operator", "operator", *layouts.PRODUCTS)
     of_values = one_of("values", "operator", "operator", *layouts.PRODUCTS)
-    masks = choices.up_to_two("masks", sorted(parts.MASKS))
+    masks = choices.up_to_two("masks", sorted(MASKS))
     how, fill = one_of("how", *parts.HOWS), one_of("fill", *parts.FILLS)
     if how in parts.NEEDS_FINITE and fill == "-inf":
         fill = "finfo.min"  # 0 * -inf is NaN in eager, everywhere
@@ -81,7 +82,7 @@ def by_hand(choices: Choices, device: str) -> Program:
     sink = one_of("sink", "", "", "", "", *parts.SINKS)
     after = one_of("after", *parts.AFTER)
     use = one_of("use", "", "", *USES)
-    context = one_of("context", *[""] * 6, "checkpoint", "autocast")
+    context = one_of("context", *[""] * 9, "checkpoint", "autocast", "graph break")
     # Not float64: the oracle is eager itself there, to the last rounding.
     dtype = one_of("dtype", *[None] * (1 if on_gpu else 3), torch.bfloat16, torch.float16)
     mutant = one_of("mutant", *[""] * 24, *NO_ATTENTION, *MORE_THAN_ATTENTION)
@@ -89,6 +90,9 @@ def by_hand(choices: Choices, device: str) -> Program:
     large = on_gpu and (captured == "temperature" or "cube" in modifiers)
     if softmax == "unshifted" and (dtype in (torch.bfloat16, torch.float16) or large):
         softmax = "by hand"  # exp overflows
+    grows = "cube" in modifiers or captured == "temperature"
+    if scale == "sharp" and (grows or softmax in (*parts.NEEDS_KEYS, *parts.UNNORMALISED)):
+        scale = "after"  # powers and exponentials overflow
     if softmax == "divided late" and (mutant or sink):
         softmax = "by hand"
     plain = softmax in parts.UNNORMALISED
@@ -181,7 +185,7 @@ def by_hand(choices: Choices, device: str) -> Program:
 
     arguments, project = layouts.layout(layout, sizes, seed)
     extra, capture = parts.captured(captured, sizes, seed)
-    sinks = (parts.normal(seed + 60, parts.HEADS, device=device).requires_grad_(),) if sink else ()
+    sinks = (parts.normal(seed + 60, HEADS, device=device).requires_grad_(),) if sink else ()
     gate, gated = parts.after(after, sizes, seed)
     own, more = len(arguments), len(arguments) + len(extra)
     gates = more + len(sinks)
@@ -192,6 +196,8 @@ def by_hand(choices: Choices, device: str) -> Program:
     def attention(*tensors: Tensor):
         q, k, v, finish = project(*tensors[:own])
         q, k = parts.scaled(q, k, scale)
+        if context == "graph break":
+            torch._dynamo.graph_break()
         if mutant == "K written after the scores":
             k = k * 1
         s = parts.rescaled(of_k(q, k.transpose(-2, -1)), scale, sizes.dim)
@@ -273,8 +279,8 @@ BY_BATCH = (*MAY_HIDE_ALL, "bias")
 def _has_dead_rows(masks: list[str], combine: str, sizes: Sizes) -> bool:
     if not masks:
         return False
-    at = parts.positions(torch.empty(sizes.n, sizes.m))
-    first, *rest = (parts.MASKS[mask](*at) for mask in masks)
+    at = positions(torch.empty(sizes.n, sizes.m))
+    first, *rest = (MASKS[mask](*at) for mask in masks)
     for other in rest:
         first = first | other if combine == "or" else first & other
     return not bool(first.any(-1).all())
@@ -282,7 +288,7 @@ def _has_dead_rows(masks: list[str], combine: str, sizes: Sizes) -> bool:
 
 def _masking(masks: list[str], combine: str, how: str, value: str) -> Scores:
     def apply(s: Tensor) -> Tensor:
-        seen = [parts.MASKS[mask](*parts.positions(s)) for mask in masks]
+        seen = [MASKS[mask](*positions(s)) for mask in masks]
         if len(seen) == 2 and combine != "twice":
             seen = [seen[0] & seen[1] if combine == "and" else seen[0] | seen[1]]
         for each in seen:
