@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import sympy
+from sympy.core.relational import Relational
 
 from fa3_compile.errors import Decline
 from fa3_compile.frontend.lift import shape_of
@@ -21,28 +22,41 @@ from fa3_compile.spec.index import Ranges, same
 HINT = "Put keys and values side by side: softmax(q @ cat([k, l]).mT) @ cat([v, w]) is the same."
 
 
-def side_by_side(products: Products, ranges: Ranges) -> list[Dot]:
-    """The products' elements, each by its own keys, in the order in which these fill the keys of
-    the scores without a gap. `Decline` if they do not."""
+def side_by_side(element: Expr, products: Products, ranges: Ranges) -> list[Dot]:
+    """The products that the scores' element is made of, each by its own keys, in the order in
+    which these fill the keys of the scores without a gap. `Decline` if they do not, or if the
+    element of a key has another key's product in it."""
     dots = [*products.dots]
     places = [(start, dot) for dot in dots if (start := _start(dot, ranges)) is not None]
     alone = [dot for dot in dots if _of_one_key(dot)]
     found: list[Dot] = []
     filled: Expr = sympy.S.Zero
-    while places or alone:
-        following = [x for x in places if same(x[0], filled)]
-        if following:
-            places.remove(following[0])
-            dot = following[0][1]
-            found.append(Dot(dot.node, tuple(i.subs(KV, KV + filled) for i in dot.index)))
-        elif alone:
-            found.append(alone.pop(0))
-        else:
-            break
+    while len(found) < len(dots):
+        following = [dot for start, dot in places if same(start, filled)]
+        here = _within(element, filled, sympy.S.One).free_symbols
+        own = following or [dot for dot in alone if products.dots[dot] in here]
+        if not own:
+            raise several_elements()
+        present = _within(element, filled, own[0].keys).free_symbols
+        if present & {*products.dots.values()} != {products.dots[own[0]]}:
+            raise several_elements()
+        found.append(Dot(own[0].node, tuple(i.subs(KV, KV + filled) for i in own[0].index)))
         filled += found[-1].keys
-    if len(found) < len(dots) or not same(filled, ranges[KV]):
+    if not same(filled, ranges[KV]):
         raise several_elements()
     return found
+
+
+def _within(element: Expr, start: Expr, keys: Expr) -> Expr:
+    """The element of these keys: conditions that hold for all of them, or for none, decided."""
+    decided = {}
+    for condition in element.atoms(Relational):
+        # From the first key on, and back from the last.
+        for at in (start + KV, start + keys - 1 - KV):
+            answer = condition.subs(KV, at)
+            if answer in (sympy.true, sympy.false):
+                decided[condition] = answer
+    return element.xreplace(decided)
 
 
 def _start(dot: Dot, ranges: Ranges) -> Expr | None:

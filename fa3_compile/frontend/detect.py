@@ -39,7 +39,7 @@ from fa3_compile.frontend.placeholders import D
 from fa3_compile.frontend.product import factors_of, several_elements, sides_of
 from fa3_compile.frontend.region import Operand, Pair, operands_of
 from fa3_compile.frontend.scores import Scores, read_scores
-from fa3_compile.frontend.skeletons import Skeleton, products_after
+from fa3_compile.frontend.skeletons import Skeleton, added, products_after
 from fa3_compile.frontend.trace import Shadow
 from fa3_compile.frontend.weights import Term, weights
 from fa3_compile.spec.expr import KV, Expr, S, depends_on, uniform
@@ -255,9 +255,10 @@ class _Reader:
             return [(node, index)]
         if is_movement(node):
             return self._addends(*step_back(node, index, self.ranges))
-        if any(shape_of(x) != shape_of(node) for x in node.args):  # pyright: ignore
+        terms = added(node)
+        if any(shape_of(x) != shape_of(node) for x in terms):
             raise several_elements()
-        return [found for x in node.args for found in self._addends(x, index)]  # pyright: ignore
+        return [found for x in terms for found in self._addends(x, index)]
 
     def _statistics(self, term: Term, scores: Scores) -> list[Lse]:
         if scores.less_row_terms:

@@ -185,7 +185,7 @@ def _read(
     products.lifter = lifter
     element = without_some(number(lifter.element(x, index)))
     if are_beside:
-        dots = beside.side_by_side(products, ranges)
+        dots = beside.side_by_side(element, products, ranges)
         element = element.xreplace(dict.fromkeys(products.dots.values(), S))
     elif len(nodes) > 1 and (biases := products.biases()):
         alone = [n for n in nodes if n not in biases]

@@ -110,19 +110,43 @@ def sums_of_products(
     """(sum, products): what adds up products of one softmax and nothing else, largest first."""
     taken: set[fx.Node] = set()
     for node in reversed([*shadow.graph.nodes]):
-        if node.target is aten.add.Tensor and node not in taken:
-            found = _addends(node, taken)
-            if len(found) > 1 and all(reached.get(x) == reached.get(found[0]) for x in found):
-                if len(reached.get(found[0], [])) == 1 and len({*found}) == len(found):
+        if _is_sum(node) and node not in taken:
+            sums, found = _sums_and_addends(node, {*reached})
+            if len(found) > 1 and all(reached[x] == reached[found[0]] for x in found):
+                if len(reached[found[0]]) == 1 and len({*found}) == len(found):
+                    taken |= sums
                     yield node, found
 
 
-def _addends(node: fx.Node, seen: set[fx.Node]) -> list[fx.Node]:
-    """What a sum is made of, moved elements followed back."""
-    if node.target is aten.add.Tensor and not node.kwargs:
-        seen.add(node)
-        return [x for arg in node.args if isinstance(arg, fx.Node) for x in _addends(arg, seen)]
-    return _addends(node.args[0], seen) if is_movement(node) else [node]  # pyright: ignore
+def added(node: fx.Node) -> list[fx.Node]:
+    """What a sum adds."""
+    return [x for x in node.args if isinstance(x, fx.Node)]
+
+
+def _is_sum(node: fx.Node) -> bool:
+    """Whether it adds tensors alone, and the 0 that Python's `sum` begins with."""
+    plain = node.target is aten.add.Tensor and not node.kwargs
+    return plain and all(isinstance(x, fx.Node) or x == 0 for x in node.args)
+
+
+def _sums_and_addends(node: fx.Node, among: set[fx.Node]) -> tuple[set[fx.Node], list[fx.Node]]:
+    """(the sums in a sum, what they add), moved elements followed back; nothing if it adds
+    something else than those."""
+    sums: set[fx.Node] = set()
+    found: list[fx.Node] = []
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if _is_sum(current):
+            sums.add(current)
+            stack += added(current)
+        elif is_movement(current):
+            stack.append(current.args[0])  # pyright: ignore
+        elif current in among:
+            found.insert(0, current)
+        else:
+            return set(), []
+    return sums, found
 
 
 def _product_divided(softmax: Softmax) -> fx.Node | None:

@@ -82,6 +82,36 @@ def test_one_key_for_every_query():
     assert_expected_inline(specs(report), """attention(score=where(kv <= 0, s, 0.25*s))""")
 
 
+def test_single_keys_in_the_order_of_the_scores():
+    def attention(q, k, first, last, v):
+        return attend(torch.cat([q @ first.mT, scores_of(q, k), q @ last.mT], -1), v)
+
+    single = normal(B, H, 1, D, seed=4), normal(B, H, 1, D, seed=5)
+    report = check(attention, *qkv()[:2], *single, normal(B, H, S + 2, D, seed=6))
+    assert_expected_inline(
+        specs(report), """attention(score=where(kv <= 0, s, where(kv <= 24, 0.25*s, s)))"""
+    )
+
+
+def test_a_product_of_one_key_added_to_all_is_no_key():
+    def attention(q, k, u, local, v):
+        scores = [q @ k.mT + q @ u.mT, torch.zeros(B, H, S, 1), q @ local.mT]
+        return attend(torch.cat(scores, -1), v)
+
+    u, v = normal(B, H, 1, D, seed=6), normal(B, H, S + 1 + M, D, seed=7)
+    check(attention, *qkv()[:2], u, MORE[0], v)
+
+
+def test_v_in_parts_summed_by_python():
+    """Whose `sum` begins with the number 0."""
+
+    def attention(q, k, v):
+        w = scores_of(q, k).softmax(-1)
+        return sum(w[..., i : i + 8] @ v[..., i : i + 8, :] for i in range(0, S, 8))
+
+    assert specs(check(attention, *qkv())) == "attention(score=0.25*s)"
+
+
 def test_v_in_parts_of_one_product():
     def attention(q, k, v, value):
         w = scores_of(q, k).softmax(-1)
@@ -126,6 +156,11 @@ def parts_weighed_apart(q, k, v, local, value):
     return w[..., :S] @ v + (2 * w[..., S:]) @ value
 
 
+def parts_with_factors_of_rows(q, k, v, local, value):
+    w = weights_of(q, k, local)
+    return (w[..., :S] * q[..., :1]) @ v + (w[..., S:] * q[..., 1:2].cos()) @ value
+
+
 def parts_of_other_rows(q, k, v, local, value):
     w = weights_of(q, k, local)
     return w[..., :S] @ v + w.flip(1)[..., S:] @ value
@@ -148,6 +183,7 @@ def parts_of_two_softmaxes(q, k, v, local, value):
         (a_key_left_out, "weights-partly-used"),
         (a_key_twice, "weights-partly-used"),
         (parts_weighed_apart, "weights-partly-used"),
+        (parts_with_factors_of_rows, "weights-partly-used"),
         (parts_of_other_rows, "weights-partly-used"),
         (parts_of_two_softmaxes, "weights-partly-used"),
     ],
