@@ -152,7 +152,7 @@ struct DeadRows {
         if constexpr (Variant::kWeight)
           factor = weight_of<Variant>(at, head, row, col, q, kv);
         x = Variant::fill(Variant::kUniformFill ? 0.0f : product(kv), at, head, row, col, q, kv);
-        if constexpr (!Variant::kFiniteScores) 
+        if constexpr (!Variant::kFiniteScores)
           alive = alive || sees<Variant>(at, head, row, col, q, kv);
       }
       float raised = fmaxf(top, over_block(x, fmaxf));
