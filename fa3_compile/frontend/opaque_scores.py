@@ -84,23 +84,27 @@ def _by_a_layer(shadow: Shadow, scores: fx.Node) -> Decline | None:
 
 
 def _of_one_tensor(shadow: Shadow, softmax: Softmax) -> Decline | None:
-    """A softmax of what layers make of one tensor, whose axis the next product contracts with
-    another: outlook attention (Yuan et al. 2021), linear attention by a softmax of the keys."""
-    from_layers = _taken_as_given(shadow, softmax.scores)
-    if len(shape_of(softmax.node)) < 3 or not all(target_name(x) in LAYERS for x in from_layers):
+    """A softmax of what a layer makes of one tensor, whose axis the next product contracts with
+    what another layer makes: outlook attention (Yuan et al. 2021), linear attention by a softmax of
+    the keys. Routers and poolings weigh experts and tokens as they are."""
+    if len(shape_of(softmax.node)) < 3 or not _by_layers(shadow, softmax.scores):
         return None
-    [graph] = {holder.graph for holder in shadow.aten_of}
-    given, weights = activations(graph), descendants([softmax.node])
-    length = shape_of(softmax.node)[softmax.dim]
+    weights, length = descendants([softmax.node]), shape_of(softmax.node)[softmax.dim]
     for product in products_after(shadow, softmax.node):
         left, right = sides_of(product)
         for side, other, axis in ((left, right, -1), (right, left, -2)):
-            values = {h for x in ancestors(other) for h in shadow.dynamo_of.get(x, ())}
-            if side in weights and same(shape_of(side)[axis], length) and values & given:
+            contracts = side in weights and same(shape_of(side)[axis], length)
+            if contracts and _by_layers(shadow, other):
                 why = "the scores are made of one tensor by a layer: no query is multiplied by keys"
                 holder = next(iter(shadow.dynamo_of.get(softmax.node, ())), None)
                 return Decline("no-product", holder, NOTHING, message=why)
     return None
+
+
+def _by_layers(shadow: Shadow, node: fx.Node) -> bool:
+    """Whether a value is made of the results of layers alone."""
+    given = _taken_as_given(shadow, node)
+    return bool(given) and all(target_name(x) in LAYERS for x in given)
 
 
 def _by_broadcasting(shadow: Shadow, scores: fx.Node) -> Decline | None:
