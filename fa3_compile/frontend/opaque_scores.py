@@ -21,7 +21,7 @@ from fa3_compile.frontend.trace import Shadow
 from fa3_compile.spec.index import same
 
 aten = torch.ops.aten
-LAYERS = ("linear", "conv1d", "conv2d")
+LAYERS = ("linear", "conv1d", "conv2d", "batch_norm")
 MULTIPLY = "Write q @ k.transpose(-2, -1), which needs no tensor of all queries, keys and features."
 WEIGH = "Write weights @ v, which needs no tensor of all queries, keys and features."
 KEEP = "Keep what lies between the two products to element-wise operations."
