@@ -192,8 +192,6 @@ def tidy(expr: Expr) -> Expr:
         return expr
     if isinstance(expr, floored):
         return tidy(where(expr.args[0] > expr.args[1], expr.args[0], expr.below()))
-    if isinstance(expr, sympy.Pow) and expr.exp == sympy.Rational(1, 2):
-        return sympy.Pow(tidy(expr.base), expr.exp)
     if isinstance(expr, sympy.Pow) and expr.exp.is_Rational:
         return sympy.Pow(tidy(expr.base), expr.exp)
     args = [tidy(x) for x in expr.args]
