@@ -32,7 +32,7 @@ def _cpu_backward(dout, dlse, q, k, v, out, lse, bias, causal, scale):
     v [B,Hkv,Skv,Dv]; bias float32 [B|1,H|1,Sq|1,Skv|1]. Rows whose bias is all -inf have no
     gradient. Memory: O(S), or one KV head's scores where an LSE is large."""
     large = LARGE if q.dtype == torch.float32 else LARGE_OF_HALF
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
         rebuild = _by_kv_head if bool((lse.abs() > large).any()) else _by_lse
         return rebuild(dout, dlse, q, k, v, out, lse, bias, causal, scale)
 

@@ -16,6 +16,7 @@ LARGE = {
     "of a row": ("score=s + load(0, q)", [-1e6 * torch.arange(6.0)]),
     "of a key": ("score=s + load(0, kv)", [-1e9 - 1e8 * torch.arange(7.0)]),
     "of rows without keys": ("score=s, mask=kv < q - 2, dead=score, fill=s - 1000.0", []),
+    "of rows of a large fill": ("score=s, mask=kv < q - 2, dead=score, fill=s - 1e6", []),
     "two masks in one": ("score=s + load(0, kv) + load(1, q)", [-1e9 * torch.eye(7)[0], -1e9 * torch.eye(6)[2]]),
 }  # fmt: skip
 
@@ -42,6 +43,13 @@ def test_gradients_are_eagers(name, of_lse):
     wanted = gradients(fields, aux, "reference", of_lse)
     for got, want in zip(found, wanted):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+
+
+def test_autocast_does_not_reach_them():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = gradients("score=30.0*s", [], "cpu")
+    for got, want in zip(found, gradients("score=30.0*s", [], "reference")):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_ordinary_scores_take_atens_kernel(monkeypatch):

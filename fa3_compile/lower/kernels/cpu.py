@@ -119,7 +119,7 @@ def _plan(spec: AttentionSpec) -> _Plan | Unsupported:
             if not fill_bias.is_number:
                 raise Unsupported(f"masked scores are not a constant: {spec.fill}")
             absorbs = float(fill_bias) <= MASKED
-            if not absorbs and (fill_scale != scale or float(fill_bias) < -1e4):
+            if not absorbs and fill_scale != scale:
                 raise Unsupported(f"rows of masked scores {spec.fill} are no bias to the others")
         causal, mask = _split_causal(spec)
         return _Plan(scale, bias, causal, mask, fill_scale, fill_bias)
