@@ -31,11 +31,17 @@ class OptionError(Fa3Error, ValueError):
 
     @classmethod
     def unknown(
-        cls, name: str, legal: Iterable[str], *, where: str, others: Iterable[str] = ()
+        cls,
+        name: str,
+        legal: Iterable[str],
+        *,
+        where: str,
+        others: Iterable[str] = (),
+        like: str = "",
     ) -> OptionError:
-        """`name` is none of `legal`, which the message lists, nor of the legal `others`."""
+        """`name`, meant as `like`, is none of `legal`, which the message lists, nor of `others`."""
         legal = list(legal)
-        close = nearest(name, [*legal, *others])
+        close = nearest(like or name, [*legal, *others])
         did_you_mean = f"did you mean {close!r}? " if close else ""
         return cls(
             f"unknown name {name!r}",

@@ -22,7 +22,8 @@ class Options:
     """How the pass and its kernels behave.
 
     Each field is an entry of `torch.compile(..., backend="fa3", options={...})` and, in capitals,
-    an environment variable: `autotune` is `FA3_AUTOTUNE`. Options win over the environment.
+    an environment variable: `autotune` is `FA3_AUTOTUNE`; one that is empty is not set. Options
+    win over the environment.
     Raises OptionError for an illegal value.
 
     autotune       how tile configs are chosen: "none" from a table, "quick" by measuring the most
@@ -78,14 +79,14 @@ def split(
     if mode and mode.startswith("max-autotune"):
         ours["autotune"] = "full"
     for name, value in (options or {}).items():
-        key = name.replace("-", "_")
+        key = str(name).replace("-", "_")
         if key in _FIELDS:
             ours[key] = _checked(key, value, where)
         elif key in theirs:
             patches[key] = _checked_for_inductor(key, value, where)
         else:
             bare = key.removeprefix("fa3_").removeprefix("fa3.")
-            raise OptionError.unknown(bare, _FIELDS, others=theirs, where=where)
+            raise OptionError.unknown(str(name), _FIELDS, others=theirs, where=where, like=bare)
     if "deterministic" in ours and "deterministic" in theirs:
         patches["deterministic"] = ours["deterministic"]
     return Options(**ours), patches
@@ -155,7 +156,8 @@ def _from_environment() -> dict[str, Any]:
         name = variable.removeprefix("FA3_").lower()
         if variable.startswith("FA3_") and name in _FIELDS:
             where = f"environment variable {variable}"
-            found[name] = _checked(name, _FIELDS[name].from_text(text), where)
+            if text:
+                found[name] = _checked(name, _FIELDS[name].from_text(text), where)
         elif variable.startswith("FA3_") and variable not in OTHER_VARIABLES:
             _warn_of_variable(variable)
     return found
@@ -163,7 +165,8 @@ def _from_environment() -> dict[str, Any]:
 
 @functools.cache
 def _warn_of_variable(variable: str) -> None:
-    close = nearest(variable.removeprefix("FA3_"), _FIELDS)
+    names = (*_FIELDS, *(name.removeprefix("FA3_").lower() for name in OTHER_VARIABLES))
+    close = nearest(variable.removeprefix("FA3_"), names)
     if close:
         log.warning("%s is not read; did you mean FA3_%s?", variable, close.upper())
 

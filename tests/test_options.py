@@ -94,13 +94,15 @@ def test_a_wrong_variable_says_which_and_what(monkeypatch, variable, text, says)
 
 def test_a_variable_nobody_reads_is_warned_of_once(monkeypatch, caplog):
     monkeypatch.setenv("FA3_AUTOTUNNE", "full")
+    monkeypatch.setenv("FA3_CACHEDIR", "/tmp/x")
     monkeypatch.setenv("FA3_CACHE_DIR", "/tmp/x")
     monkeypatch.setenv("FA3_HOME", "/opt/fa3")
     with caplog.at_level(logging.WARNING, "fa3_compile"):
         split()
         split()
     assert [r.getMessage() for r in caplog.records] == [
-        "FA3_AUTOTUNNE is not read; did you mean FA3_AUTOTUNE?"
+        "FA3_AUTOTUNNE is not read; did you mean FA3_AUTOTUNE?",
+        "FA3_CACHEDIR is not read; did you mean FA3_CACHE_DIR?",
     ]
 
 
@@ -115,8 +117,22 @@ def test_a_variable_nobody_reads_is_warned_of_once(monkeypatch, caplog):
     ],
 )
 def test_unknown_names_get_the_nearest_legal_one(name, nearest):
-    with pytest.raises(OptionError, match=f"did you mean '{nearest}'"):
+    with pytest.raises(OptionError, match=f"did you mean '{nearest}'") as caught:
         split({name: True})
+    assert f"unknown name {name!r}" in str(caught.value)
+
+
+def test_a_prefix_that_no_name_has():
+    with pytest.raises(
+        OptionError, match="unknown name 'fa3_strict'.*\n.*\n.*did you mean 'strict'"
+    ):
+        split({"fa3_strict": True})
+
+
+def test_an_empty_variable_is_not_set(monkeypatch):
+    monkeypatch.setenv("FA3_STRICT", "")
+    monkeypatch.setenv("FA3_KERNELS", "")
+    assert split()[0] == Options()
 
 
 def test_a_name_near_nothing_lists_ours():
