@@ -106,7 +106,7 @@ struct BackwardBlock {
   };
   static constexpr int kAtTiles = round_up(kAtBarriers + 8 * kBarriers, 16);
   static constexpr int kSharedLimit = 232448;
-  static constexpr int kAtBefore = kAtTiles + 32;  // see HeadsBeside
+  static constexpr int kAtLast = kAtTiles + 32;  // see HeadsBeside
   // For pieces of dQ, of each of the warps that round them.
   using Pieces = QueryGradientShape<Config>;
   static constexpr int kAtPieces = round_up(kAtTiles + 32, 128);
@@ -115,7 +115,7 @@ struct BackwardBlock {
   static_assert(!Config::kFinishes || (kRoom > 0 && !Variant::kDenseTile),
                 "dQ is rounded by a kernel of its own");
   static constexpr int kSharedBytes =  // and room to align the base
-      (Config::kFinishes ? kAtPieces + kRounders * Pieces::kBytes : kAtBefore + 64) + 1024;
+      (Config::kFinishes ? kAtPieces + kRounders * Pieces::kBytes : kAtLast + 64) + 1024;
   static_assert(kSharedBytes <= kSharedLimit, "the tile needs more shared memory than there is");
 
   const Params& p;
@@ -221,11 +221,14 @@ struct BackwardBlock {
     else return TileQueue<Config::kLongestFirst>{};
   }
 
+  FA3_DEVICE HeadsBeside<BackwardBlock> beside() const { return {*this, p}; }
+
   FA3_DEVICE void produce(auto queue) const {
     TileRing tiles = ring();
     PipelineState<1> kv;
     Pipe at;
     int turn = 0;
+    [[maybe_unused]] int last = -1;  // the tile before, as position() has it
     for (;; advance(queue, turn)) {
       TileCoord tile{-1, 0, 0};
       bool more = queue.index < p.order.tiles;
@@ -242,6 +245,7 @@ struct BackwardBlock {
         tile.batch = flat % p.batches;
       }
       if (kInTurn) tile.batch = turn;
+      if constexpr (Config::kBeside) last = beside().await_worked(last, more ? position(tile) : -1);
       tiles.publish(tile);
       if (!more) break;
       if (!Config::kBeside && turn == 0) queue.take(p.order);
@@ -251,12 +255,7 @@ struct BackwardBlock {
         int before = position(tile) - p.slots;  // whose sums lie where those of this head will
         if (before >= 0) await(rounded(before), Pieces::kPieces * p.group * p.query_blocks);
       }
-      if constexpr (Config::kBeside) {
-        if (position(tile) >= p.order.section) {
-          await(prepared(position(tile)), HeadsBeside<BackwardBlock>::signals(p));
-          fence_proxy_async_global();  // the copy engine reads row terms
-        }
-      }
+      if constexpr (Config::kBeside) beside().await_rows(position(tile));
       int i = 0;
       // The first queries' stage is free before K and V of the last tile are: they are there when
       // these come. With listed query blocks there are no registers for that.

@@ -100,7 +100,10 @@ struct BackwardConsumer : BackwardWeigher<Config, Variant> {
                 c.lane * 4;
 #pragma unroll
     for (int j = First; j < Last; ++j)
-      add_global(to + j * 128, dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
+      if constexpr (Config::kBeside)  // the sums are gone from L2 before memory sees them
+        add_global(to + j * 128, dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3], kEvictLast);
+      else
+        add_global(to + j * 128, dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
   }
 
   // One gradient of this thread's two keys.
@@ -110,7 +113,8 @@ struct BackwardConsumer : BackwardWeigher<Config, Variant> {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       int kv = Block::first_key(c, tile) + 8 * r;
-      store_row<Dtype, Dim>(x, r, factor, kv < p.keys, to + 2 * at.at(tile.batch, tile.head, kv));
+      store_row<Dtype, Dim, Config::kBeside>(x, r, factor, kv < p.keys,
+                                             to + 2 * at.at(tile.batch, tile.head, kv));
     }
   }
 

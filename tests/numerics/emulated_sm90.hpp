@@ -359,7 +359,8 @@ template <int N> void wgmma_pin(float (&)[N]) {}
 template <int N> void wgmma_hold(const uint32_t (&)[N]) {}
 
 // ---- fragment.cuh ----
-inline void store_if(bool wanted, char* to, const uint32_t (&x)[4]) {
+template <bool Once = false>
+void store_if(bool wanted, char* to, const uint32_t (&x)[4]) {
   if (wanted) std::memcpy(to, x, 16);
 }
 inline void store_word(uint32_t a, uint32_t x) { at_shared<uint32_t>(a) = x; }
@@ -409,7 +410,10 @@ template <class D> void multiply_tile(float* d, uint32_t a0, uint32_t a1, uint32
       d[i] += value_of<D>(x >> k % 2 * 16 & 0xffff) * value_of<D>(y >> k % 2 * 16 & 0xffff);
     }
 }
-inline void add_global(float* to, float a, float b, float c, float d) {
+inline void discard(const float* line) {
+  const_cast<float*>(line)[0] = const_cast<float*>(line)[31] = nan();
+}
+inline void add_global(float* to, float a, float b, float c, float d, uint64_t = 0) {
   std::lock_guard hold(emulated::global_lock);
   to[0] += a, to[1] += b, to[2] += c, to[3] += d;
 }

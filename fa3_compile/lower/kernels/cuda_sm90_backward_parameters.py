@@ -205,9 +205,8 @@ class BackwardParameters(Parameters):
     def query_gradient(self) -> Launch:
         content = bytes(16)
         content += struct.pack("qqq", *torch.empty_like(self.q, device="meta").stride()[:3])
-        # Of the heads that the main kernel leaves: its last two sections.
-        sections = -(-self.positions // self.section)
-        left = max(sections - 2, 0) * self.section if self.key.config.beside else 0
+        # Of the heads that the main kernel leaves: its last section.
+        left = (self.positions - 1) // self.section * self.section if self.key.config.beside else 0
         batch, group = left // self.kv_heads, self.heads // self.kv_heads
         first = left * group * self.query_blocks
         content += struct.pack("iiii", self.heads, self.queries, batch, first)

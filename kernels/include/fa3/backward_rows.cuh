@@ -249,8 +249,8 @@ struct QueryGradient {
     for (int r = 0; r < 2; ++r) {
       int q = q0 + 8 * r;
       char* to = p.dq + 2 * (p.dq_at.at(batch, head, q) + column);
-      store_row<Dtype, Columns>(x, r, Variant::kFactor, q < queries, to,
-                                Config::kDimQK - column);
+      store_row<Dtype, Columns, Config::kBeside>(x, r, Variant::kFactor, q < queries, to,
+                                                 Config::kDimQK - column);
     }
   }
 };

@@ -5,7 +5,17 @@
 
 namespace fa3 {
 
+// Once: it is not read again soon, and need not stay in L2.
+template <bool Once = false>
 FA3_DEVICE void store_if(bool wanted, char* to, const uint32_t (&x)[4]) {
+  if constexpr (Once) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.cs.v4.b32 [%1], {%2, %3, %4, %5};}" ::"r"(
+            static_cast<int>(wanted)),
+        "l"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+        : "memory");
+    return;
+  }
   asm volatile(
       "{.reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.v4.b32 [%1], {%2, %3, %4, %5};}" ::"r"(
           static_cast<int>(wanted)),
@@ -33,7 +43,7 @@ FA3_DEVICE void lane_transpose(uint32_t (&x)[4], int lane, int stride) {
 // Columns 0 .. Columns - 1 of row r (0 or 1) of this thread, those before `end`, times `factor`, at
 // `to`: lanes of a quad exchange pieces so that each writes 16 bytes. All lanes take part, `inside`
 // or not.
-template <class Dtype, int Columns, int N>
+template <class Dtype, int Columns, bool Once = false, int N>
 FA3_DEVICE void store_row(const float (&x)[N], int r, float factor, bool inside, char* to,
                           int end = Columns) {
   constexpr int pieces = Columns / 8;
@@ -47,7 +57,8 @@ FA3_DEVICE void store_row(const float (&x)[N], int r, float factor, bool inside,
       y[i] = pack<Dtype>(x[at] * factor, x[at + 1] * factor);
     }
     lane_transpose(y, quad_lane, 1);
-    store_if(inside && j + quad_lane < pieces && 8 * (j + quad_lane) < end, to + 16 * (j + quad_lane), y);
+    store_if<Once>(inside && j + quad_lane < pieces && 8 * (j + quad_lane) < end,
+                   to + 16 * (j + quad_lane), y);
   }
 }
 
@@ -104,6 +115,18 @@ FA3_DEVICE void load_tiles(uint32_t (&x)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                : "r"(row));
+}
+
+// With an L2 eviction policy.
+FA3_DEVICE void add_global(float* to, float a, float b, float c, float d, uint64_t policy) {
+  asm volatile("red.global.add.L2::cache_hint.v4.f32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "f"(a),
+               "f"(b), "f"(c), "f"(d), "l"(policy)
+               : "memory");
+}
+
+// What is in these 128 bytes is lost: from L2 it need not go to memory.
+FA3_DEVICE void discard(const float* line) {
+  asm volatile("discard.global.L2 [%0], 128;" ::"l"(line) : "memory");
 }
 
 FA3_DEVICE void add_global(float* to, float a, float b, float c, float d) {
