@@ -49,7 +49,13 @@ def _where_holds(expr: Expr, condition: Boolean) -> Expr:
     for both in expr.atoms(sympy.And) if of_several else ():
         if any(x <= set(both.args) for x in of_several):
             known[both] = sympy.false
-    return simplify.assuming(expr, facts).xreplace(known) if facts else expr
+    try:
+        return simplify.assuming(expr, facts).xreplace(known) if facts else expr
+    except (TypeError, ValueError) as error:
+        if not expr.has(sympy.oo, -sympy.oo):
+            raise
+        # sympy compares nothing with NaN, as max(silu(-inf), 0) does.
+        raise InfiniteWeight("a weight is nan") from error
 
 
 def _zero(expr: Expr, left: int) -> Boolean:

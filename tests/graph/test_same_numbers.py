@@ -219,6 +219,24 @@ def test_a_score_divided_by_itself():
     assert not check(divided, q, k, v, training=False).fused
 
 
+COMPARED_WITH_NAN = {
+    "relu": lambda p: F.relu(p - 0.05),
+    "clamp": lambda p: p.clamp(max=3.0),
+    "maximum": lambda p: torch.maximum(p, 0.3 * p),
+}
+
+
+@pytest.mark.parametrize("name", COMPARED_WITH_NAN)
+def test_silu_of_a_masked_score_is_nan(name):
+    """0 * -inf; what compares it is left to PyTorch, without an error."""
+    hidden = distance(torch.arange(S)) < 0
+
+    def attention(q, k, v):
+        return COMPARED_WITH_NAN[name](F.silu(scores_of(q, k).masked_fill(hidden, -INF))) @ v
+
+    assert not check(attention, *qkv(), training=False).fused
+
+
 def test_the_root_of_a_square_is_the_size():
     report = check(lambda q, k, v: attend((scores_of(q, k) ** 2).sqrt(), v), *qkv())
     assert specs(report) == "attention(score=0.25*abs(s))"
