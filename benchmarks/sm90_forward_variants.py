@@ -48,7 +48,8 @@ S = score(128)
 BIAS = "load(0, 0, h, q, kv)"
 
 
-# Beside those of sm90_dev.py; `ragged` are documents of random lengths. `far`: one score in four is
+# Beside those of sm90_dev.py; `bias infinite` and `bias least` hold a causal mask, as -inf and as
+# finfo.min; `ragged` are documents of random lengths. `far`: one score in four is
 # where a softcap is no polynomial, `some`: one in 2000.
 OWN = (
     *(Timed(f"softcap{d}", f"{score(d, 50.0)}, {CAUSAL}", d, N, 0.5) for d in (64, 96, 256)),
@@ -73,19 +74,60 @@ OWN = (
     Timed("full", S, 128, N, 1.0),
     Timed("ragged", f"{S}, {DOCUMENTS}", 128, N, 0.0, ("eighths",)),
     Timed("bias causal", f"{S} + {BIAS}, {CAUSAL}", 128, N, 0.5, ("bias_of_heads",)),
+    Timed("bias causal64", f"{score(64)} + {BIAS}, {CAUSAL}", 64, N, 0.5, ("bias_of_heads",)),
+    Timed("bias of all", f"{S} + {BIAS.replace('h', '0')}", 128, N, 1.0, ("bias_of_heads",)),
+    Timed("bias infinite", f"{S} + {BIAS}", 128, N, 1.0, ("bias_of_heads",)),
+    Timed("bias least", f"{S} + {BIAS}", 128, N, 1.0, ("bias_of_heads",)),
     Timed("squares", f"{S}, mask={SQUARES}", 128, N, 0.0),
 )
 LARGE, TALL = {"block_m": 128, "block_n": 128}, {"block_m": 192, "block_n": 64}
-PLAIN, LATE = {"held_queries": False, "optimistic": False}, {"optimistic": True}
+PLAIN = {"held_queries": False, "optimistic": False, "dense_first": False}
+LATE = {"optimistic": True}
 HELD = {"held_queries": True}
 WAYS = (PLAIN, PLAIN | LATE, PLAIN | HELD, PLAIN | HELD | LATE)
+
+
+def tile(block_m: int, block_n: int, **changes) -> dict[str, object]:
+    """With maxima that come late."""
+    return PLAIN | LATE | {"block_m": block_m, "block_n": block_n} | changes
+
+
+FIRST = HELD | {"dense_first": True}
 # Case -> what its rows change of the table's first configuration.
 PLAN = {
     **dict.fromkeys(("documents", "ragged", "padded causal", "dense mask", "squares"), WAYS),
-    **dict.fromkeys(("bias", "bias causal"), (*WAYS, TALL | PLAIN, TALL | PLAIN | LATE)),
+    "bias": (LARGE | PLAIN | HELD | LATE, tile(128, 128, **FIRST)),
+    "bias causal": (
+        LARGE | PLAIN,
+        tile(128, 128),
+        tile(128, 128, **FIRST),
+    ),
+    "bias64": (
+        LARGE | PLAIN,
+        tile(128, 128),
+        tile(192, 128),
+        tile(128, 128, **FIRST),
+    ),
+    "bias causal64": (
+        LARGE | PLAIN,
+        tile(128, 128),
+        tile(192, 96),
+        tile(128, 128, **FIRST),
+    ),
+    "bias96": (
+        LARGE | PLAIN,
+        tile(128, 128),
+        tile(192, 96),
+        tile(192, 80),
+    ),
+    "bias192": (PLAIN | {"block_n": 64}, tile(128, 64), tile(128, 80)),
+    **dict.fromkeys(
+        ("bias of all", "bias infinite", "bias least"),
+        (LARGE | PLAIN | HELD | LATE, tile(128, 128, **FIRST)),
+    ),
     **dict.fromkeys(("softcap padded",), WAYS),
     **dict.fromkeys(
-        [x.name for x in OWN if x.name[-1].isdigit()]
+        [x.name for x in OWN if x.name[-1].isdigit() and "bias" not in x.name]
         + ["softcap full", "softcap far", "softcap some"],
         (PLAIN, PLAIN | LATE),
     ),
@@ -106,6 +148,12 @@ def inputs(name: str, device: str):
         at = torch.arange(N) // 64
         near = [(x[:, None] - x).abs() <= 2 for x in (at // 16, at % 16)]
         share = (near[0] & near[1]).double().mean().item()
+    if name == "bias of all":  # which L2 holds better
+        aux = [aux[0][:, :1].contiguous()]
+    if name in ("bias infinite", "bias least"):
+        above = torch.ones(N, N, dtype=torch.bool, device=device).triu(1)
+        least = torch.finfo(torch.bfloat16).min if name == "bias least" else -math.inf
+        aux = [aux[0].masked_fill(above, least)]
     if name == "ragged":
         random = torch.Generator().manual_seed(3)
         cuts = torch.randint(0, N, (TOKENS // N, 7), generator=random).sort(1).values
@@ -148,7 +196,11 @@ def measure(name: str) -> None:
         c = key.config
         said = [
             f"{c.block_m}x{c.block_n}",
-            *(x for x in ("held_queries", "optimistic") if getattr(c, x)),
+            *(
+                x
+                for x in ("held_queries", "optimistic", "dense_product", "dense_first")
+                if getattr(c, x)
+            ),
         ]
         said += [] if built.healthy else [f"spills {built.spill_bytes}"]
         calls.append(lambda bound=bound: bound(q, k, v, aux))

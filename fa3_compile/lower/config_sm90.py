@@ -35,6 +35,8 @@ class Sm90Config:
     held_queries   products read queries from registers, not from shared memory each time
     optimistic     weights are computed against the row maximum of the blocks before, and once more
                    where that was too low
+    dense_first    scores begin with the dense input, and held queries are multiplied beforehand by
+                   the factor of their products
     """
 
     block_m: int
@@ -46,6 +48,7 @@ class Sm90Config:
     split: bool = False
     held_queries: bool = False
     optimistic: bool = False
+    dense_first: bool = False
 
     @property
     def threads(self) -> int:
@@ -55,13 +58,11 @@ class Sm90Config:
     def shared_memory(self, dim_qk: int, dim_v: int, dense_tile: bool) -> int:
         """Bytes with one query stage, as forward_block.cuh lays them out."""
         kv = 2 * self.block_n * (tile_width(dim_qk) + tile_width(dim_v))
-        dense = self.block_n // 64 * self.block_m * 128 if dense_tile else 0
+        dense = 2 * self.block_n * self.block_m if dense_tile else 0
         return 2 * self.block_m * tile_width(dim_qk) + self.stages * (kv + dense) + 2048
 
     def fits(self, dim_qk: int, dim_v: int, dense_tile: bool = False) -> bool:
         """Whether the tile can be expected to build without spills."""
-        if dense_tile and self.block_n % 64:
-            return False
         if self.held_queries and not (panel_columns(dim_qk) == 64 and dim_qk <= 128):
             return False
         accumulators = dim_v // 2 + 3 * self.block_n // 4
@@ -104,8 +105,16 @@ OPTIMISTIC = {
     "rows": (64, 192, {"optimistic": True}),
     "capped": (64, 128, {"optimistic": True}),  # softcaps of "scores"
     "masks": (128, 128, {"optimistic": True}),
-    "dense": (128, 128, {"optimistic": True, "held_queries": True}),
+    "dense": (64, 192, {"optimistic": True}),
 }
+# A first tile of dense inputs without a mask, and one where scores may begin with them.
+DENSE = {
+    64: Sm90Config(192, 128, optimistic=True),
+    128: Sm90Config(128, 128, held_queries=True, optimistic=True),
+}
+DENSE_FIRST = dict.fromkeys(
+    (64, 128), Sm90Config(128, 128, held_queries=True, optimistic=True, dense_first=True)
+)
 
 # For up to 64 queries, where loads bound: as many stages as fit, up to this many.
 FEW_QUERIES = "64x128 64x64 64x32"
@@ -124,6 +133,7 @@ def candidates(
     split: bool = False,
     asks_mask: bool = False,
     capped: bool = False,
+    begins: bool = False,
 ) -> tuple[Sm90Config, ...]:
     """What to build, the best first.
 
@@ -133,6 +143,7 @@ def candidates(
                are, so that a growing cache needs one kernel
     asks_mask  the mask reads captured tensors or is asked for each element, or weights are
     capped     the score is a softcap of s
+    begins     it may begin with the dense tile
     """
     if q_len <= 64:
         return tuple(_few_queries(dim_qk, dim_v, dense_tile, packs(group, q_len)))
@@ -162,6 +173,10 @@ def candidates(
         if least <= largest <= most:
             first = replace(configs[0], **changes)
             configs = [first] * first.fits(dim_qk, dim_v, dense_tile) + configs
+    if dense_tile and not split and not asks_mask:
+        found = [DENSE_FIRST.get(largest)] * begins + [DENSE.get(largest)] * (not masked)
+        fitting = [x for x in found if x is not None and x.fits(dim_qk, dim_v, dense_tile)]
+        configs = [replace(x, longest_first=masked) for x in fitting] + configs
     return tuple(configs)
 
 

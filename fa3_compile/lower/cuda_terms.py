@@ -84,6 +84,20 @@ def capped(terms: Terms) -> float:
 
 
 @functools.lru_cache(maxsize=1024)
+def factor_beside(score: E.Expr, tile: E.load, dtype: str) -> float:
+    """c where the score is c*s + tile and Q times c is as good as Q but for its rounding; else 0.
+
+    dtype  "Bf16" or "Fp16": the type of Q
+    """
+    factor = score.coeff(E.S)
+    if not factor.is_number or score != factor * E.S + tile:
+        return 0.0
+    # Of Fp16: no element may be infinite, and few may be subnormal.
+    least, most = {"Bf16": (2.0**-20, 2.0**20), "Fp16": (2.0**-6, 1.0)}[dtype]
+    return float(factor) if least <= factor <= most else 0.0
+
+
+@functools.lru_cache(maxsize=1024)
 def head_scalars(spec: AttentionSpec) -> dict[E.load, sympy.Symbol]:
     """A name for each integer of the mask that is the same for a whole head: the position in a
     static cache, the length of a sequence."""

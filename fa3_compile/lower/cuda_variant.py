@@ -49,8 +49,9 @@ WIDE_ELEMENTS = ("int64_t", "uint64_t", "double")
 class VariantWriter:
     """Prints the members of Variant; collects what heads, rows and columns hold."""
 
-    def __init__(self, key: CudaKey) -> None:
-        self.key, self.spec = key, key.spec
+    def __init__(self, key: CudaKey, factor: float = 0.0) -> None:
+        """factor  of s, where scores begin with the dense input"""
+        self.key, self.spec, self.factor = key, key.spec, factor
         self.printer = KernelPrinter()
         self.aux = {x.tensor: x for x in aux_parameters(key.spec)}
         self.members: list[list[Member]] = [[], [], []]  # of heads, rows, columns
@@ -107,6 +108,8 @@ class VariantWriter:
         if self.key.tile is not None:
             lines += ["static constexpr bool kDenseTile = true;"]
             lines += [f"using TileDtype = {self.element(self.key.tile)};"]
+        if self.factor:
+            lines += [f"static constexpr float kFactor = {self.printer.number(self.factor)};"]
         return lines
 
     def mask(self) -> list[str]:

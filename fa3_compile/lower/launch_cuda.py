@@ -252,7 +252,7 @@ def tensor_map(
     """A 4-D map of a 16-bit tensor.
 
     sizes, strides  from the outermost axis in, in elements; the innermost stride is 1
-    box             (heads, rows, columns) of a load; 64 columns (128-byte swizzle) or 32
+    box             (heads, rows, columns) of a load; 64 (128-byte swizzle), 32 or 16 columns
 
     The address is its first word, and may be any: callers put their tensor's there.
     """
@@ -308,9 +308,11 @@ def _map_options(dtype: torch.dtype, columns: int) -> tuple[Any, ...]:
             torch.float16: kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
         }[dtype],
         cu.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        swizzles.CU_TENSOR_MAP_SWIZZLE_128B
-        if columns == 64
-        else swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
+        {
+            64: swizzles.CU_TENSOR_MAP_SWIZZLE_128B,
+            32: swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
+            16: swizzles.CU_TENSOR_MAP_SWIZZLE_32B,
+        }[columns],
         cu.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         cu.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )

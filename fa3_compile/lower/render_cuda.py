@@ -14,9 +14,10 @@ import jinja2
 
 from fa3_compile import resources
 from fa3_compile.lower.config_sm90 import Sm90Config
-from fa3_compile.lower.cuda_terms import fills_dead_rows, map_kind
+from fa3_compile.lower.cuda_terms import factor_beside, fills_dead_rows, map_kind
 from fa3_compile.lower.cuda_variant import VariantWriter
 from fa3_compile.lower.remembered import remembered
+from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.blocks import may_have_holes
 
@@ -55,6 +56,14 @@ class CudaKey:
         return map_kind(self.spec)
 
     @property
+    def factor(self) -> float:
+        """Of s, where the score may begin with the dense input; else 0."""
+        if self.tile is None:
+            return 0.0
+        tile = next(x for x in E.loads_in(self.spec.score) if x.tensor == self.tile)
+        return factor_beside(self.spec.score, tile, self.dtype)
+
+    @property
     def digest(self) -> str:
         """Names the kernel on disk; other sources of ours give another name."""
         rest = (self.dtype, self.dim_qk, self.dim_v, self.config, self.elements, self.unit)
@@ -69,7 +78,7 @@ def _may_have_holes(spec: AttentionSpec) -> bool:
 
 def render(key: CudaKey) -> str:
     """The kernel's source. UnprintableError where C++ has no text for an expression."""
-    writer = VariantWriter(key)
+    writer = VariantWriter(key, key.factor if key.config.dense_first else 0.0)
     text = template("attention_fwd").render(
         c=key.config,
         dtype=key.dtype,

@@ -12,9 +12,11 @@ namespace fa3 {
 // thread blocks, whose parts fa3/combine.cuh puts together. HeldQueries: products read queries from
 // registers, not from shared memory each time. Optimistic: weights are computed against the row
 // maximum of the blocks before, and again only where that turns out to have been too low.
+// DenseFirst: the dense input is what scores begin with, to which products add; the factor of these is
+// multiplied into the held queries.
 template <class DtypeT, int DimQK, int DimV, int BlockM_, int BlockN_, int Stages_,
           bool LongestFirst_, bool PingPong_, bool Packed_, bool SplitKV_,
-          bool HeldQueries_, bool Optimistic_>
+          bool HeldQueries_, bool Optimistic_, bool DenseFirst_>
 struct ForwardConfig {
   using Dtype = DtypeT;
   static constexpr int kDimQK = DimQK, kDimV = DimV, kBlockM = BlockM_, kBlockN = BlockN_;
@@ -22,6 +24,7 @@ struct ForwardConfig {
   static constexpr bool kLongestFirst = LongestFirst_, kPingPong = PingPong_;
   static constexpr bool kPacked = Packed_, kSplitKV = SplitKV_;
   static constexpr bool kHeldQueries = HeldQueries_, kOptimistic = Optimistic_;
+  static constexpr bool kDenseFirst = DenseFirst_;
   static constexpr int kWarpgroups = BlockM_ / 64;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   // Of 65,536 registers consumers take what their tiles need and the producer the rest. Three
@@ -42,9 +45,10 @@ struct Packing {
   int heads, rows, chunks;
 };
 
-template <class Aux>
+template <class Aux, int TileMaps>
 struct ForwardParams {
-  TensorMap q, k, v, tile;
+  TensorMap q, k, v;
+  TensorMap tile[TileMaps];  // of the dense input: panels of 64 keys, and of 16
   void* out;
   float* lse;  // (batch, heads, queries), natural log
   int64_t out_batch, out_head, out_row;  // strides in elements
@@ -80,7 +84,6 @@ struct RowTerms {
 template <class Config, class Variant>
 struct ForwardBlock {
   using Dtype = typename Config::Dtype;
-  using Params = ForwardParams<typename Variant::Aux>;
   using At = typename Variant::At;
   using Terms = RowTerms<Variant, Config::kPacked>;
   static constexpr int kM = Config::kBlockM, kN = Config::kBlockN, kStages = Config::kStages;
@@ -89,11 +92,13 @@ struct ForwardBlock {
   using VTile = OperandTile<Config::kDimV, kN>;
   using Pipe = PipelineState<kStages>;
 
-  // The dense (q, kv) input of a 16-bit type: panels of 64 key columns.
-  static constexpr int kDensePanelBytes = kM * 128;
-  static constexpr int kDenseBytes = Variant::kDenseTile ? kN / 64 * kDensePanelBytes : 0;
-  static_assert(!Variant::kDenseTile || (kN % 64 == 0 && !Config::kPacked),
-                "a dense tile is whole panels wide, and of one head");
+  // The dense (q, kv) input of a 16-bit type: panels of 64 key columns, then of 16.
+  static constexpr int kDensePanelBytes = kM * 128, kDenseWhole = kN / 64;
+  static constexpr int kDenseBytes = Variant::kDenseTile ? 2 * kM * kN : 0;
+  static_assert(!Variant::kDenseTile || !Config::kPacked, "a dense tile is of one head");
+  using Params = ForwardParams<typename Variant::Aux, Variant::kDenseTile && kN % 64 != 0 ? 2 : 1>;
+  static_assert(!Config::kDenseFirst || (Variant::kDenseTile && Config::kHeldQueries),
+                "scores that begin with a dense tile");
 
   // A second query stage, where it fits, lets the next tile's queries load ahead.
   static constexpr int kSharedLimit = 232448;

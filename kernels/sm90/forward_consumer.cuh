@@ -72,12 +72,20 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
       for (int i = 0; i < kSteps; ++i) {
         int column = i % 4 * 2 ^ lane / 16 ^ lane % 8;  // of 16 bytes, swizzled
         load_tiles(queries[i], from + i / 4 * QTile::kPanelBytes + column * 16);
+        if constexpr (Config::kDenseFirst) {
+#pragma unroll
+          for (uint32_t& x : queries[i]) {
+            float2 q = unpack<Dtype>(x);
+            x = pack<Dtype>(q.x * Variant::kFactor, q.y * Variant::kFactor);
+          }
+        }
       }
     }
   }
 
-  // S = Q K^T of one key block; left running.
+  // S = Q K^T of one key block, or S += that; left running.
   FA3_DEVICE void issue_scores(Scores& s) const {
+    constexpr bool add = Config::kDenseFirst;
     constexpr int panel_steps = QTile::kPanelColumns / 16;
     uint32_t a = QTile::Desc::low(shared + Base::kAtQ + q.stage() * QTile::kBytes +
                                       warpgroup * 64 * QTile::kSwizzle, 16);
@@ -89,7 +97,7 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
       uint64_t keys = KTile::Desc::make(b + (panel * KTile::kPanelBytes + inside) / 16);
       if constexpr (Config::kHeldQueries) {
         const auto& x = queries[i];
-        Wgmma<Dtype, kN>::held(s, x[0], x[1], x[2], x[3], keys, i > 0);
+        Wgmma<Dtype, kN>::held(s, x[0], x[1], x[2], x[3], keys, add || i > 0);
       } else {
         Wgmma<Dtype, kN>::ss(s, QTile::Desc::make(a + (panel * QTile::kPanelBytes + inside) / 16),
                              keys, i > 0);
@@ -120,6 +128,7 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
   FA3_DEVICE void step(const Terms& t, int block, bool last) {
     Scores s;
     float base[2];
+    if constexpr (Config::kDenseFirst) this->begin_with_dense(s);
     wait_k();
     Turns::wait(warpgroup);
     issue_scores(s);
@@ -159,6 +168,7 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
       issue_values();
       wait_q();
       take_queries();
+      if constexpr (Config::kDenseFirst) this->begin_with_dense(s);
       wait_k();
       issue_scores(s);
       Turns::pass(warpgroup);
@@ -169,6 +179,7 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
     } else {
       wait_q();
       take_queries();
+      if constexpr (Config::kDenseFirst) this->begin_with_dense(s);
       wait_k();
       Turns::wait(warpgroup);
       issue_scores(s);

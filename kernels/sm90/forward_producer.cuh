@@ -22,21 +22,24 @@ struct ForwardProducer : ForwardBlock<Config, Variant> {
   }
 
   FA3_DEVICE void load_k(Pipe at, const TileCoord& tile, int kv_head, int block) const {
+    if constexpr (Config::kDenseFirst) load_dense(at, tile, block);
     mbarrier_wait(this->barrier(Base::kKEmpty + at.stage()), at.parity() ^ 1);
     uint32_t full = this->barrier(Base::kKFull + at.stage());
     mbarrier_expect(full, KTile::kBytes);
     KTile::load(shared + Base::kAtK + at.stage() * KTile::kBytes, p.k, full, kEvictLast,
                 block * kN, kv_head, tile.batch);
-    if constexpr (Variant::kDenseTile) {
-      mbarrier_wait(this->barrier(Base::kDenseEmpty + at.stage()), at.parity() ^ 1);
-      full = this->barrier(Base::kDenseFull + at.stage());
-      mbarrier_expect(full, Base::kDenseBytes);
-      uint32_t dst = shared + Base::kAtDense + at.stage() * Base::kDenseBytes;
+    if constexpr (Variant::kDenseTile && !Config::kDenseFirst) load_dense(at, tile, block);
+  }
+
+  FA3_DEVICE void load_dense(Pipe at, const TileCoord& tile, int block) const {
+    mbarrier_wait(this->barrier(Base::kDenseEmpty + at.stage()), at.parity() ^ 1);
+    uint32_t full = this->barrier(Base::kDenseFull + at.stage());
+    mbarrier_expect(full, Base::kDenseBytes);
+    uint32_t dst = shared + Base::kAtDense + at.stage() * Base::kDenseBytes;
 #pragma unroll
-      for (int i = 0; i < kN / 64; ++i)
-        tma_load(dst + i * Base::kDensePanelBytes, p.tile, full, kEvictFirst, block * kN + i * 64,
-                 tile.query_block * kM, tile.head * p.tile_head, tile.batch * p.tile_batch);
-    }
+    for (int i = 0; i < kN; i += i + 64 <= kN ? 64 : 16)
+      tma_load(dst + i * kM * 2, p.tile[i + 64 <= kN ? 0 : 1], full, kEvictFirst, block * kN + i,
+               tile.query_block * kM, tile.head * p.tile_head, tile.batch * p.tile_batch);
   }
 
   FA3_DEVICE void load_v(Pipe at, const TileCoord& tile, int kv_head, int block) const {

@@ -73,9 +73,34 @@ struct ForwardWeigher : ForwardBlock<Config, Variant> {
   // columns 8 (j + 1), for an even j.
   FA3_DEVICE void dense_pairs(int j, uint32_t (&x)[4]) const {
     int row = warpgroup * 64 + threadIdx.x / 32 % 4 * 16 + lane % 16;
-    int column = j % 8 ^ lane / 16 ^ lane % 8;  // of 16 bytes, swizzled
-    load_tiles(x, shared + Base::kAtDense + dense.stage() * Base::kDenseBytes +
-                      j / 8 * Base::kDensePanelBytes + row * 128 + column * 16);
+    if (j / 8 < Base::kDenseWhole) {
+      int column = j % 8 ^ lane / 16 ^ lane % 8;  // of 16 bytes, swizzled
+      load_tiles(x, shared + Base::kAtDense + dense.stage() * Base::kDenseBytes +
+                        j / 8 * Base::kDensePanelBytes + row * 128 + column * 16);
+    } else {
+      int column = lane / 16 ^ lane / 4 % 2;
+      load_tiles(x, shared + Base::kAtDense + dense.stage() * Base::kDenseBytes +
+                        j * 8 * Base::kM * 2 + row * 32 + column * 16);
+    }
+  }
+
+  // Whether the score modifier takes the dense input. Scores that begin with it need none.
+  static constexpr bool kDenseLast = Variant::kDenseTile && !Config::kDenseFirst;
+
+  FA3_DEVICE void begin_with_dense(Scores& s) {
+    uint32_t pairs[4];
+    wait_dense();
+#pragma unroll
+    for (int j = 0; j < kN / 8; ++j) {
+      if (j % 2 == 0) dense_pairs(j, pairs);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float2 tile = unpack<typename Variant::TileDtype>(pairs[j % 2 * 2 + r]);
+        s[4 * j + 2 * r] = tile.x;
+        s[4 * j + 2 * r + 1] = tile.y;
+      }
+    }
+    release_dense();
   }
 
   // Whether row r sees the key kv, `column` columns from this thread's first.
@@ -96,7 +121,7 @@ struct ForwardWeigher : ForwardBlock<Config, Variant> {
   FA3_DEVICE void modify(const Terms& t, Scores& s, int block, float (&base)[2]) {
     int kv0 = block * kN + 2 * (lane % 4);  // this thread's first column
     base[0] = base[1] = 0.0f;
-    if constexpr (Variant::kDenseTile) wait_dense();
+    if constexpr (kDenseLast) wait_dense();
     if constexpr (Variant::kAffine) {
       float block_start = static_cast<float>(block * kN);
 #pragma unroll
@@ -108,7 +133,7 @@ struct ForwardWeigher : ForwardBlock<Config, Variant> {
 #pragma unroll
     for (int j = 0; j < kN / 8; ++j) {
       float2 tile[2];
-      if constexpr (Variant::kDenseTile) {
+      if constexpr (kDenseLast) {
         if (j % 2 == 0) dense_pairs(j, pairs);
 #pragma unroll
         for (int r = 0; r < 2; ++r)
@@ -125,9 +150,9 @@ struct ForwardWeigher : ForwardBlock<Config, Variant> {
         for (int r = 0; r < 2; ++r) {
           int h = Terms::head_of(r);
           float& x = s[4 * j + 2 * r + e];
-          float extra = Variant::kDenseTile ? (e == 0 ? tile[r].x : tile[r].y) : 0.0f;
+          float extra = kDenseLast ? (e == 0 ? tile[r].x : tile[r].y) : 0.0f;
           if constexpr (Variant::kAffine) x = fmaf(t.slope[r], static_cast<float>(column), x);
-          if constexpr (Variant::kScore)
+          if constexpr (Variant::kScore && !Config::kDenseFirst)
             x = Variant::score(x, t.at[h], t.head[h], t.row[r], col[h], t.q[r], kv, extra);
           if constexpr (Masked) {
             bool seen = sees_element(t, m, col[h], r, column, kv, extra);
@@ -136,7 +161,7 @@ struct ForwardWeigher : ForwardBlock<Config, Variant> {
         }
       }
     }
-    if constexpr (Variant::kDenseTile) release_dense();
+    if constexpr (kDenseLast) release_dense();
   }
 
   // Whether maxima are raised before there are weights. Random numbers are not drawn twice: what

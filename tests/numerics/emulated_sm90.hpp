@@ -44,7 +44,7 @@ struct Block {
   std::condition_variable flipped;  // the phase of one of the barriers
   std::map<unsigned, Pending> barriers;
   unsigned registers[512][4];  // A operands on their way to other lanes
-  std::atomic<int> votes{0}, ors{0}, odd[4] = {};
+  std::atomic<int> votes{0}, ors{0};
 };
 inline Block* block;
 inline char memory_base[1 << 18];
@@ -269,8 +269,7 @@ inline void bulk_wait() {}
 
 // ---- wgmma.cuh ----
 template <int SwizzleBytes> struct Descriptor {
-  static constexpr uint64_t kHigh =
-      (SwizzleBytes * 8 / 16) | (SwizzleBytes == 128 ? 1u : SwizzleBytes == 64 ? 2u : 3u) << 30;
+  static constexpr uint64_t kHigh = (SwizzleBytes * 8 / 16) | (SwizzleBytes == 128 ? 1u << 30 : 2u << 30);
   static uint32_t low(uint32_t a, int panel) { return (a >> 4) | (uint32_t(panel >> 4) << 16); }
   static uint64_t make(uint32_t low) { return (kHigh << 32) | low; }
 };
@@ -279,7 +278,7 @@ struct Operand {
   int row_bytes;
   explicit Operand(uint64_t d)
       : start((d & 0x3fff) << 4), leading((d >> 16 & 0x3fff) << 4),
-        stride((d >> 32 & 0x3fff) << 4), row_bytes(128 >> ((d >> 62) - 1)) {}
+        stride((d >> 32 & 0x3fff) << 4), row_bytes(d >> 62 == 1 ? 128 : 64) {}
   // Contiguous along the reduced axis: rows are m or n.
   uint32_t inner(int row, int k) const {
     return swizzled(start + row / 8 * stride + row % 8 * row_bytes + 2 * k, row_bytes);
@@ -292,15 +291,6 @@ struct Operand {
   }
 };
 inline std::barrier<>& warpgroup() { return *emulated::block->groups[emulated::thread / 128]; }
-inline bool any_of_warpgroup(int, bool x) {
-  auto& count = emulated::block->odd[emulated::thread / 128];
-  count += x;
-  warpgroup().arrive_and_wait();
-  bool any = count > 0;
-  warpgroup().arrive_and_wait();
-  count -= x;
-  return any;
-}
 template <class D, int N> struct Wgmma {
   template <class A, class B>
   static void multiply(float (&d)[N / 2], A a, B b, bool add) {
@@ -363,7 +353,6 @@ template <bool Once = false>
 void store_if(bool wanted, char* to, const uint32_t (&x)[4]) {
   if (wanted) std::memcpy(to, x, 16);
 }
-inline void store_word(uint32_t a, uint32_t x) { at_shared<uint32_t>(a) = x; }
 inline void set_shared(uint32_t a, int x) { at_shared<int>(a) = x; }
 inline int get_shared(uint32_t a) { return at_shared<int>(a); }
 inline void store_words(uint32_t a, const uint32_t* x) {
@@ -395,23 +384,6 @@ inline void load_tiles(uint32_t (&x)[4], uint32_t row) {
   int lane = emulated::thread % 32;
   for (int i = 0; i < 4; ++i)
     x[i] = at_shared<uint32_t>(shuffle(row, 8 * i + lane / 4) + lane % 4 * 4);
-}
-template <class D> uint32_t diagonal(int lane, float x) {
-  int k = 2 * (lane % 4), n = lane / 4;
-  return pack<D>(k == n ? x : 0.0f, k + 1 == n ? x : 0.0f);
-}
-// mma.m16n8k8: lane l holds of A the rows l / 4 and 8 more, of B the column l / 4, both at 2 * (l % 4).
-template <class D> void multiply_tile(float* d, uint32_t a0, uint32_t a1, uint32_t b) {
-  int lane = emulated::thread % 32;
-  for (int i = 0; i < 4; ++i)
-    for (int k = 0; k < 8; ++k) {
-      uint32_t x = shuffle(i / 2 ? a1 : a0, lane / 4 * 4 + k / 2);
-      uint32_t y = shuffle(b, (lane % 4 * 2 + i % 2) * 4 + k / 2);
-      d[i] += value_of<D>(x >> k % 2 * 16 & 0xffff) * value_of<D>(y >> k % 2 * 16 & 0xffff);
-    }
-}
-inline void discard(const float* line) {
-  const_cast<float*>(line)[0] = const_cast<float*>(line)[31] = nan();
 }
 inline void add_global(float* to, float a, float b, float c, float d, uint64_t = 0) {
   std::lock_guard hold(emulated::global_lock);

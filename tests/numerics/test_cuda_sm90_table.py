@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 
 from fa3_compile.lower import build_nvrtc
-from fa3_compile.lower.config_sm90 import Sm90Config, candidates, table
+from fa3_compile.lower.config_sm90 import DENSE, Sm90Config, candidates, table
 from fa3_compile.lower.render_cuda import CudaKey, render
 from fa3_compile.spec.attention import AttentionSpec
 
@@ -22,9 +22,11 @@ COLUMNS = {
     "scores": f"score=20.0*tanh(0.005*s), {CAUSAL}",
     "masks": "score=0.1*s, mask=load(0, b, q) == load(0, b, kv), aux=[int]",
     "dense": "score=0.1*s + load(0, b, h, q, kv), aux=[float]",
+    "dense rows": f"score=0.1*s + load(0, b, h, q, kv), {CAUSAL}, aux=[float]",
 }
 # What a column captures: C++ element types ("" for that of Q), axes of stride 1, the dense tile.
-CAPTURED = {"masks": (("int64_t",), ((2,),), None), "dense": (("",), ((3,),), 0)}
+CAPTURED = {"masks": (("int64_t",), ((2,),), None)}
+CAPTURED |= dict.fromkeys(("dense", "dense rows"), (("",), ((3,),), 0))
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Shipped:
     def __str__(self) -> str:
         c = self.config
         kind = "-packed" * c.packed + "-split" * c.split + "-optimistic" * c.optimistic
+        kind += "-dense-first" * c.dense_first
         return f"{self.column}-{self.dim}-{c.block_m}x{c.block_n}{kind}-{self.dtype}"
 
 
@@ -53,10 +56,11 @@ def shipped() -> list[Shipped]:
     for dim in table():
         for column in COLUMNS:
             tiles = candidates(
-                dim, dim, 4096, masked=column != "full", plain=column in ("full", "rows"),
-                dense_tile=column == "dense", asks_mask=column == "masks", capped=column == "scores",
+                dim, dim, 4096, masked=column not in ("full", "dense"),
+                plain=column in ("full", "rows"), dense_tile=column.startswith("dense"),
+                asks_mask=column == "masks", capped=column == "scores", begins=True,
             )  # fmt: skip
-            found += [(column, dim, x) for x in tiles]
+            found += [(column, dim, x) for x in tiles if column != "dense rows" or x.dense_first]
         found += [("rows", dim, candidates(dim, dim, 4096, True, True, False, split=True)[0])]
         few = candidates(dim, dim, 1, False, True, False)
         packed = candidates(dim, dim, 1, False, True, False, group=8)
@@ -81,6 +85,7 @@ def test_every_tile_of_the_table_is_among_them() -> None:
     here = {
         (x.dim, x.column, (x.config.block_m, x.config.block_n))
         for x in shipped()
-        if x.config.block_m > 64 and not x.config.split
+        if x.config.block_m > 64 and not x.config.split and not x.config.dense_first
     }
+    listed |= {(dim, "dense", (x.block_m, x.block_n)) for dim, x in DENSE.items()}
     assert here == listed

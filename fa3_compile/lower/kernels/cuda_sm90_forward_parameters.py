@@ -104,10 +104,11 @@ class ForwardParameters(Parameters):
         content = self._map(self.q, self.packing.rows, self.packing.heads)
         content += self._map(self.k, config.block_n) + self._map(self.v, config.block_n)
         places: Places = [(0, "q", 0), (MAP_BYTES, "k", 0), (2 * MAP_BYTES, "v", 0)]
-        tile, broadcast = self._tile()
+        dense, broadcast = self._tile()
         if self.key.tile is not None:
-            places.append((3 * MAP_BYTES, self.key.tile, 0))
-        content += tile
+            starts = range(len(content), len(content) + len(dense), MAP_BYTES)
+            places += [(at, self.key.tile, 0) for at in starts]
+        content += dense
         places += [(len(content), "out", 0), (len(content) + 8, "lse", 0)]
         content += struct.pack("QQqqq", 0, 0, *out_stride[:3])
         tiles = self.tiles * self.splits
@@ -159,10 +160,15 @@ class ForwardParameters(Parameters):
         return tensor_map(x, x.shape, x.stride(), (heads, rows, panel_columns(x.shape[3])))
 
     def _tile(self) -> tuple[bytes, tuple[int, int]]:
-        """The map of the dense tensor, and whether it has batches and heads of its own."""
+        """The maps of the dense tensor, in boxes of 64 keys and, where they do not make up a block,
+        of 16; and whether it has batches and heads of its own."""
         if self.key.tile is None:
             return bytes(MAP_BYTES), (0, 0)
-        return self.tile_map(self.aux[self.key.tile], self.key.config.block_m)
+        x, config = self.aux[self.key.tile], self.key.config
+        maps, own = self.tile_map(x, config.block_m)
+        if config.block_n % 64:
+            maps += self.tile_map(x, config.block_m, columns=16)[0]
+        return maps, own
 
     # The parts of a split.
 

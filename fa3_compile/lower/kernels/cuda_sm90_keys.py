@@ -12,7 +12,14 @@ from torch import Tensor
 
 from fa3_compile.lower.choose import Problem
 from fa3_compile.lower.config_sm90 import Sm90Config, candidates, smallest
-from fa3_compile.lower.cuda_terms import arrange, capped, map_kind, mask_parts, named_mask
+from fa3_compile.lower.cuda_terms import (
+    arrange,
+    capped,
+    factor_beside,
+    map_kind,
+    mask_parts,
+    named_mask,
+)
 from fa3_compile.lower.launch_cuda import describable
 from fa3_compile.lower.pace_sm90 import microseconds, work_of
 from fa3_compile.lower.remembered import remembered
@@ -126,13 +133,21 @@ def keys_of(problem: Problem, layout: Layout) -> list[CudaKey]:
         choose = functools.partial(
             candidates, problem.dim, problem.v_dim, problem.q_len, spec.has_mask, is_plain(spec),
             tile is not None, group, asks_mask=asks_mask(spec),
-            capped=capped(arrange(spec.score)) > 0,
+            capped=capped(arrange(spec.score)) > 0, begins=_may_begin_with(problem, tile),
         )  # fmt: skip
         configs = _paced(problem, choose(), choose(split=True), tile is not None)
         keys += _with_configs(
             spec, problem.dtype, problem.dim, problem.v_dim, configs, layout, tile
         )
     return keys
+
+
+def _may_begin_with(problem: Problem, tile: int | None) -> bool:
+    """Whether the score may begin with the dense tensor."""
+    load = tile_candidate(problem.spec)
+    if tile is None or load is None:
+        return False
+    return factor_beside(problem.spec.score, load, DTYPES[problem.dtype]) > 0
 
 
 @functools.lru_cache(maxsize=1024)

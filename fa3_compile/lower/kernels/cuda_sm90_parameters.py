@@ -99,17 +99,18 @@ class Parameters:
         return struct.pack("i", value)
 
     def tile_map(
-        self, x: Tensor, rows: int, strides: tuple[int, ...] = ()
+        self, x: Tensor, rows: int, strides: tuple[int, ...] = (), columns: int = 64
     ) -> tuple[bytes, tuple[int, int]]:
-        """A map of the dense (q, kv) tensor in boxes of 64 keys, or of one like it with other
-        strides, and whether it has batches and heads of its own."""
+        """A map of the dense (q, kv) tensor in boxes of `columns` keys, or of one like it with
+        other strides, and whether it has batches and heads of its own."""
         load = tile_candidate(self.spec)
         assert load is not None
         place = {axis: d for d, axis in enumerate(load.index) if axis != 0}
         sizes = [x.shape[place[a]] if a in place else 1 for a in E.COORDINATES]
         own = strides or x.stride()
         steps = [own[place[a]] if a in place else 1 for a in E.COORDINATES]
-        return tensor_map(x, sizes, steps, (1, rows, 64)), (int(E.B in place), int(E.H in place))
+        own_axes = int(E.B in place), int(E.H in place)
+        return tensor_map(x, sizes, steps, (1, rows, columns)), own_axes
 
     def lists(self, kind: str, shape: ListShape, lengths: tuple[int, int]) -> Launch:
         """The kernel that writes lists to the address "lists"; `lengths` of the axis that has

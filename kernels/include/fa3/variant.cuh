@@ -58,6 +58,7 @@ struct PlainVariant {
   static constexpr Dead kDead = Dead::kZero;   // what a row gets that sees no key
   static constexpr bool kBlockMap = false;     // key blocks come from lists built at run time
   static constexpr bool kDenseTile = false;    // a dense (q, kv) input arrives by TMA beside K
+  static constexpr float kFactor = 1.0f;       // of s, where the score is the tile and kFactor * s
   static constexpr bool kWeight = false;       // weight() is a factor after the softmax
   static constexpr bool kUniform = false;      // weight() takes uniform(seed(), b, h, q, kv)
 
