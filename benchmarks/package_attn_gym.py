@@ -8,7 +8,6 @@ from typing import Any
 import attn_gym.masks as masks  # pyright: ignore[reportMissingImports]
 import attn_gym.mods as mods  # pyright: ignore[reportMissingImports]
 import torch
-from torch.nn.attention import flex_attention as flex
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
 from benchmarks.package_case import Case, normal
@@ -17,8 +16,6 @@ BATCH, HEADS, LENGTH, DIM = 2, 4, 64, 8
 
 
 def _operands() -> tuple[torch.Tensor, ...]:
-    # PyTorch refuses flex_attention's gradients on a CPU only for want of a kernel.
-    flex._validate_device = lambda *_: None
     return tuple(normal(BATCH, HEADS, LENGTH, DIM) for _ in range(3))
 
 
