@@ -34,7 +34,10 @@ struct HeadsBeside {
   // The tile that was worked last, its head and KV block, in shared memory: registers are scarce in
   // between.
   FA3_DEVICE uint32_t last() const { return block.shared + Block::kAtLast + 8 * (thread() / 32); }
-  FA3_DEVICE void start() const { set_shared(last(), -1); }
+  FA3_DEVICE void start() const {
+    if (thread() % 32 == 0) set_shared(last(), -1);
+    __syncwarp();
+  }
 
   // ---- the producer ----
 

@@ -1,11 +1,11 @@
 """The gradients of an attention by CUDA C++ kernels for Hopper GPUs, in O(S) memory.
 
 Three launches: row terms, the main kernel (kernels/sm90/attention_bwd.cuh) and dQ from its fp32
-sums, where the main kernel leaves that; one more where a row may be NaN. They recompute P from the
-LSE, so any forward that writes the LSE of `fa3::attention` may have run before them. Rows without a
-key under a fill are added by Triton's kernels (triton_uniform_rows.py), sinks, which are O(S), by
-torch. dQ is summed in the order in which blocks come to it: where every bit has to be repeated, the
-Triton backward runs, which has no atomics.
+sums, as far as the main kernel leaves these to them; one more where a row may be NaN. They
+recompute P from the LSE, so any forward that writes the LSE of `fa3::attention` may have run before
+them. Rows without a key under a fill are added by Triton's kernels (triton_uniform_rows.py), sinks,
+which are O(S), by torch. dQ is summed in the order in which blocks come to it: where every bit has
+to be repeated, the Triton backward runs, which has no atomics.
 """
 
 from __future__ import annotations
