@@ -175,8 +175,11 @@ def candidates(
             configs = [first] * first.fits(dim_qk, dim_v, dense_tile) + configs
     if dense_tile and not split and not asks_mask:
         found = [DENSE_FIRST.get(largest)] * begins + [DENSE.get(largest)] * (not masked)
-        fitting = [x for x in found if x is not None and x.fits(dim_qk, dim_v, dense_tile)]
-        configs = [replace(x, longest_first=masked) for x in fitting] + configs
+        configs = [
+            replace(x, longest_first=masked)
+            for x in found
+            if x is not None and x.fits(dim_qk, dim_v, dense_tile) and x.block_m <= max(128, q_len)
+        ] + configs
     return tuple(configs)
 
 

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from fa3_compile import resources
 from fa3_compile.lower.choose import Problem
-from fa3_compile.lower.cuda_terms import aux_fields, uniform_fill
+from fa3_compile.lower.cuda_terms import aux_fields, factor_beside, uniform_fill
 from fa3_compile.lower.elements import Shape, elements
 from fa3_compile.lower.kernels.cuda_sm90_keys import keys_of, layout_of, tile_candidate
 from fa3_compile.lower.render_cuda import render
+from fa3_compile.spec.attention import AttentionSpec
 from tests.numerics.forms import CAUSAL, FORMS, Form, inputs, shape_for
 
 # What overflows, underflows or cancels where it is not printed as one thing. Two masks that are added
@@ -307,3 +308,25 @@ def check_blocks(kinds: Tensor, seen: Tensor, kind: str) -> None:
         assert torch.equal(kinds == 0, ~some)
     if kind == "Interval":
         assert torch.equal(kinds == 2, every)
+
+
+@pytest.mark.parametrize(
+    ("score", "dtype", "factor"),
+    [
+        ("0.125*s + load(0, b, h, q, kv)", "Bf16", 0.125),
+        ("s + load(0, 0, h, q, kv)", "Fp16", 1.0),  # T5
+        ("2.0*s + load(0, b, h, q, kv)", "Bf16", 2.0),
+        ("2.0*s + load(0, b, h, q, kv)", "Fp16", 0.0),  # Q might become infinite
+        ("0.001*s + load(0, b, h, q, kv)", "Fp16", 0.0),  # or lose its digits
+        ("-0.125*s + load(0, b, h, q, kv)", "Bf16", 0.0),
+        ("0.125*s + 0.5*load(0, b, h, q, kv)", "Bf16", 0.0),
+        ("0.125*s + load(0, b, h, q, kv) + 0.01*kv", "Bf16", 0.0),
+        ("0.125*s*load(1, h) + load(0, b, h, q, kv)", "Bf16", 0.0),
+        ("9.0*tanh(0.1*s) + load(0, b, h, q, kv)", "Bf16", 0.0),
+        ("0.125*s*load(0, b, h, q, kv)", "Bf16", 0.0),
+    ],
+)
+def test_which_scores_may_begin_with_a_dense_bias(score, dtype, factor) -> None:
+    spec = AttentionSpec.parse(f"attention(score={score}, aux=[float, float])")
+    tile = tile_candidate(spec)
+    assert tile is not None and factor_beside(spec.score, tile, dtype) == factor

@@ -183,9 +183,10 @@ def _paced(
     work = work_of(problem.spec, *shape, max(problem.dim, problem.v_dim))
     pace = functools.partial(microseconds, work=work, processors=processors(problem.device))
     first = configs[0]
-    if not dense and not asks_mask(problem.spec):
+    if not asks_mask(problem.spec):
         low = [x for x in configs if x.block_m == 128][:1]
-        low += [x for x in (smallest(first, problem.dim, problem.v_dim),) if x is not None]
+        if not dense:
+            low += [x for x in (smallest(first, problem.dim, problem.v_dim),) if x is not None]
         best = min(low, key=pace, default=first)
         if pace(best) * GAIN < pace(first):
             first = best
