@@ -89,12 +89,13 @@ def factor_beside(score: E.Expr, tile: E.load, dtype: str) -> float:
 
     dtype  "Bf16" or "Fp16": the type of Q
     """
-    factor = score.coeff(E.S)
-    if not factor.is_number or score != factor * E.S + tile:
+    coefficient = sympy.sympify(score.coeff(E.S))
+    if not coefficient.is_number or score != coefficient * E.S + tile:
         return 0.0
+    factor = float(coefficient)
     # Of Fp16: no element may be infinite, and few may be subnormal.
     least, most = {"Bf16": (2.0**-20, 2.0**20), "Fp16": (2.0**-6, 1.0)}[dtype]
-    return float(factor) if least <= factor <= most else 0.0
+    return factor if least <= factor <= most else 0.0
 
 
 @functools.lru_cache(maxsize=1024)

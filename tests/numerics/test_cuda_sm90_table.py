@@ -52,7 +52,7 @@ class Shipped:
 
 
 def shipped() -> list[Shipped]:
-    found = []
+    found: list[tuple[str, int, Sm90Config]] = []
     for dim in table():
         for column in COLUMNS:
             tiles = candidates(
@@ -65,7 +65,9 @@ def shipped() -> list[Shipped]:
         few = candidates(dim, dim, 1, False, True, False)
         packed = candidates(dim, dim, 1, False, True, False, group=8)
         found += [("full", dim, pair[i % 2]) for i, pair in enumerate(zip(few, packed))]
-    return [Shipped(*x[:2], ("Bf16", "Fp16")[i % 2], x[2]) for i, x in enumerate(found)]
+    return [
+        Shipped(column, dim, ("Bf16", "Fp16")[i % 2], x) for i, (column, dim, x) in enumerate(found)
+    ]
 
 
 def build(entry: Shipped) -> build_nvrtc.Built:
