@@ -145,7 +145,7 @@ Every other name is handed to Inductor, whose `mode=` works too (`mode="max-auto
 | variable | meaning |
 |---|---|
 | `FA3_CACHE_DIR` | where kernels are kept, see [the cache](kernels.md#the-cache) |
-| `TORCH_LOGS="+fa3_compile"` | a log line for every attention region, and the path of each generated kernel's source |
+| `TORCH_LOGS="+fa3_compile"` | a log line for every attention region and each kernel's source |
 
 ## Kernel families
 
