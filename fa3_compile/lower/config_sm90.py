@@ -112,7 +112,7 @@ DENSE = {
     64: Sm90Config(192, 128, optimistic=True),
     128: Sm90Config(128, 128, held_queries=True, optimistic=True),
 }
-DENSE_FIRST = dict.fromkeys(
+DENSE_FIRST: dict[int, Sm90Config] = dict.fromkeys(
     (64, 128), Sm90Config(128, 128, held_queries=True, optimistic=True, dense_first=True)
 )
 
