@@ -94,6 +94,11 @@ def test_shared_subexpressions_get_a_variable():
     assert results[1] == "u0 < 3"
 
 
+def test_small_softpluses_keep_their_digits():
+    softplus = parse("log(exp(s) + 1)")
+    assert TorchPrinter().print(softplus) == "torch.log1p(torch.exp(s))"
+
+
 def test_what_a_language_lacks_is_named():
     with pytest.raises(UnprintableError, match="lgamma"):
         TorchPrinter().print(sympy.Function("lgamma")(sympy.Symbol("s", real=True)))
