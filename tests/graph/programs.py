@@ -93,6 +93,8 @@ def by_hand(choices: Choices, device: str) -> Program:
     grows = "cube" in modifiers or captured == "temperature"
     if scale == "sharp" and (grows or softmax in (*parts.NEEDS_KEYS, *parts.UNNORMALISED)):
         scale = "after"  # powers and exponentials overflow
+    if scale == "sharp" and after and dtype is not None:
+        scale = "after"  # all weight on one key: docs/numerics.md
     if softmax == "divided late" and (mutant or sink):
         softmax = "by hand"
     plain = softmax in parts.UNNORMALISED
