@@ -55,10 +55,11 @@ class Access:
 #
 # A copy without a tensor map (cp.async.bulk) passes for a write of the thread that starts it, and
 # the bytes that it brings to an mbarrier for nothing: row terms, and pieces of dQ. In warps that
-# hand P^T over, one lane arrives behind a __syncwarp, for all.
+# hand P^T over, or have looked at a tile, one lane arrives behind a __syncwarp, for all.
 ORDERED = {
     ("fa3::bulk_load", "fa3::load_shared"): "kFull and kEmpty, or kPieceFull",
     ("fa3::store_words", "fa3::load_words"): "kWeightsFull and kWeightsEmpty",
+    ("fa3::TileRing::publish", "fa3::TileRing::look"): "kTileFull and kTileEmpty",
 }
 
 

@@ -53,9 +53,13 @@ def test_accesses_that_mbarriers_order_are_told_from_races() -> None:
     give = "Write access at fa3::store_words(unsigned int)+0x6fd0 in fragment.cuh:67"
     take = "Read access at fa3::load_words(unsigned int *)+0x2300 in fragment.cuh:73"
     look = "Read access at fa3::TileRing::look() const+0x610 in /work/fa3/tile_ring.cuh:27"
+    tell = (
+        "Write access at fa3::TileRing::publish(const fa3::TileCoord &)+0x8710 in tile_ring.cuh:16"
+    )
     assert races(copy, read) == races(read, copy) == races(take, give) == {"ordered": 1}
+    assert races(look, tell) == {"ordered": 1}
     assert races(copy, read, look, read) == {"ordered": 2, "error": 1}
-    for race in ((give, read), (copy, take), (copy, copy), (look, give), (read, look)):
+    for race in ((give, read), (copy, take), (copy, copy), (look, give), (tell, read)):
         assert races(*race) == {"error": 1}
     assert races(copy) == races("Write access at") == {"error": 1}
     assert races("Write access at attention_bwd+0x10", "Read access at 0x20") == {"error": 1}
