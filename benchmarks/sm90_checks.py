@@ -94,7 +94,8 @@ FORWARD = (
 BACKWARD = (
     ("full", 64), ("causal", 128), ("window", 96), ("softcap", 64), ("alibi", 128),
     ("dense bias", 64), ("dense bias, one batch", 128), ("left padding", 64), ("documents", 128),
-    ("dense mask", 64), ("sink", 64), ("window, nan", 64), ("dropout, causal", 64), ("full", 256), ("causal", 256),
+    ("dense mask", 64), ("sink", 64), ("window, nan", 64), ("dropout, causal", 64), ("full", 256),
+    ("causal", 256),
 )  # fmt: skip
 TRITON = (
     ("causal", 128), ("softcap", 64), ("documents", 64), ("dense bias", 64), ("relative bias", 64),
