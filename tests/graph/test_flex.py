@@ -440,6 +440,10 @@ class TestArguments:
         report = check(attention, *qkv(), dynamic=True)
         assert_expected_inline(specs(report), """attention(score=0.25*s - abs(kv - q))""")
 
+    @pytest.mark.skipif(
+        torch.__version__ >= "2.15",
+        reason="torch 2.15 takes no symbolic float for a score_mod, whatever the backend",
+    )
     def test_numbers_that_change(self):
         def attention(q, k, v, scale):
             n = k.size(2) // 2
