@@ -165,22 +165,18 @@ def load(key: Key) -> Built:
 
     Raises BuildError.
     """
+    name = hashlib.sha256(f"{key.digest} {compiler()}".encode()).hexdigest()[:24]
     with _being_built.setdefault(key, threading.Lock()):
         try:
-            built = _loaded(key)
-            log.debug("%s: %s", key.spec, cache.folder(KIND, _name(key)) / SOURCE)
+            built = _loaded(key, name)
+            log.debug("%s: %s", key.spec, cache.folder(KIND, name) / SOURCE)
             return built
         finally:
             _being_built.pop(key, None)
 
 
-def _name(key: Key) -> str:
-    """The kernel's entry in the cache."""
-    return hashlib.sha256(f"{key.digest} {compiler()}".encode()).hexdigest()[:24]
-
-
-def _loaded(key: Key) -> Built:
-    name = _name(key)
+def _loaded(key: Key, name: str) -> Built:
+    """The kernel whose entry in the cache has this name, built where there is none."""
     if (files := cache.read(KIND, name)) is not None:
         facts = json.loads(files["config.json"])["built"]
         return Built(files["kernel.cubin"], files["log"].decode(), **facts)

@@ -27,7 +27,7 @@ class Sm90BackwardConfig:
                    stores its gradient, to which the others add
     finishes       dQ is rounded to 16 bits by the main kernel's idle warps, not after it
     beside         row terms of heads that are worked next are computed, and dQ of those that were
-                   worked before is rounded, by the main kernel as its tiles begin; wide ones only
+                   worked before is rounded, by the main kernel between its tiles; wide ones only
     """
 
     block_m: int
