@@ -11,8 +11,9 @@ from torch import fx
 from fa3_compile.errors import Decline
 from fa3_compile.frontend.lift import truth
 from fa3_compile.frontend.placeholders import some, without_some
-from fa3_compile.spec import simplify
 from fa3_compile.spec.expr import KV, Expr, depends_on, where
+from fa3_compile.spec.normal_form import tidy, tidy_mask
+from fa3_compile.spec.selects import assuming
 from fa3_compile.spec.separate import Separated
 
 
@@ -28,15 +29,15 @@ def merged(
 
     may_lose_rows: whether all visible scores of a row may be -inf.
     """
-    kept = simplify.tidy_mask(kept)
+    kept = tidy_mask(kept)
     separated, kept = _rows_filled(separated, kept, may_lose_rows)
     if separated.dead == "score":
         multiplied, weight = _conditions(weight)
-        kept = simplify.tidy_mask(sympy.And(kept, multiplied))
+        kept = tidy_mask(sympy.And(kept, multiplied))
         if _conjuncts(kept) == _conjuncts(separated.mask):
             separated = dataclasses.replace(separated, dead="zero", fill=None)
-            return separated, simplify.tidy(weight), sympy.true
-        return separated, simplify.tidy(weight * where(kept, 1, 0)), sympy.true
+            return separated, tidy(weight), sympy.true
+        return separated, tidy(weight * where(kept, 1, 0)), sympy.true
     if kept == sympy.true or separated.certain or separated.dead == "zero":
         weight = _where_masked(weight * where(kept, 1, 0), separated.mask)
         return separated, weight, sympy.true
@@ -66,12 +67,12 @@ def _rows_filled(
     for condition in _conjuncts(kept):
         asked = condition.lhs if isinstance(condition, sympy.Ne) else None
         if isinstance(asked, some) and not may_lose_rows:
-            shown = simplify.tidy_mask(truth(asked.args[1]))
+            shown = tidy_mask(truth(asked.args[1]))
             if _conjuncts(shown) == _conjuncts(separated.mask):
                 separated = dataclasses.replace(separated, dead="zero", fill=None)
                 continue
         rest.append(condition)
-    return separated, simplify.tidy_mask(without_some(sympy.And(*rest)))
+    return separated, tidy_mask(without_some(sympy.And(*rest)))
 
 
 def _conjuncts(mask: Boolean) -> set[Boolean]:
@@ -94,5 +95,5 @@ def _conditions(weight: Expr) -> tuple[Boolean, Expr]:
 def _where_masked(weight: Expr, mask: Boolean) -> Expr:
     """The weight where the mask holds: what is 0 or 1 by the mask alone is left out."""
     facts = frozenset(_conjuncts(mask)) - {sympy.true}
-    weight = simplify.tidy(weight)
-    return simplify.tidy(simplify.assuming(weight, facts)) if facts else weight
+    weight = tidy(weight)
+    return tidy(assuming(weight, facts)) if facts else weight

@@ -16,9 +16,10 @@ from fa3_compile.frontend.detect import Reading
 from fa3_compile.frontend.normalize import without_abs
 from fa3_compile.frontend.product import sides_of
 from fa3_compile.frontend.sizes import hint
-from fa3_compile.spec import simplify, unnormalised
+from fa3_compile.spec import unnormalised
 from fa3_compile.spec.expr import KV, Expr, Q, loads_in
 from fa3_compile.spec.index import Ranges, is_nonnegative
+from fa3_compile.spec.normal_form import tidy
 from fa3_compile.spec.separate import Separated, in_float32, separate, unmasked, without_dead_rows
 
 Fields = tuple[Separated, Expr, Boolean, tuple[Expr, ...]]
@@ -34,7 +35,7 @@ def read_fields(
     """
     softmax, at = reading.term.softmax, reading.skeleton.output
     score = in_coordinates(reading.score)
-    sinks = tuple(simplify.tidy(in_coordinates(x)) for x in reading.scores.sinks)
+    sinks = tuple(tidy(in_coordinates(x)) for x in reading.scores.sinks)
     how = {
         "half_fill": _scores_dtype(reading) == torch.float16,
         "dead_rows_zero": softmax.dead_rows_zero or reading.term.zeroed,

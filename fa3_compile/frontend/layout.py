@@ -19,7 +19,6 @@ from fa3_compile.frontend.placeholders import D
 from fa3_compile.frontend.region import Layout, Region
 from fa3_compile.frontend.sizes import hint
 from fa3_compile.frontend.trace import Shadow
-from fa3_compile.spec import simplify
 from fa3_compile.spec.attention import OUT_ORDERS, AttentionSpec
 from fa3_compile.spec.expr import (
     KV,
@@ -34,6 +33,7 @@ from fa3_compile.spec.expr import (
     loads_in,
     size_symbol,
 )
+from fa3_compile.spec.normal_form import tidy
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -96,7 +96,7 @@ def region(shadow: Shadow, reading: Reading) -> Region:
         spec=AttentionSpec.parse(str(spec)),
         loads=loads,
         sizes=sizes,
-        coefficient=simplify.tidy(coefficient),
+        coefficient=tidy(coefficient),
         rows=rows,
         nan_rows=nan_rows,
         coefficient_loads=coefficient_loads,

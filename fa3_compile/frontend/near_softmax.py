@@ -8,7 +8,7 @@ from torch import fx
 from fa3_compile.errors import Decline
 from fa3_compile.frontend.placeholders import row_stat
 from fa3_compile.spec.expr import KV, Expr, depends_on
-from fa3_compile.spec.simplify import floored
+from fa3_compile.spec.fills import floored
 
 BLOCK_BY_BLOCK = "Write one softmax over all keys: its kernel goes through them block by block."
 

@@ -15,7 +15,7 @@ import sympy
 from sympy.logic.boolalg import Boolean, BooleanAtom
 
 from fa3_compile.spec import expr as E
-from fa3_compile.spec.simplify import bias_of
+from fa3_compile.spec.mask_biases import bias_of
 
 LOG2E = sympy.Float(math.log2(math.e))
 

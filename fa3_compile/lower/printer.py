@@ -21,7 +21,7 @@ import sympy
 
 from fa3_compile.lower.shared_parts import shared_parts
 from fa3_compile.spec import expr as E
-from fa3_compile.spec.simplify import bias_of
+from fa3_compile.spec.mask_biases import bias_of
 
 # Binding strength of a printed piece; an operand weaker than its operator gets parentheses.
 LOW, ADD, MUL, ATOM = range(4)

@@ -12,7 +12,7 @@ from sympy.logic.boolalg import Boolean
 
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.expr import Expr, where
-from fa3_compile.spec.simplify import bias_of
+from fa3_compile.spec.mask_biases import bias_of
 
 ZERO = sympy.S.Zero
 

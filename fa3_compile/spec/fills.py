@@ -11,7 +11,7 @@ import sympy
 from sympy.logic.boolalg import Boolean
 
 from fa3_compile.spec.expr import Expr, S, load, where
-from fa3_compile.spec.simplify import bias_of, cancelling_term, floored
+from fa3_compile.spec.mask_biases import bias_of, cancelling_term
 from fa3_compile.spec.value_bounds import value_bounds
 
 # No product of finite inputs that a softmax could use comes near it, and exp of the distance
@@ -22,6 +22,20 @@ MODERATE = 1e-4
 # exp(-150) is zero in float32, subnormals included.
 NEGLIGIBLE = 150.0
 LOWEST = sympy.Float(-3.4028234663852886e38)
+
+
+class floored(sympy.Function):
+    """`floored(x, c, share)`: the larger of x and a fill c, as one thing until `tidy` writes it
+    out. Where both are the fill, x has this share of the gradient."""
+
+    nargs = 3
+    is_real = True
+    is_commutative = True
+
+    def below(self) -> Expr:
+        """What it is where x is not above the fill."""
+        x, floor, share = self.args
+        return where(x < floor, floor, share * x + (1 - share) * floor)
 
 
 def bounded_reach(expr: Expr, largest_s: float | None) -> float | None:

@@ -14,13 +14,9 @@ from sympy.logic.boolalg import Boolean
 
 from fa3_compile.spec import fills
 from fa3_compile.spec.expr import KV, Expr, load, where
-from fa3_compile.spec.simplify import (
-    assuming,
-    exact_at_one,
-    merge_conditions,
-    tidy,
-    tidy_mask,
-)
+from fa3_compile.spec.mask_biases import exact_at_one
+from fa3_compile.spec.normal_form import tidy, tidy_mask
+from fa3_compile.spec.selects import assuming, merge_conditions
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,11 @@ import math
 import sympy
 from sympy.logic.boolalg import Boolean
 
-from fa3_compile.spec import simplify
 from fa3_compile.spec.expr import KV, Expr, Q, S, erf, load, uniform, where
 from fa3_compile.spec.fills import LOWEST, MODERATE, OUT_OF_REACH
+from fa3_compile.spec.mask_biases import bias_of, exact_at_one
+from fa3_compile.spec.normal_form import tidy, tidy_mask
+from fa3_compile.spec.selects import assuming, merge_conditions
 from fa3_compile.spec.value_bounds import as_extreme
 
 # Conditions that are looked at together: each doubles the cases.
@@ -35,22 +37,22 @@ def separate(expr: Expr) -> tuple[Expr, Boolean]:
 
     InfiniteWeight where it is NaN or infinite for every finite s, or sums of it are.
     """
-    expr = simplify.tidy(simplify.exact_at_one(simplify.merge_conditions(expr)))
-    mask = simplify.tidy_mask(sympy.Not(_zero(expr, MOST_CONDITIONS)))
-    return simplify.tidy(_where_holds(expr, mask)), mask
+    expr = tidy(exact_at_one(merge_conditions(expr)))
+    mask = tidy_mask(sympy.Not(_zero(expr, MOST_CONDITIONS)))
+    return tidy(_where_holds(expr, mask)), mask
 
 
 def _where_holds(expr: Expr, condition: Boolean) -> Expr:
     """The expression where the condition holds: selects and comparisons that it decides."""
     facts = frozenset(sympy.And.make_args(condition)) - {sympy.true}
-    refuted = [simplify.tidy_mask(sympy.Not(x)) for x in facts]
+    refuted = [tidy_mask(sympy.Not(x)) for x in facts]
     known = dict.fromkeys(refuted, sympy.false) | dict.fromkeys(facts, sympy.true)
     of_several = [set(x.args) for x in refuted if isinstance(x, sympy.And)]
     for both in expr.atoms(sympy.And) if of_several else ():
         if any(x <= set(both.args) for x in of_several):
             known[both] = sympy.false
     try:
-        return simplify.assuming(expr, facts).xreplace(known) if facts else expr
+        return assuming(expr, facts).xreplace(known) if facts else expr
     except (TypeError, ValueError) as error:
         if not expr.has(sympy.oo, -sympy.oo):
             raise
@@ -75,7 +77,7 @@ def _zero(expr: Expr, left: int) -> Boolean:
             raise InfiniteWeight(f"a weight is {value}")
         return sympy.true if _vanishes(value) else sympy.false
     cases = []
-    for known in (condition, simplify.tidy_mask(sympy.Not(condition))):
+    for known in (condition, tidy_mask(sympy.Not(condition))):
         case = _where_holds(expr, known)
         if case == expr:
             return sympy.false
@@ -85,7 +87,7 @@ def _zero(expr: Expr, left: int) -> Boolean:
 
 def _bias(expr: Expr) -> tuple[Expr, Expr, Expr] | None:
     """(select, fill, x): the first mask x of 0 and 1 that is added as the fill and 0."""
-    biases = [(x, simplify.bias_of(x)) for x in sorted(expr.atoms(where), key=str)]
+    biases = [(x, bias_of(x)) for x in sorted(expr.atoms(where), key=str)]
     found = [(x, -bias[0], bias[1]) for x, bias in biases if bias and -bias[0] <= OUT_OF_REACH]
     return found[0] if found else None
 
@@ -96,7 +98,7 @@ def _compared(expr: Expr, mask: Expr, value: int) -> Expr:
     factor, read = term.as_coeff_Mul()
     solved = sympy.expand((value - mask + term) / factor)
     conditions = {x.args[0] for x in expr.atoms(where) if S in x.args[0].free_symbols}
-    return expr.xreplace({x: simplify.tidy_mask(x.subs(read, solved)) for x in conditions})
+    return expr.xreplace({x: tidy_mask(x.subs(read, solved)) for x in conditions})
 
 
 def _condition(expr: Expr) -> Boolean | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from fa3_compile.spec.mask_biases import exact_at_one
 from fa3_compile.spec.separate import separate
-from fa3_compile.spec.simplify import exact_at_one
 from fa3_compile.spec.text import parse, text
 
 LOWEST = "3.4028234663852886e+38"

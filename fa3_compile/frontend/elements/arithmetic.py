@@ -27,9 +27,9 @@ from fa3_compile.frontend.lift import (
 )
 from fa3_compile.frontend.placeholders import prob
 from fa3_compile.spec.expr import Expr, S, loads_in, where
-from fa3_compile.spec.fills import OUT_OF_REACH
+from fa3_compile.spec.fills import OUT_OF_REACH, floored
 from fa3_compile.spec.index import bounds, divide, remainder
-from fa3_compile.spec.simplify import exact_at_one, floored
+from fa3_compile.spec.mask_biases import exact_at_one
 
 aten = torch.ops.aten
 

@@ -23,7 +23,7 @@ from fa3_compile.runtime.cpu_backward import cpu_backward
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.expr import KV, Boolean, Expr, Q, S, depends_on, load, loads_in, where
 from fa3_compile.spec.fills import OUT_OF_REACH
-from fa3_compile.spec.simplify import bias_of
+from fa3_compile.spec.mask_biases import bias_of
 
 CAUSAL = sympy.Le(KV, Q)
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

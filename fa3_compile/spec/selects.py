@@ -1,0 +1,65 @@
+"""Selects: those of one condition merged, those that are decided replaced by a branch."""
+
+from __future__ import annotations
+
+import sympy
+from sympy.logic.boolalg import Boolean
+
+from fa3_compile.spec.expr import Expr, load, where
+from fa3_compile.spec.mask_biases import apart, cancelling_term
+from fa3_compile.spec.normal_form import tidy_mask
+
+
+def merge_conditions(expr: Expr) -> Expr:
+    """where(c, a, b) + where(c, x, y) -> where(c, a + x, b + y); constants that a select's branch
+    cancels are taken into it."""
+    if not isinstance(expr, sympy.Add):
+        if expr.args and not isinstance(expr, (load, Boolean)):
+            args = [x if isinstance(x, Boolean) else merge_conditions(x) for x in expr.args]
+            return expr.func(*args) if tuple(args) != expr.args else expr
+        return expr
+    if (term := cancelling_term(expr)) is not None:
+        rest, bias = apart(expr, term)
+        if isinstance(bias, where):
+            return merge_conditions(rest + bias)
+    selects: dict[Boolean, list[where]] = {}
+    rest = []
+    for term in map(merge_conditions, expr.args):
+        coefficient, inner = term.as_coeff_Mul()
+        if isinstance(inner, where):
+            scaled = where(inner.args[0], *(coefficient * x for x in inner.args[1:]))
+            selects.setdefault(inner.args[0], []).append(scaled)
+        else:
+            rest.append(term)
+    merged = []
+    for condition, group in selects.items():
+        opposite = sympy.Not(condition)
+        if opposite in selects and str(opposite) < str(condition):
+            continue
+        both = [*group]
+        if opposite in selects:
+            both += [where(condition, g.args[2], g.args[1]) for g in selects[opposite]]
+        merged.append(
+            where(condition, sum(g.args[1] for g in both), sum(g.args[2] for g in both))
+            if all(isinstance(g, where) for g in both)
+            else sum(both)
+        )
+    return sympy.Add(*rest, *merged)
+
+
+def assuming(expr: Expr, facts: frozenset[Boolean]) -> Expr:
+    """The expression where the facts hold: selects that they decide are replaced by a branch."""
+    if isinstance(expr, where):
+        condition, a, b = expr.args
+        opposite = tidy_mask(sympy.Not(condition))
+        if set(sympy.And.make_args(condition)) <= facts:
+            return assuming(a, facts)
+        if set(sympy.And.make_args(opposite)) <= facts:
+            return assuming(b, facts)
+        a = assuming(a, facts | {*sympy.And.make_args(condition)})
+        b = assuming(b, facts | {*sympy.And.make_args(opposite)})
+        return where(condition, a, b)
+    if not expr.args or isinstance(expr, (load, Boolean)):
+        return expr
+    args = [assuming(x, facts) for x in expr.args]
+    return expr.func(*args) if tuple(args) != expr.args else expr
