@@ -1,7 +1,7 @@
 """How long the tiles of an attention keep a Hopper GPU's processors, to choose where they are few.
 
-Fitted to 208 times of benchmarks/sm90_shapes.py on an H100, in microseconds; 10% off (rms), which
-tells tiles apart that leave processors idle and says nothing of tiles that do not.
+Fitted to 208 times of benchmarks/kernels/sm90_shapes.py on an H100, in microseconds; 10% off (rms),
+which tells tiles apart that leave processors idle and says nothing of tiles that do not.
 """
 
 from __future__ import annotations

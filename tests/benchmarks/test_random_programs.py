@@ -1,8 +1,8 @@
-"""What benchmarks/random_programs.py counts, and that a seed gives the same programs again."""
+"""What benchmarks/coverage/random_programs.py counts, and that a seed gives the same programs again."""
 
 from __future__ import annotations
 
-from benchmarks.random_programs import Drawn, Outcome, Recorder, Tally
+from benchmarks.coverage.random_programs import Drawn, Outcome, Recorder, Tally
 from fa3_compile.lower import choose
 
 

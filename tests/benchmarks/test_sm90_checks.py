@@ -1,11 +1,11 @@
-"""benchmarks/sm90_checks.py and sanitizer.py: what their findings say, and what was not reached."""
+"""benchmarks/kernels/sm90_checks.py and sanitizer.py: what their findings say, and what was not reached."""
 
 import subprocess
 import sys
 import time
 
-from benchmarks.sanitizer import findings
-from benchmarks.sm90_checks import Shard, finish
+from benchmarks.kernels.sanitizer import findings
+from benchmarks.kernels.sm90_checks import Shard, finish
 
 LOG = """\
 ========= COMPUTE-SANITIZER

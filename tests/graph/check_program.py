@@ -1,4 +1,4 @@
-"""The rule for one random program, for the test and for benchmarks/random_programs.py."""
+"""The rule for one random program, for the test and for benchmarks/coverage/random_programs.py."""
 
 from __future__ import annotations
 

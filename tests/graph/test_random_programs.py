@@ -1,7 +1,7 @@
 """Random attention programs: eager's numbers and gradients, and no fusion of what is no attention.
 
 `FA3_RANDOM_PROGRAMS=5000 pytest tests/graph/test_random_programs.py` runs more of them.
-benchmarks/random_programs.py runs many thousand and keeps a summary.
+benchmarks/coverage/random_programs.py runs many thousand and keeps a summary.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Attention forms that every kernel family has to compute, with the tensors they capture.
 
-No pytest here: benchmarks/sm90_dev.py runs the same on machines that have none.
+No pytest here: benchmarks/kernels/sm90_forward.py runs the same on machines that have none.
 """
 
 from __future__ import annotations

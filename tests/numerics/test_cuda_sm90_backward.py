@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.sm90_backward_dev import asked, checks, compare
+from benchmarks.kernels.sm90_backward import asked, checks, compare
 from fa3_compile.lower.kernels import cuda_sm90_backward as backward
 from fa3_compile.lower.kernels.cuda_sm90 import CudaSm90
 from fa3_compile.lower.kernels.reference import attention_backward

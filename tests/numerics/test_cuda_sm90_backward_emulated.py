@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.sm90_backward_dev import compare
+from benchmarks.kernels.sm90_backward import compare
 from fa3_compile import resources
 from fa3_compile.lower.build_nvrtc import Built
 from fa3_compile.lower.choose import Problem

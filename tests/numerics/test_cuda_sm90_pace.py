@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.sm90_shapes import MODELS
+from benchmarks.kernels.sm90_shapes import MODELS
 from fa3_compile.lower.choose import Problem
 from fa3_compile.lower.config_sm90 import Sm90Config
 from fa3_compile.lower.kernels import cuda_sm90_keys

@@ -1,6 +1,6 @@
 """Are the models of tests/models/zoo.py right on this GPU, against eager in float64?
 
-    python benchmarks/models.py check [--training] [--out FILE.csv] [NAME ...]
+    python benchmarks/coverage/models.py check [--training] [--out FILE.csv] [NAME ...]
 
 Several processes at once. How fast models are: benchmarks/run.py.
 """
@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 PROCESSES = 8
 

@@ -1,6 +1,6 @@
 """What becomes of the attention of every architecture in the installed transformers, on the CPU.
 
-    python benchmarks/architectures.py --out FILE.csv [--implementation sdpa] [MODEL_TYPE ...]
+    python benchmarks/coverage/architectures.py --out FILE.csv [MODEL_TYPE ...]
 
 A tiny model of each `model_type` (tiny_config.py) takes padded inputs (tiny_inputs.py), its
 attention is rewritten, and outputs and all gradients are compared with float64 eager. Each runs in
@@ -32,12 +32,12 @@ import transformers
 from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import tiny_settings
-from benchmarks.tiny_config import tiny_fields
-from benchmarks.tiny_inputs import candidates
+from benchmarks.coverage import tiny_settings
+from benchmarks.coverage.tiny_config import tiny_fields
+from benchmarks.coverage.tiny_inputs import candidates
 from fa3_compile.report import collect
 from fa3_compile.source import where
 from fa3_compile.testing import assert_matches_eager

@@ -1,6 +1,6 @@
 """Other ways to build a Hopper forward against the one that runs: the same numbers, and how fast.
 
-    python benchmarks/sm90_forward_variants.py [CASE ...]    on a Hopper GPU
+    python benchmarks/kernels/sm90_forward_variants.py [CASE ...]    on a Hopper GPU
 
 Each row is a configuration of one case, all of a case in turn in one process; `diff` is the
 largest distance of its output and its LSE from the first row's, `error` what one head's first rows
@@ -16,12 +16,21 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import Tensor
 
-from benchmarks.sm90_dev import TOKENS, WIDTH, WORKERS, Timed, interleaved, made, problem_of, timed
+from benchmarks.kernels.sm90_forward import (
+    TOKENS,
+    WIDTH,
+    WORKERS,
+    Timed,
+    interleaved,
+    made,
+    problem_of,
+    timed,
+)
 from fa3_compile.lower.build_nvrtc import Built, load
 from fa3_compile.lower.kernels.cuda_sm90 import bind
 from fa3_compile.lower.kernels.cuda_sm90_keys import keys_of, layout_of
@@ -48,9 +57,9 @@ S = score(128)
 BIAS = "load(0, 0, h, q, kv)"
 
 
-# Beside those of sm90_dev.py; `bias infinite` and `bias least` hold a causal mask, as -inf and as
-# finfo.min; `ragged` are documents of random lengths. `far`: one score in four is
-# where a softcap is no polynomial, `some`: one in 2000.
+# Beside those of sm90_forward.py; `bias infinite` and `bias least` hold a causal mask, as -inf and
+# as finfo.min; `ragged` are documents of random lengths. `far`: one score in four is where a
+# softcap is no polynomial, `some`: one in 2000.
 OWN = (
     *(Timed(f"softcap{d}", f"{score(d, 50.0)}, {CAUSAL}", d, N, 0.5) for d in (64, 96, 256)),
     *(Timed(f"causal{d}", f"{score(d)}, {CAUSAL}", d, N, 0.5) for d in (64, 80, 96, 192, 256)),

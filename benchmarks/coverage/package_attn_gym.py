@@ -10,7 +10,7 @@ import attn_gym.mods as mods  # pyright: ignore[reportMissingImports]
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
-from benchmarks.package_case import Case, normal
+from benchmarks.coverage.package_case import Case, normal
 
 BATCH, HEADS, LENGTH, DIM = 2, 4, 64, 8
 

@@ -1,13 +1,14 @@
 """Absorbed latent attention (DeepSeek-V2, section 2.1) with the Triton kernel: 128 query heads read
 one head of keys, 576 wide, of which the first 512 columns are the values.
 
-    python benchmarks/latent_dev.py check    on a GPU: numbers of wide heads against float64
-    python benchmarks/latent_dev.py time     on a GPU: decoding and a prompt, against eager and SDPA
-    python benchmarks/latent_dev.py tiles    on a GPU: other tiles and parts for the same
-    python benchmarks/latent_dev.py model    on a GPU: DeepSeek's step through torch.compile, and
-                                             decoding of grouped heads 128 wide
+    python benchmarks/kernels/triton_latent.py JOB
 
-Full numbers go to $OUT (default: the current directory).
+check    numbers of wide heads against float64
+time     decoding and a prompt, against eager and SDPA
+tiles    other tiles and parts for the same
+model    DeepSeek's step through torch.compile, and decoding of grouped heads 128 wide
+
+on a GPU. Full numbers go to $OUT (default: the current directory).
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.sm90_decode import copy_bandwidth, replayed
+from benchmarks.kernels.sm90_decode import copy_bandwidth, replayed
 from fa3_compile.backend import fa3
 from fa3_compile.lower import tune_forward
 from fa3_compile.lower.choose import KernelBuildError, Problem

@@ -1,6 +1,6 @@
 """Other ways to build a Hopper backward against the one that runs: right, and how fast.
 
-`benchmarks/sm90_backward_dev.py next` runs this. A variant is one of the candidates of
+`benchmarks/kernels/sm90_backward.py all` runs this. A variant is one of the candidates of
 `cuda_sm90_backward_keys.keys_of`; the first of a row is what is built without it.
 """
 
@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.sm90_backward_dev import asked, backward_problem, compare, gradients_of
-from benchmarks.sm90_dev import (
+from benchmarks.kernels.sm90_backward import asked, backward_problem, compare, gradients_of
+from benchmarks.kernels.sm90_forward import (
     OUT,
     TOKENS,
     WIDTH,

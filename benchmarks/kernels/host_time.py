@@ -1,6 +1,6 @@
 """What a call costs the host: launches, binding, building, tuning.
 
-    python benchmarks/launch_dev.py [calls] [parts] [cache] [build] [ahead] [tune] [dead]
+    python benchmarks/kernels/host_time.py [calls] [parts] [cache] [build] [ahead] [tune] [dead]
 
 on a CUDA GPU; all of them where none is named:
 
@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import Tensor

@@ -1,8 +1,10 @@
 """Triton kernels with a factor after the softmax, and gradients of tables, on a GPU.
 
-python benchmarks/triton_weight_dev.py check   # masks bit by bit, gradients, repetitions
-python benchmarks/triton_weight_dev.py time    # dropout, tables: beside the same without
-python benchmarks/triton_weight_dev.py lists   # documents, padding: with lists and without
+    python benchmarks/kernels/triton_weight.py JOB
+
+check   masks bit by bit, gradients, repetitions
+time    dropout, tables: beside the same without
+lists   documents, padding: with lists and without
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import Tensor
@@ -267,7 +272,7 @@ def main() -> None:
     parser.add_argument("job", choices=("check", "time", "lists"))
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("benchmarks/triton_weight_dev.py needs a CUDA device")
+        sys.exit("benchmarks/kernels/triton_weight.py needs a CUDA device")
     pool = ProcessPoolExecutor(8, mp_context=get_context("spawn"))
     if args.job == "time":
         FORMS["plain causal"] = (f"score=0.1*s, {CAUSAL}", (), 0)

@@ -1,9 +1,9 @@
 """The Hopper forward kernel on few queries and long caches.
 
-    python benchmarks/sm90_decode.py [NAME ...]    on a Hopper GPU: GB/s of keys and values
-    python benchmarks/sm90_decode.py grow          on a Hopper GPU: host time, a key more a call
+    python benchmarks/kernels/sm90_decode.py [NAME ...]    GB/s of keys and values
+    python benchmarks/kernels/sm90_decode.py grow          host time, a key more a call
 
-NAME is one of FORMS. Full numbers go to $OUT (default: the current directory).
+on a Hopper GPU. NAME is one of FORMS. Full numbers go to $OUT (default: the current directory).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from benchmarks.sm90_dev import problem_of
+from benchmarks.kernels.sm90_forward import problem_of
 from fa3_compile.lower.kernels.cuda_sm90 import CudaSm90
 from fa3_compile.spec.attention import AttentionSpec
 

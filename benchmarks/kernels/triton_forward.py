@@ -1,8 +1,8 @@
 """The Triton forward kernel on a GPU: every form against float64, then times against its peers.
 
-    python benchmarks/triton_dev.py all      # check and time, with worker processes for the builds
-    python benchmarks/triton_dev.py check    # numerics only
-    python benchmarks/triton_dev.py time     # times only
+    python benchmarks/kernels/triton_forward.py all      both, with worker processes for the builds
+    python benchmarks/kernels/triton_forward.py check    numerics only
+    python benchmarks/kernels/triton_forward.py time     times only
 
 Prints a short table; everything goes to $OUT (default: benchmarks/results) as JSON lines.
 """
@@ -24,7 +24,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 # Inductor moves this directory when it first compiles; the workers' builds have to be found.
 os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
@@ -39,7 +39,7 @@ from fa3_compile.lower.kernels import triton_forward
 from fa3_compile.lower.kernels.reference import attention
 from fa3_compile.spec.attention import AttentionSpec
 
-OUT = Path(os.environ.get("OUT", Path(__file__).parent / "results"))
+OUT = Path(os.environ.get("OUT", Path(__file__).resolve().parents[1] / "results"))
 WORKERS = max(1, min(14, (os.cpu_count() or 2) - 2))
 CAUSAL = "kv - q <= 0"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -510,7 +510,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help='part of "name D128 8192 bf16"')
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("benchmarks/triton_dev.py needs a CUDA device")
+        sys.exit("benchmarks/kernels/triton_forward.py needs a CUDA device")
     if args.job == "check-shard":
         for case in shard(check_cases(), args.shard):
             print(json.dumps(check(case)), flush=True)

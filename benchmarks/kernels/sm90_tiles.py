@@ -1,9 +1,11 @@
 """Times every tile of the Hopper forward kernel: what kernels/sm90/tiles.json is made from.
 
-    python benchmarks/sm90_tiles.py build [DIM ...]   anywhere: builds, and says what spills
-    python benchmarks/sm90_tiles.py time [DIM ...]    on a Hopper GPU: builds, then times
-    python benchmarks/sm90_tiles.py forms             anywhere: forms that spill in the first tile
-    python benchmarks/sm90_tiles.py table FILE.csv    anywhere: tiles.json from those times
+    python benchmarks/kernels/sm90_tiles.py JOB ...
+
+build [DIM ...]   anywhere: builds, and says what spills
+time [DIM ...]    on a Hopper GPU: builds, then times
+forms             anywhere: forms that spill in the first tile
+table FILE.csv    anywhere: tiles.json from those times
 
 bf16, B*S = 16384, H*D = 2048, S = 2048 and 8192, the calls of all tiles in turn. Prints the tiles
 of each head dim and column in order of the product of their times; all times go to $OUT.
@@ -22,7 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 

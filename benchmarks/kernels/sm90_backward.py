@@ -1,13 +1,13 @@
 """The Hopper backward kernels on their own: what ptxas says, the numbers, the times.
 
-    python benchmarks/sm90_backward_dev.py compile [NAME ...]   anywhere: registers, spills
-    python benchmarks/sm90_backward_dev.py check [NAME ...]     on a Hopper GPU: against float64
-    python benchmarks/sm90_backward_dev.py bench [NAME ...]     on a Hopper GPU: against cuDNN SDPA
-    python benchmarks/sm90_backward_dev.py next [SECONDS]       on a Hopper GPU, first of all
-    python benchmarks/sm90_backward_dev.py next --dry           anywhere: builds what that needs
+    python benchmarks/kernels/sm90_backward.py JOB [NAME ...]
 
-`next` is what no GPU has shown yet, within SECONDS (default 540): `check` of every form, the
-variants of benchmarks/sm90_backward_variants.py checked and timed against what runs, then `bench`.
+compile [NAME ...]   anywhere: registers, spills
+check [NAME ...]     on a Hopper GPU: against float64
+bench [NAME ...]     on a Hopper GPU: against cuDNN SDPA
+all [SECONDS]        on a Hopper GPU: `check` of every form, sm90_backward_variants.py checked and
+                     timed against what runs, then `bench`, within SECONDS (default 540)
+all --dry            anywhere: builds what that needs
 
 NAME is part of a form's name; EVERY=n checks one in n. Full numbers go to $OUT (default: the
 current directory).
@@ -25,12 +25,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.sm90_dev import (
+from benchmarks.kernels.sm90_forward import (
     LENGTHS,
     OUT,
     TOKENS,
@@ -251,8 +251,8 @@ def backward_problem(spec, q, k, v, aux):
     return replace(problem, needs_grad=True, aux_needs_grad=wanted)
 
 
-def run_next(words: list[str]) -> None:
-    from benchmarks import sm90_backward_variants as variants
+def run_all(words: list[str]) -> None:
+    from benchmarks.kernels import sm90_backward_variants as variants
 
     seconds = next((x for x in words if x.replace(".", "").isdigit()), "540")
     deadline = time.monotonic() + float(seconds)
@@ -274,8 +274,8 @@ def main() -> None:
         check_all(wanted)
     elif mode == "bench":
         bench(wanted)
-    elif mode == "next":
-        run_next(wanted)
+    elif mode == "all":
+        run_all(wanted)
     else:
         raise SystemExit(__doc__)
 

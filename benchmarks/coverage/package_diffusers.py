@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.package_case import Case, found, normal
+from benchmarks.coverage.package_case import Case, found, normal
 
 TOKENS, CONTEXT, IMAGE = (2, 16, 32), (2, 7, 24), (2, 32, 4, 4)
 PROCESSORS = "diffusers.models.attention_processor"

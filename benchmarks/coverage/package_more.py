@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.package_case import Case, block
+from benchmarks.coverage.package_case import Case, block
 
 TOKENS, HEADS = (2, 16, 32), (2, 4, 16, 8)
 WIDTHS: dict[str, Any] = {"dim": 32, "heads": 4, "dim_head": 8}

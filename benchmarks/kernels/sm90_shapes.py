@@ -1,6 +1,6 @@
 """The Hopper forward on the shapes of published models, short and middle lengths, against cuDNN.
 
-    python benchmarks/sm90_shapes.py [MODEL ...]    on a Hopper GPU
+    python benchmarks/kernels/sm90_shapes.py [MODEL ...]    on a Hopper GPU
 
 Ten calls in a CUDA graph, which take turns. The first tile is the table's; where tiles are few,
 smaller ones and such whose keys are dealt out follow. Rows below cuDNN are marked. Full numbers go
@@ -18,13 +18,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.kernels.sm90_forward import OUT, WORKERS, problem_of
 from benchmarks.measure import GRAPH_CALLS, graphed
-from benchmarks.sm90_dev import OUT, WORKERS, problem_of
 from fa3_compile.lower.build_nvrtc import load_first
 from fa3_compile.lower.config_sm90 import Sm90Config
 from fa3_compile.lower.kernels.cuda_sm90 import bind

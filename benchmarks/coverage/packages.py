@@ -1,8 +1,8 @@
 """What becomes of attention as public packages write it: timm, diffusers, x-transformers and more.
 
-    PYTHONPATH=SITE python benchmarks/packages.py --out FILE.csv [--only WORD] [TABLE ...]
+    PYTHONPATH=SITE python benchmarks/coverage/packages.py --out FILE.csv [--only WORD] [TABLE ...]
 
-Each module of the tables benchmarks/package_*.py gets weights under which attention matters, its
+Each module of the tables package_*.py beside it gets weights under which attention matters, its
 attention is rewritten, and outputs and all gradients are compared with float64 eager. Each runs in
 a process of its own. Packages that are not installed are skipped, and so are rows that the file
 has, so that a run can go on. SITE holds the packages; torchvision is stood in for.
@@ -32,12 +32,12 @@ from unittest import mock
 import torch
 from torch.nn.attention import flex_attention as flex
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.architectures import Rewritten, Softmaxes, in_a_process, line
-from benchmarks.package_case import Case
-from benchmarks.torchvision_stand_in import torchvision_stand_in
+from benchmarks.coverage.architectures import Rewritten, Softmaxes, in_a_process, line
+from benchmarks.coverage.package_case import Case
+from benchmarks.coverage.torchvision_stand_in import torchvision_stand_in
 from fa3_compile import testing
 from fa3_compile.report import collect
 from tests.models.architecture import sharpen
@@ -141,7 +141,7 @@ def main() -> int:
                 print(f"{table} is not installed", flush=True)
                 continue
             with stand_in(table):
-                cases = importlib.import_module(f"benchmarks.package_{table}").CASES
+                cases = importlib.import_module(f"benchmarks.coverage.package_{table}").CASES
             for case_name, case in cases.items():
                 package, name = table, case_name
                 if table == "more":

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.package_case import Case, block, found, normal
+from benchmarks.coverage.package_case import Case, block, found, normal
 
 TOKENS = (2, 16, 32)
 IMAGE = (2, 32, 8, 8)

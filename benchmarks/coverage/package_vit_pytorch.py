@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import vit_pytorch  # pyright: ignore[reportMissingImports]
 
-from benchmarks.package_case import Case, block
+from benchmarks.coverage.package_case import Case, block
 
 FIELDS: dict[str, Any] = {
     "dim": 32,

@@ -1,9 +1,9 @@
 """A Hopper backward timed as its kernels alone and through the compiled graph, in one process.
 
-    python benchmarks/sm90_backward_path.py [NAME DIM LENGTH ...]    on a Hopper GPU
+    python benchmarks/kernels/sm90_backward_path.py [NAME DIM LENGTH ...]    on a Hopper GPU
 
-The way is taken step by step: the kernels on tensors as benchmarks/sm90_backward_dev.py makes them;
-dO in memory as [B, S, H, D]; heads as a batch, as a batch of one is compiled; the compiled graph
+The way is taken step by step: the kernels on tensors as sm90_backward.py makes them; dO in memory
+as [B, S, H, D]; heads as a batch, as a batch of one is compiled; the compiled graph
 given dO in the layout of its output, and given one of another layout, which AOTAutograd copies.
 cuDNN beside it with dO of either layout. For each: the tile that was bound, its median
 in rounds of shuffled order, when it follows cuDNN, and when it follows itself, the clock it ends
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import Tensor
@@ -25,9 +25,9 @@ from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import cases, contenders
-from benchmarks.sm90_backward_dev import backward_problem, last_bound
-from benchmarks.sm90_dev import Timed, made, timed
-from benchmarks.sm90_dev import interleaved as in_order
+from benchmarks.kernels.sm90_backward import backward_problem, last_bound
+from benchmarks.kernels.sm90_forward import Timed, made, timed
+from benchmarks.kernels.sm90_forward import interleaved as in_order
 from fa3_compile.lower.kernels import cuda_sm90_backward as backward
 from fa3_compile.lower.kernels.cuda_sm90 import CudaSm90
 from fa3_compile.timing import interleaved

@@ -1,9 +1,11 @@
 """What can go wrong with the kernels on a Hopper GPU beside their numbers, forward and backward.
 
-    python benchmarks/sm90_checks.py repeat      a thousand runs of each sample, the same bits
-    python benchmarks/sm90_checks.py sizes       empty axes, more than 2^31 elements
-    python benchmarks/sm90_checks.py sanitize    compute-sanitizer's memcheck and racecheck
-    python benchmarks/sm90_checks.py all         the three of them
+    python benchmarks/kernels/sm90_checks.py JOB [KERNEL ...]
+
+repeat      a thousand runs of each sample, the same bits
+sizes       empty axes, more than 2^31 elements
+sanitize    compute-sanitizer's memcheck and racecheck
+all         the three of them
 
 Words behind it, of "forward", "backward" and "triton", are the kernels whose samples are run.
 `cuda_sm90` backward adds to dQ in any order, so what repeats is the Triton backward, which runs in
@@ -27,15 +29,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import Tensor
 
-from benchmarks import sanitizer
-from benchmarks.sm90_backward_dev import compare as compare_gradients
-from benchmarks.sm90_backward_dev import gradients_of, last_bound, needs_of
-from benchmarks.sm90_dev import OUT, WORKERS, problem_of
+from benchmarks.kernels import sanitizer
+from benchmarks.kernels.sm90_backward import compare as compare_gradients
+from benchmarks.kernels.sm90_backward import gradients_of, last_bound, needs_of
+from benchmarks.kernels.sm90_forward import OUT, WORKERS, problem_of
 from fa3_compile.lower import build_nvrtc
 from fa3_compile.lower.choose import Gradients, Problem
 from fa3_compile.lower.kernels import cuda_sm90_backward, triton_backward

@@ -1,13 +1,15 @@
 """The Hopper forward kernel on its own: what ptxas says, the numbers, the times.
 
-    python benchmarks/sm90_dev.py compile [NAME ...]   anywhere: tiles, registers, spills
-    python benchmarks/sm90_dev.py check [NAME ...]     on a Hopper GPU: every form against float64
-    python benchmarks/sm90_dev.py bench [NAME ...]     on a Hopper GPU: against cuDNN SDPA
-    python benchmarks/sm90_dev.py host                 on a Hopper GPU: host time, CUDA graphs
+    python benchmarks/kernels/sm90_forward.py JOB [NAME ...]
+
+compile [NAME ...]   anywhere: tiles, registers, spills
+check [NAME ...]     on a Hopper GPU: every form against float64
+bench [NAME ...]     on a Hopper GPU: against cuDNN SDPA
+host                 on a Hopper GPU: host time, CUDA graphs
 
 NAME is part of a form's name. Full numbers go to $OUT (default: the current directory).
-benchmarks/sm90_decode.py times few queries against long caches; benchmarks/sm90_checks.py has the
-sanitizer, repetitions and odd sizes.
+sm90_decode.py times few queries against long caches; sm90_checks.py has the sanitizer, repetitions
+and odd sizes.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 

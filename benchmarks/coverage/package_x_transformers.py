@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.package_case import Case, block
+from benchmarks.coverage.package_case import Case, block
 
 TOKENS = (2, 16, 32)
 

@@ -1,9 +1,9 @@
 """The Triton backward on a GPU: every form's gradients against float64, then times.
 
-    python benchmarks/triton_backward_dev.py check             # numerics, in worker processes
-    python benchmarks/triton_backward_dev.py time --budget 60  # against cuDNN and FlexAttention
+    python benchmarks/kernels/triton_backward.py check             numerics, in worker processes
+    python benchmarks/kernels/triton_backward.py time --budget 60  against cuDNN and FlexAttention
 
-The cases are those of triton_dev.py; times are medians in TFLOP/s of the work the mask leaves.
+The cases are those of triton_forward.py; times are medians in TFLOP/s of the work the mask leaves.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-import triton_dev as dev
 from torch import Tensor
-from triton_dev import Case, Runner
 
+from benchmarks.kernels import triton_forward as dev
+from benchmarks.kernels.triton_forward import Case, Runner
 from fa3_compile.lower.choose import Problem
 from fa3_compile.lower.config import TritonConfig
 from fa3_compile.lower.kernels import triton_backward, triton_forward
@@ -284,7 +287,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("benchmarks/triton_backward_dev.py needs a CUDA device")
+        sys.exit("benchmarks/kernels/triton_backward.py needs a CUDA device")
     if args.job == "check":
         check_all(args.budget)
     elif args.job == "time":

@@ -1,15 +1,15 @@
 """Many random attention programs (tests/graph/programs.py) against float64 eager, summarised.
 
-    python benchmarks/random_programs.py --count 5000 --seed 1 --out benchmarks/results/FILE.csv
-    python benchmarks/random_programs.py --device cuda --family 16 --processes 15 --seconds 240
-    TRITON_INTERPRET=1 python benchmarks/random_programs.py --kernels triton
+    python benchmarks/coverage/random_programs.py --count 5000 --seed 1 --out FILE.csv
+    python benchmarks/coverage/random_programs.py --device cuda --family 16 --processes 15
+    TRITON_INTERPRET=1 python benchmarks/coverage/random_programs.py --kernels triton
 
 On the CPU outputs, gradients and what was fused are checked; with `--device cuda`, or `--kernels`,
 also the kernels that are chosen. Each process draws its share with a seed of its own, counted up
 from `--seed`; those of `--beside n` stay on the CPU and have the last n seeds. A wrong program is
 printed as it is found, with what repeats it:
 
-    python benchmarks/random_programs.py --device cuda --seed 3 --only 117
+    python benchmarks/coverage/random_programs.py --device cuda --seed 3 --only 117
 
 The rest still run, and the exit status is then 1. The file is written as programs are done, so
 that a run that is stopped is not lost. Its rows: a part of the grammar or the kernel family that
@@ -38,7 +38,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from fa3_compile.lower import choose
