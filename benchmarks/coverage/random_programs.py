@@ -6,8 +6,8 @@
 
 On the CPU outputs, gradients and what was fused are checked; with `--device cuda`, or `--kernels`,
 also the kernels that are chosen. Each process draws its share with a seed of its own, counted up
-from `--seed`; those of `--beside n` stay on the CPU and have the last n seeds. A wrong program is
-printed as it is found, with what repeats it:
+from `--seed`, and has one GPU, the next one by turns; those of `--beside n` stay on the CPU and
+have the last n seeds. A wrong program is printed as it is found, with what repeats it:
 
     python benchmarks/coverage/random_programs.py --device cuda --seed 3 --only 117
 
@@ -196,6 +196,8 @@ def work(drawn: Drawn, until: float, sent: Connection) -> None:
     warnings.filterwarnings("ignore")
     logging.basicConfig(format=f"seed {drawn.seed}: %(message).600s")
     torch.set_num_threads(1)
+    if drawn.device == "cuda":
+        torch.cuda.set_device(drawn.seed % torch.cuda.device_count())
     recorder = Recorder()
     recorder.install()
 
