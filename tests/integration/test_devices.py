@@ -83,15 +83,10 @@ def test_layers_of_one_graph_on_two_devices(devices: Devices) -> None:
     def wrapped(block: nn.Module, x: Tensor) -> Tensor:
         return block(x.to(next(block.parameters()).device)).to(x.device)
 
-    ours, eager, theirs = (made(devices[0], True, layers=2, wrapped=wrapped) for _ in range(3))
-    for model in (ours, eager, theirs):
+    ours, eager = (made(devices[0], True, layers=2, wrapped=wrapped) for _ in range(2))
+    for model in (ours, eager):
         for block, device in zip(model.blocks, devices, strict=True):
             block.to(device)
-    if devices[0] != "cpu":
-        try:
-            step(torch.compile(theirs, backend="inductor"), batch(), devices[0])
-        except RuntimeError as error:
-            pytest.xfail(f"Inductor alone fails as well: {error}"[:200])
     with collect() as report:
         step(compiled(ours, devices[0]), batch(), devices[0])
     step(eager, batch(), devices[0])

@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fa3_compile.lower.choose import REFERENCE, Gradients, Kernel, Problem, register
 from fa3_compile.lower.elements import Shape, elements
+from fa3_compile.lower.nested_autograd import gradients
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
 
@@ -127,7 +128,7 @@ def attention_backward(
             outputs, tangents = [out, lse], [dout, dlse.to(lse.dtype)]
         found: Sequence[Tensor | None] = [None] * len(wanted)
         if out.requires_grad or lse.requires_grad:
-            found = torch.autograd.grad(outputs, wanted, tangents, allow_unused=True)
+            found = gradients(outputs, wanted, tangents)
     filled = (torch.zeros_like(x) if g is None else g.detach() for x, g in zip(wanted, found))
     grads = [next(filled) if n else None for n in needs]
     return grads[0], grads[1], grads[2], grads[3:]

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fa3_compile.lower.elements import Shape, elements
+from fa3_compile.lower.nested_autograd import gradients
 from fa3_compile.lower.render_backward import is_diagonal, is_plain
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
@@ -230,6 +231,7 @@ def chained(
         with torch.enable_grad():
             [value] = elements([expr], spec, shape, None, inputs, sizes, torch.float32, leaf.device)
             value = value.to(torch.float32).expand(cotangent.shape)
-            [grad] = torch.autograd.grad(value, leaf, cotangent)
+            [grad] = gradients([value], [leaf], [cotangent])
+        assert grad is not None
         total += grad
     return total
