@@ -1,9 +1,9 @@
 """Gradients by PyTorch's engine inside a backward that it is running.
 
-The thread that asks works for the engine until they are there, and each task that it takes makes
-its own device the current one (`set_device` in Engine::thread_main, torch/csrc/autograd/engine.cpp).
-A compiled graph with layers on several GPUs runs in one thread, on devices that its code makes
-current: its next kernel would meet the context of another device.
+The thread that asks works for the engine until they are there, and with each task that it takes it
+makes the device that it works for the current one (`set_device` in torch/csrc/autograd/engine.cpp,
+Engine::thread_main). A compiled graph with layers on several GPUs runs in one thread, on devices
+that its code makes current: its next kernel would meet the context of another device.
 """
 
 from __future__ import annotations
