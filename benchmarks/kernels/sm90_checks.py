@@ -1,18 +1,18 @@
 """What can go wrong with the kernels on a Hopper GPU beside their numbers, forward and backward.
 
-    python benchmarks/kernels/sm90_checks.py JOB [KERNEL ...]
+    python benchmarks/kernels/sm90_checks.py JOB [NAME ...]
 
 repeat      a thousand runs of each sample, the same bits
 sizes       empty axes, more than 2^31 elements
 sanitize    compute-sanitizer's memcheck and racecheck
 all         the three of them
 
-Words behind it, of "forward", "backward" and "triton", are the kernels whose samples are run.
-`cuda_sm90` backward adds to dQ in any order, so what repeats is the Triton backward, which runs in
-its place in deterministic mode. Samples are dealt to processes; BUDGET=seconds (default 600) ends
-all of them, and a sample that was not reached then counts as wrong. Inputs have NaN beside every
-row (tests/numerics/forms.py). Logs go to $OUT (default: the current directory). Exits with 1 where
-anything is wrong.
+NAME is part of a sample's name, which is "forward", "backward" or "triton", a form and a head dim:
+"backward: causal, D136". `cuda_sm90` backward adds to dQ in any order, so what repeats is the
+Triton backward, which runs in its place in deterministic mode. Samples are dealt to processes;
+BUDGET=seconds (default 600) ends all of them, and a sample that was not reached then counts as
+wrong. Inputs have NaN beside every row (tests/numerics/forms.py). Logs go to $OUT (default: the
+current directory). Exits with 1 where anything is wrong.
 """
 
 from __future__ import annotations
@@ -40,7 +40,12 @@ from benchmarks.kernels.sm90_backward import gradients_of, last_bound, needs_of
 from benchmarks.kernels.sm90_forward import OUT, WORKERS, problem_of
 from fa3_compile.lower import build_nvrtc
 from fa3_compile.lower.choose import Gradients, Problem
-from fa3_compile.lower.kernels import cuda_sm90_backward, triton_backward
+from fa3_compile.lower.kernels import (
+    cuda_sm90_backward,
+    cuda_sm90_backward_parameters,
+    cuda_sm90_forward_parameters,
+    triton_backward,
+)
 from fa3_compile.lower.kernels.cuda_sm90 import Bound, CudaSm90
 from fa3_compile.lower.kernels.reference import attention, attention_backward
 from fa3_compile.spec.attention import AttentionSpec
@@ -97,7 +102,7 @@ BACKWARD = (
     ("full", 64), ("causal", 128), ("window", 96), ("softcap", 64), ("alibi", 128),
     ("dense bias", 64), ("dense bias, one batch", 128), ("left padding", 64), ("documents", 128),
     ("dense mask", 64), ("sink", 64), ("window, nan", 64), ("dropout, causal", 64), ("full", 256),
-    ("causal", 256),
+    *(("causal", dim) for dim in (136, 160, 192, 224, 248, 256)),
 )  # fmt: skip
 TRITON = (
     ("causal", 128), ("softcap", 64), ("documents", 64), ("dense bias", 64), ("relative bias", 64),
@@ -115,7 +120,6 @@ SANITIZED = [
 ]  # fmt: skip
 LENGTHS = {"once": (150, 205), "repeated": (333, 421)}
 SAMPLES = {"once": SANITIZED, "repeated": REPEATED}
-KERNELS = ("forward", "backward", "triton")
 
 
 @functools.cache
@@ -258,17 +262,21 @@ def say(name: object, said: str | None) -> bool:
 CHECKS = {"once": once, "repeated": repeated}
 
 
-def share(check: str, kernels: Sequence[str], first: int, count: int) -> list[Sample]:
-    """Every count-th sample of these kernels, which one process has."""
-    return [x for x in SAMPLES[check] if x.kernel in kernels][first::count]
+def share(check: str, names: Sequence[str], first: int, count: int) -> list[Sample]:
+    """Every count-th sample of these names, all where there are none, which one process has."""
+    named = [x for x in SAMPLES[check] if not names or any(part in str(x) for part in names)]
+    return named[first::count]
 
 
-def worker(check: str, first: str, count: str, *kernels: str) -> int:
-    """A process's samples; kernels for a sanitizer know the lines that they come from, which
-    leaves their machine code as it is."""
+def worker(check: str, first: str, count: str, *names: str) -> int:
+    """A process's samples. Kernels for a sanitizer know the lines that they come from, which
+    leaves their machine code as it is, and work a head after the other: those of a sample would all
+    be of one section."""
     if check == "once":
         build_nvrtc.OPTIONS += ("--generate-line-info",)
-    return sum([say(x, CHECKS[check](x)) for x in share(check, kernels, int(first), int(count))])
+        cuda_sm90_forward_parameters.SECTION_BYTES = 1
+        cuda_sm90_backward_parameters.SECTION_BYTES = 1
+    return sum([say(x, CHECKS[check](x)) for x in share(check, names, int(first), int(count))])
 
 
 @dataclass
@@ -301,7 +309,7 @@ class Shard:
 
 
 def dealt(
-    check: str, kernels: Sequence[str], count: int, folder: Path, tool: str = ""
+    check: str, names: Sequence[str], count: int, folder: Path, tool: str = ""
 ) -> list[Shard]:
     """`count` processes, under a sanitizer's tool if need be, that share the samples of a check."""
     environment = dict(os.environ)
@@ -312,14 +320,14 @@ def dealt(
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     shards = []
     for i in range(count):
-        program = [__file__, "worker", check, str(i), str(count), *kernels]
+        program = [__file__, "worker", check, str(i), str(count), *names]
         command = sanitizer.command(tool, program) if tool else [sys.executable, *program]
         log = folder / f"{tool or check}{i}.txt"
         process = subprocess.Popen(
             command, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
-        samples = [str(x) for x in share(check, kernels, i, count)]
+        samples = [str(x) for x in share(check, names, i, count)]
         shards.append(Shard(log.stem, samples, log, process))
     return shards
 
@@ -354,21 +362,21 @@ def reported(tool: str, shards: list[Shard]) -> int:
     return sum(found["error"].values())
 
 
-def check(wanted: Sequence[str], kernels: Sequence[str]) -> int:
+def check(wanted: Sequence[str], names: Sequence[str]) -> int:
     deadline = time.monotonic() + float(os.environ.get("BUDGET", "600"))
     begun, wrong = time.monotonic(), 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         half = max(1, WORKERS // 2)
-        shards = dealt("repeated", kernels, half, folder) if "repeat" in wanted else []
+        shards = dealt("repeated", names, half, folder) if "repeat" in wanted else []
         if "sanitize" in wanted:  # NVRTC and Triton would be slow under a tool
-            shards += dealt("once", kernels, half, folder)
+            shards += dealt("once", names, half, folder)
         if "sizes" in wanted:
             wrong += sizes()
         wrong += finish(shards, deadline)
         print(f"{time.monotonic() - begun:.0f} s", flush=True)
         if "sanitize" in wanted:
-            tools = {x: dealt("once", kernels, half, folder, x) for x in ("memcheck", "racecheck")}
+            tools = {x: dealt("once", names, half, folder, x) for x in ("memcheck", "racecheck")}
             for tool, under in tools.items():
                 wrong += finish(under, deadline)
                 wrong += reported(tool, under)
@@ -382,9 +390,11 @@ def main() -> int:
     if mode == "worker":
         return worker(*rest)
     modes = ("repeat", "sizes", "sanitize")
-    if mode not in (*modes, "all") or not {*rest} <= {*KERNELS}:
+    if mode not in (*modes, "all"):
         raise SystemExit(__doc__)
-    return check(modes if mode == "all" else [mode], rest or KERNELS)
+    if not all(any(part in str(x) for x in SANITIZED + REPEATED) for part in rest):
+        raise SystemExit(f"no sample is called so: {rest}")
+    return check(modes if mode == "all" else [mode], rest)
 
 
 if __name__ == "__main__":
