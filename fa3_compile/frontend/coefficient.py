@@ -45,6 +45,11 @@ FUNCTIONS: dict[type, Callable] = {
     E.trunc: torch.trunc,
     E.floordiv: torch.floor_divide,
     E.mod: torch.remainder,
+    E.bitwise_and: torch.bitwise_and,
+    E.bitwise_or: torch.bitwise_or,
+    E.bitwise_xor: torch.bitwise_xor,
+    E.left_shift: torch.bitwise_left_shift,
+    E.right_shift: torch.bitwise_right_shift,
     E.where: torch.where,
 }
 BROADCAST = (sympy.Add, sympy.Mul, sympy.Max, sympy.Min, sympy.And, sympy.Or)

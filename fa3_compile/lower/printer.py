@@ -300,6 +300,26 @@ class Session:
         x, y = (self.to.to_int(x) for x in self.texts([a, b]))
         return rule(x, y, plain)
 
+    def _bitwise_and(self, expr) -> Text:
+        return self.bits("&", expr)
+
+    def _bitwise_or(self, expr) -> Text:
+        return self.bits("|", expr)
+
+    def _bitwise_xor(self, expr) -> Text:
+        return self.bits("^", expr)
+
+    def _left_shift(self, expr) -> Text:
+        return self.bits("<<", expr)
+
+    def _right_shift(self, expr) -> Text:
+        return self.bits(">>", expr)
+
+    def bits(self, sign: str, expr) -> Text:
+        """The same sign, with the same meaning for negative integers, in every language."""
+        a, b = (self.to.to_int(x) for x in self.texts(expr.args))
+        return Text(f"{a.at(ATOM)} {sign} {b.at(ATOM)}", "int", LOW)
+
     def _trunc(self, expr) -> Text:
         x = self.text(expr.args[0])
         # A float that is read, perhaps into a name, may be beyond 32 bits.

@@ -18,7 +18,7 @@ ZERO = sympy.S.Zero
 
 # Constant between their steps.
 _STEPS = (E.floordiv, E.mod, E.trunc, E.round_half_even, sympy.floor, sympy.ceiling, sympy.sign)
-_STEPS += (E.uniform,)
+_STEPS += (E.bitwise_and, E.bitwise_or, E.bitwise_xor, E.left_shift, E.right_shift, E.uniform)
 
 # The derivative of a function of one argument, as torch's derivative formulas have it.
 _OUTER: dict[type, Callable[[Expr], Expr]] = {

@@ -7,6 +7,8 @@ An expression answers "what is element (b, h, q, kv)?". It is a sympy expression
 - `load(i, *index)`: the element of captured tensor i; booleans load as 0 or 1;
 - `where(condition, a, b)`, `floordiv`, `mod` (Python's rounding), `trunc`, and sympy's own
   arithmetic, comparisons, logic and elementary functions;
+- `bitwise_and`, `bitwise_or`, `bitwise_xor`, `left_shift`, `right_shift` of integers in two's
+  complement;
 - `uniform(seed, b, h, q, kv)`: a random number that these five integers determine.
 
 Values are real numbers in float32, indices are integers.
@@ -14,7 +16,8 @@ Values are real numbers in float32, indices are integers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Callable, Iterable
 
 import sympy
 from sympy import Expr
@@ -31,13 +34,18 @@ __all__ = [
     "SQ",
     "Expr",
     "Boolean",
+    "bitwise_and",
+    "bitwise_or",
+    "bitwise_xor",
     "depends_on",
     "erf",
     "floordiv",
     "is_integer_valued",
+    "left_shift",
     "load",
     "loads_in",
     "mod",
+    "right_shift",
     "round_half_even",
     "sigmoid",
     "size_symbol",
@@ -139,6 +147,77 @@ class mod(sympy.Function):
 
     def _eval_is_nonnegative(self):
         return True if self.args[1].is_nonnegative else None
+
+
+class _Bitwise(sympy.Function):
+    """An operation on the bits of two integers, in either order."""
+
+    nargs = 2
+    is_integer = True
+    is_commutative = True
+    of: Callable[[int, int], int]
+
+    def __new__(cls, a, b, **options):
+        return super().__new__(cls, *sorted((a, b), key=sympy.default_sort_key), **options)
+
+    @classmethod
+    def eval(cls, a, b):
+        if a.is_Integer and b.is_Integer:
+            return sympy.Integer(cls.of(int(a), int(b)))
+        if a == 0:  # numbers come first
+            return a if cls.of(0, -1) == 0 else b
+        return None
+
+    def _eval_is_nonnegative(self):
+        return True if all(x.is_nonnegative for x in self.args) else None
+
+
+class bitwise_and(_Bitwise):
+    """The bits that both integers have, as Python's `&`."""
+
+    of = operator.and_
+
+    def _eval_is_nonnegative(self):
+        return True if any(x.is_nonnegative for x in self.args) else None
+
+
+class bitwise_or(_Bitwise):
+    """The bits that either integer has, as Python's `|`."""
+
+    of = operator.or_
+
+
+class bitwise_xor(_Bitwise):
+    """The bits that one of the integers has, as Python's `^`."""
+
+    of = operator.xor
+
+
+class _Shift(sympy.Function):
+    """An integer's bits at other places; the distance is 0 to 62."""
+
+    nargs = 2
+    is_integer = True
+    is_commutative = True
+
+    def _eval_is_nonnegative(self):
+        return True if self.args[0].is_nonnegative else None
+
+
+class left_shift(_Shift):
+    """a * 2**n, as Python's `<<`."""
+
+    @classmethod
+    def eval(cls, a, n):
+        return a * 2**n if n.is_Integer else None
+
+
+class right_shift(_Shift):
+    """a / 2**n rounded towards minus infinity, as Python's `>>`."""
+
+    @classmethod
+    def eval(cls, a, n):
+        return floordiv(a, 2**n) if n.is_Integer else None
 
 
 class trunc(sympy.Function):

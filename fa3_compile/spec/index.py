@@ -10,7 +10,16 @@ from collections.abc import Mapping, Sequence
 
 import sympy
 
-from fa3_compile.spec.expr import Expr, floordiv, mod
+from fa3_compile.spec.expr import (
+    Expr,
+    bitwise_and,
+    bitwise_or,
+    bitwise_xor,
+    floordiv,
+    left_shift,
+    mod,
+    right_shift,
+)
 
 Ranges = Mapping[sympy.Symbol, Expr]
 
@@ -79,7 +88,26 @@ def bounds(expr: Expr, ranges: Ranges) -> tuple[Expr, Expr] | None:
     if isinstance(expr, floordiv) and expr.args[1].is_positive:
         inner = bounds(expr.args[0], ranges)
         return inner and (_floor(inner[0], expr.args[1]), _floor(inner[1], expr.args[1]))
+    if isinstance(expr, (bitwise_and, bitwise_or, bitwise_xor, left_shift, right_shift)):
+        return _bit_bounds(expr, *(bounds(x, ranges) for x in expr.args))
     return None
+
+
+def _bit_bounds(expr, a, b) -> tuple[Expr, Expr] | None:
+    """The bounds of an operation on the bits of integers, which lie between a's and b's numbers."""
+    if isinstance(expr, bitwise_and):
+        # No more bits than either has; one that is not negative decides the sign.
+        highs = [x[1] for x in (a, b) if x and is_nonnegative(x[0])]
+        if highs:
+            return sympy.S.Zero, sympy.Min(*highs)
+    if not a or not b or not all(x.is_Integer for x in (*a, *b)):
+        return None
+    if isinstance(expr, (left_shift, right_shift)):
+        ends = [expr.func(x, n) for x in a for n in b]
+        return sympy.Min(*ends), sympy.Max(*ends)
+    beyond = sympy.Integer(2) ** max(int(x if x >= 0 else -x - 1).bit_length() for x in (*a, *b))
+    negative = any(x[0] < 0 for x in (a, b))
+    return (-beyond if negative else sympy.S.Zero), beyond - 1
 
 
 def _extreme_bounds(expr, ranges: Ranges) -> tuple[Expr, Expr] | None:

@@ -209,6 +209,8 @@ class _Ranges:
             return self.where(*value.args)
         if isinstance(value, (floordiv, mod)):
             return self.division(value)
+        if type(value) in _BITS:
+            return self.bits(value)
         if type(value) in _MONOTONE:
             return tuple(_MONOTONE[type(value)](x) for x in self.range(value.args[0]))
         return -np.inf, np.inf
@@ -230,6 +232,14 @@ class _Ranges:
         same = (least == largest) & (np.floor(low / least) == np.floor(high / least))
         remainders = low - np.floor(low / least) * least, high - np.floor(high / least) * least
         return np.where(same, remainders[0], 0.0), np.where(same, remainders[1], largest - 1)
+
+    def bits(self, value) -> tuple:
+        """Known only of single integers."""
+        (a, a_high), (b, b_high) = (self.range(x) for x in value.args)
+        known = (a == a_high) & (b == b_high) & np.isfinite(a) & np.isfinite(b)
+        integers = (np.where(known, x, 0).astype(np.int64) for x in (a, b))
+        found = _BITS[type(value)](*integers).astype(np.float64)
+        return np.where(known, found, -np.inf), np.where(known, found, np.inf)
 
 
 class _Points(_Ranges):
@@ -303,4 +313,12 @@ _MONOTONE = {
     E.sigmoid: lambda x: 0.5 * (1 + np.tanh(0.5 * x)),
     sympy.atan: np.arctan,
     sympy.sinh: np.sinh,
+}
+
+_BITS = {
+    E.bitwise_and: np.bitwise_and,
+    E.bitwise_or: np.bitwise_or,
+    E.bitwise_xor: np.bitwise_xor,
+    E.left_shift: np.left_shift,
+    E.right_shift: np.right_shift,
 }

@@ -16,6 +16,11 @@ FUNCTIONS = {
     "where": np.where,
     "floordiv": np.floor_divide,
     "mod": np.mod,
+    "bitwise_and": np.bitwise_and,
+    "bitwise_or": np.bitwise_or,
+    "bitwise_xor": np.bitwise_xor,
+    "left_shift": np.left_shift,
+    "right_shift": np.right_shift,
     "trunc": np.trunc,
     "round": np.round,
     "floor": np.floor,
@@ -52,6 +57,7 @@ def evaluate(expr, loads=(), **values):
 
 
 N0 = E.size_symbol(0)
+BITWISE = [E.bitwise_and, E.bitwise_or, E.bitwise_xor]
 small = st.integers(-6, 9).map(sympy.Integer)
 
 
@@ -67,6 +73,8 @@ def integers(leaves):
             st.tuples(x, st.integers(1, 5)).map(lambda t: E.mod(t[0], sympy.Integer(t[1]))),
             x.map(lambda t: E.floordiv(t, N0)),
             x.map(sympy.Abs),
+            st.tuples(st.sampled_from(BITWISE), x, x).map(lambda t: t[0](t[1], t[2])),
+            x.map(lambda t: E.right_shift(t, E.mod(E.KV, sympy.Integer(4)))),
             st.tuples(x, x).map(lambda t: sympy.Max(*t)),
             st.tuples(x, x).map(lambda t: sympy.Min(*t)),
         ),

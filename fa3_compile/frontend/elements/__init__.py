@@ -2,6 +2,7 @@
 
 from fa3_compile.frontend.elements import (
     arithmetic,
+    bits,
     casts,
     creation,
     functions,
@@ -13,6 +14,7 @@ from fa3_compile.frontend.elements import (
 
 __all__ = [
     "arithmetic",
+    "bits",
     "casts",
     "creation",
     "functions",

@@ -13,7 +13,7 @@ from fa3_compile.frontend.elements.finite import (
     check_product,
     check_quotient,
     check_sum,
-    may_be_infinite,
+    is_masked_infinity,
 )
 from fa3_compile.frontend.elements.pointwise import is_bool, is_float, through_where
 from fa3_compile.frontend.elements.rounding import rounded_down, to_integer, truncated
@@ -72,15 +72,11 @@ def _(node, index, ctx: Lifter) -> Element:
     if is_bool(node):
         return sympy.And(*(truth(ctx.operand(x, index)) for x in node.args[:2]))
     a, b = (ctx.broadcast(x, index) for x in node.args[:2])
-    if any(_may_be_zero(x) and may_be_infinite(y) for x, y in ((a, b), (b, a))):
+    if any(is_masked_infinity(x, y, ctx) for x, y in ((a, b), (b, a))):
         raise Opaque(node, "an infinite score times zero is NaN")
     found = through_where(_times, a, b)
     check_product(node, found, a, b, ctx)
     return found
-
-
-def _may_be_zero(x: Expr) -> bool:
-    return x == 0 or isinstance(x, where) and any(map(_may_be_zero, x.args[1:]))
 
 
 def _times(a: Expr, b: Expr) -> Expr:
@@ -140,35 +136,6 @@ def _(node, index, ctx: Lifter) -> Element:
     if positive or node.target in (aten.remainder.Scalar, aten.remainder.Tensor):
         return remainder(a, b, ctx.ranges)
     return a - b * truncated(a, b, ctx)
-
-
-def _shift(node, index, ctx: Lifter) -> tuple[Expr, Expr]:
-    """An integer, and 2 to the power of what it is shifted by."""
-    a, n = (ctx.broadcast(x, index) for x in node.args[:2])
-    if is_float(node) or not (n.is_Integer and 0 <= n < 63):
-        raise Opaque(node, "a shift by a number that is not known")
-    return a, sympy.Integer(2) ** n
-
-
-@element_of(
-    aten.__rshift__.Scalar,
-    aten.__rshift__.Tensor,
-    aten.bitwise_right_shift.Tensor,
-    aten.bitwise_right_shift.Tensor_Scalar,
-)
-def _(node, index, ctx: Lifter) -> Element:
-    return divide(*_shift(node, index, ctx), ctx.ranges)
-
-
-@element_of(
-    aten.__lshift__.Scalar,
-    aten.__lshift__.Tensor,
-    aten.bitwise_left_shift.Tensor,
-    aten.bitwise_left_shift.Tensor_Scalar,
-)
-def _(node, index, ctx: Lifter) -> Element:
-    a, power = _shift(node, index, ctx)
-    return a * power
 
 
 @element_of(aten.neg.default)

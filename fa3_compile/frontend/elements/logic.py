@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sympy
 import torch
+from sympy.logic.boolalg import Boolean
 from torch import fx
 
 from fa3_compile.frontend.elements.pointwise import is_bool
@@ -132,24 +133,20 @@ def _(node, index, ctx: Lifter) -> Element:
 
 def _logic(combine):
     def rule(node, index, ctx: Lifter) -> Element:
-        operands = [ctx.operand(x, index) for x in node.args[:2]]
-        if not is_bool(node):
-            raise Opaque(node, "bitwise arithmetic of integers")
-        return combine(*map(truth, operands))
+        return combine(*(truth(ctx.operand(x, index)) for x in node.args))
 
     return rule
 
 
-element_of(aten.logical_and.default, aten.bitwise_and.Tensor, aten.bitwise_and.Scalar)(
-    _logic(sympy.And)
-)
-element_of(aten.logical_or.default, aten.bitwise_or.Tensor, aten.bitwise_or.Scalar)(
-    _logic(sympy.Or)
-)
-element_of(aten.logical_xor.default, aten.bitwise_xor.Tensor, aten.bitwise_xor.Scalar)(
-    _logic(lambda a, b: sympy.Or(sympy.And(a, sympy.Not(b)), sympy.And(sympy.Not(a), b)))
-)
-element_of(aten.logical_not.default, aten.bitwise_not.default)(_logic(lambda a: sympy.Not(a)))
+def either_of(a: Boolean, b: Boolean) -> Boolean:
+    """Whether one of them holds, and not both."""
+    return sympy.Or(sympy.And(a, sympy.Not(b)), sympy.And(sympy.Not(a), b))
+
+
+element_of(aten.logical_and.default)(_logic(sympy.And))
+element_of(aten.logical_or.default)(_logic(sympy.Or))
+element_of(aten.logical_xor.default)(_logic(either_of))
+element_of(aten.logical_not.default)(_logic(sympy.Not))
 
 
 @element_of(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
