@@ -1,0 +1,149 @@
+"""Random programs that write their attention out: layouts x products x scales x modifiers x masks x
+softmaxes, or weights without one, x uses x contexts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from tests.graph import program_layouts as layouts
+from tests.graph import program_parts as parts
+from tests.graph.program import Program
+from tests.graph.program_choices import Choices
+from tests.graph.program_masks import HEADS, MASKS, positions
+from tests.graph.program_mutants import other_scores, other_weights
+from tests.graph.program_parts import Scores
+from tests.graph.program_recipe import K_WRITTEN, Recipe, recipe
+
+Attention = Callable[..., Any]
+
+
+def by_hand(choices: Choices, device: str) -> Program:
+    """One program whose attention is written out."""
+    made, expected = recipe(choices, device)
+    run = {name: getattr(made, name) for name in ("dtype", "dynamic", "training", "kernels")}
+    arguments, project = layouts.layout(made.layout, made.sizes, made.seed)
+    extra, capture = parts.captured(made.captured, made.sizes, made.seed)
+    sinks: tuple[Tensor, ...] = ()
+    if made.sink:
+        sinks = (parts.normal(made.seed + 60, HEADS, device=device).requires_grad_(),)
+    gate, gated = parts.after(made.after, made.sizes, made.seed)
+    groups = (arguments, extra, sinks, gate)
+    attention = _attention(made, [len(x) for x in groups], project, capture, gated)
+    function = _in_context(attention, made, device)
+    tensors = tuple(x for group in groups for x in group)
+    return Program(function, tensors, made.made_of(), expected, run)
+
+
+def _attention(
+    made: Recipe,
+    counts: Sequence[int],
+    project: Callable[..., Any],
+    capture: Callable[..., Tensor],
+    gated: Callable[..., Tensor],
+) -> Attention:
+    """A function of the layout's tensors, those that scores capture, sinks, and gates: `counts` of
+    each."""
+    masked = _masking(made)
+    late = parts.LATE.get(made.late, lambda s: s)
+    of_k, of_v = layouts.PRODUCTS[made.of_scores], layouts.PRODUCTS[made.of_values]
+
+    def attention(*tensors: Tensor):
+        own, extra, sinks, gates = _split(tensors, counts)
+        q, k, v, finish = project(*own)
+        q, k = parts.scaled(q, k, made.scale)
+        if made.context == "graph break":
+            torch._dynamo.graph_break()
+        if made.mutant == K_WRITTEN:
+            k = k * 1
+        s = parts.rescaled(of_k(q, k.transpose(-2, -1)), made.scale, made.sizes.dim)
+        if made.mutant == K_WRITTEN:
+            k.add_(1)
+        for name in made.modifiers:
+            s = parts.MODIFIERS[name](s)
+        s = other_scores(late(masked(capture(s, *extra))), made.mutant)
+        p, total = _weights(s, sinks, made)
+        if made.mutant == "V written after the softmax":
+            v = (v * 1).mul_(2)
+        p = gated(other_weights(p.to(v.dtype), made.mutant), *gates)
+        if made.mutant == "a key left out":
+            p, v = p[..., 1:], v[..., 1:, :]
+        if made.mutant == "weights transposed":
+            p, v = p.transpose(-2, -1), q
+        if made.mutant == "mean of heads":
+            p = p.mean(-3, keepdim=True)
+        out = of_v(p, v)
+        out = _used(finish(out if total is None else out / total.to(v.dtype)), made.use)
+        if made.use == "LSE":
+            return out, s.logsumexp(-1)
+        if made.mutant == "second product":
+            return out, p @ (v + 1)
+        returned = {"weights returned": p, "scores returned": s, K_WRITTEN: k}
+        return (out, returned[made.mutant]) if made.mutant in returned else out
+
+    return attention
+
+
+def _split(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[Sequence[Tensor]]:
+    groups, at = [], 0
+    for count in counts:
+        groups.append(tensors[at : at + count])
+        at += count
+    return groups
+
+
+def _weights(s: Tensor, sinks: Sequence[Tensor], made: Recipe) -> tuple[Tensor, Tensor | None]:
+    """The weights, and their sums where those are divided by after the product with V."""
+    if made.softmax == "divided late":
+        p = (s - s.amax(-1, keepdim=True)).exp()
+        return p, p.sum(-1, keepdim=True)
+    normalise = (parts.SOFTMAXES | parts.UNNORMALISED)[made.softmax]
+    if made.sink:
+        beside, dropped = parts.SINKS[made.sink]
+        return dropped(normalise(beside(s, sinks[0]))), None
+    return (s.softmax(-2) if made.mutant == "softmax over queries" else normalise(s)), None
+
+
+def _in_context(attention: Attention, made: Recipe, device: str) -> Attention:
+    def function(*tensors: Tensor):
+        if made.context == "checkpoint":
+            return checkpoint(attention, *tensors, use_reentrant=False)
+        if made.context == "autocast":
+            with torch.autocast(device, dtype=torch.bfloat16):
+                return attention(*tensors)
+        if made.use == "shared K and V":
+            queries, *others = tensors
+            return attention(*tensors), attention(queries * 0.5, *others)
+        return attention(*tensors)
+
+    return function
+
+
+def _masking(made: Recipe) -> Scores:
+    def apply(s: Tensor) -> Tensor:
+        seen = [MASKS[mask](*positions(s)) for mask in made.masks]
+        if len(seen) == 2 and made.combine != "twice":
+            seen = [seen[0] & seen[1] if made.combine == "and" else seen[0] | seen[1]]
+        for each in seen:
+            s = parts.fill(s, each, made.how, made.fill)
+        return s
+
+    return apply
+
+
+def _used(out: Tensor, use: str):
+    if use == "residual":
+        return out + torch.ones_like(out)
+    if use == "twice":
+        return out, out * 2
+    if use == "slice":
+        return out[..., :3]
+    if use == "sum":
+        return out.sum(-1), out
+    if use == "in place":
+        return (out * 1).mul_(2)
+    return out.flatten() if use == "flat" else out

@@ -1,0 +1,270 @@
+"""What a random program that writes its attention out is made of, and what has to become of it.
+
+Names are those of `program_layouts`, `program_masks`, `program_parts` and `program_mutants`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tests.graph import program_layouts as layouts
+from tests.graph import program_parts as parts
+from tests.graph.program import Expected
+from tests.graph.program_choices import Choices
+from tests.graph.program_masks import MASKS, positions
+from tests.graph.program_mutants import MORE_THAN_ATTENTION, NO_ATTENTION, OF_ELEMENTS
+from tests.graph.program_parts import Sizes
+
+USES = ("residual", "twice", "slice", "sum", "in place", "flat", "LSE", "shared K and V")
+# "flat batch" names every size but the length; "strided" cuts V's length to K's.
+STATIC = ("flat batch", "strided")
+ADDITIVE = ("additive padding", "added empty sequence", "two paddings")
+MAY_HIDE_ALL = ("padding", "empty sequence", *ADDITIVE, "random mask", "documents", "lengths")
+# Whose weights have other batches than the operator, or heads in another order.
+OTHER_BATCHES = ("windows", "one batch of K", "no batch", "gqa tiled")
+BY_BATCH = (*MAY_HIDE_ALL, "bias")
+K_WRITTEN = "K written after the scores"
+
+
+@dataclass
+class Recipe:
+    """The parts of one program; "" for none. Of `of_scores` and `of_values` are the two products,
+    `kernels` and below are how it is run."""
+
+    layout: str
+    sizes: Sizes
+    of_scores: str
+    of_values: str
+    masks: list[str]
+    how: str
+    fill: str
+    combine: str
+    modifiers: list[str]
+    captured: str
+    scale: str
+    softmax: str
+    late: str
+    sink: str
+    after: str
+    use: str
+    context: str
+    dtype: torch.dtype | None
+    mutant: str
+    seed: int
+    dynamic: bool | None
+    training: bool
+    kernels: tuple[str, ...] | None
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.sizes.device != "cpu"
+
+    @property
+    def plain(self) -> bool:
+        """Weights that are not normalised."""
+        return self.softmax in parts.UNNORMALISED
+
+    @property
+    def dead(self) -> bool:
+        """There may be rows without a key."""
+        return self.captured in MAY_HIDE_ALL or bool(self.masks) and self._masks_hide_rows()
+
+    def _masks_hide_rows(self) -> bool:
+        at = positions(torch.empty(self.sizes.n, self.sizes.m))
+        seen: Tensor | None = None
+        for each in (MASKS[name](*at) for name in self.masks):
+            both = torch.logical_or if self.combine == "or" else torch.logical_and
+            seen = each if seen is None else both(seen, each)
+        return seen is not None and not bool(seen.any(-1).all())
+
+    def made_of(self) -> dict[str, str]:
+        """Its parts by the names under which they are counted."""
+        masks = f"{self.combine} of {self.masks} by {self.how} of {self.fill}"
+        return {
+            "layout": self.layout,
+            "products": f"{self.of_scores}, {self.of_values}",
+            "lengths": f"{self.sizes.n} {self.sizes.m}",
+            "head dim": str(self.sizes.dim),
+            "masks": masks if self.masks else "",
+            "modifiers": " ".join(self.modifiers),
+            "captured": self.captured,
+            "late": self.late,
+            "scale": self.scale,
+            "softmax": self.softmax,
+            "sink": self.sink,
+            "after": self.after,
+            "use": self.use,
+            "context": self.context,
+            "mutant": self.mutant,
+        }
+
+
+def recipe(choices: Choices, device: str) -> tuple[Recipe, Expected]:
+    """Parts that go together, and what has to become of a program of them."""
+    made = _drawn(choices, device)
+    _keep_finite(made)
+    _keep_apart(made)
+    _run_as_eager_can(made)
+    expected = _expected(made)
+    # One query of several heads that share a key is as good as several queries.
+    # A checkpoint draws again where no AOTAutograd makes its random numbers functional.
+    others = made.layout in OTHER_BATCHES or made.sizes.n == 1 or made.context == "checkpoint"
+    if made.after == "dropout" and (expected != "fused" or others):
+        made.after = ""  # it would draw other numbers
+    return made, expected
+
+
+def _drawn(choices: Choices, device: str) -> Recipe:
+    one_of = choices.one_of
+    layout = one_of("layout", *layouts.LAYOUTS)
+    # Arguments are evaluated in this order, which a seed's programs depend on.
+    return Recipe(
+        layout=layout,
+        sizes=parts.sizes(choices, device, square=layout == "fused qkv"),
+        of_scores=one_of("scores", "operator", "operator", *layouts.PRODUCTS),
+        of_values=one_of("values", "operator", "operator", *layouts.PRODUCTS),
+        masks=choices.up_to_two("masks", sorted(MASKS)),
+        how=one_of("how", *parts.HOWS),
+        fill=one_of("fill", *parts.FILLS),
+        combine=one_of("combine", "and", "or", "twice"),
+        modifiers=choices.up_to_two("modifiers", sorted(parts.MODIFIERS), unique=True),
+        captured=one_of("captured", *parts.CAPTURED),
+        scale=one_of("scale", *parts.SCALES),
+        softmax=one_of("softmax", *parts.SOFTMAXES, "divided late", *parts.UNNORMALISED),
+        late=one_of("late", *[""] * 20, *parts.LATE),
+        sink=one_of("sink", "", "", "", "", *parts.SINKS),
+        after=one_of("after", *parts.AFTER),
+        use=one_of("use", "", "", *USES),
+        context=one_of("context", *[""] * 9, "checkpoint", "autocast", "graph break"),
+        # Not float64: the oracle is eager itself there, to the last rounding.
+        dtype=one_of(
+            "dtype", *[None] * (3 if device == "cpu" else 1), torch.bfloat16, torch.float16
+        ),
+        mutant=one_of("mutant", *[""] * 24, *NO_ATTENTION, *MORE_THAN_ATTENTION),
+        seed=one_of("seed", *range(4)),
+        dynamic=one_of("dynamic", None, None, None, True) if layout not in STATIC else None,
+        training=one_of("training", True, True, False),
+        kernels=one_of("kernels", ("reference",), ("cpu", "reference")),
+    )
+
+
+def _keep_finite(made: Recipe) -> None:
+    """Parts in which eager overflows, or rounds everything off, are replaced."""
+    grows = "cube" in made.modifiers or made.captured == "temperature"
+    half = made.dtype is not None
+    if made.how in parts.NEEDS_FINITE and made.fill == "-inf":
+        made.fill = "finfo.min"  # 0 * -inf is NaN in eager, everywhere
+    if made.softmax == "unshifted" and (half or made.on_gpu and grows):
+        made.softmax = "by hand"  # exp overflows
+    exponential = made.softmax in parts.NEEDS_KEYS or made.plain
+    if made.scale == "sharp" and (grows or exponential):
+        made.scale = "after"  # powers and exponentials overflow
+    if made.scale == "sharp" and made.after and half:
+        made.scale = "after"  # all weight on one key: docs/numerics.md
+    if made.scale == "none" and (made.sizes.dim > 8 or made.captured == "temperature"):
+        # Scores beyond what a softmax without a maximum takes, and of which float32 rounds much off.
+        made.scale = "after"
+
+
+def _keep_apart(made: Recipe) -> None:
+    """Of parts that do not go together one is left out."""
+    if made.softmax == "divided late" and (made.mutant or made.sink):
+        made.softmax = "by hand"
+    odd = made.plain or made.sink or made.mutant or made.softmax == "off by one"
+    if made.use == "LSE" and odd:
+        made.use = ""
+    if made.plain or made.mutant == "softmax over queries":
+        made.sink = ""
+    if made.use == "shared K and V" and made.after == "dropout":
+        made.after = ""
+    if made.mutant == "mean of heads" and made.layout == "mqa":
+        made.mutant = ""
+    if made.layout == "mqa" and made.of_scores in layouts.BATCHED:
+        made.of_scores = "operator"
+    broadcast = made.layout == "mqa" or made.layout == "no batch" and made.captured in BY_BATCH
+    if made.of_values in layouts.BATCHED and (broadcast or made.mutant == "mean of heads"):
+        made.of_values = "operator"
+    if made.context == "autocast" and made.dtype is not None:
+        made.context = ""
+    if made.context == "checkpoint" and made.mutant == K_WRITTEN:
+        made.context = ""
+
+
+def _run_as_eager_can(made: Recipe) -> None:
+    """Where eager's numbers are others by its roundings or its NaN, parts and the run change."""
+    added = made.how == "product" or made.how.startswith("added")
+    changed = made.combine == "twice" or made.late or made.plain
+    absorbed = made.captured in ADDITIVE or made.masks and added and changed
+    if made.dtype == torch.float16 and absorbed:
+        # In float16 eager's -65504 absorbs a score, and twice that is -inf; ours is in float32.
+        made.dtype = torch.bfloat16
+    dead = made.dead
+    additive = made.how == "logarithm" or made.how.startswith("added") and made.fill == "-inf"
+    additive = additive or made.plain and made.mutant == "renormalised weights"
+    if made.use == "LSE" and dead:
+        made.use = ""  # of a row of fills eager's gradient is that of no logarithm
+    # Autograd refuses a K that is written after it was multiplied. Where NaN is added to a row,
+    # eager's gradients of it are NaN too; ours are 0.
+    if made.mutant == K_WRITTEN or dead and additive:
+        made.training = False
+    if made.softmax in parts.NEEDS_KEYS and (dead or made.captured == "infinite bias"):
+        # 0 / 0 in eager, where all of a row vanishes: docs/numerics.md.
+        made.softmax = "by hand"
+    if dead and made.fill in ("-1e4", "-65504"):
+        # A row that is all -1e4 has scores of three digits: any other order rounds otherwise.
+        made.kernels = ("reference",)
+        made.fill = "-1e9" if made.on_gpu else made.fill
+    if made.on_gpu:
+        made.kernels = None
+
+
+def _expected(made: Recipe) -> Expected:
+    if made.mutant in NO_ATTENTION and not (made.mutant in OF_ELEMENTS and made.plain):
+        return "left"
+    return "either" if made.mutant or _either(made) else "fused"
+
+
+def _either(made: Recipe) -> bool:
+    """Whether a program that is attention may be left as it is."""
+    layout, softmax, captured = made.layout, made.softmax, made.captured
+    # Only the softmax of the scores themselves, added to at most, is blind to the maximum.
+    other = made.modifiers[-1:] != ["CogView"] or made.masks or captured or made.sink
+    # Which heads are whose is not known where their numbers are symbols.
+    merged = (made.of_scores, made.of_values) != ("operator", "operator")
+    if layout == "fused qkv":
+        merged = made.use == "flat"
+    return any(
+        (
+            # Batches that only the mask has: K and V are shared by rows of different masks.
+            layout == "no batch" and captured in BY_BATCH,
+            # No key is seen at all.
+            made.sizes.n == 1 and "strict" in made.masks,
+            "CogView" in made.modifiers and (other or made.plain or softmax == "off by one"),
+            # 0 * -inf is NaN, and fusing would lose that.
+            made.how == "both"
+            and made.masks
+            and captured in ("padding", "empty sequence", "lengths"),
+            # Eager does not normalise a row of one finite fill, spelled so.
+            softmax == "logsumexp" and (made.masks or captured),
+            made.context == "autocast",
+            # A masked score is no small weight where it is multiplied by a decay, and silu(-inf)
+            # is NaN.
+            softmax in ("retention", "silu") and (made.masks or captured in MAY_HIDE_ALL),
+            # Sums are given for weights that nothing has changed.
+            softmax == "relu of its sum" and made.after,
+            # A factor between the product and the division is not looked through.
+            softmax == "divided late" and made.of_values == "baddbmm",
+            made.dynamic and (layout == "fused qkv" or layout.startswith("gqa")) and merged,
+            # The lengths of K and V are halves of the tensors', not known to be the scores'.
+            made.dynamic and layout == "every other key",
+            # A function of a masked score may make something else of its fill.
+            made.late,
+            # Two attentions.
+            made.use == "shared K and V",
+            # Weights without a softmax whose NaN are replaced.
+            made.plain and made.after in ("nan_to_num", "isnan"),
+        )
+    )
