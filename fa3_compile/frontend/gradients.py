@@ -77,5 +77,19 @@ def has_gradient(node: fx.Node) -> bool:
     return value.grad_fn is not None or base is None or not base.requires_grad
 
 
+def learned_inputs(node: fx.Node) -> set[fx.Node]:
+    """The graph's inputs that a node's gradient flows to, be it one of zeros."""
+    found: set[fx.Node] = set()
+    seen, stack = {node}, [node]
+    while stack:
+        current = stack.pop()
+        if current.op in ("placeholder", "get_attr"):
+            found.add(current)
+        sources = [x for x in current.all_input_nodes if x not in seen]
+        stack += (x for x in sources if _is_float(example_value(x)) and has_gradient(x))
+        seen.update(sources)
+    return found
+
+
 def _is_float(value) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()

@@ -10,10 +10,10 @@ from torch import fx
 
 from fa3_compile.frontend.captured import Captured
 from fa3_compile.frontend.check import place_of, reads_of
-from fa3_compile.frontend.coefficient import coefficient, scaled_queries
+from fa3_compile.frontend.coefficient import coefficient, scaled_queries, with_beside
 from fa3_compile.frontend.dynamo_graph import example_value
 from fa3_compile.frontend.emit import Emitter
-from fa3_compile.frontend.gradients import has_gradient
+from fa3_compile.frontend.gradients import has_gradient, learned_inputs
 from fa3_compile.frontend.mutations import written_later
 from fa3_compile.frontend.region import Operand, Region
 from fa3_compile.spec.expr import KV, load, where
@@ -37,7 +37,7 @@ def rewrite(graph: fx.Graph, regions: list[Region], texts: list[str]) -> dict[fx
 
 
 def _replaced(graph: fx.Graph, regions: list[Region], texts: list[str]) -> dict[fx.Node, fx.Node]:
-    output = regions[0].output
+    output, before = regions[0].output, [*graph.nodes]
     place = place_of(graph, regions)
     replacements: dict[fx.Node, fx.Node] = {}
     with graph.inserting_before(place):
@@ -49,6 +49,12 @@ def _replaced(graph: fx.Graph, regions: list[Region], texts: list[str]) -> dict[
         result = parts[0]
         for part in parts[1:]:
             result = emit.function(operator.add, result, part)
+        if example_value(output).requires_grad:
+            lost = learned_inputs(output) - _ancestors(result)
+            for learned in [x for x in before if x in lost]:
+                # It cancels in the scores, and has a gradient of zeros, not none.
+                none = emit.call("narrow", emit.call("flatten", learned), 0, 0, 0)
+                result = emit.function(operator.add, result, emit.call("sum", none))
         replacements[output] = result
         if example_value(output).requires_grad:
             # The backward reads what the operator gave: a product does not keep its result.
@@ -63,6 +69,15 @@ def _replaced(graph: fx.Graph, regions: list[Region], texts: list[str]) -> dict[
         made.meta.update(replaced.meta)
         replaced.replace_all_uses_with(made)
     return replacements
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    found, stack = {node}, [node]
+    while stack:
+        sources = [x for x in stack.pop().all_input_nodes if x not in found]
+        found.update(sources)
+        stack += sources
+    return found
 
 
 def _differentiates(regions: list[Region]) -> bool:
@@ -92,7 +107,7 @@ def _attention(
     q, k, v, *aux = (x for _, x in operands)
     numbers = [emit.size(size) for size in region.sizes]
     pair = emit.function(torch.ops.fa3.attention.default, q, k, v, aux, numbers, text)
-    out = coefficient(emit, region, pair, device)
+    out = with_beside(emit, region, coefficient(emit, region, pair, device), v, device)
     replacements |= {x.node: emit.statistic(pair, x, region) for x in region.statistics}
     return emit.output(out, region)
 

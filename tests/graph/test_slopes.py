@@ -26,6 +26,20 @@ FUNCTIONS = {
     "hardswish": F.hardswish,
     "root of relu": lambda s: s.relu().sqrt(),
 }
+# sympy takes a root and a power together, and eager has infinity times 0 there.
+ROOTS_OF_POWERS = {
+    "root of a square": lambda s: s.square().sqrt(),
+    "power of a square": lambda s: (s**2) ** 0.5,
+    "root of squared relu": lambda s: s.relu().square().sqrt(),
+    "power of a root": lambda s: s.relu().sqrt() ** 4,
+    "hypotenuse": lambda s: torch.hypot(s, torch.zeros(())),
+}
+CANCEL = {
+    "times 0": lambda s, x: s + 0 * x,
+    "less itself": lambda s, x: s + x - x,
+    "to the power of 0": lambda s, x: s * x**0,
+    "never chosen": lambda s, x: torch.where(torch.ones(7) > 0, s, x),
+}
 BOUNDS = {
     "clamp": lambda x: x.clamp(min=0),
     "clamp on both sides": lambda x: x.clamp(-1, 0),
@@ -55,6 +69,37 @@ def test_scores(name: str) -> None:
     [expected] = torch.autograd.grad(function(s).sum(), s)
     found = [float(sympy.N(slope.subs(S, x))) for x in s.tolist()]
     assert found == pytest.approx(expected.tolist(), abs=1e-7)
+
+
+@pytest.mark.parametrize("name", ROOTS_OF_POWERS)
+def test_roots_of_powers(name: str) -> None:
+    function = ROOTS_OF_POWERS[name]
+    report = check(lambda q, k, v: function(q @ k.mT).softmax(-1) @ v, *qkv())
+    assert specs(report) == "lift: not-pointwise"
+
+
+@pytest.mark.parametrize("function", [lambda s: (s**2) ** 1.5, lambda s: (s**2 + 1).sqrt()])
+def test_powers_that_have_a_slope(function) -> None:
+    assert check(lambda q, k, v: function(q @ k.mT).softmax(-1) @ v, *qkv()).fused
+
+
+class Learned(torch.nn.Module):
+    def __init__(self, change) -> None:
+        super().__init__()
+        self.change, self.x = change, torch.nn.Parameter(torch.ones(7))
+
+    def forward(self, q, k, v):
+        return self.change(q @ k.mT, self.x).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("name", CANCEL)
+def test_what_cancels_has_a_gradient_of_zeros(name: str) -> None:
+    assert "load" not in specs(check(Learned(CANCEL[name]), *qkv()))
+
+
+@pytest.mark.parametrize("change", [lambda s, x: s + 0 * x.detach(), lambda s, x: s + 0 * (x > 0)])
+def test_what_has_no_gradient_gets_none(change) -> None:
+    assert check(Learned(change), *qkv()).fused
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 1), (7, 7), (2, 1, 7)], ids=["head", "both", "key"])

@@ -32,7 +32,21 @@ def _(node, index, ctx: Lifter) -> Element:
         _transcendental(node, ctx, base, exponent)
     if exponent.is_Float and float(exponent).is_integer():
         exponent = sympy.Integer(int(exponent))
-    return _not_undone(node, base, base**exponent, sympy.Pow)
+    return _power(node, base, exponent)
+
+
+def _power(node: fx.Node, base: Expr, exponent: Expr) -> Expr:
+    """base ** exponent; not where sympy takes a root and a power together: sqrt(s**2) and
+    sqrt(s)**4 have the slope NaN at 0, infinity times 0, and abs(s) and s**2 have none such."""
+    found = _not_undone(node, base, base**exponent, sympy.Pow)
+    kept = {x.base for x in found.atoms(sympy.Pow)}
+    for x in sympy.Mul.make_args(base):
+        if not x.is_Pow or x in kept or not (E.S in x.free_symbols or x.has(E.load)):
+            continue
+        exponents = (x.exp, exponent)
+        if all(y.is_positive for y in exponents) and min(exponents) < 1 < max(exponents):
+            raise Opaque(node, "a root of a power, or a power of a root")
+    return found
 
 
 def _not_undone(node: fx.Node, x: Expr, found: Expr, *functions: type) -> Expr:
@@ -112,8 +126,6 @@ UNARY = {
     aten.cosh.default: sympy.cosh,
     aten.atan.default: sympy.atan,
     aten.erf.default: E.erf,
-    aten.sqrt.default: sympy.sqrt,
-    aten.rsqrt.default: lambda x: 1 / sympy.sqrt(x),
     aten.sigmoid.default: E.sigmoid,
     aten.silu.default: lambda x: x * E.sigmoid(x),
     aten.mish.default: lambda x: x * sympy.tanh(_softplus(x)),
@@ -138,14 +150,31 @@ INVERSES = {aten.exp.default: sympy.exp, aten.log.default: sympy.log}
 def _(node, index, ctx: Lifter) -> Element:
     def function(x: Expr) -> Expr:
         if x.is_number:
-            # Torch's own answer: log(0) is -inf.
-            return sym(node.target(torch.tensor(float(x), dtype=torch.float64)).item())
+            return _of_number(node, x)
         _transcendental(node, ctx, x)
         found = UNARY[node.target](x)
         inverse = INVERSES.get(node.target)
         return found if inverse is None else _not_undone(node, x, found, inverse)
 
     return through_where(function, ctx.broadcast(node.args[0], index))
+
+
+def _of_number(node: fx.Node, x: Expr) -> Expr:
+    """Torch's own answer: log(0) is -inf."""
+    return sym(node.target(torch.tensor(float(x), dtype=torch.float64)).item())
+
+
+@element_of(aten.sqrt.default, aten.rsqrt.default)
+def _(node, index, ctx: Lifter) -> Element:
+    exponent = sympy.S.Half if node.target == aten.sqrt.default else -sympy.S.Half
+
+    def root(x: Expr) -> Expr:
+        if x.is_number:
+            return _of_number(node, x)
+        _transcendental(node, ctx, x)
+        return _power(node, x, exponent)
+
+    return through_where(root, ctx.broadcast(node.args[0], index))
 
 
 @element_of(aten.gelu.default)
@@ -201,7 +230,7 @@ def _is_filled(x: Expr) -> bool:
 @element_of(aten.hypot.default)
 def _(node, index, ctx: Lifter) -> Element:
     a, b = (ctx.broadcast(x, index) for x in node.args)
-    return sympy.sqrt(a**2 + b**2)
+    return _power(node, a**2 + b**2, sympy.S.Half)
 
 
 @element_of(aten.relu.default)
