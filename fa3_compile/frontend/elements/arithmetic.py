@@ -13,7 +13,7 @@ from fa3_compile.frontend.elements.finite import (
     check_product,
     check_quotient,
     check_sum,
-    is_masked_infinity,
+    may_be_infinite,
 )
 from fa3_compile.frontend.elements.pointwise import is_bool, is_float, through_where
 from fa3_compile.frontend.elements.rounding import rounded_down, to_integer, truncated
@@ -72,11 +72,15 @@ def _(node, index, ctx: Lifter) -> Element:
     if is_bool(node):
         return sympy.And(*(truth(ctx.operand(x, index)) for x in node.args[:2]))
     a, b = (ctx.broadcast(x, index) for x in node.args[:2])
-    if any(is_masked_infinity(x, y, ctx) for x, y in ((a, b), (b, a))):
+    if any(_may_be_zero(x) and may_be_infinite(y) for x, y in ((a, b), (b, a))):
         raise Opaque(node, "an infinite score times zero is NaN")
     found = through_where(_times, a, b)
     check_product(node, found, a, b, ctx)
     return found
+
+
+def _may_be_zero(x: Expr) -> bool:
+    return x == 0 or isinstance(x, where) and any(map(_may_be_zero, x.args[1:]))
 
 
 def _times(a: Expr, b: Expr) -> Expr:
