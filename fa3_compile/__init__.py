@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fa3_compile.explaining import explain
-    from fa3_compile.report import Report
+    from fa3_compile.report import Report, collect
 
 __version__ = "0.1.0"
-__all__ = ["Report", "__version__", "explain", "list_kernels"]
+__all__ = ["Report", "__version__", "collect", "explain", "list_kernels"]
 
 _HOME = {
     "Report": "fa3_compile.report",
+    "collect": "fa3_compile.report",
     "explain": "fa3_compile.explaining",
 }
 

@@ -124,7 +124,7 @@ def _env(_: argparse.Namespace) -> int:
 
 def _explain(parsed: argparse.Namespace) -> int:
     model, arguments, keywords = _made(parsed.factory)
-    report = fa3_compile.explain(model, *arguments, training=parsed.training, **keywords)
+    report = fa3_compile.explain(model, *arguments, training=parsed.training, kwargs=keywords)
     print(getattr(report, parsed.form)())
     if parsed.html:
         report.to_html(parsed.html)

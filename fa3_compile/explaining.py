@@ -24,17 +24,21 @@ NOTHING_FOUND = (
 
 def explain(
     model_or_fn: nn.Module | Callable[..., Any],
+    /,
     *args: Any,
     options: Mapping[str, Any] | None = None,
     training: bool | None = None,
-    **kwargs: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    **named: Any,
 ) -> Report:
     """Compile `model_or_fn` with backend="fa3", call it on the arguments, report what was done.
 
-    options   those of `torch.compile(..., backend="fa3")`
-    training  False: in eval mode, without gradients. True: in training mode, and the backward of
-              the sum of all real outputs is run too; no `.grad` is written. None: as it is, forward
-              only.
+    args, named  what the model is called with
+    kwargs       more of its keyword arguments: those that are called as one of these
+    options      those of `torch.compile(..., backend="fa3")`
+    training     False: in eval mode, without gradients. True: in training mode, and the backward
+                 of the sum of all real outputs is run too; no `.grad` is written. None: as it is,
+                 forward only.
 
     Tiles of a mask that depends on data are counted for these arguments, where what it reads is
     cheap to compute.
@@ -49,7 +53,19 @@ def explain(
     """
     from fa3_compile.backend import fa3
 
-    return explain_with(fa3, model_or_fn, args, kwargs, options, training)
+    keywords = keyword_arguments(kwargs, named)
+    return explain_with(fa3, model_or_fn, args, keywords, options, training)
+
+
+def keyword_arguments(kwargs: Mapping[str, Any] | None, named: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's keyword arguments, given as `kwargs` or by their names.
+
+    Raises TypeError for one that is given both ways.
+    """
+    twice = sorted({*(kwargs or {})} & {*named})
+    if twice:
+        raise TypeError(f"given by name and in kwargs, leave out one: {', '.join(twice)}")
+    return {**named, **(kwargs or {})}
 
 
 def explain_with(

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fa3_compile.backend import rewritten
-from fa3_compile.explaining import explain_with
+from fa3_compile.explaining import explain_with, keyword_arguments
 from fa3_compile.options import KERNELS
 from fa3_compile.report import RegionReport, Report
 
@@ -23,17 +23,20 @@ Options = Mapping[str, Any] | None
 
 def assert_fused(
     model_or_fn: nn.Module | Callable[..., Any],
+    /,
     *args: Any,
     regions: int | None = None,
     forms: str | Sequence[str] | None = None,
     kernels: str | Sequence[str] | None = None,
     options: Options = None,
     training: bool | None = None,
-    **kwargs: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    **named: Any,
 ) -> Report:
     """Every attention of the model becomes a fused kernel, and they are the ones named.
 
-    args, kwargs   what the model is called with
+    args, named    what the model is called with
+    kwargs         more of its keyword arguments: those that are called as one of these
     regions        how many there are; None for at least one
     forms          the form of each region in order, or one name for all: "causal + window(4096)"
     kernels        the kernel family of each region in order, or one name for all; families
@@ -49,7 +52,8 @@ def assert_fused(
     options = dict(options or {})
     if not torch.cuda.is_available():
         options.setdefault("kernels", KERNELS)
-    report = explain_with(rewritten, model_or_fn, args, kwargs, options, training)
+    keywords = keyword_arguments(kwargs, named)
+    report = explain_with(rewritten, model_or_fn, args, keywords, options, training)
     found = report.regions
     wrong = [region.line() for region in found if not region.fused]
     if not found:
@@ -65,10 +69,12 @@ def assert_fused(
 
 def snapshot(
     model_or_fn: nn.Module | Callable[..., Any],
+    /,
     *args: Any,
     options: Options = None,
     training: bool | None = None,
-    **kwargs: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    **named: Any,
 ) -> str:
     """What the pass makes of the model's attention, as a few lines for a snapshot test.
 
@@ -79,7 +85,8 @@ def snapshot(
         0, 1: causal | score 0.25*s | mask kv <= q
     """
     options = {"kernels": KERNELS, **(options or {})}
-    report = explain_with(rewritten, model_or_fn, args, kwargs, options, training)
+    keywords = keyword_arguments(kwargs, named)
+    report = explain_with(rewritten, model_or_fn, args, keywords, options, training)
     numbered = list(enumerate(_said(region) for region in report.regions))
     lines = [f"{len(report.fused)} of {len(report.regions)} regions fused"]
     for said, group in groupby(numbered, key=lambda pair: pair[1]):

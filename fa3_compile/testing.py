@@ -27,7 +27,7 @@ from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fa3_compile.explaining import no_graph_caches
+from fa3_compile.explaining import keyword_arguments, no_graph_caches
 from fa3_compile.fused import assert_fused, snapshot
 from fa3_compile.report import Report, collect
 
@@ -42,6 +42,7 @@ GRADIENT_SHARE = 0.25
 
 def assert_matches_eager(
     model_or_fn: nn.Module | Callable[..., Any],
+    /,
     *args: Any,
     backend: str | Callable[..., Any] = "fa3",
     options: Mapping[str, Any] | None = None,
@@ -49,16 +50,20 @@ def assert_matches_eager(
     dtype: torch.dtype | None = None,
     dynamic: bool | None = None,
     seed: int = 0,
-    **kwargs: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    **named: Any,
 ) -> Report:
     """Compile, run beside eager and eager in float64, and compare outputs and gradients.
 
-    args, kwargs   the model's inputs; they, and the model, are left as they are
+    args, named    the model's inputs; they, and the model, are left as they are
+    kwargs         more of its keyword arguments: those that are called as one of these
+    backend        that of torch.compile
     options        those of torch.compile
     training       also compare the gradient of every parameter and of every input that requires
                    one, for a fixed random cotangent of each output
     dtype          the dtype to run in; default: the model and inputs as they are
     dynamic        that of torch.compile
+    seed           of `torch.manual_seed`, before each run
 
     Returns the report of what was fused. Raises AssertionError with the tensor that is too far
     off, by how much, and what became of each region.
@@ -66,7 +71,8 @@ def assert_matches_eager(
     if backend == "fa3":
         # By itself rather than by name: a checkout need not be installed.
         from fa3_compile.backend import fa3 as backend
-    subject = _Subject(model_or_fn, args, kwargs, training, seed)
+    keywords = keyword_arguments(kwargs, named)
+    subject = _Subject(model_or_fn, args, keywords, training, seed)
     with _wide_oracle():
         oracle = subject.run(lambda fn: fn, torch.float64)
     eager = subject.run(lambda fn: fn, dtype)

@@ -9,7 +9,7 @@ import torch
 from expecttest import assert_expected_inline
 from torch import nn
 
-from fa3_compile.testing import assert_fused, snapshot
+from fa3_compile.testing import assert_fused, assert_matches_eager, snapshot
 
 ROOT = Path(__file__).parents[1]
 
@@ -101,6 +101,23 @@ def test_a_snapshot_does_not_name_what_changes_from_machine_to_machine():
     text = snapshot(Layers(1), x(), options={"kernels": "reference"})
     assert text == snapshot(Layers(1), x())
     assert "cpu" not in text and __file__ not in text
+
+
+def test_a_models_own_keywords_may_be_called_as_ours():
+    def attention(q, model_or_fn, *, training, options, kwargs, seed):
+        assert training == "yes"
+        return (q @ model_or_fn.mT / options).softmax(-1) @ kwargs[seed]
+
+    theirs = {"training": "yes", "options": 4, "kwargs": [x(), x()], "seed": 1}
+    calls = {"model_or_fn": x(), "kwargs": theirs}
+    assert_fused(attention, x(), regions=1, forms="plain", **calls)
+    assert snapshot(attention, x(), **calls).startswith("1 of 1 regions fused")
+    assert_matches_eager(attention, x(), backend=lambda gm, _: gm, **calls)
+
+
+def test_a_keyword_that_is_given_twice_is_refused():
+    with pytest.raises(TypeError, match="given by name and in kwargs, leave out one: window"):
+        snapshot(Layers(), x(), window=3, kwargs={"window": 4})
 
 
 @pytest.mark.parametrize(

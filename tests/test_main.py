@@ -40,6 +40,9 @@ def factory(tmp_path, monkeypatch):
         "    return x\n"
         "def make_with_keywords():\n"
         "    return torch.nn.Linear(2, 2), (), {'input': torch.ones(1, 2)}\n"
+        "def make_with_our_keywords():\n"
+        "    return lambda training, options: training * options, (), "
+        "{'training': torch.ones(2), 'options': 3}\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -69,7 +72,7 @@ def test_a_wrong_option_in_the_environment_is_said_not_raised(capsys, monkeypatc
     assert "'none', 'quick' or 'full'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("function", ["make", "make_with_keywords"])
+@pytest.mark.parametrize("function", ["make", "make_with_keywords", "make_with_our_keywords"])
 def test_explain_prints_the_report(capsys, stub_backend, factory, function):
     assert main(["explain", f"{factory}:{function}"]) == 0
     assert "1 of 1 attention region fused, 1 graph" in capsys.readouterr().out
