@@ -99,6 +99,8 @@ class _Writer:
         pair: fx.Node | None = None,
     ):
         self.emit, self.region, self.pair, self.device = emit, region, pair, device
+        wide = example_value(region.value.source).dtype == torch.float64
+        self.float = torch.float64 if wide else torch.float32
         self.loads = loads
         layout = region.layout
         self.lengths = {
@@ -114,7 +116,7 @@ class _Writer:
         if expr.is_Integer:
             return self._tensor(int(expr))
         if expr.is_number:
-            return self._tensor(float(expr))
+            return self._tensor(float(expr), self.float)
         if expr in self.lengths:
             return self._position(expr)
         if expr == ROW_SUM:
@@ -129,7 +131,7 @@ class _Writer:
             base, power = self.write(expr.base), self.write(expr.exp)
             if not (expr.exp.is_Integer and expr.exp.is_positive):
                 # Of integers, torch.pow(2, -1) is 0.
-                base = self.emit.call("to", base, torch.float32)
+                base = self.emit.call("to", base, self.float)
             return self._call(torch.pow, base, power)
         if type(expr) not in FUNCTIONS:
             raise Decline(
@@ -150,9 +152,9 @@ class _Writer:
     def _call(self, function: Callable, *args) -> fx.Node:
         return self.emit.function(function, *args)
 
-    def _tensor(self, value) -> fx.Node:
+    def _tensor(self, value, dtype: torch.dtype | None = None) -> fx.Node:
         # Without axes, so that it leaves the others' types alone.
-        return self.emit.function(torch.tensor, value, device=self.device)
+        return self.emit.function(torch.tensor, value, dtype=dtype, device=self.device)
 
     def _position(self, coordinate) -> fx.Node:
         length = self.emit.size(self.lengths[coordinate])
@@ -164,7 +166,7 @@ class _Writer:
         captured = self.loads[x.tensor]
         assert isinstance(captured, Captured)
         tensor = self.emit.captured(captured, self.device)
-        wide = torch.float32 if captured.dtype.is_floating_point else torch.int64
+        wide = self.float if captured.dtype.is_floating_point else torch.int64
         if captured.dtype not in (torch.bool, wide):
             # What is computed of it is not rounded further than the output, nor does it wrap.
             tensor = self.emit.call("to", tensor, wide)

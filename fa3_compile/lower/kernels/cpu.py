@@ -160,7 +160,7 @@ def _bias(problem: Problem, q: Tensor, k: Tensor, aux, sizes) -> tuple[Tensor | 
     bias, mask, whole_mask = elements(exprs, spec, shape, None, aux, sizes, torch.float32, q.device)
     bias = bias.to(torch.float32)
     if plan.mask != sympy.true:
-        masked = torch.full((), float("-inf"), device=q.device)
+        masked = torch.full((), float("-inf"), dtype=torch.float32, device=q.device)
         if plan.fill_bias is not None:
             fill = max(float(plan.fill_bias), torch.finfo(torch.float32).min)
             some = mask.expand(*mask.shape[:3], shape.kv_len).any(-1, keepdim=True)
@@ -272,7 +272,7 @@ def _masked_rows_backward(
     batch, kv_heads, kv_len, _ = k.shape
     rows = (batch, kv_heads, -1)
     empty_weight = 0.0 if spec.dead == "zero" else float("nan")
-    weight = torch.where(lse == float("-inf"), empty_weight, 1.0).unsqueeze(-1)
+    weight = torch.where(lse == float("-inf"), empty_weight, torch.ones_like(lse)).unsqueeze(-1)
     dout = torch.where(masked.unsqueeze(-1), dout.float() * weight, 0.0)
     dout = dout.reshape(*rows, dout.shape[-1])
     q_rows, k, v = q.float().reshape(*rows, q.shape[-1]), k.float(), v.float()
