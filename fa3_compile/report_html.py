@@ -51,7 +51,7 @@ class _Alike:
 def page(report: Report) -> str:
     """The report as a whole HTML document."""
     title = escape(report.summary())
-    body = [f"<h1>{title}</h1>", _environment(report), _legend(report)]
+    body = [f"<h1>{title}</h1>", _environment(), _legend(report)]
     body += [_section(group) for group in _grouped(report.regions)]
     for name, lines in (("Graph breaks", report.graph_breaks), ("Notes", report.notes)):
         if lines:
@@ -67,7 +67,7 @@ def page(report: Report) -> str:
     )
 
 
-def _environment(report: Report) -> str:
+def _environment() -> str:
     import torch
 
     device = "no CUDA device"

@@ -125,7 +125,7 @@ def _function(graph: fx.Graph, output: fx.Node) -> str:
                     if not isinstance(value, (Tensor, int, float, torch.SymInt)):
                         raise _unwritten(f"{argument} is a {type(value).__name__}")
                     copies[argument] = new.placeholder(argument.name)
-                    made.append(_value(copies[argument].name, value))
+                    made.append(_value(value))
             copies[node] = new.node_copy(node, lambda x: copies[x])
     leaving = [n for n in inside if n is not output and any(u not in inside for u in n.users)]
     returned = [output, *(n for n in leaving if isinstance(example_value(n), Tensor))]
@@ -167,7 +167,7 @@ def _inside(graph: fx.Graph, output: fx.Node) -> dict[fx.Node, None]:
     return {node: None for node in graph.nodes if node in inside}
 
 
-def _value(name: str, value: Any) -> str:
+def _value(value: Any) -> str:
     """An argument as an expression; sizes are those that the model was called with."""
     if not isinstance(value, Tensor):
         return f"{_number(value)!r}"

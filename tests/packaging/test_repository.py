@@ -10,8 +10,7 @@ from fa3_compile.__main__ import main
 from tests.packaging.test_distributions import ROOT
 
 MOST_LINES = 400
-# Longer, each for one reason: a table of rules, a walk in many cases, or one kernel's whole host
-# side. Nothing joins them without a reason of its own.
+# Longer for one reason: one kernel's whole source. Nothing joins it without a reason of its own.
 LONGER = {
     "templates/triton/attention_backward.py.jinja",
 }
