@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from fa3_compile.frontend.same import is_random
+from fa3_compile.options import Options
+from fa3_compile.pipeline import rewrite_attention
+from fa3_compile.testing import assert_matches_eager
 from tests.graph.harness import check, specs
 from tests.graph.inputs import INF, H, S, attend, chance, normal, qkv, scores_of, uniform
 
@@ -237,11 +240,6 @@ def test_silu_of_a_masked_score_is_nan(name):
     assert not check(attention, *qkv(), training=False).fused
 
 
-def test_the_root_of_a_square_is_the_size():
-    report = check(lambda q, k, v: attend((scores_of(q, k) ** 2).sqrt(), v), *qkv())
-    assert specs(report) == "attention(score=0.25*abs(s))"
-
-
 COMPARED_WITH_ITSELF = {
     "weights that are": lambda s: torch.where((p := s.softmax(-1)) == p, p, 0.0),
     "finite weights": lambda s: torch.where((p := s.softmax(-1)).isfinite(), p, 0.0),
@@ -299,3 +297,23 @@ def test_weights_rounded_to_the_type_of_v():
     q, k, v = qkv(dtype=torch.bfloat16)
     report = check(lambda q, k, v: (q.float() @ k.float().mT).softmax(-1).to(v.dtype) @ v, q, k, v)
     assert len(report.fused) == 1
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_torchs_default_dtype_rounds_nothing(default):
+    def attention(q, k, v, gate):
+        hidden = (distance(AT) < 0) | (AT[:, None] < 2)
+        scores = scores_of(q, k).masked_fill(hidden, torch.finfo(torch.float32).min)
+        return attend(scores, v) * (gate * 0.333 + 0.1)
+
+    def rewrite(gm, example_inputs):
+        rewrite_attention(gm, Options(kernels=("cpu", "reference"), strict=True), "graph")
+        return gm
+
+    inputs, before = (*qkv(), normal(H, 1, 1)), torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        report = assert_matches_eager(attention, *inputs, backend=rewrite, training=True)
+    finally:
+        torch.set_default_dtype(before)
+    assert report.fused[0].kernel == "cpu"
