@@ -57,8 +57,8 @@ def decode(rows: Rows) -> str:
 def models(rows: Rows) -> str:
     """Milliseconds and GiB of ours and of Inductor on both spellings, and what the faster of these
     takes as a multiple of ours."""
-    titles = ["model", "", "fa3 ms", "Inductor: eager ms", "SDPA ms", "", "fa3 GiB", "eager GiB"]
-    titles += ["SDPA GiB", "kernels"]
+    titles = ["model", "", "fa3 ms", "Inductor: eager ms", "SDPA ms", "speed-up"]
+    titles += ["fa3 GiB", "eager GiB", "SDPA GiB", "kernels"]
     lines = [_line(titles), _line(["---"] * len(titles))]
     for direction in ("forward", "training"):
         for name, of in _by_case(rows, direction).items():
@@ -106,9 +106,11 @@ def fill(page: str, rows: Rows) -> str:
 
 
 def _machine(rows: Rows) -> str:
-    said = {f"{r['device']}, driver {r['driver']}, torch {r['torch']}, triton {r['triton']}, "
-            f"commit {r['commit']}, {r['date']}" for r in rows}  # fmt: skip
-    return "; ".join(sorted(said))
+    commits: dict[str, set[str]] = {}
+    for r in rows:
+        on = f"{r['device']}, driver {r['driver']}, torch {r['torch']}, triton {r['triton']}"
+        commits.setdefault(f"{on}, {r['date']}", set()).add(r["commit"])
+    return "; ".join(f"{on}, commits {', '.join(sorted(commits[on]))}" for on in sorted(commits))
 
 
 def _by_case(rows: Rows, direction: str) -> dict[str, dict[str, dict[str, str]]]:

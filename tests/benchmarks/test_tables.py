@@ -58,6 +58,15 @@ def test_models_are_held_against_the_faster_of_both_spellings():
     assert "training" not in page
 
 
+def test_commits_of_one_machine_and_day_are_said_together():
+    rows = [row("a", "fa3", commit="2"), row("a", "flex", commit="1"), row("a", "b", torch="y")]
+    assert fill("<!-- table machine -->\n<!-- end -->", rows) == (
+        "<!-- table machine -->\n"
+        "x, driver x, torch x, triton x, x, commits 1, 2; "
+        "x, driver x, torch y, triton x, x, commits x\n<!-- end -->"
+    )
+
+
 def test_a_place_for_an_unknown_table_is_an_error():
     with pytest.raises(KeyError):
         fill("<!-- table nothing -->\n<!-- end -->", [])
