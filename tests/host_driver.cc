@@ -1,7 +1,7 @@
 // libcuda.so.1 on a machine without a GPU: what cuda-bindings and Triton ask of the CUDA driver,
-// with the driver's own refusals. Device memory is the host's, streams are numbers. A "cubin" is the
-// path of a shared library, and a launch calls its function of that name; any other cubin's kernels
-// do nothing. Built and loaded by host_driver.py.
+// with the driver's own refusals. Device memory is the host's; streams are numbers, their device's
+// what is above 16 bits. A "cubin" is the path of a shared library, and a launch calls its function
+// of that name; any other cubin's kernels do nothing. Built and loaded by host_driver.py.
 #include <dlfcn.h>
 
 #include <cstdint>
@@ -14,8 +14,8 @@
 #include <utility>
 
 namespace {
-enum Result { kSuccess = 0, kInvalidValue = 1, kInvalidContext = 201, kNotFound = 500,
-              kCaptureUnsupported = 900 };
+enum Result { kSuccess = 0, kInvalidValue = 1, kInvalidDevice = 101, kInvalidContext = 201,
+              kInvalidHandle = 400, kNotFound = 500, kCaptureUnsupported = 900 };
 enum CaptureMode { kGlobal = 0, kThreadLocal = 1, kRelaxed = 2 };
 enum FunctionAttribute { kMaxThreads = 0, kRegisters = 4, kMaxDynamicShared = 8,
                          kLastAttribute = 15 };
@@ -23,22 +23,30 @@ enum DeviceAttribute { kMaxSharedPerBlock = 8, kWarpSize = 10, kMaxRegisters = 1
                        kProcessors = 16, kMemoryClock = 36, kBusWidth = 37, kMajor = 75,
                        kMaxSharedPerProcessor = 81, kMaxSharedOptin = 97 };
 constexpr unsigned kLargestShared = 232448, kSharedWithoutAsking = 49152;
+constexpr int kDevices = 2;
 
 // Of a launch that host_driver.py asks for.
 struct Launched {
   const char* name;
   unsigned grid[3], threads, shared;
   std::uint64_t stream;
+  int device;
+};
+// A device's primary one.
+struct Context {
+  int device;
 };
 // A kernel of a library: reads its parameter struct, and runs every block.
 using Kernel = void (*)(const void* params, unsigned x, unsigned y, unsigned z, int threads);
 struct Function {
   std::string name;
   Kernel run;
+  const Context* context;
   unsigned dynamic_shared = kSharedWithoutAsking;
 };
 struct Module {
   void* library;  // none: any kernel is there, and does nothing
+  const Context* context;
   std::map<std::string, Function> functions;
 };
 
@@ -48,7 +56,8 @@ std::set<void*> functions, allocated;
 void (*observer)(const Launched*) = nullptr;
 
 // Every thread begins without a context: no call of CUDA's runtime gives it one here.
-thread_local void* current = nullptr;
+thread_local const Context* current = nullptr;
+const Context contexts[kDevices] = {{0}, {1}};
 
 thread_local int capture_mode = kGlobal;
 // Whether another thread is capturing a graph, in the mode that forbids most, and still can.
@@ -69,6 +78,11 @@ Result launched(void* handle, const unsigned (&grid)[3], const unsigned (&block)
   if (!current) return kInvalidContext;
   if (!is_function(handle) || params == nullptr || extra != nullptr) return kInvalidValue;
   auto* function = static_cast<Function*>(handle);
+  auto number = reinterpret_cast<std::uint64_t>(stream);
+  if (number >> 16 >= kDevices || (stream && &contexts[number >> 16] != current) ||
+      function->context != current) {
+    return kInvalidHandle;
+  }
   std::uint64_t threads = std::uint64_t(block[0]) * block[1] * block[2];
   if (!threads || threads > 1024 || block[2] > 64 || shared > function->dynamic_shared) {
     return kInvalidValue;
@@ -79,7 +93,7 @@ Result launched(void* handle, const unsigned (&grid)[3], const unsigned (&block)
   }
   if (observer) {
     Launched seen{function->name.c_str(), {grid[0], grid[1], grid[2]}, unsigned(threads), shared,
-                  reinterpret_cast<std::uint64_t>(stream)};
+                  number, current->device};
     observer(&seen);
   }
   if (function->run) function->run(params[0], grid[0], grid[1], grid[2], int(threads));
@@ -101,13 +115,24 @@ Result cuInit(unsigned) { return kSuccess; }
 Result cuDriverGetVersion(int* version) { *version = 13000; return kSuccess; }
 Result cuGetErrorString(Result, const char** text) { *text = "refused"; return kSuccess; }
 
-Result cuDeviceGet(int* device, int ordinal) { *device = ordinal; return kSuccess; }
+Result cuDeviceGet(int* device, int ordinal) {
+  *device = ordinal;
+  return ordinal >= 0 && ordinal < kDevices ? kSuccess : kInvalidDevice;
+}
 // None for CUDA's runtime, should PyTorch look for one.
 Result cuDeviceGetCount(int* count) { *count = 0; return kSuccess; }
-Result cuCtxGetCurrent(void** context) { *context = current; return kSuccess; }
-Result cuCtxSetCurrent(void* context) { current = context; return kSuccess; }
-Result cuCtxGetDevice(int* device) { *device = 0; return kSuccess; }
-Result cuDevicePrimaryCtxRetain(void** context, int) { *context = &lock; return kSuccess; }
+Result cuCtxGetCurrent(const Context** context) { *context = current; return kSuccess; }
+Result cuCtxSetCurrent(const Context* context) { current = context; return kSuccess; }
+Result cuCtxGetDevice(int* device) {
+  if (!current) return kInvalidContext;
+  *device = current->device;
+  return kSuccess;
+}
+Result cuDevicePrimaryCtxRetain(const Context** context, int device) {
+  if (device < 0 || device >= kDevices) return kInvalidDevice;
+  *context = &contexts[device];
+  return kSuccess;
+}
 Result cuCtxGetLimit(std::size_t* value, int) { *value = 0; return kSuccess; }
 Result cuCtxSetLimit(int, std::size_t) { return kSuccess; }
 Result cuDeviceGetAttribute(int* value, int attribute, int) {
@@ -138,7 +163,7 @@ Result cuModuleLoadData(Module** module, const char* image) {
   if (image == nullptr) return kInvalidValue;
   void* library = image[0] == '/' ? dlopen(image, RTLD_NOW | RTLD_LOCAL) : nullptr;
   if (image[0] == '/' && library == nullptr) return kInvalidValue;
-  modules.insert(*module = new Module{library, {}});
+  modules.insert(*module = new Module{library, current, {}});
   return kSuccess;
 }
 Result cuModuleUnload(Module* module) { return modules.count(module) ? kSuccess : kInvalidValue; }
@@ -147,7 +172,8 @@ Result cuModuleGetFunction(Function** function, Module* module, const char* name
   if (!modules.count(module)) return kInvalidValue;
   auto run = module->library ? reinterpret_cast<Kernel>(dlsym(module->library, name)) : nullptr;
   if (module->library && run == nullptr) return kNotFound;
-  *function = &module->functions.try_emplace(name, Function{name, run}).first->second;
+  Function made{name, run, module->context};
+  *function = &module->functions.try_emplace(name, made).first->second;
   functions.insert(*function);
   return kSuccess;
 }

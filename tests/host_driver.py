@@ -1,8 +1,8 @@
 """The host's side of a GPU on a machine without one, as strict as the real one.
 
 `libcuda.so.1` is host_driver.cc, so that cuda-bindings and Triton are the real ones and refuse what
-they refuse on a GPU. Tensors lie in the CPU's memory and say that they are on cuda:0. A kernel is a
-function of a shared library, or one that does nothing.
+they refuse on a GPU. Tensors lie in the CPU's memory and say that they are on cuda:0 or cuda:1. A
+kernel is a function of a shared library, or one that does nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fa3_compile.lower.bound import BindingKernel
 from fa3_compile.lower.kernels import cuda_sm90_backward, cuda_sm90_lists, triton_backward
 
 COMPILER = shutil.which("g++")
-DEVICE = torch.device("cuda", 0)
+DEVICES = DEVICE, _ = torch.device("cuda", 0), torch.device("cuda", 1)
 STREAM = 0x5EA
 # What meets tensors of another device by right.
 CROSSING = {"to", "copy_", "as_subclass", "__getitem__", "__setitem__"}
@@ -94,16 +94,26 @@ def captured() -> Iterator[None]:
 class OnDevice(Tensor):
     """A tensor of the CPU that says it is on cuda:0."""
 
-    device = property(lambda _: DEVICE)  # pyright: ignore
+    gpu = 0
+    device = property(lambda self: DEVICES[self.gpu])  # pyright: ignore
     is_cuda = property(lambda _: True)  # pyright: ignore
 
     def get_device(self) -> int:
-        return 0
+        return self.gpu
 
 
-def on_device(tensors: Any) -> Any:
+class OnSecond(OnDevice):
+    """One that says it is on cuda:1."""
+
+    gpu = 1
+
+
+GPUS = (OnDevice, OnSecond)
+
+
+def on_device(tensors: Any, gpu: int = 0) -> Any:
     """A tensor, or a structure of them and of others, with its tensors on the device."""
-    return pytree.tree_map_only(Tensor, lambda x: x.as_subclass(OnDevice), tensors)
+    return pytree.tree_map_only(Tensor, lambda x: x.as_subclass(GPUS[gpu]), tensors)
 
 
 def on_host(tensors: Any) -> Any:
@@ -118,17 +128,19 @@ class Devices(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         leaves = pytree.tree_leaves((args, kwargs))
         tensors = [x for x in leaves if isinstance(x, Tensor)]
-        ours = [isinstance(x, OnDevice) for x in tensors if x.dim() or isinstance(x, OnDevice)]
-        if any(ours) and not all(ours) and name not in CROSSING:
+        gpus = {getattr(x, "gpu", None) for x in tensors if x.dim() or isinstance(x, OnDevice)}
+        if len(gpus) > 1 and name not in CROSSING:
             raise RuntimeError(f"Expected all tensors to be on the same device: {name}")
-        if name == "data_ptr" and not any(ours):
+        if name == "data_ptr" and gpus <= {None}:
             return -func(*args)  # aligned alike, and no address that a kernel's parameters take
-        asked = any(map(_is_cuda, leaves))
+        asked = [torch.device(x).index for x in leaves if _is_cuda(x)]
         args, kwargs = pytree.tree_map(lambda x: "cpu" if _is_cuda(x) else x, (args, kwargs or {}))
         found = func(*args, **kwargs)
         if name in UNINITIALISED and found.is_floating_point():
             found.fill_(float("nan"))
-        return found.as_subclass(OnDevice) if asked and isinstance(found, Tensor) else found
+        if not asked or not isinstance(found, Tensor):
+            return found
+        return on_device(found, current_device() if asked[0] is None else asked[0])
 
 
 def _is_cuda(x: object) -> bool:
@@ -144,24 +156,44 @@ class _Properties:
     multi_processor_count: int = 132
 
 
-class _Guard(contextlib.nullcontext):
-    """torch.cuda.device."""
+def current_device() -> int:
+    """That of this thread's context, as CUDA's runtime has it."""
+    found = ctypes.c_int()
+    return found.value if _library().cuCtxGetDevice(ctypes.byref(found)) == 0 else 0
+
+
+class CurrentDevice:
+    """torch.cuda.device, which sets no context where the device is current already."""
 
     def __init__(self, device: object) -> None:
-        super().__init__()
-        index = torch.cuda._utils._get_device_index(device, optional=device is None)
-        assert index == 0, f"there is no device {device}"
+        self.index = torch.cuda._utils._get_device_index(device)
+
+    def __enter__(self) -> None:
+        self.before = current_device()
+        self._exchange(self.index)
+
+    def __exit__(self, *_: object) -> None:
+        self._exchange(self.before)
+
+    def _exchange(self, index: int) -> None:
+        if index != current_device():
+            context = ctypes.c_void_p()
+            refused = _library().cuDevicePrimaryCtxRetain(ctypes.byref(context), index)
+            assert not refused, f"there is no device {index}"
+            _library().cuCtxSetCurrent(context)
 
 
-def _raw_stream(index: int) -> int:
-    assert type(index) is int and index == 0, f"a device index, got {index!r}"
-    return STREAM
+def stream_of(index: int) -> int:
+    """The current stream of a device."""
+    assert type(index) is int and index in (0, 1), f"a device index, got {index!r}"
+    return STREAM | index << 16
 
 
 def _empty_strided(shape, stride, dtype) -> Tensor:
     """With the checks of `_empty_strided_cuda`, and what nobody stored to is NaN."""
     found = guards._empty_strided_cpu(shape, stride, dtype)  # pyright: ignore
-    return (found.fill_(float("nan")) if dtype.is_floating_point else found).as_subclass(OnDevice)
+    found = found.fill_(float("nan")) if dtype.is_floating_point else found
+    return on_device(found, current_device())
 
 
 class Event:
@@ -187,7 +219,8 @@ class Event:
 
 class _Launched(ctypes.Structure):
     _fields_ = [("name", ctypes.c_char_p), ("grid", 3 * ctypes.c_uint), ("threads", ctypes.c_uint),
-                ("shared", ctypes.c_uint), ("stream", ctypes.c_uint64)]  # fmt: skip
+                ("shared", ctypes.c_uint), ("stream", ctypes.c_uint64),
+                ("device", ctypes.c_int)]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -199,6 +232,7 @@ class Launched:
     threads: int
     shared: int
     stream: int
+    device: int
 
 
 @pytest.fixture
@@ -210,19 +244,20 @@ def launches(monkeypatch) -> Iterator[list[Launched]]:
 
     def note(launched) -> None:
         x = launched.contents
-        found.append(Launched(x.name.decode(), tuple(x.grid), x.threads, x.shared, x.stream))
+        what = x.name.decode(), tuple(x.grid), x.threads, x.shared, x.stream, x.device
+        found.append(Launched(*what))
 
     observer = ctypes.CFUNCTYPE(None, ctypes.POINTER(_Launched))(note)
     library.host_driver_observe(observer)
     library.cuCtxSetCurrent(None)
     for name, value in (
-        ("_cuda_getDevice", lambda: 0),
-        ("_cuda_getCurrentRawStream", _raw_stream),
+        ("_cuda_getDevice", current_device),
+        ("_cuda_getCurrentRawStream", stream_of),
         ("_cuda_getCurrentStream", lambda index: (STREAM | 1, index, 1)),  # of PyTorch's pools
         ("_cuda_isCurrentStreamCapturing", lambda: False),
     ):
         monkeypatch.setattr(torch._C, name, value, raising=False)
-    monkeypatch.setattr(torch.cuda, "device", _Guard)
+    monkeypatch.setattr(torch.cuda, "device", CurrentDevice)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _=None: _Properties())
@@ -268,9 +303,9 @@ def triton_driver(launches, monkeypatch) -> Iterator[None]:
     folder = Path(_library()._name).parent
     monkeypatch.setenv("TRITON_LIBCUDA_PATH", str(folder))
     nvidia = driver.CudaDriver()
-    monkeypatch.setattr(nvidia, "get_current_device", lambda: 0)
+    monkeypatch.setattr(nvidia, "get_current_device", current_device)
     monkeypatch.setattr(nvidia, "get_device_capability", lambda _=0: (9, 0))
-    monkeypatch.setattr(nvidia, "get_current_stream", _raw_stream)
+    monkeypatch.setattr(nvidia, "get_current_stream", stream_of)
     before = triton.runtime.driver._active
     triton.runtime.driver.set_active(nvidia)
     yield

@@ -319,7 +319,7 @@ def dealt(
         # Every tensor in an allocation of its own, so that reads beside one are found.
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     shards = []
-    for i in range(count):
+    for i in range(min(count, len(share(check, names, 0, 1)))):
         program = [__file__, "worker", check, str(i), str(count), *names]
         command = sanitizer.command(tool, program) if tool else [sys.executable, *program]
         log = folder / f"{tool or check}{i}.txt"

@@ -13,8 +13,14 @@ import torch
 from fa3_compile.lower import launch_calls, stream_reports, stream_scratch
 from fa3_compile.lower.build_nvrtc import Built
 from fa3_compile.lower.dispatch import make_problem
-from fa3_compile.lower.kernels import cuda_sm90, cuda_sm90_backward, cuda_sm90_lists
+from fa3_compile.lower.kernels import (
+    cuda_sm90,
+    cuda_sm90_backward,
+    cuda_sm90_lists,
+    cuda_sm90_parameters,
+)
 from fa3_compile.lower.kernels.cuda_sm90_forward_parameters import ForwardParameters
+from fa3_compile.lower.kernels.cuda_sm90_parameters import section_of
 from fa3_compile.lower.launch_cuda import Launch, driver
 from fa3_compile.runtime.launch import Attention, AttentionBackward
 from tests.host_driver import (
@@ -24,9 +30,11 @@ from tests.host_driver import (
     OnDevice,
     allocations,
     captured,
+    current_device,
     kernels_of,
     launches,
     on_device,
+    stream_of,
 )
 from tests.numerics.forms import BY_NAME, Shape, inputs
 
@@ -61,8 +69,8 @@ def kernels(monkeypatch, tmp_path, launches):
         monkeypatch.setattr(module, name, lambda keys, **_: (keys[0], built(keys[0])))
 
 
-def of_form(name: str, shape: Shape):
-    return on_device(inputs(BY_NAME[name], shape, torch.bfloat16, "cpu"))
+def of_form(name: str, shape: Shape, gpu: int = 0):
+    return on_device(inputs(BY_NAME[name], shape, torch.bfloat16, "cpu"), gpu)
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -257,6 +265,22 @@ def test_a_graph_that_is_captured_has_a_counter_of_its_own(launches, monkeypatch
     assert len(launches) == 1
 
 
+def test_sections_have_about_as_many_heads(monkeypatch) -> None:
+    monkeypatch.setattr(cuda_sm90_parameters, "SECTION_BYTES", 32)
+    assert [section_of(x, 1) for x in (1, 32, 33, 40, 72, 100)] == [1, 32, 17, 20, 24, 25]
+    assert section_of(40, 33) == 1  # more than L2 has for one
+
+
+def test_heads_of_a_section_share_whole_groups_and_turns(launches, monkeypatch) -> None:
+    """Three heads on one of keys, in two batches that go side by side beside one dense bias."""
+    monkeypatch.setattr(cuda_sm90_parameters, "SECTION_BYTES", 4 * 2 * 64 * 256)
+    q, k, v, _ = of_form("full", Shape(2, 6, 2, 100, 64, 128, 128))
+    bias = on_device(torch.zeros(1, 6, 100, 64).bfloat16())
+    text = "attention(score=0.1*s + load(0, 0, h, q, kv), mask=kv <= q, aux=[float])"
+    Attention(f"{text} #;kernels=cuda_sm90")(q, k, v, [bias], [])
+    print(launches)
+
+
 @pytest.mark.parametrize("bound", [False, True], ids=["new", "bound"])
 def test_a_thread_that_never_called_cuda(bound: bool, launches) -> None:
     q, k, v, _ = of_form("causal", Shape(1, 2, 1, 200, 200, 64, 64))
@@ -273,6 +297,27 @@ def test_a_thread_that_never_called_cuda(bound: bool, launches) -> None:
     with ThreadPoolExecutor(1) as threads:
         threads.submit(train).result()
     assert len(launches) == (8 if bound else 4)
+
+
+@pytest.mark.parametrize("current", [0, 1])
+@pytest.mark.parametrize("name", ["left padding", "global and window"])
+def test_the_second_device(name: str, current: int, launches) -> None:
+    """Kernels are loaded and launched there, and the current device stays what it was."""
+    form = BY_NAME[name]
+    q, k, v, aux = of_form(name, Shape(1, 2, 1, 200, 200, 64, 64), gpu=1)
+    text = f"{form.spec()} #;kernels=cuda_sm90"
+    forward = Attention(text, fixed=True)
+    backward = AttentionBackward(text, [True] * 3 + [False] * len(aux), fixed=True)
+    with torch.cuda.device(current):
+        for _ in range(2):
+            out, lse = forward.call(q, k, v, aux, form.sizes)
+            grads = backward(out, None, q, k, v, out, lse, aux, form.sizes)
+            assert current_device() == current
+    assert {x.get_device() for x in (out, lse, *grads[:3])} == {1}
+    assert {(x.device, x.stream) for x in launches} == {(1, stream_of(1))}
+    [bound] = forward._calls.values()
+    with pytest.raises(RuntimeError, match="CUDA_ERROR_INVALID_HANDLE"):
+        bound.launches[-1](stream_of(0), [0] * 16)
 
 
 def test_tuning_measures_each_tile_and_keeps_the_choice(launches, monkeypatch, tmp_path) -> None:

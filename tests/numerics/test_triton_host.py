@@ -13,7 +13,8 @@ pytest.importorskip("triton")
 from fa3_compile.lower import tune_forward
 from fa3_compile.lower.config import TritonConfig
 from fa3_compile.lower.dispatch import make_problem
-from fa3_compile.lower.kernels import triton_backward, triton_forward
+from fa3_compile.lower.kernels import triton_backward, triton_forward, triton_split
+from fa3_compile.lower.kernels.triton_launch import Launch
 from fa3_compile.lower.launch_calls import Launches
 from fa3_compile.lower.tune_backward import Configs
 from fa3_compile.runtime.launch import Attention, AttentionBackward
@@ -21,8 +22,10 @@ from tests.host_driver import (
     STREAM,
     OnDevice,
     captured,
+    current_device,
     launches,
     on_device,
+    stream_of,
     triton_driver,
 )
 from tests.numerics.forms import BY_NAME, Shape, inputs
@@ -89,6 +92,17 @@ def test_parts_of_a_split_and_values_in_keys(joint: bool, launches, monkeypatch,
     assert len(call._calls) == (2 if joint else 1)
 
 
+def test_parts_of_a_split_are_float32_whatever_the_default_is() -> None:
+    parts = triton_split.Parts(2, 3, 16, 1, combine=Launch((), lambda _: None))
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        tensors = parts.tensors(torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(default)
+    assert {x.dtype for x in tensors.values()} == {torch.float32}
+
+
 def test_tensor_descriptors_have_scratch_memory(launches, monkeypatch) -> None:
     monkeypatch.setattr(tune_forward, "table_config", lambda _: replace(TILE, tma=True))
     form = BY_NAME["full"]
@@ -112,6 +126,24 @@ def test_a_kernel_that_is_built_leaves_captures_of_other_threads_alone(launches)
     with captured():
         Attention(f"{form.spec()} #;kernels=triton")(q, k, v, [], [])
     assert [x.name for x in launches] == ["attention_forward"]
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_the_second_device(current: int, launches) -> None:
+    """Kernels are loaded and launched there, and the current device stays what it was."""
+    form = BY_NAME["relative bias"]
+    found = inputs(form, Shape(1, 1, 1, 40, 40, 16, 16), torch.bfloat16, "cpu")
+    q, k, v, aux = on_device(found, gpu=1)
+    text = f"{form.spec()} #;kernels=triton"
+    forward = Attention(text, fixed=True)
+    backward = AttentionBackward(text, [True] * 4, fixed=True)
+    with torch.cuda.device(current):
+        for _ in range(2):
+            out, lse = forward.call(q, k, v, aux, [])
+            dq, *_, [dbias] = backward(out, None, q, k, v, out, lse, aux, [])
+            assert current_device() == current
+    assert {x.get_device() for x in (out, lse, dq, dbias)} == {1}
+    assert {(x.device, x.stream) for x in launches} == {(1, stream_of(1))}
 
 
 def test_integers_too_large_for_32_bits_are_left_to_others(launches) -> None:

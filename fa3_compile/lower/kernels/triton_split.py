@@ -6,6 +6,7 @@ blocks are dealt to several programs (Flash-Decoding).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -58,8 +59,9 @@ class Parts:
 
     def tensors(self, device: torch.device) -> dict[str, Tensor]:
         """New memory for them, by the names of the kernels' parameters."""
-        parts = torch.empty(self.count, self.rows, self.columns, device=device)
-        states = torch.empty(self.states, self.count, self.rows, device=device)
+        empty = functools.partial(torch.empty, dtype=torch.float32, device=device)
+        parts = empty(self.count, self.rows, self.columns)
+        states = empty(self.states, self.count, self.rows)
         return {"parts_ptr": parts, "states_ptr": states}
 
 
