@@ -42,8 +42,7 @@ from fa3_compile.lower import build_nvrtc
 from fa3_compile.lower.choose import Gradients, Problem
 from fa3_compile.lower.kernels import (
     cuda_sm90_backward,
-    cuda_sm90_backward_parameters,
-    cuda_sm90_forward_parameters,
+    cuda_sm90_parameters,
     triton_backward,
 )
 from fa3_compile.lower.kernels.cuda_sm90 import Bound, CudaSm90
@@ -274,8 +273,7 @@ def worker(check: str, first: str, count: str, *names: str) -> int:
     be of one section."""
     if check == "once":
         build_nvrtc.OPTIONS += ("--generate-line-info",)
-        cuda_sm90_forward_parameters.SECTION_BYTES = 1
-        cuda_sm90_backward_parameters.SECTION_BYTES = 1
+        cuda_sm90_parameters.SECTION_BYTES = 1
     return sum([say(x, CHECKS[check](x)) for x in share(check, names, int(first), int(count))])
 
 

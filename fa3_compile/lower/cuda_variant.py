@@ -43,7 +43,6 @@ LEVELS = ("head", "row", "col")
 
 NAMES = {"b": "at.batch", "h": "at.head", "Sq": "at.queries", "Skv": "at.keys"}
 NAMES |= {"q_last": "(q_end - 1)"}
-WIDE_ELEMENTS = ("int64_t", "uint64_t", "double")
 
 
 class VariantWriter:

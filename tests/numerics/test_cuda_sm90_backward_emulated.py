@@ -21,7 +21,7 @@ from fa3_compile import resources
 from fa3_compile.lower.build_nvrtc import Built
 from fa3_compile.lower.choose import Problem
 from fa3_compile.lower.kernels import cuda_sm90_backward as backward
-from fa3_compile.lower.kernels import cuda_sm90_backward_parameters
+from fa3_compile.lower.kernels import cuda_sm90_backward_parameters, cuda_sm90_parameters
 from fa3_compile.lower.kernels.cuda_sm90_backward_keys import keys_of
 from fa3_compile.lower.kernels.cuda_sm90_keys import layout_of, tile_candidate
 from fa3_compile.lower.kernels.reference import attention, attention_backward
@@ -190,7 +190,7 @@ def test_gradients(case, tmp_path, monkeypatch, launches) -> None:
     monkeypatch.setattr(backward, "load_best", lambda keys, at_once: (key, built))
     monkeypatch.setattr(cuda_sm90_backward_parameters, "processors", lambda device: 2)
     # Where the main kernel rounds dQ, each head's sums follow another's in the same place.
-    monkeypatch.setattr(cuda_sm90_backward_parameters, "SECTION_BYTES", 1)
+    monkeypatch.setattr(cuda_sm90_parameters, "SECTION_BYTES", 1)
     monkeypatch.setattr(cuda_sm90_backward_parameters, "AHEAD", 0)
     out, lse = attention(spec, q, k, v, aux, form.sizes)
     torch.manual_seed(0)

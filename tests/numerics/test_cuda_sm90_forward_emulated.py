@@ -18,7 +18,12 @@ from fa3_compile import resources
 from fa3_compile.lower.build_nvrtc import Built
 from fa3_compile.lower.choose import Problem
 from fa3_compile.lower.config_sm90 import Sm90Config
-from fa3_compile.lower.kernels import cuda_sm90, cuda_sm90_forward_parameters, cuda_sm90_lists
+from fa3_compile.lower.kernels import (
+    cuda_sm90,
+    cuda_sm90_forward_parameters,
+    cuda_sm90_lists,
+    cuda_sm90_parameters,
+)
 from fa3_compile.lower.kernels.cuda_sm90_keys import keys_of, layout_of
 from fa3_compile.lower.kernels.cuda_sm90_lists import kept_lists
 from fa3_compile.lower.kernels.cuda_sm90_parameters import ListShape
@@ -90,7 +95,7 @@ def ran(problem, key, inputs, sizes, to, monkeypatch) -> tuple[Tensor, Tensor]:
     built = Built(bytes(compiled(key, to / "kernels.so")) + b"\0", "", 168, 0, False)
     monkeypatch.setattr(cuda_sm90, "load_first", lambda keys, **_: (keys[0], built))
     monkeypatch.setattr(cuda_sm90_forward_parameters, "processors", lambda device: 2)
-    monkeypatch.setattr(cuda_sm90_forward_parameters, "SECTION_BYTES", 1)  # of a head or a group
+    monkeypatch.setattr(cuda_sm90_parameters, "SECTION_BYTES", 1)  # of a head or a group
     q, k, v, aux = on_device(inputs)
     return on_host(cuda_sm90.bind(problem, q, k, v, aux, sizes, key)(q, k, v, aux))
 

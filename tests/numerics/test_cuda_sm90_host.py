@@ -271,14 +271,16 @@ def test_sections_have_about_as_many_heads(monkeypatch) -> None:
     assert section_of(40, 33) == 1  # more than L2 has for one
 
 
-def test_heads_of_a_section_share_whole_groups_and_turns(launches, monkeypatch) -> None:
-    """Three heads on one of keys, in two batches that go side by side beside one dense bias."""
-    monkeypatch.setattr(cuda_sm90_parameters, "SECTION_BYTES", 4 * 2 * 64 * 256)
-    q, k, v, _ = of_form("full", Shape(2, 6, 2, 100, 64, 128, 128))
-    bias = on_device(torch.zeros(1, 6, 100, 64).bfloat16())
+def test_a_section_has_whole_groups_and_turns(launches, monkeypatch) -> None:
+    """Of 18 heads, three on one of keys, and two batches side by side beside their dense bias."""
+    found, section = [], ForwardParameters._section
+    monkeypatch.setattr(ForwardParameters, "_section", lambda x: found.append(section(x)) or 1)
+    monkeypatch.setattr(cuda_sm90_parameters, "SECTION_BYTES", 8 * 2 * 64 * 256)
+    q, k, v, _ = of_form("full", Shape(2, 18, 6, 100, 64, 128, 128))
+    bias = on_device(torch.zeros(1, 18, 100, 64).bfloat16())
     text = "attention(score=0.1*s + load(0, 0, h, q, kv), mask=kv <= q, aux=[float])"
     Attention(f"{text} #;kernels=cuda_sm90")(q, k, v, [bias], [])
-    print(launches)
+    assert found == [3 * 3 * 2]
 
 
 @pytest.mark.parametrize("bound", [False, True], ids=["new", "bound"])

@@ -11,10 +11,10 @@ from torch import Tensor
 from fa3_compile.lower.config_sm90 import panel_columns
 from fa3_compile.lower.kernels.cuda_sm90_keys import processors, tile_candidate
 from fa3_compile.lower.kernels.cuda_sm90_parameters import (
-    SECTION_BYTES,
     ListShape,
     Parameters,
     Places,
+    section_of,
 )
 from fa3_compile.lower.launch_cuda import MAP_BYTES, Launch, Module, describable, tensor_map
 from fa3_compile.lower.render_cuda_backward import CudaBackwardKey, query_map_kind
@@ -188,12 +188,9 @@ class BackwardParameters(Parameters):
         )  # fmt: skip
 
     def _section(self, heads: int) -> int:
-        """KV heads, of `heads` in all, whose queries, dO and dQ may be in L2 together; in each
-        section about as many, as a small last one has too few tiles for all processors."""
+        """KV heads, of `heads` in all, whose queries, dO and dQ may be in L2 together."""
         group = self.heads // self.kv_heads
-        bytes_ = self.queries * group * (6 * self.dim + 2 * self.v.shape[3])
-        section = max(1, SECTION_BYTES // max(bytes_, 1))
-        return -(-heads // -(-heads // section))
+        return section_of(heads, self.queries * group * (6 * self.dim + 2 * self.v.shape[3]))
 
     def _slots(self) -> int:
         """KV heads whose dQ has fp32 sums at a time: those that are worked at once, the next, and

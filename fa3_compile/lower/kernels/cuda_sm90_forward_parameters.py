@@ -12,10 +12,10 @@ from fa3_compile.lower.config_sm90 import Packing, packing, panel_columns, split
 from fa3_compile.lower.cuda_terms import fills_dead_rows, uniform_fill
 from fa3_compile.lower.kernels.cuda_sm90_keys import mask_axes, processors
 from fa3_compile.lower.kernels.cuda_sm90_parameters import (
-    SECTION_BYTES,
     ListShape,
     Parameters,
     Places,
+    section_of,
 )
 from fa3_compile.lower.launch_cuda import MAP_BYTES, Launch, Module, tensor_map
 from fa3_compile.lower.render_cuda import CudaKey
@@ -144,12 +144,13 @@ class ForwardParameters(Parameters):
 
     def _section(self) -> int:
         """Heads whose keys and values may be in L2 together."""
-        bytes_ = 2 * self.keys * (self.k.shape[3] + self.v.shape[3])
-        section = max(1, SECTION_BYTES // max(bytes_, 1)) * self.group
-        most = self.batch * self.heads
+        turn = self._turn() or 1
         if not self.key.config.longest_first:
-            most = self._turn() or most  # and then the next query block of the same head
-        return min(section, most)
+            return turn  # and then the next query block of the same head
+        bytes_ = 2 * self.keys * (self.k.shape[3] + self.v.shape[3])
+        together = self.group * turn  # heads that share K and V, and batches that go side by side
+        runs = -(-self.batch * self.heads // together)
+        return min(section_of(runs, bytes_ * turn) * together, self.batch * self.heads)
 
     def _turn(self) -> int:
         """How many batches read the same dense tensor and go side by side; 0 for none."""

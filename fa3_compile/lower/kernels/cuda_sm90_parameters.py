@@ -16,13 +16,19 @@ from fa3_compile.lower.launch_cuda import NAMES, Launch, Module, tensor_map
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
 
-# Keys and values, or queries, dO and dQ, that a section of the longest-first order may hold in L2,
-# in bytes.
+# What the heads of a section of the longest-first order may hold in L2, in bytes.
 SECTION_BYTES = 32 * 2**20
 # Rows of lists that a block of IntervalBlockMap makes, a warp each.
 INTERVAL_ROWS = 16
 # Where addresses of a call belong in a parameter struct: see launch_cuda.Launch.
 Places = list[tuple[int, Any, int]]
+
+
+def section_of(heads: int, bytes_: int) -> int:
+    """Heads, of `heads` in all, that may be in L2 together if each reads that many bytes; in each
+    section about as many, as a small last one has too few tiles for all processors."""
+    most = max(1, SECTION_BYTES // max(bytes_, 1))
+    return -(-heads // -(-heads // most))
 
 
 @dataclass(frozen=True)
