@@ -1,5 +1,5 @@
 """Draws the CSVs of `benchmarks/run.py` into docs/images, and writes the tables of
-docs/benchmarks.md; needs the extra `docs` (matplotlib).
+docs/benchmarks.md and of the README; needs the extra `docs` (matplotlib).
 
     python benchmarks/plot.py benchmarks/results/2026-11-21_h100_run_*.csv
     python benchmarks/plot.py --out /tmp/images --page "" mine.csv
@@ -33,6 +33,7 @@ from matplotlib.figure import Figure
 from benchmarks.rows import read
 from benchmarks.tables import fill
 
+PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "README.md")
 # The same picture from the same numbers, byte for byte.
 plt.rc("svg", hashsalt="fa3")
 plt.rc("font", size=9)
@@ -190,12 +191,11 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("csv", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images")
-    parser.add_argument("--page", default=str(ROOT / "docs" / "benchmarks.md"))
+    parser.add_argument("--page", nargs="*", default=[str(page) for page in PAGES])
     arguments = parser.parse_args(words)
     rows = read(arguments.csv)
     written = draw(rows, arguments.out)
-    if arguments.page:
-        page = Path(arguments.page)
+    for page in (Path(name) for name in arguments.page if name):
         page.write_text(fill(page.read_text(), rows))
         written.append(page)
     print(*written, sep="\n")

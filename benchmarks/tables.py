@@ -1,4 +1,4 @@
-"""The tables of docs/benchmarks.md, from the rows of `benchmarks/run.py`.
+"""The tables of docs/benchmarks.md and of the README, from the rows of `benchmarks/run.py`.
 
 A page has a place for each, `<!-- table NAME -->` to `<!-- end -->`; `fill` writes what stands
 between.
@@ -17,6 +17,15 @@ DENSE = [(f"{v}-B{b}-S{s}-D{d}") for v in ("full", "causal") for d in (64, 128, 
 PEERS = {"cudnn": "cuDNN", "flash2": "FlashAttention-2", "flex": "FlexAttention",
          "inductor": "Inductor, eager", "inductor sdpa": "Inductor, SDPA"}  # fmt: skip
 SPELLINGS = ("inductor", "inductor sdpa")
+# The README's choice of models (tests/models/large.py), in its words.
+HIGHLIGHTS = {
+    ("llama", "forward"): "Llama-3-8B's layers, 2 x 8192",
+    ("gemma2", "forward"): "Gemma-2-2B's layers (softcap, windows), 2 x 8192",
+    ("bloom", "forward"): "Bloom-1b7's layers (ALiBi), 2 x 4096",
+    ("gpt_oss", "forward"): "gpt-oss-20b's layers (sinks, windows, 8 experts), 2 x 4096",
+    ("llama", "training"): "a training step of Llama-3-8B's layers, 2 x 8192",
+    ("gpt_oss", "training"): "a training step of gpt-oss-20b's layers, 2 x 4096",
+}
 
 
 def attention(
@@ -74,10 +83,25 @@ def models(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def _measured(row: dict[str, str] | None, column: str, digits: int) -> str:
+def highlights(rows: Rows) -> str:
+    """Milliseconds and GiB of some models, Inductor's on both spellings before ours."""
+    titles = ["batch x tokens", "Inductor: eager", "SDPA", "fa3", "peak memory: eager", "SDPA", "fa3"]
+    lines = [_line(titles), _line(["---"] * len(titles))]
+    by_direction = {direction: _by_case(rows, direction) for _, direction in HIGHLIGHTS}
+    for (name, direction), said in HIGHLIGHTS.items():
+        of = by_direction[direction].get(name, {})
+        shown = [of.get(contender) for contender in (*SPELLINGS, "fa3")]
+        times = [_measured(row, "ms", 1, " ms") for row in shown]
+        lines.append(
+            _line([said, *times, *(_measured(row, "peak_gib", 1, " GiB") for row in shown)])
+        )
+    return "\n".join(lines)
+
+
+def _measured(row: dict[str, str] | None, column: str, digits: int, unit: str = "") -> str:
     if row is None or not (row[column] or row["note"] == "out of memory"):
         return ""
-    return f"{float(row[column]):.{digits}f}" if row[column] else row["note"]
+    return f"{float(row[column]):.{digits}f}{unit}" if row[column] else row["note"]
 
 
 def tables(rows: Rows) -> dict[str, str]:
@@ -96,6 +120,7 @@ def tables(rows: Rows) -> dict[str, str]:
         "variants_backward": attention(rows, "backward", variant, others),
         "decode": decode(rows),
         "models": models(rows),
+        "highlights": highlights(rows),
     }
 
 

@@ -1,14 +1,13 @@
-"""`benchmarks/tables.py`: the tables of docs/benchmarks.md are what the kept rows say."""
+"""`benchmarks/tables.py`: the tables of docs/benchmarks.md and the README are what kept rows say."""
 
 from pathlib import Path
 
 import pytest
 
 from benchmarks.rows import read
-from benchmarks.tables import fill
+from benchmarks.tables import PLACE, fill
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "benchmarks.md"
 RUNS = sorted((ROOT / "benchmarks" / "results").glob("*_run_*.csv"))
 
 
@@ -73,6 +72,8 @@ def test_a_place_for_an_unknown_table_is_an_error():
 
 
 @pytest.mark.skipif(not RUNS, reason="an sdist carries no results")
-def test_the_page_says_what_the_kept_rows_say():
-    page = PAGE.read_text()
+@pytest.mark.parametrize("name", ["docs/benchmarks.md", "README.md"])
+def test_a_page_says_what_the_kept_rows_say(name):
+    page = (ROOT / name).read_text()
+    assert PLACE.search(page)
     assert fill(page, read(RUNS)) == page
