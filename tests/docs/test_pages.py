@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -62,6 +63,11 @@ def test_links_between_pages_lead_somewhere(page):
             continue
         target = link.partition("#")[0]
         assert (page.parent / target).exists() or target in GENERATED, f"{page.name}: {link}"
+
+
+def test_every_picture_is_shown():
+    shown = {Path(link).name for page in PAGES for link in LINK.findall(page.read_text())}
+    assert {x.name for x in (ROOT / "docs" / "images").iterdir()} <= shown
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
