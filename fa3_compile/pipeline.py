@@ -114,7 +114,7 @@ def _rewrite_graph(
                 entries.append((entry, None, skeleton.output))
             continue
         rewritten += regions
-        attended.add(skeleton.values)
+        attended |= {skeleton.values, *skeleton.parts}
         for region, choice in found:
             if build:
                 selection.begin(region, choice, options)

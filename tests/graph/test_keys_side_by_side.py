@@ -102,6 +102,19 @@ def test_a_product_of_one_key_added_to_all_is_no_key():
     check(attention, *qkv()[:2], u, MORE[0], v)
 
 
+def test_v_in_parts_summed_in_a_loop():
+    """The first product is the last addend."""
+
+    def attention(q, k, v):
+        w = scores_of(q, k).softmax(-1)
+        out = 0
+        for i in range(0, S, 8):
+            out = w[..., i : i + 8] @ v[..., i : i + 8, :] + out
+        return out
+
+    assert specs(check(attention, *qkv())) == "attention(score=0.25*s)"
+
+
 def test_v_in_parts_summed_by_python():
     """Whose `sum` begins with the number 0."""
 
