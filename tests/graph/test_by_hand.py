@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 
 from tests.graph.harness import check, specs
-from tests.graph.inputs import LOWEST, B, H, S, attend, chance, qkv, scores_of
+from tests.graph.inputs import LOWEST, B, H, S, attend, chance, normal, qkv, scores_of
 
 CAUSAL = "attention(score=0.25*s, mask=kv <= q, dead=nan)"
 ONE = "attention(score=0.25*s, sinks=[0])"
@@ -272,3 +272,45 @@ def test_tensordot():
         return torch.tensordot(s.softmax(-1), v, dims=1)
 
     assert [r.fused for r in check(attention, *qkv(S, 16)).regions] == [True]
+
+
+def beside(scores, sink):
+    """The scores with a sink's column, which a shift of the scores alone does not move."""
+    return torch.cat((scores, sink[:, None, None].expand(B, H, S, 1)), -1)
+
+
+def test_maximum_taken_off_the_scores_but_not_off_the_sink():
+    def attention(q, k, v, sink):
+        scores = scores_of(q, k)
+        scores = scores - scores.amax(-1, keepdim=True)
+        return beside(scores, sink).softmax(-1)[..., :-1] @ v
+
+    assert not check(attention, *qkv(), normal(H)).fused
+
+
+def test_maximum_times_a_number():
+    # CogView: (x / c - max(x / c)) * c stays in half precision.
+    def attention(q, k, v):
+        scores = scores_of(q, k) / 32
+        return attend((scores - scores.amax(-1, keepdim=True)) * 32, v)
+
+    assert specs(check(attention, *qkv())).startswith("attention(score=0.25*s")
+
+
+@pytest.mark.parametrize("value", [LOWEST, -1e9])
+def test_rows_of_fill_less_their_logsumexp(value):
+    def attention(q, k, v, keep):
+        scores = scores_of(q, k).masked_fill(keep[:, None, None, :] == 0, value)
+        scores = scores.masked_fill(torch.ones(S, S).triu(1).bool(), value)
+        return (scores - scores.logsumexp(-1, keepdim=True)).exp() @ v
+
+    keep = torch.arange(S) >= torch.tensor([[0], [8]])
+    assert specs(check(attention, *qkv(), keep)) == "lift: rows-of-fill"
+
+
+def test_exponentials_beside_a_sink_without_a_maximum():
+    def attention(q, k, v, sink):
+        e = beside(scores_of(q, k), sink).exp()
+        return (e / e.sum(-1, keepdim=True))[..., :-1] @ v
+
+    assert "sinks=[load(0, h)]" in specs(check(attention, *qkv(), normal(H)))

@@ -10,7 +10,7 @@ from torch import nn
 
 from fa3_compile.report import collect
 from tests.graph.harness import check, rewrite_only, specs
-from tests.graph.inputs import INF, SCALE, B, D, H, S, attend, normal, qkv, scores_of
+from tests.graph.inputs import INF, LOWEST, SCALE, B, D, H, S, attend, normal, qkv, scores_of
 
 
 def runs(function, inputs, *, dynamic: bool | None = True, training: bool = True) -> str:
@@ -474,3 +474,23 @@ def test_a_size_that_cannot_be_written():
         return attend(scores_of(q, k) * bool(on), v)
 
     assert runs(attention, [(*qkv(), 0.5)]) == "rewrite: size-unclear"
+
+
+FLOATS = {"scale": 0.3, "fill": -1e4}
+
+
+def test_floats_of_a_dynamic_program():
+    # Dynamo makes them symbols, which no spec has a word for: they are read as tensors.
+    def attention(q, k, v):
+        seen = torch.ones(S, S).tril().bool()
+        scores = (q @ k.mT * FLOATS["scale"]).masked_fill(~seen, FLOATS["fill"])
+        return attend(scores + torch.where(seen, 0.0, max(FLOATS["fill"], LOWEST)), v)
+
+    assert len(check(attention, *qkv(), dynamic=True).fused) == 1
+
+
+def test_dynamic_batches_of_equal_size():
+    # Duck shaping gives both batch dimensions one symbol: the flattened batch is its square.
+    q, k, v = (normal(3, 3, H, n, D, seed=n) for n in (7, 12, 12))
+    report = check(lambda q, k, v: attend(scores_of(q, k), v), q, k, v, dynamic=True)
+    assert len(report.fused) == 1, str(report)

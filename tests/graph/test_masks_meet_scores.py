@@ -561,3 +561,22 @@ def test_bias_of_nan_and_infinities_made_finite():
         return torch.nan_to_num(scores_of(q, k) + bias, nan=1.5, neginf=-100.0).softmax(-1) @ v
 
     check(attention, *qkv(), bias, training=False)
+
+
+def test_constant_beside_a_product_mask():
+    # 0.2 - 3.4e38 is -3.4e38: the mask's own constant must not take the other in.
+    def attention(q, k, v, keep, sink):
+        scores = scores_of(q, k) + 0.2 + (1.0 - keep[:, None, None, :]) * LOWEST
+        scores = torch.cat((scores, sink[:, None, None].expand(B, H, S, 1)), -1)
+        return scores.softmax(-1)[..., :-1] @ v
+
+    keep = (torch.arange(S) >= torch.tensor([[0], [8]])).float()
+    assert len(check(attention, *qkv(), keep, normal(H)).fused) == 1
+
+
+def test_infinite_scores_times_zero():
+    # Eager gives NaN wherever both masks hide a key.
+    def attention(q, k, v):
+        return attend(scores_of(q, k).masked_fill(upper(), -INF) * ones(), v)
+
+    assert specs(check(attention, *qkv(), training=False)) == "lift: not-pointwise"

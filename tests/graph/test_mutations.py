@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tests.graph.harness import check, specs
-from tests.graph.inputs import B, D, H, S, attend, qkv, scores_of
+from tests.graph.inputs import B, D, H, S, attend, qkv, scores_of, uniform
 
 
 @torch.library.custom_op("fa3_test::double", mutates_args={"x"})
@@ -131,3 +131,14 @@ def test_memory_of_one_element_written_by_what_is_not_looked_into():
         return p @ v
 
     check(attention, *given())
+
+
+def test_bias_scaled_in_place_before():
+    # What the load would read is no more in memory: the scaled tensor is read instead.
+    def attention(q, k, v, x):
+        bias = x.sin()
+        bias *= 3
+        return attend(scores_of(q, k) + bias, v)
+
+    report = check(attention, *qkv(), uniform(S, S))
+    assert specs(report) == "attention(score=load(0, q, kv) + 0.25*s, aux=[float])"

@@ -355,3 +355,12 @@ def test_the_spec_names_the_sources_and_options():
     body, _, suffix = op.args[5].partition(" #")
     assert body == "attention(score=0.25*s)"
     assert suffix
+
+
+def test_booleans_among_the_outputs():
+    def attention(q, k, v):
+        scores = q @ k.mT
+        return scores.softmax(-1) @ v, (q > 0).any(-1)
+
+    [region] = check(attention, *qkv()).regions
+    assert region.fused

@@ -243,3 +243,24 @@ def test_layers_that_feed_one_another():
         return q
 
     assert specs(check(attention, *qkv())) == "\n".join([PLAIN] * 3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"kdim": 24, "vdim": 40}, {"add_bias_kv": True}, {"add_zero_attn": True}],
+    ids=lambda x: "-".join(x),
+)
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_multihead_attention(options, need_weights):
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.MultiheadAttention(32, 4, batch_first=True, **options)
+
+        def forward(self, q, k, v, padding):
+            return self.inner(q, k, v, padding, need_weights=need_weights)[0]
+
+    torch.manual_seed(0)
+    padding = torch.arange(11) >= torch.tensor([[11], [6]])
+    k, v = normal(B, 11, options.get("kdim", 32)), normal(B, 11, options.get("vdim", 32))
+    assert len(check(Attention(), normal(B, 9, 32), k, v, padding).fused) == 1
