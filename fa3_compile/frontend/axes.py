@@ -79,7 +79,8 @@ def _queries(reading: Reading, rows: list[sympy.Symbol]) -> list[sympy.Symbol]:
     if len(rows) < 2:
         return rows
     term = reading.term
-    fields = (reading.score, *reading.scores.sinks, term.weight, term.kept, term.coefficient)
+    weights = (term.weight, term.kept, term.coefficient, reading.beside)
+    fields = (reading.score, *reading.scores.sinks, *weights)
     ranges = {**reading.sizes, KV: reading.key_length}
     ranges[Q] = sympy.Mul(*(reading.sizes[a] for a in rows))
     whole = places(Q, rows, reading.sizes, ranges)

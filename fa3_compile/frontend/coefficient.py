@@ -1,4 +1,5 @@
-"""Factors on queries and on an attention's output: expressions of b, h, q as tensor operations."""
+"""What stands around the operator, as tensor operations: factors on queries and on the output, and
+weights that V has beside the softmax."""
 
 from __future__ import annotations
 
@@ -12,11 +13,14 @@ from torch import fx
 
 from fa3_compile.errors import Decline
 from fa3_compile.frontend.captured import Captured, Seed
+from fa3_compile.frontend.dynamo_graph import example_value
 from fa3_compile.frontend.emit import Emitter
-from fa3_compile.frontend.placeholders import ROW_SUM
+from fa3_compile.frontend.lift import sym
+from fa3_compile.frontend.placeholders import ANY_KEY, ROW_SUM, over_keys
 from fa3_compile.frontend.region import Region
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.expr import Expr
+from fa3_compile.spec.index import same
 
 FUNCTIONS: dict[type, Callable] = {
     sympy.exp: torch.exp,
@@ -69,6 +73,26 @@ def coefficient(emit: Emitter, region: Region, pair: fx.Node, device: torch.devi
     return emit.function(torch.where, writer.write(region.rows), out, 0.0)
 
 
+def with_beside(
+    emit: Emitter, region: Region, out: fx.Node, value: fx.Node, device: torch.device
+) -> fx.Node:
+    """out [B, H, Sq, Dv] plus V [B, Hkv, Skv, Dv] weighed by what stands beside the softmax."""
+    if region.beside == 0:
+        return out
+    writer = _Writer(emit, region, region.coefficient_loads, device)
+    layout = region.layout
+    heads, group = layout.total(layout.kv_heads), layout.total(layout.group)
+    shape = [layout.total(layout.batch), heads * group, layout.total(layout.query)]
+    keys = region.key_length
+    if not E.depends_on(region.beside, [E.KV]):
+        keys, value = sympy.S.One, emit.call("sum", value, -2, True)
+    weights = emit.call("type_as", writer.write(region.beside), value)
+    weights = emit.call("expand", weights, [emit.size(x) for x in (*shape, keys)])
+    weights = emit.call("unflatten", weights, 1, [emit.size(heads), emit.size(group)])
+    added = emit.function(torch.matmul, weights, emit.call("unsqueeze", value, 2))
+    return emit.function(operator.add, out, emit.call("flatten", added, 1, 2))
+
+
 def scaled_queries(
     emit: Emitter, region: Region, queries: fx.Node, factor: Expr, device: torch.device
 ) -> fx.Node:
@@ -85,7 +109,7 @@ def _times(emit: Emitter, x: fx.Node, factor: Expr, writer: _Writer) -> fx.Node:
 
 
 class _Writer:
-    """Writes an expression as tensors that broadcast against [B, H, Sq, 1].
+    """Writes an expression as tensors that broadcast against [B, H, Sq, Skv].
 
     pair  the op's outputs: out, and the sums of rows [B, H, Sq] that an expression may have
     """
@@ -107,7 +131,9 @@ class _Writer:
             E.B: layout.total(layout.batch),
             E.H: layout.total(layout.kv_heads) * layout.total(layout.group),
             E.Q: layout.total(layout.query),
+            E.KV: region.key_length,
         }
+        self.lengths[ANY_KEY] = self.lengths[E.KV]
 
     def write(self, expr: Expr | Boolean):
         """The expression as a node or, of numbers alone, as a number."""
@@ -127,6 +153,8 @@ class _Writer:
             return self._tensor(self.emit.size(expr))
         if isinstance(expr, E.load):
             return self._load(expr)
+        if isinstance(expr, over_keys):
+            return self.emit.call("sum", self.write(expr.args[0]), -1, True)
         if isinstance(expr, sympy.Pow):
             base, power = self.write(expr.base), self.write(expr.exp)
             if not (expr.exp.is_Integer and expr.exp.is_positive):
@@ -159,8 +187,8 @@ class _Writer:
     def _position(self, coordinate) -> fx.Node:
         length = self.emit.size(self.lengths[coordinate])
         x = self.emit.function(torch.arange, length, device=self.device)
-        shape = [-1 if coordinate == c else 1 for c in (E.B, E.H, E.Q)]
-        return self.emit.call("view", x, [*shape, 1])
+        axis = _axis(coordinate)
+        return self.emit.call("view", x, [-1 if d == axis else 1 for d in range(4)])
 
     def _load(self, x: E.load) -> fx.Node:
         captured = self.loads[x.tensor]
@@ -170,9 +198,31 @@ class _Writer:
         if captured.dtype not in (torch.bool, wide):
             # What is computed of it is not rounded further than the output, nor does it wrap.
             tensor = self.emit.call("to", tensor, wide)
-        if all(i.is_Integer for i in x.index):
-            for i in x.index:
-                tensor = self.emit.call("select", tensor, 0, int(i))
-            return tensor
+        coordinates = [i for i in x.index if not i.is_Integer]
+        if len({*coordinates}) == len(coordinates) and all(i in self.lengths for i in coordinates):
+            return self._view(tensor, x.index)
         places = tuple(self.write(i) for i in x.index)
         return self.emit.call("__getitem__", tensor, places)
+
+    def _view(self, tensor: fx.Node, index: Sequence[Expr]) -> fx.Node:
+        """A tensor read at coordinates, each once: a view, whose gradient adds nothing up."""
+        axes = []
+        for i in index:
+            if i.is_Integer:
+                tensor = self.emit.call("select", tensor, len(axes), int(i))
+                continue
+            length = self.lengths[i]
+            if not same(sym(example_value(tensor).shape[len(axes)]), length):
+                tensor = self.emit.call("narrow", tensor, len(axes), 0, self.emit.size(length))
+            axes.append(_axis(i))
+        if axes != sorted(axes):
+            tensor = self.emit.call(
+                "permute", tensor, sorted(range(len(axes)), key=axes.__getitem__)
+            )
+        for d in range(4) if axes else ():
+            tensor = self.emit.call("unsqueeze", tensor, d) if d not in axes else tensor
+        return tensor
+
+
+def _axis(coordinate: Expr) -> int:
+    return (E.B, E.H, E.Q, E.KV).index(E.KV if coordinate == ANY_KEY else coordinate)

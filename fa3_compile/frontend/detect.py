@@ -41,8 +41,8 @@ from fa3_compile.frontend.region import Operand, Pair, operands_of
 from fa3_compile.frontend.scores import Scores, read_scores
 from fa3_compile.frontend.skeletons import Skeleton, added, products_after
 from fa3_compile.frontend.trace import Shadow
-from fa3_compile.frontend.weights import Term, weights
-from fa3_compile.spec.expr import KV, Expr, S, depends_on, uniform
+from fa3_compile.frontend.weights import Term, Weights, weights
+from fa3_compile.spec.expr import KV, Expr, S, depends_on, loads_in, uniform
 from fa3_compile.spec.index import quotient, same
 from fa3_compile.spec.unnormalised import is_nonnegative_weight
 
@@ -62,6 +62,8 @@ class Reading:
     scores: Scores
     pairs: list[Pair]
     value: Operand
+    # What else V is weighed by, and added to this attention's output.
+    beside: Expr = sympy.S.Zero
     score: Expr = S
     # What the loads of score, sinks, weight and coefficient read.
     loads: list[Captured | Seed] = field(default_factory=list)
@@ -174,6 +176,7 @@ class _Reader:
             addends = self._addends(self.skeleton.total, index)
             found = side_by_side([self._part(node, at) for node, at in addends])
         first = found[0]
+        self._check_beside([x.weights for x in found])
         self.ranges[KV] = key_length = sum((x.keys for x in found), sympy.S.Zero)
         readings = []
         for term in first.weights.terms:
@@ -204,6 +207,7 @@ class _Reader:
                     scores=scores,
                     pairs=pairs,
                     value=value,
+                    beside=sympy.S.Zero if readings else first.alpha * first.weights.beside,
                     score=scores.score.subs(S, factor * S) if factor != 1 else scores.score,
                     loads=scores.lifter.loads,
                     dropouts=[*first.weights.dropouts, *scores.lifter.dropouts],
@@ -213,6 +217,23 @@ class _Reader:
         for r in readings:
             self._split(i for x in r.operands for i in x.place.index)
         return readings
+
+    def _check_beside(self, parts: Sequence[Weights]) -> None:
+        """What stands beside the softmaxes is of one V, and is made of none that are unread."""
+        beside = parts[0].beside
+        unread = descendants(s.node for s in self.skeleton.softmaxes if s not in self.softmaxes)
+        read = (parts[0].loads[x.tensor] for x in loads_in(beside))
+        made_of_them = any(
+            isinstance(x, Captured) and self.shadow.aten_of.get(x.source) in unread for x in read
+        )
+        alone = len(parts) == 1 and self.divided_at is None and not made_of_them
+        if any(x.beside != 0 for x in parts) and not alone:
+            raise Decline(
+                "softmax-result-changed",
+                self.skeleton.output,
+                "Weigh V by each of what is added up alone, and add the results.",
+                message=f"V is weighted by a softmax and by {beside}",
+            )
 
     def _part(self, product: fx.Node, index: Index) -> Part:
         """The product with V, or with a part of it, read at [index]."""

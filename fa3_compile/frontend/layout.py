@@ -79,8 +79,9 @@ def region(shadow: Shadow, reading: Reading) -> Region:
         weight=weight,
         normalize="softmax" if reading.term.softmax.normalizes else "none",
     )
-    [coefficient, rows], coefficient_loads = _renumbered(
-        [in_coordinates(reading.term.coefficient), rows], reading.loads
+    [coefficient, beside, rows], coefficient_loads = _renumbered(
+        [in_coordinates(reading.term.coefficient), in_coordinates(reading.beside), rows],
+        reading.loads,
     )
     factors, factor_loads = _renumbered(
         [in_coordinates(pair.factor) for pair in reading.pairs], reading.loads
@@ -97,6 +98,7 @@ def region(shadow: Shadow, reading: Reading) -> Region:
         loads=loads,
         sizes=sizes,
         coefficient=tidy(coefficient),
+        beside=tidy(beside),
         rows=rows,
         nan_rows=nan_rows,
         coefficient_loads=coefficient_loads,
@@ -216,7 +218,8 @@ def _coordinates(layout: Layout, reading: Reading) -> tuple[dict, dict]:
 def _check_axes_known(reading: Reading, substitution, skeleton: Skeleton) -> None:
     known = set(substitution) | {KV, S}
     term = reading.term
-    for expr in (reading.score, *reading.scores.sinks, term.weight, term.kept, term.coefficient):
+    weights = (term.weight, term.kept, term.coefficient, reading.beside)
+    for expr in (reading.score, *reading.scores.sinks, *weights):
         strange = [x for x in expr.free_symbols if x in reading.sizes and x not in known]
         if strange or D in expr.free_symbols:
             raise Decline(

@@ -54,6 +54,13 @@ class Softmax:
     def by_hand(self) -> bool:
         return self.divisor is not None
 
+    @property
+    def adds_up(self) -> bool:
+        """Whether its rows add up to 1, or are NaN."""
+        if self.by_hand:
+            return self.division is None and unexpanded(self.divisor)[0] is self.summed
+        return self.node.target is aten._softmax.default and not self.dead_rows_zero
+
 
 def softmaxes(shadow: Shadow) -> list[Softmax]:
     """Every softmax of the shadow, in order."""

@@ -38,6 +38,17 @@ class row_total(sympy.Function):
     is_real = True
 
 
+# A key that a sum over all of them is of.
+ANY_KEY = sympy.Symbol("any_key", integer=True, nonnegative=True)
+
+
+class over_keys(sympy.Function):
+    """`over_keys(x)`: the sum of x over every key, which is ANY_KEY in it."""
+
+    nargs = 1
+    is_real = True
+
+
 class some(sympy.Function):
     """`some(held, of)`: 1 if `of` is 1 for any key of a row, else 0; `held` is its value in memory,
     and `of` is of a row and a key."""

@@ -114,8 +114,10 @@ class Region:
     loads: list[Captured | Seed]
     sizes: list[Expr]
     # A factor on the output, and which of its rows stay, the others being 0; in b, h, q. Their
-    # loads read `coefficient_loads`.
+    # loads, and those of `beside`, read `coefficient_loads`.
     coefficient: Expr = sympy.S.One
+    # What else V is weighed by, in b, h, q, kv: a matrix whose product with V the output has added.
+    beside: Expr = sympy.S.Zero
     rows: Boolean = sympy.true
     # Whether rows that stay are NaN where they have no key.
     nan_rows: bool = False

@@ -21,6 +21,7 @@ from fa3_compile.frontend.lift import Index, Lifter, number
 from fa3_compile.frontend.normalize import Softmax
 from fa3_compile.frontend.placeholders import ROW_SUM, prob, row_total, without_some
 from fa3_compile.frontend.trace import Shadow
+from fa3_compile.frontend.weight_terms import beside_softmaxes, weight_terms
 from fa3_compile.spec.expr import KV, Expr, depends_on, uniform, where
 from fa3_compile.spec.index import Ranges
 
@@ -43,9 +44,13 @@ class Term:
 
 @dataclass
 class Weights:
-    """All of V's weight, with what its loads read and the dropouts that it absorbs."""
+    """All of V's weight, with what its loads read and the dropouts that it absorbs.
+
+    beside  what is added to the softmaxes: the product with V has it in common with them
+    """
 
     terms: list[Term]
+    beside: Expr
     loads: list[Captured | Seed]
     dropouts: list[fx.Node]
     # The Dynamo node in whose place loads are read.
@@ -69,22 +74,25 @@ def weights(
     special |= {s.summed: _row_sum for s in softmaxes if s.summed and not s.normalizes}
     dtype = node.meta["val"].dtype
     lifter = Lifter(shadow, ranges, special, weighs=True, result=dtype, read_at=read_at)
+    lifter.adding_up = {n: s.dim for n, s in enumerate(softmaxes) if s.adds_up}
     element = number(lifter.element(node, index))
     entries: dict[prob, list[tuple[Expr, Boolean]]] = {}
-    found = _terms(element, sympy.S.One, sympy.true)
-    if not found:
-        added = isinstance(element, sympy.Add) and element.has(prob)
+    found = weight_terms(element)
+    beside = beside_softmaxes(found or [])
+    softmax_alone = beside == 0 or all(s.normalizes for s in softmaxes)
+    if not found or not element.has(prob) or not softmax_alone or beside.has(uniform):
         raise Decline(
             "softmax-result-changed" if element.has(prob) else "no-softmax",
             at,
             "Weigh V by each of what is added up alone, and add the results."
-            if added
+            if beside != 0
             else "Between the softmax and V only factors may stand: apply anything else to the "
             "output, or inside the score.",
             message=f"V is weighted by {element}",
         )
     for factor, kept, which in found:
-        entries.setdefault(which, []).append((factor, kept))
+        if which is not None:
+            entries.setdefault(which, []).append((factor, kept))
     terms = []
     for which, parts in sorted(entries.items(), key=lambda x: str(x[0])):
         softmax = softmaxes[int(which.args[0])]
@@ -105,7 +113,7 @@ def weights(
                 )
         zeroed = which in lifter.zeroed
         terms.append(Term(softmax, which.args[1:], coefficient, weight, kept, zeroed))
-    return Weights(terms, lifter.loads, lifter.dropouts, read_at, dtype)
+    return Weights(terms, without_some(beside), lifter.loads, lifter.dropouts, read_at, dtype)
 
 
 def _row_sum(index: Index) -> Expr:
@@ -138,30 +146,6 @@ def _of_own_row(coefficient: Expr, softmax: Softmax, at: Index) -> Expr:
 
 def _element_of(n: int):
     return lambda index: prob(sympy.Integer(n), *index)
-
-
-def _terms(element: Expr, factor: Expr, kept: Boolean) -> list[tuple[Expr, Boolean, prob]] | None:
-    """(factor, where it is kept, prob) of each term of a weight; None if it is no such sum."""
-    if element == 0:
-        return []
-    if isinstance(element, prob):
-        return [(factor, kept, element)]
-    if isinstance(element, where) and not element.args[0].has(prob):
-        condition, a, b = element.args
-        parts = [
-            _terms(a, factor, sympy.And(kept, condition)),
-            _terms(b, factor, sympy.And(kept, sympy.Not(condition))),
-        ]
-    elif isinstance(element, sympy.Add):
-        parts = [_terms(x, factor, kept) for x in element.args]
-    elif isinstance(element, sympy.Mul):
-        inside = [x for x in element.args if x.has(prob)]
-        rest = sympy.Mul(*(x for x in element.args if not x.has(prob)))
-        parts = [_terms(inside[0], factor * rest, kept)] if len(inside) == 1 else [None]
-    else:
-        parts = [None]
-    known = [part for part in parts if part is not None]
-    return [term for part in known for term in part] if len(known) == len(parts) else None
 
 
 def _apart(factor: Expr) -> tuple[Expr, Expr]:

@@ -14,12 +14,15 @@ from fa3_compile.frontend.lift import (
     Opaque,
     element_of,
     number,
+    shape_of,
     sym,
 )
-from fa3_compile.frontend.placeholders import prob
+from fa3_compile.frontend.placeholders import ANY_KEY, over_keys, prob
 from fa3_compile.frontend.shadow_operators import DROPOUT, STOP
-from fa3_compile.spec.expr import load, where
+from fa3_compile.frontend.weight_terms import beside_softmaxes, weight_terms
+from fa3_compile.spec.expr import KV, Expr, depends_on, load, uniform, where
 from fa3_compile.spec.forms import dropout_weight
+from fa3_compile.spec.index import same
 
 aten = torch.ops.aten
 
@@ -64,6 +67,38 @@ def _(node, index, ctx: Lifter) -> Element:
         "Leave detach() and no_grad() out of the attention, or take its whole under no_grad().",
         message="the scores or weights are detached between the two products",
     )
+
+
+@element_of(aten.sum.dim_IntList)
+def _(node, index, ctx: Lifter) -> Element:
+    """The sum of a row of weights: that of a softmax is 1."""
+    weights, dims, *kept = node.args
+    if not ctx.adding_up or node not in ctx.inside or len(dims) != 1:
+        raise Opaque(node, "it is computed from the attention's own products")
+    d = dims[0] % weights.meta["val"].dim()
+    row, behind = index[:d], index[d + any(kept) :]
+    if any(depends_on(x, [KV]) for x in (*row, *behind)):
+        raise Opaque(node, "it adds up what several keys weigh")
+    terms = weight_terms(number(ctx.element(weights, (*row, KV, *behind))))
+    if terms is None or not same(shape_of(weights)[d], ctx.ranges[KV]):
+        raise Opaque(node, "it adds up what is no sum of softmaxes")
+    found = _over_keys(beside_softmaxes(terms), ctx)
+    for factor, seen, which in terms:
+        if which is None:
+            continue
+        at = which.args[1:]
+        along = ctx.adding_up.get(int(which.args[0]))
+        others = (x for i, x in enumerate(at) if i != along)
+        plain = seen == sympy.true and not depends_on(factor, [KV]) and not factor.has(uniform)
+        whole = along is not None and at[along] == KV and which not in ctx.zeroed
+        if not plain or not whole or any(depends_on(x, [KV]) for x in others):
+            raise Opaque(node, "it adds up changed weights")
+        found += factor
+    return found
+
+
+def _over_keys(x: Expr, ctx: Lifter) -> Expr:
+    return over_keys(x.subs(KV, ANY_KEY)) if depends_on(x, [KV]) else ctx.ranges[KV] * x
 
 
 @element_of(DROPOUT)
