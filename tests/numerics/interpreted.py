@@ -1,5 +1,5 @@
-"""What the cases of Triton's interpreter have in common, forward and backward: captured tensors by
-the names that say what they hold, and how far results may be from float64's."""
+"""What the cases of Triton's interpreter have in common, forward and backward: parts of specs, captured
+tensors by the names that say what they hold, and how far results are from float64's."""
 
 from __future__ import annotations
 
@@ -19,6 +19,15 @@ KINDS = {
     "dense": "bool",
 }
 LOWEST = torch.finfo(torch.float32).min
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+# Parts of specs.
+CAUSAL = "(kv - q <= 0)"
+MIN = "-3.4028234663852886e38"
+# Two masks of 0 and 1 that are added, as the lowest number times what they hide.
+ADDED = f"where(load(0, b, kv) + load(1, b, kv) - 2 == 0, 0, {MIN[1:]}*(load(0, b, kv) + load(1, b, kv) - 2))"
+WINDOW = f"{CAUSAL} & (q - kv <= 9)"
+SLOPES = "load(0, 0, h, 0, 0)"
+DROP = "where(uniform(load(0, 0), b, h, q, kv) < 0.25, 0, 1.3333333333333333)"
 
 
 def parsed(fields: str, captures: tuple[str, ...]) -> AttentionSpec:

@@ -8,14 +8,21 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from tests.numerics.interpreted import captured, distance, parsed
+from tests.numerics.interpreted import (
+    ADDED,
+    BF16,
+    CAUSAL,
+    DROP,
+    F16,
+    F32,
+    MIN,
+    SLOPES,
+    WINDOW,
+    captured,
+    distance,
+    parsed,
+)
 from tests.numerics.interpreter_process import Interpreter, interpreter, serve
-
-CAUSAL = "(kv - q <= 0)"
-MIN = "-3.4028234663852886e38"
-# Two masks of 0 and 1 that are added, as the lowest number times what they hide.
-ADDED = f"where(load(0, b, kv) + load(1, b, kv) - 2 == 0, 0, {MIN[1:]}*(load(0, b, kv) + load(1, b, kv) - 2))"
-F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -37,9 +44,6 @@ class Case:
 
 
 LONG = (1, 2, 1, 60, 33, 16, 16)  # more queries than keys: rows that a window leaves empty
-WINDOW = f"{CAUSAL} & (q - kv <= 9)"
-SLOPES = "load(0, 0, h, 0, 0)"
-DROP = "where(uniform(load(0, 0), b, h, q, kv) < 0.25, 0, 1.3333333333333333)"
 CASES = [
     Case("full", "score=0.25*s"),
     Case("negative scale", "score=-0.25*s"),
