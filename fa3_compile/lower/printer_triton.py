@@ -81,12 +81,16 @@ class TritonPrinter(Printer):
 
     def power(self, base: Text, exponent: Text, expr: sympy.Pow) -> Text:
         y = exponent.at(MUL)
-        if not expr.exp.is_Integer:
+        if not expr.exp.is_integer:
             return Text(f"tl.exp2({y}*tl.log2({base.body}))", "float")
-        magnitude = f"tl.exp2({y}*tl.log2(tl.abs({base.body})))"
-        if expr.exp.is_even:
-            return Text(magnitude, "float")
-        return Text(f"tl.where({base.at(ADD)} < 0, -{magnitude}, {magnitude})", "float")
+        out = f"tl.exp2({y}*tl.log2(tl.abs({base.body})))"
+        if not expr.exp.is_even:
+            below = f"-{out}"
+            if not expr.exp.is_odd:
+                below = f"tl.where(0.5*{y} == tl.floor(0.5*{y}), {out}, {below})"
+            out = f"tl.where({base.at(ADD)} < 0, {below}, {out})"
+        # 0**0 is 1.
+        return Text(out if expr.exp.is_Integer else f"tl.where({y} == 0, 1.0, {out})", "float")
 
     def absolute(self, x: Text) -> Text:
         return Text(f"tl.abs({x.body})", x.kind)

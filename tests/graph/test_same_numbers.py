@@ -21,6 +21,7 @@ BYTES = torch.tensor([200, 10, 20, 90, 120, 250]).to(torch.uint8).repeat(4)
 SIGNED = torch.tensor([100, 10, -128, 90, 120, -100]).to(torch.int8).repeat(4)
 INFINITE = normal(S, S).detach().masked_fill(AT[:, None] < AT, -INF)
 SECONDS = 1.7e9 + 200 * uniform(S, seed=2).double()
+TENTHS = torch.tensor([1.0, 0.3, 0.9, 0.6, 3.0, 0.7]).repeat(4)
 AGES = torch.tensor([0, 41, 82, 40, 81, 123]).repeat(4)
 
 
@@ -30,6 +31,14 @@ def distance(x):
 
 # name -> (scores and something captured -> scores, what is captured)
 READS = {
+    "quotient by 0.1, rounded down": (lambda s, t: s + (t // 0.1) * 0.1, TENTHS),
+    "floor of a quotient by 0.1": (lambda s, t: s + (t / 0.1).floor() * 0.1, TENTHS),
+    "floor of a quotient of two": (lambda s, t: s + (t[:, None] / t.clamp(min=0.1)).floor(), TENTHS),
+    "zeros times their reciprocals": (
+        lambda s, t: s + t.square() * t.reciprocal(),
+        TENTHS * (AT > 0),
+    ),
+    "exp of log": (lambda s, t: s + t.log().exp().nan_to_num(), TENTHS - 0.5),
     "equal to -inf": (lambda s, b: s.masked_fill(b == -INF, -INF), INFINITE),
     "isneginf": (lambda s, b: s.masked_fill(torch.isneginf(b), -INF), INFINITE),
     "beyond -inf": (lambda s, b: s.masked_fill(~(b > -INF), -INF), INFINITE),

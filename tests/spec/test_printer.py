@@ -144,6 +144,7 @@ FORMULAS = [
     "pow(abs(s) + 1, -0.5)",
     "pow(abs(s) + 1, 1.7)",
     "pow(tanh(s), 20) + pow(tanh(s), 17)",
+    "pow(tanh(s), abs(kv - q))",
     "pow(2, -0.5*h - 0.5)*(kv - q) + s",
     "pow(3, 0.1*h)",
     "pow(n0, -0.5)*s",

@@ -16,7 +16,12 @@ from fa3_compile.frontend.elements.finite import (
     may_be_infinite,
 )
 from fa3_compile.frontend.elements.pointwise import is_bool, is_float, through_where
-from fa3_compile.frontend.elements.rounding import rounded_down, to_integer, truncated
+from fa3_compile.frontend.elements.rounding import (
+    hides_rounding,
+    rounded_down,
+    to_integer,
+    truncated,
+)
 from fa3_compile.frontend.lift import (
     Element,
     Lifter,
@@ -96,9 +101,15 @@ def _times(a: Expr, b: Expr) -> Expr:
 @element_of(aten.div.Tensor, aten.div.Scalar, aten.true_divide.Tensor)
 def _(node, index, ctx: Lifter) -> Element:
     a, b = (ctx.broadcast(x, index) for x in node.args[:2])
+    _check_divisor(node, a, b, ctx)
     found = _divided(node, a, b)
     check_quotient(node, found, a, b)
     return found
+
+
+def _check_divisor(node, a: Expr, b: Expr, ctx: Lifter) -> None:
+    if hides_rounding(b) and a.free_symbols and S not in a.free_symbols and node not in ctx.inside:
+        raise Opaque(node, "a quotient that is rounded, and no product with the reciprocal")
 
 
 def _divided(node, a: Expr, b: Expr) -> Expr:
@@ -123,6 +134,7 @@ def _(node, index, ctx: Lifter) -> Element:
     if mode is None:
         return _divided(node, a, b)
     if is_float(node):
+        _check_divisor(node, a, b, ctx)
         x = _divided(node, a, b)
         return rounded_down(node, x, ctx) if mode == "floor" else to_integer(node, x, ctx)
     if b.is_positive:

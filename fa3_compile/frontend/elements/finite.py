@@ -40,12 +40,34 @@ def check_product(node: fx.Node, found: Expr, a: Expr, b: Expr, ctx: Lifter) -> 
     """`Opaque` where something that may be infinite was multiplied by 0, which is NaN."""
     if reads_infinite(_lost(found, a, b), ctx.loads):
         raise Opaque(node, "what may be infinite is multiplied by 0")
+    _check_divisors(node, found, _below(a) | _below(b))
 
 
 def check_quotient(node: fx.Node, found: Expr, a: Expr, b: Expr) -> None:
     """`Opaque` where what was divided by is no longer there, and may be 0: x / x is NaN then."""
-    if _lost(found, a, b) or S in b.free_symbols and S not in found.free_symbols:
+    divisors = {base for base, power in _powers(b) if not power.could_extract_minus_sign()}
+    _check_divisors(node, found, divisors)
+    if _lost(found, a, b):
         raise Opaque(node, "what may be zero cancels in it")
+
+
+def _check_divisors(node: fx.Node, found: Expr, divisors: set[Expr]) -> None:
+    """`Opaque` where one of these is divided by no more: x / x, or s / abs(s), is NaN at 0."""
+    if not divisors <= _below(found):
+        raise Opaque(node, "what may be zero cancels in it")
+
+
+def _below(x: Expr) -> set[Expr]:
+    """What a product divides by."""
+    return {base for base, power in _powers(x) if power.could_extract_minus_sign()}
+
+
+def _powers(x: Expr) -> list[tuple[Expr, Expr]]:
+    """(base, exponent) of the factors of a product that may be 0: those that are computed of
+    scores or read."""
+    factors = [y for y in sympy.Mul.make_args(x) if not isinstance(y, (sympy.exp, where))]
+    powers = [(y.base, y.exp) if y.is_Pow else (y, sympy.S.One) for y in factors]
+    return [(base, power) for base, power in powers if S in base.free_symbols or base.has(load)]
 
 
 def _lost(found: Expr, a: Expr, b: Expr) -> list[load]:

@@ -50,11 +50,11 @@ def _power(node: fx.Node, base: Expr, exponent: Expr) -> Expr:
 
 
 def _not_undone(node: fx.Node, x: Expr, found: Expr, *functions: type) -> Expr:
-    """What a function makes of a score, unless sympy has cancelled it with its inverse: log(exp(s))
-    is infinite where exp overflows, exp(log(s)) and sqrt(s)**2 are NaN below 0."""
-    if E.S in x.free_symbols and x.has(sympy.exp, sympy.log, sympy.Pow):
+    """What a function makes of x, unless sympy has cancelled it with its inverse: log(exp(s)) is
+    infinite where exp overflows, exp(log(s)) and sqrt(s)**2 are NaN below 0."""
+    if (E.S in x.free_symbols or x.has(E.load)) and x.has(sympy.exp, sympy.log, sympy.Pow):
         if not found.has(*functions):
-            raise Opaque(node, "a function of the score and its inverse")
+            raise Opaque(node, "a function and its inverse")
     return found
 
 

@@ -41,11 +41,23 @@ def _rounds(x: Expr) -> bool:
     return any(float(number) % FINEST for number in x.atoms(sympy.Float))
 
 
+def _divides(x: Expr) -> bool:
+    return any(power.exp.could_extract_minus_sign() for power in x.atoms(sympy.Pow))
+
+
+def hides_rounding(divisor: Expr) -> bool:
+    """Whether quotients by a number are rounded, and products with its reciprocal are not: 0.1."""
+    if not divisor.is_number or not divisor.is_finite or divisor == 0:
+        return False
+    mantissa, _ = math.frexp(float(divisor))
+    return abs(mantissa) != 0.5 and float(1 / divisor) % FINEST == 0
+
+
 def check_exact(node: fx.Node, *values: Expr) -> None:
     """`Opaque` where one of the values is computed from positions or from what is read, and
-    rounded: a quotient is not the product with a reciprocal."""
+    rounded: a quotient is not the product with a reciprocal, nor the same on every device."""
     for x in values:
-        if x.free_symbols and _rounds(x) and not x.has(E.S, prob, row_stat, total):
+        if x.free_symbols and (_rounds(x) or _divides(x)) and not x.has(E.S, prob, row_stat, total):
             raise Opaque(node, "a step of positions in arithmetic that is rounded")
 
 
