@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch._guards import CompileContext
 
+from fa3_compile import source
 from fa3_compile.errors import Decline
 
 if TYPE_CHECKING:
@@ -77,9 +78,10 @@ class RegionReport:
     config         its tile config
     gradients      the kernel family that computes its gradients; "" where none is asked for
     other_kernels  why each other family was not taken
-    stage, code, reason, hint, node
+    stage, code, reason, hint, node, node_where
                    for a region left alone: who declined it, as an identifier and as a sentence,
-                   what to change, and the graph node it was decided at
+                   what to change, the graph node it was decided at, and that node's line of the
+                   user's code where it is another one
     spec           the canonical text of the attention, which names it in every process
     """
 
@@ -101,11 +103,13 @@ class RegionReport:
     reason: str = ""
     hint: str = ""
     node: str = ""
+    node_where: str = ""
     spec: str = ""
 
     @classmethod
     def declined(cls, index: int, graph: str, decline: Decline, **known: Any) -> RegionReport:
         """The record of a region that a stage declined; `known` is what is known of it."""
+        at = source.where(decline.node) if decline.node is not None else ""
         return cls(
             index=index,
             graph=graph,
@@ -115,6 +119,7 @@ class RegionReport:
             reason=decline.message,
             hint=decline.hint,
             node=str(decline.node) if decline.node is not None else "",
+            node_where=at if at != known.get("where") else "",
             **known,
         )
 
@@ -142,7 +147,7 @@ class RegionReport:
             *(("", other) for other in others),
             ("grads", self.gradients),
             ("reason", f"{self.reason} [{self.code}]" if self.code else self.reason),
-            ("node", self.node),
+            ("node", " at ".join(x for x in (self.node, self.node_where) if x)),
             ("hint", self.hint),
         ]
         return [(name, text) for name, text in rows if text]

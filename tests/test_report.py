@@ -13,6 +13,7 @@ from expecttest import assert_expected_inline
 from torch import nn
 
 from fa3_compile import explain, report
+from fa3_compile.backend import rewritten
 from fa3_compile.errors import Decline
 from fa3_compile.report import RegionReport, Report, Tiles, collect
 from fa3_compile.source import short_path, where
@@ -116,6 +117,20 @@ def test_declined_names_the_node():
     assert region.line() == (
         "region 0 of graph 0/0: left as it was by detect (weights-used): weights used"
     )
+
+
+def test_declined_names_the_line_that_it_was_decided_at():
+    def attention(q, k, v):
+        scores = (q @ k.mT).cumsum(-1)
+        return scores.softmax(-1) @ v
+
+    with collect() as collected:
+        torch.compile(attention, backend=rewritten)(*(torch.ones(1, 2, 8, 4) for _ in range(3)))
+    [region] = collected.regions
+    line = attention.__code__.co_firstlineno
+    assert region.where == f"tests/test_report.py:{line + 2}: return scores.softmax(-1) @ v"
+    said = f"scores at tests/test_report.py:{line + 1}: scores = (q @ k.mT).cumsum(-1)"
+    assert dict(region.rows())["node"] == said
 
 
 def test_every_region_is_one_log_line_collected_or_not(caplog):
