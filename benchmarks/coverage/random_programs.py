@@ -258,14 +258,13 @@ class Worker:
 def outcomes(
     drawn: Drawn, processes: int, beside: int, seconds: float
 ) -> Iterator[tuple[Drawn, Outcome]]:
-    """(what it is of, Outcome) as programs are done. Where a program ends its process, another one
-    goes on with a seed of its own."""
-    until = time.time() + seconds
-    drawn = replace(drawn, count=-(-drawn.count // (processes + beside)))
+    """(what it is of, Outcome) as programs are done, `drawn.count` in all. Where a program ends its
+    process, another one goes on with a seed of its own."""
+    until, left = time.time() + seconds, drawn.count
     seeds = itertools.count(drawn.seed)
     devices = [drawn.device] * processes + ["cpu"] * beside
     workers = [Worker.start(replace(drawn, seed=next(seeds), device=x), until) for x in devices]
-    while workers:
+    while workers and left > 0:
         ready = wait([worker.received for worker in workers])
         for worker in [x for x in workers if x.received in ready]:
             try:
@@ -275,8 +274,11 @@ def outcomes(
                 continue
             if outcome:
                 yield worker.drawn, outcome
+                left -= 1
             if outcome and outcome.is_lost and worker.drawn.count:
                 workers.append(Worker.start(replace(worker.drawn, seed=next(seeds)), until))
+    for worker in workers:
+        worker.process.terminate()
 
 
 def repeat(drawn: Drawn) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -60,13 +61,19 @@ def _attention(
             torch._dynamo.graph_break()
         if made.mutant == K_WRITTEN:
             k = k * 1
-        s = parts.rescaled(of_k(q, k.transpose(-2, -1)), made.scale, made.sizes.dim)
+
+        def scored(q: Tensor) -> Tensor:
+            s = parts.rescaled(of_k(q, k.transpose(-2, -1)), made.scale, made.sizes.dim)
+            for name in made.modifiers:
+                s = parts.MODIFIERS[name](s)
+            return other_scores(late(masked(capture(s, *extra))), made.mutant)
+
+        s = scored(q)
         if made.mutant == K_WRITTEN:
             k.add_(1)
-        for name in made.modifiers:
-            s = parts.MODIFIERS[name](s)
-        s = other_scores(late(masked(capture(s, *extra))), made.mutant)
         p, total = _weights(s, sinks, made)
+        if made.use == "difference":
+            p = p - 0.5 * _weights(scored(q * 0.7), sinks, made)[0]
         if made.mutant == "V written after the softmax":
             v = (v * 1).mul_(2)
         p = gated(other_weights(p.to(v.dtype), made.mutant), *gates)
@@ -80,6 +87,10 @@ def _attention(
         out = _used(finish(out if total is None else out / total.to(v.dtype)), made.use)
         if made.use == "LSE":
             return out, s.logsumexp(-1)
+        if made.use == "function of LSE":
+            return out, torch.tanh(s.logsumexp(-1) / 4).sum(-1)
+        if made.use == "beside a call" and q.shape[:-2] == k.shape[:-2]:
+            return out, F.scaled_dot_product_attention(q, k, v)
         if made.mutant == "second product":
             return out, p @ (v + 1)
         returned = {"weights returned": p, "scores returned": s, K_WRITTEN: k}

@@ -87,5 +87,8 @@ MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         _ones(q, kv).index_fill(1, torch.tensor([1], device=q.device) % kv.shape[1], False)
         | (kv == 0)
     ),
+    "bits": lambda q, kv: (q & kv) == 0,
+    "other bits": lambda q, kv: (q ^ kv) < 8,
+    "packed": lambda q, kv: (((q * 37 + 11) >> (kv % 8)) & 1 != 0) | (kv == 0),
     "not own": lambda q, kv: ~torch.eye(q.shape[0], kv.shape[1], dtype=torch.bool, device=q.device),
 }

@@ -37,7 +37,7 @@ def sizes(choices: Choices, device: str, square: bool = False) -> Sizes:
     on_gpu = device != "cpu"
     n = choices.one_of("n", *((1, 9, 16, 130, 200, 300) if on_gpu else (1, 6, 9, 16)))
     others = (150, 260) if on_gpu else (7, 12)
-    m = choices.one_of("m", *(others if n == 1 else (n, n, *others)))
+    m = choices.one_of("m", *((n, *others, *others) if n == 1 else (n, n, *others)))
     dim = choices.one_of("dim", *((8, 32, 64, 80, 128) if on_gpu else (8,)))
     return Sizes(m if square else n, m, dim, device)
 

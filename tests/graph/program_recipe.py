@@ -18,7 +18,10 @@ from tests.graph.program_masks import MASKS, positions
 from tests.graph.program_mutants import MORE_THAN_ATTENTION, NO_ATTENTION, OF_ELEMENTS
 from tests.graph.program_parts import Sizes
 
-USES = ("residual", "twice", "slice", "sum", "in place", "flat", "LSE", "shared K and V")
+# Of two attentions: "difference" of their weights; "beside a call" of PyTorch's own.
+TWO_ATTENTIONS = ("shared K and V", "difference", "beside a call")
+OF_LSE = ("LSE", "function of LSE")
+USES = ("residual", "twice", "slice", "sum", "in place", "flat", *OF_LSE, *TWO_ATTENTIONS)
 # "flat batch" names every size but the length; "strided" cuts V's length to K's.
 STATIC = ("flat batch", "strided")
 ADDITIVE = ("additive padding", "added empty sequence", "two paddings")
@@ -157,6 +160,11 @@ def _keep_finite(made: Recipe) -> None:
     half = made.dtype is not None
     if made.how in parts.NEEDS_FINITE and made.fill == "-inf":
         made.fill = "finfo.min"  # 0 * -inf is NaN in eager, everywhere
+    if made.how == "both" and made.captured == "infinite bias":
+        made.how = "where"  # the same
+    if made.plain and made.mutant == "renormalised weights":
+        if half or made.captured in ("int32 ids", "slopes"):
+            made.mutant = ""  # 0 / 0, where all weights of a row vanish
     if made.softmax == "unshifted" and (half or made.on_gpu and grows):
         made.softmax = "by hand"  # exp overflows
     exponential = made.softmax in parts.NEEDS_KEYS or made.plain
@@ -174,11 +182,13 @@ def _keep_apart(made: Recipe) -> None:
     if made.softmax == "divided late" and (made.mutant or made.sink):
         made.softmax = "by hand"
     odd = made.plain or made.sink or made.mutant or made.softmax == "off by one"
-    if made.use == "LSE" and odd:
+    if made.use in OF_LSE and odd:
+        made.use = ""
+    if made.use == "difference" and (odd or made.softmax == "divided late"):
         made.use = ""
     if made.plain or made.mutant == "softmax over queries":
         made.sink = ""
-    if made.use == "shared K and V" and made.after == "dropout":
+    if made.use in TWO_ATTENTIONS and made.after == "dropout":
         made.after = ""
     if made.mutant == "mean of heads" and made.layout == "mqa":
         made.mutant = ""
@@ -204,7 +214,7 @@ def _run_as_eager_can(made: Recipe) -> None:
     dead = made.dead
     additive = made.how == "logarithm" or made.how.startswith("added") and made.fill == "-inf"
     additive = additive or made.plain and made.mutant == "renormalised weights"
-    if made.use == "LSE" and dead:
+    if made.use in OF_LSE and dead:
         made.use = ""  # of a row of fills eager's gradient is that of no logarithm
     # Autograd refuses a K that is written after it was multiplied. Where NaN is added to a row,
     # eager's gradients of it are NaN too; ours are 0.
@@ -263,7 +273,7 @@ def _either(made: Recipe) -> bool:
             # A function of a masked score may make something else of its fill.
             made.late,
             # Two attentions.
-            made.use == "shared K and V",
+            made.use in TWO_ATTENTIONS,
             # Weights without a softmax whose NaN are replaced.
             made.plain and made.after in ("nan_to_num", "isnan"),
         )
