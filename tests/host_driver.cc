@@ -12,6 +12,7 @@
 #include <set>
 #include <string>
 #include <utility>
+#include <vector>
 
 namespace {
 enum Result { kSuccess = 0, kInvalidValue = 1, kInvalidDevice = 101, kInvalidContext = 201,
@@ -50,6 +51,24 @@ struct Module {
   std::map<std::string, Function> functions;
 };
 
+// A kernel of a graph. Its parameters are copied when they are given to it; here they stay where they
+// are, so that a launch asks for new ones.
+struct NodeValues {
+  void* function;
+  unsigned grid[3], block[3], shared;
+  void** params;
+  void** extra;
+  void *kernel, *context;
+};
+struct Node {
+  NodeValues values;
+  bool given;
+};
+struct Graph {
+  std::vector<Node*> nodes;
+  const Context* context;
+};
+
 std::mutex lock;
 std::set<Module*> modules;
 std::set<void*> functions, allocated;
@@ -60,6 +79,7 @@ thread_local const Context* current = nullptr;
 const Context contexts[kDevices] = {{0}, {1}};
 
 thread_local int capture_mode = kGlobal;
+int graphs_launched = 0;
 // Whether another thread is capturing a graph, in the mode that forbids most, and still can.
 bool capturing = false, capture_valid = false;
 
@@ -105,6 +125,7 @@ extern "C" {
 // For host_driver.py.
 
 void host_driver_observe(void (*function)(const Launched*)) { observer = function; }
+int host_driver_graphs_launched() { return graphs_launched; }
 int host_driver_allocations() { return int(allocated.size()); }
 void host_driver_begin_capture() { capturing = capture_valid = true; }
 bool host_driver_end_capture() { capturing = false; return capture_valid; }
@@ -255,6 +276,49 @@ struct LaunchConfig {
 Result cuLaunchKernelEx(const LaunchConfig* config, void* function, void** params, void** extra) {
   return launched(function, config->grid, config->block, config->shared, config->stream, params,
                   extra);
+}
+
+// Graphs of kernels one after the other.
+Result cuGraphCreate(Graph** graph, unsigned flags) {
+  if (flags != 0) return kInvalidValue;
+  *graph = new Graph{{}, current};
+  return kSuccess;
+}
+Result cuGraphAddKernelNode_v2(Node** node, Graph* graph, Node* const* before, std::size_t count,
+                               const NodeValues* values) {
+  if (!current) return kInvalidContext;
+  if (!is_function(values->function) || values->params == nullptr) return kInvalidValue;
+  bool in_order = graph->nodes.empty() ? count == 0
+                                       : count == 1 && before[0] == graph->nodes.back();
+  if (!in_order) return kInvalidValue;
+  graph->nodes.push_back(*node = new Node{*values, true});
+  return kSuccess;
+}
+// What is launched is the graph itself.
+Result cuGraphInstantiateWithFlags(Graph** executable, Graph* graph, unsigned long long flags) {
+  if (Result refused = unsafe()) return refused;
+  *executable = graph;
+  return flags == 0 ? kSuccess : kInvalidValue;
+}
+Result cuGraphExecKernelNodeSetParams_v2(Graph* graph, Node* node, const NodeValues* values) {
+  if (!current) return kInvalidContext;
+  bool known = false;
+  for (Node* x : graph->nodes) known |= x == node;
+  if (!known || values->function != node->values.function) return kInvalidValue;
+  *node = {*values, true};
+  return kSuccess;
+}
+Result cuGraphLaunch(Graph* graph, void* stream) {
+  for (Node* x : graph->nodes) {
+    if (!x->given) return kInvalidValue;
+    NodeValues v = x->values;
+    if (Result refused = launched(v.function, v.grid, v.block, v.shared, stream, v.params, v.extra)) {
+      return refused;
+    }
+    x->given = false;
+  }
+  ++graphs_launched;
+  return kSuccess;
 }
 
 // The map is what emulated_sm90.hpp reads: address, sizes, strides in elements, rows and columns of

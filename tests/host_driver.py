@@ -77,6 +77,10 @@ def allocations() -> int:
     return _library().host_driver_allocations()
 
 
+def graphs_launched() -> int:
+    return _library().host_driver_graphs_launched()
+
+
 @contextlib.contextmanager
 def captured() -> Iterator[None]:
     """Some thread captures a CUDA graph meanwhile, as torch.cuda.graph does; what would end that

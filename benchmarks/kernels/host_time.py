@@ -105,13 +105,14 @@ def calls() -> None:
     sdpa = partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True)
     q, k, v = tensors()
     ones = torch.ones(2, 256, dtype=torch.int64, device="cuda")
+    from_90 = (torch.arange(256, device="cuda") >= 90).long().expand(2, -1).contiguous()
     with torch.no_grad():
         print(f"sdpa: eager {microseconds(partial(sdpa, q, k, v)):.1f} us, "
               f"in a compiled model {in_chain(sdpa, q, k, v):.1f} us", flush=True)  # fmt: skip
         for name in ("cuda_sm90", "triton"):
             for form, spec, aux in (
                 ("causal", CAUSAL, []), ("padded causal", PADDED, [ones]),
-                ("documents", DOCUMENTS, [ones]),
+                ("left-padded causal", PADDED, [from_90]), ("documents", DOCUMENTS, [ones]),
             ):  # fmt: skip
                 text = f"{spec} #;kernels={name}"
                 problem = dispatch.make_problem(text, q, k, v, aux)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fa3_compile.lower.launch_cuda import Counters, Launch, driver, empty_cuda
+from fa3_compile.lower.launch_cuda import Counters, Launch, driver, empty_cuda, ensure_context
+from fa3_compile.lower.launch_graph import launch_graph
 from fa3_compile.lower.stream_reports import numbers, stream_reports
 from fa3_compile.lower.stream_scratch import BYTES, stream_scratch
 from fa3_compile.runtime.launch import General
@@ -80,7 +81,10 @@ class Launches:
         structure = tuple(tuple((n // 8, x, bool(m)) for n, x, m in places) for places in at)
         counted = self.counters is not None and "counter" in named
         flags = otherwise is not None, lse, counted, bool(scratch), kept, bool(self.lists)
-        flags = *flags, self.tells, self.joint
+        # What is called otherwise is bound anew for each length of a cache: not worth a graph.
+        first = 1 if self.lists else 0
+        graphed = otherwise is not None and len(self.launches) - first > 1
+        flags = *flags, self.tells, self.joint, graphed
         text = written(structure, *flags)
         device = self.device
 
@@ -88,9 +92,14 @@ class Launches:
             with torch.cuda.device(device):
                 return call(*arguments)
 
-        def parameters():
+        def parameters(stream: int):
             blocks = [launch.block(self.known) for launch in self.launches]
-            return (*(part for x in blocks for part in x[:2]), blocks)
+            parts = [part for x in blocks for part in x[:2]]
+            if graphed:
+                ensure_context(device)
+                graph = launch_graph(self.launches[first:], blocks[first:], stream)
+                parts += [graph.stream, graph.executable, *graph.nodes]
+            return (*parts, blocks)
 
         def own_counter() -> tuple[int, Tensor]:
             zero = torch.zeros(1, dtype=torch.int32, device="cuda")
@@ -129,6 +138,8 @@ class Launches:
             "blocks": [],
             "parameters": parameters,
             "launch": driver().cuLaunchKernel,
+            "set_node": driver().cuGraphExecKernelNodeSetParams,
+            "go": driver().cuGraphLaunch,
             "success": driver().CUresult.CUDA_SUCCESS,
         }
         for i, launch in enumerate(self.launches):
@@ -156,7 +167,8 @@ def written(
     kept: bool,
     lists: bool,
     tells: bool,
-    joint: bool = False,
+    joint: bool,
+    graphed: bool,
 ) -> str:
     """The function's text; shapes, grids and addresses are variables around it.
 
@@ -168,6 +180,7 @@ def written(
               memory, the number that the last kernel was given)
     tells     whether the last launch may be left out
     joint     whether V has to begin where K does
+    graphed   whether those that do not make lists are one graph
     """
     captured = sorted({x for places in launches for _, x, _ in places if isinstance(x, int)})
     inputs = ["q_", "k_", "v_", *(f"aux{i}_" for i in captured)]
@@ -187,12 +200,14 @@ def written(
         lines += ["lse = empty(lse_shape, lse_strides, float32)", "lse_ = lse.data_ptr()"]
     if scratch and not kept:
         lines += [OWN_SCRATCH]
-    if counted or kept or tells:
+    if counted or kept or tells or graphed:
+        lines += ["apart = False"] if graphed else []
         lines += ["try:", "    if capturing():", "        raise LookupError"]
         lines += ["    counter_ = counters[stream]"] if counted else []
         lines += ["    report_, told = reports[stream]"] if tells else []
         lines += ["    spare = scratch_of[stream]", "    scratch_ = spare.pop()"] if kept else []
         lines += ["except LookupError:"]
+        lines += ["    apart = True"] if graphed else []
         lines += ["    counter_, zero = own_counter()"] if counted else []
         lines += ["    report_ = 0"] if tells else []
         lines += [f"    {OWN_SCRATCH}", "    spare = []"] if kept else []
@@ -203,28 +218,55 @@ def written(
         body += ["elif shared is None:", "    lists_ = scratch_"]
         body += ["else:", "    lists_, made = own_lists()"]
         body += ["    number_ = report_ and next(numbers)"] if tells else []
-    body += ["try:", "    block = blocks.pop()", "except IndexError:", "    block = parameters()"]
-    body += [f"{''.join(f'words{i}, pointer{i}, ' for i in range(len(launches)))}_ = block"]
-    for i, places in enumerate(launches):
-        step = []
-        for j, (word, name, more) in enumerate(places):
-            address = f"aux{name}_" if isinstance(name, int) else f"{name}_"
-            step += [f"words{i}[{word}] = {address}{f' + more{i}_{j}' if more else ''}"]
-        arguments = ", ".join(f"{x}{i}" for x in ARGUMENTS)
-        step += [f"status, = launch({arguments}, stream, pointer{i}, 0)"]
-        step += ["if status is not success:", f"    again{i}(status, stream, pointer{i})"]
-        if lists and not i:
-            step += ["if shared is not None:", "    shared[:] = stream, lists_, made, number_"]
-            step = ["if not found:", *(f"    {x}" for x in step)]
-        if tells and i == len(launches) - 1:
-            answered = "found and report_ and told[0] == shared[3]"
-            step = [f"if not ({answered}):", *(f"    {x}" for x in step)]
-        body += step
+    body += ["try:", "    block = blocks.pop()"]
+    body += ["except IndexError:", "    block = parameters(stream)"]
+    count = len(launches)
+    parts = [f"words{i}, pointer{i}, " for i in range(count)]
+    first = 1 if lists else 0
+    if graphed:
+        parts += ["owner, graph, ", *(f"node{i}, values{i}, " for i in range(first, count))]
+    body += [f"{''.join(parts)}_ = block"]
+    given = [_given(i, places) for i, places in enumerate(launches)]
+    steps = [_launched(i) for i in range(count)]
+    if lists:
+        step = [*given[0], *steps[0]]
+        step += ["if shared is not None:", "    shared[:] = stream, lists_, made, number_"]
+        body += ["if not found:", *_indented(step)]
+    if tells:
+        body += ["asks = not (found and report_ and told[0] == shared[3])"]
+        given[-1], steps[-1] = (["if asks:", *_indented(x[-1])] for x in (given, steps))
+    if graphed:
+        body += [line for step in given[first:] for line in step]
+        body += [f"if apart or owner != stream{' or not asks' if tells else ''} or ("]
+        body += [f"    set_node(graph, node{i}, values{i})[0] is not success or"
+                 for i in range(first, count)]  # fmt: skip
+        body += ["    go(graph, stream)[0] is not success", "):"]
+        body += _indented([line for step in steps[first:] for line in step])
+    else:
+        body += [line for i in range(first, count) for line in (*given[i], *steps[i])]
     body += ["blocks.append(block)"]
     if kept:
         body = ["try:", *(f"    {x}" for x in body), "finally:", "    spare.append(scratch_)"]
     lines += [*body, f"return out, {'lse' if lse else None}"]
     return "def call(q, k, v, aux, sizes=(), shared=None):\n" + "".join(f"    {x}\n" for x in lines)
+
+
+def _given(i: int, places: Sequence[tuple[int, int | str, bool]]) -> list[str]:
+    """What writes the addresses of a call into the parameters of a launch."""
+    lines = []
+    for j, (word, name, more) in enumerate(places):
+        address = f"aux{name}_" if isinstance(name, int) else f"{name}_"
+        lines += [f"words{i}[{word}] = {address}{f' + more{i}_{j}' if more else ''}"]
+    return lines
+
+
+def _launched(i: int) -> list[str]:
+    lines = [f"status, = launch({', '.join(f'{x}{i}' for x in ARGUMENTS)}, stream, pointer{i}, 0)"]
+    return [*lines, "if status is not success:", f"    again{i}(status, stream, pointer{i})"]
+
+
+def _indented(lines: Sequence[str]) -> list[str]:
+    return [f"    {x}" for x in lines]
 
 
 @functools.lru_cache(maxsize=256)

@@ -31,6 +31,7 @@ from tests.host_driver import (
     allocations,
     captured,
     current_device,
+    graphs_launched,
     kernels_of,
     launches,
     on_device,
@@ -241,6 +242,37 @@ def test_the_first_call_ends_no_capture(name: str, own: bool, launches, monkeypa
         backward(out, None, q, k, v, out, lse, aux, form.sizes)
     with pytest.raises(AssertionError, match="the capture was ended"), captured():
         driver().cuMemAlloc(1)
+
+
+def test_kernels_that_follow_each_other_are_one_graph(launches, monkeypatch) -> None:
+    """Not where a stream that did not make it, or a capture, would wait for it; a driver that
+    refuses it gets them one by one."""
+    stream, capturing = STREAM, False
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: stream)
+    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: capturing)
+    form = BY_NAME["left padding"]
+    q, k, v, aux = of_form("left padding", Shape(2, 4, 2, 150, 150, 64, 64))
+    call = Attention(f"{form.spec()} #;kernels=cuda_sm90", fixed=True, lse=False)
+    call(q, k, v, aux, form.sizes)
+
+    def called() -> int:
+        before = graphs_launched()
+        launches.clear()
+        call(q, k, v, aux, form.sizes)
+        assert [x.name for x in launches] == ["block_map", "attention_fwd", "dead_rows"]
+        return graphs_launched() - before
+
+    assert [called() for _ in range(3)] == [1, 1, 1]
+    stream = STREAM + 2
+    assert called() == 0
+    stream, capturing = STREAM, True
+    assert called() == 0
+    capturing = False
+    assert called() == 1
+    monkeypatch.setattr(driver(), "cuGraphInstantiate", lambda *_: (driver().CUresult(801), None))
+    call = Attention(f"{form.spec()} #;kernels=cuda_sm90", fixed=True)
+    call(q, k, v, aux, form.sizes)
+    assert called() == 0
 
 
 def test_few_queries_are_dealt_out_and_combined(launches) -> None:
