@@ -37,6 +37,8 @@ class Sm90Config:
                    where that was too low
     dense_first    scores begin with the dense input, and held queries are multiplied beforehand by
                    the factor of their products
+    ahead          columns of a block whose optimistic weights are computed while the values of the
+                   block before are still multiplied
     """
 
     block_m: int
@@ -49,6 +51,7 @@ class Sm90Config:
     held_queries: bool = False
     optimistic: bool = False
     dense_first: bool = False
+    ahead: int = 0
 
     @property
     def threads(self) -> int:

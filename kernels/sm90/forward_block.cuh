@@ -13,10 +13,11 @@ namespace fa3 {
 // registers, not from shared memory each time. Optimistic: weights are computed against the row
 // maximum of the blocks before, and again only where that turns out to have been too low.
 // DenseFirst: the dense input is what scores begin with, to which products add; the factor of these is
-// multiplied into the held queries.
+// multiplied into the held queries. Ahead: columns of a block whose weights are computed while the
+// values of the block before are still multiplied.
 template <class DtypeT, int DimQK, int DimV, int BlockM_, int BlockN_, int Stages_,
           bool LongestFirst_, bool PingPong_, bool Packed_, bool SplitKV_,
-          bool HeldQueries_, bool Optimistic_, bool DenseFirst_>
+          bool HeldQueries_, bool Optimistic_, bool DenseFirst_, int Ahead_>
 struct ForwardConfig {
   using Dtype = DtypeT;
   static constexpr int kDimQK = DimQK, kDimV = DimV, kBlockM = BlockM_, kBlockN = BlockN_;
@@ -25,6 +26,7 @@ struct ForwardConfig {
   static constexpr bool kPacked = Packed_, kSplitKV = SplitKV_;
   static constexpr bool kHeldQueries = HeldQueries_, kOptimistic = Optimistic_;
   static constexpr bool kDenseFirst = DenseFirst_;
+  static constexpr int kAhead = Ahead_;
   static constexpr int kWarpgroups = BlockM_ / 64;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   // Of 65,536 registers consumers take what their tiles need and the producer the rest. Three

@@ -141,9 +141,17 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
     constexpr bool capped = Weigher::kCapped && !Masked;
     if (!capped || !softmax.small) this->template modify<Masked>(t, s, block, base);
     bool raise = this->must_raise(t, s, base);
+    constexpr bool some = Weigher::kAhead > 0 && !Masked;
+    typename Weigher::Ahead ahead;
+    if constexpr (some) raise = raise || !softmax.weigh_ahead(s, base, t.scale, ahead);
     wgmma_wait<0>();
     wgmma_pin(out);
     release_v();
+    if constexpr (some) {
+      using Dtype = typename Config::Dtype;
+      if (!raise && softmax.template weigh_rest<Dtype>(s, base, t.scale, ahead, weights)) return;
+      raise = true;
+    }
     if constexpr (capped) {
       if (softmax.small) {
         if (!raise && this->weigh_capped(t, s, weights)) return;

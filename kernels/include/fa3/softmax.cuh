@@ -46,6 +46,12 @@ struct Softmax {
   float sum[2] = {0.0f, 0.0f};  // this thread's columns only, until finish()
   bool small = true;            // no score so far was too far from 0 for weigh_capped()
 
+  // Weights of a block's first columns in fp32, and their sums.
+  template <int Columns>
+  struct Ahead {
+    float weight[Columns > 0 ? Columns / 2 : 1], part[2] = {0.0f, 0.0f};
+  };
+
   // Whether weights can be measured against the maxima of all of the warp's rows.
   FA3_DEVICE bool ready() const { return __all_sync(~0u, near(max[0]) && near(max[1])); }
 
@@ -91,10 +97,40 @@ struct Softmax {
     }
     auto exponent = [&](int i, float x) { return fmaf(x, scale[i / 2], offset[i / 2]); };
     exponentials<Dtype>(s, exponent, part, weights, factor);
-    bool above = part[0] > kLargestSum || part[1] > kLargestSum;
-    if (!last && __any_sync(~0u, above)) return false;
+    if (!last && too_large(part)) return false;
     sum[0] += part[0];
     sum[1] += part[1];
+    return true;
+  }
+
+  // The same in two parts, where ready(): the first leaves alone what a product still reads. False
+  // of either: maxima must be raised.
+  template <int Columns>
+  FA3_DEVICE bool weigh_ahead(const float (&s)[N / 2], const float (&base)[2],
+                              const float (&scale)[2], Ahead<Columns>& ahead) const {
+#pragma unroll
+    for (int i = 0; i < Columns / 2; ++i) {
+      int r = i / 2 % 2;
+      ahead.weight[i] = exp2_approx(fmaf(s[i], scale[r], (base[r] - max[r]) * scale[r]));
+      ahead.part[r] += ahead.weight[i];
+    }
+    return !too_large(ahead.part);
+  }
+  template <class Dtype, int Columns>
+  FA3_DEVICE bool weigh_rest(const float (&s)[N / 2], const float (&base)[2],
+                             const float (&scale)[2], Ahead<Columns>& ahead,
+                             uint32_t (&weights)[N / 4]) {
+#pragma unroll
+    for (int i = 0; i < Columns / 4; ++i)
+      weights[i] = pack<Dtype>(ahead.weight[2 * i], ahead.weight[2 * i + 1]);
+    auto exponent = [&](int i, float x) {
+      return fmaf(x, scale[i / 2], (base[i / 2] - max[i / 2]) * scale[i / 2]);
+    };
+    exponentials<Dtype, Columns>(s, exponent, ahead.part, weights,
+                                 [](int, const float (&)[4]) {});
+    if (too_large(ahead.part)) return false;
+    sum[0] += ahead.part[0];
+    sum[1] += ahead.part[1];
     return true;
   }
 
@@ -124,13 +160,18 @@ struct Softmax {
   }
 
  private:
-  // Weights exp2(exponent(i, s)) of element i of each four, packed, and their sums in `part`.
-  template <class Dtype>
+  FA3_DEVICE static bool too_large(const float (&part)[2]) {
+    return __any_sync(~0u, part[0] > kLargestSum || part[1] > kLargestSum);
+  }
+
+  // Weights exp2(exponent(i, s)) of element i of each four from a column on, packed, and their sums
+  // in `part`.
+  template <class Dtype, int First = 0>
   FA3_DEVICE static void exponentials(const float (&s)[N / 2], const auto& exponent,
                                       float (&part)[2], uint32_t (&weights)[N / 4],
                                       const auto& factor) {
 #pragma unroll
-    for (int j = 0; j < N / 8; ++j) {
+    for (int j = First / 8; j < N / 8; ++j) {
       float x[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
