@@ -180,6 +180,7 @@ class Report:
 
     @property
     def fused(self) -> list[RegionReport]:
+        """The regions that became a fused attention."""
         return [region for region in self.regions if region.fused]
 
     def __str__(self) -> str:
@@ -287,6 +288,10 @@ class Report:
 @contextmanager
 def collect() -> Iterator[Report]:
     """Collect a report of every region that is compiled inside the `with` block.
+
+        with fa3_compile.collect() as report:
+            compiled(x)
+        print(report)
 
     Blocks may be nested, and several threads may each have their own. What a thread without a
     block compiles, such as autograd's backward threads, goes to all.
