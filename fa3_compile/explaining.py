@@ -34,7 +34,7 @@ def explain(
     """Compile `model_or_fn` with backend="fa3", call it on the arguments, report what was done.
 
     args, named  what the model is called with
-    kwargs       more of its keyword arguments: those that are called as one of these
+    kwargs       more of its keyword arguments: those whose names are taken here
     options      those of `torch.compile(..., backend="fa3")`
     training     False: in eval mode, without gradients. True: in training mode, and the backward
                  of the sum of all real outputs is run too; no `.grad` is written. None: as it is,

@@ -36,7 +36,7 @@ def assert_fused(
     """Every attention of the model becomes a fused kernel, and they are the ones named.
 
     args, named    what the model is called with
-    kwargs         more of its keyword arguments: those that are called as one of these
+    kwargs         more of its keyword arguments: those whose names are taken here
     regions        how many there are; None for at least one
     forms          the form of each region in order, or one name for all: "causal + window(4096)"
     kernels        the kernel family of each region in order, or one name for all; families

@@ -56,7 +56,7 @@ def assert_matches_eager(
     """Compile, run beside eager and eager in float64, and compare outputs and gradients.
 
     args, named    the model's inputs; they, and the model, are left as they are
-    kwargs         more of its keyword arguments: those that are called as one of these
+    kwargs         more of its keyword arguments: those whose names are taken here
     backend        that of torch.compile
     options        those of torch.compile
     training       also compare the gradient of every parameter and of every input that requires
