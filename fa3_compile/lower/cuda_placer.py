@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import sympy
 
 from fa3_compile.lower import hoist
+from fa3_compile.lower.formulas import with_small_digits
 from fa3_compile.lower.printer import Text
 from fa3_compile.lower.printer_cuda import CudaPrinter
 from fa3_compile.spec import expr as E
@@ -19,7 +20,7 @@ class KernelPrinter(CudaPrinter):
     FUNCTIONS = {**CudaPrinter.FUNCTIONS, "tanh": "tanh_approx", "sigmoid": "sigmoid_approx"}
 
     def rewrite(self, expr):
-        return expr
+        return with_small_digits(expr)
 
     def extremum(self, name: str, a: Text, b: Text) -> Text:
         if a.kind == "float":

@@ -14,6 +14,62 @@ LOG2_E = sympy.Float(1 / math.log(2))
 MINUS_2_LOG2_E = sympy.Float(-2 / math.log(2))
 
 
+class log1p(sympy.Function):
+    """log(1 + x), whose digits near 0 are those of x."""
+
+
+class expm1(sympy.Function):
+    """exp(x) - 1, whose digits near 0 are those of x."""
+
+
+def with_small_digits(expr):
+    """log(1 + x) and exp(x) - 1 as functions that keep a small x: its sign, root or logarithm may
+    be asked for, as of softplus(-20)."""
+    return expr.replace(_is_log_of_1_and_more, lambda x: log1p(x.args[0] - 1)).replace(
+        lambda x: x.is_Add and _taken_off(x) is not None, _with_expm1
+    )
+
+
+def _is_log_of_1_and_more(expr) -> bool:
+    return isinstance(expr, sympy.log) and expr.args[0].is_Add and sympy.S.One in expr.args[0].args
+
+
+def _taken_off(total):
+    """The term c*exp(x) of a sum with a constant -c."""
+    constant = total.as_coeff_Add()[0]
+    if constant == 0:
+        return None
+    multiples = [x for x in total.args if x.as_coeff_Mul()[0] == -constant]
+    return next((x for x in multiples if isinstance(x.as_coeff_Mul()[1], sympy.exp)), None)
+
+
+def _with_expm1(total):
+    constant, term = total.as_coeff_Add()[0], _taken_off(total)
+    rest = sympy.Add(*(x for x in total.args if x is not term and x is not constant))
+    return rest - constant * expm1(term.as_coeff_Mul()[1].args[0])
+
+
+# What asks for the digits of a small number: a sign, a step, a root, a quotient.
+_DEMANDING = (sympy.log, sympy.sign, sympy.core.relational.Relational, E.round_half_even)
+_DEMANDING += (sympy.floor, sympy.ceiling, E.trunc, sympy.Pow)
+
+
+class precise_tanh(sympy.Function):
+    """tanh(x), whose digits near 0 are those of x."""
+
+
+def with_precise_tanh(expr):
+    """tanh as precise_tanh where the digits of a small number are asked for."""
+    return expr.replace(
+        lambda x: isinstance(x, _DEMANDING) and x.has(sympy.tanh) and not _is_power(x),
+        lambda x: x.replace(sympy.tanh, precise_tanh),
+    )
+
+
+def _is_power(x) -> bool:
+    return x.is_Pow and bool(x.exp.is_Integer and x.exp.is_positive)
+
+
 def tanh_by_exp2(x):
     """2 / (1 + e^(-2x)) - 1: no overflow at either end, absolute error about 1e-7."""
     coefficient, rest = x.as_coeff_Mul()

@@ -6,7 +6,13 @@ import math
 
 import sympy
 
-from fa3_compile.lower.formulas import float32, sigmoid_by_exp2, tanh_by_exp2
+from fa3_compile.lower.formulas import (
+    float32,
+    sigmoid_by_exp2,
+    tanh_by_exp2,
+    with_precise_tanh,
+    with_small_digits,
+)
 from fa3_compile.lower.printer import (
     ADD,
     ATOM,
@@ -26,11 +32,14 @@ class CudaPrinter(Printer):
     TRUE, FALSE = "true", "false"
     FUNCTIONS = {
         name: f"{name}f"
-        for name in "exp exp2 log sin cos tan sinh cosh atan erf floor ceil sqrt".split()
-    } | {"round": "rintf"}
+        for name in (
+            "exp exp2 expm1 log log1p sin cos tan sinh cosh atan erf floor ceil sqrt".split()
+        )
+    } | {"round": "rintf", "precise_tanh": "tanhf"}
 
     def rewrite(self, expr):
         """tanhf has a branch and about 20 instructions; this is one exp2 and one division."""
+        expr = with_precise_tanh(with_small_digits(expr))
         return expr.replace(sympy.tanh, tanh_by_exp2).replace(E.sigmoid, sigmoid_by_exp2)
 
     def number(self, value: float) -> str:

@@ -6,11 +6,8 @@ import math
 
 import sympy
 
+from fa3_compile.lower.formulas import with_small_digits
 from fa3_compile.lower.printer import ATOM, LOW, MUL, OPERATORS, Printer, Text
-
-
-class log1p(sympy.Function):
-    """log(1 + x), by the name it has in torch."""
 
 
 class TorchPrinter(Printer):
@@ -24,14 +21,13 @@ class TorchPrinter(Printer):
     FUNCTIONS = {
         name: f"torch.{name}"
         for name in (
-            "exp exp2 log log1p sin cos tan tanh sinh cosh atan erf sigmoid floor ceil round "
+            "exp exp2 expm1 log log1p sin cos tan tanh sinh cosh atan erf sigmoid floor ceil round "
             "sqrt".split()
         )
     }
 
     def rewrite(self, expr):
-        """A softplus of -20 keeps its digits: its sign, or its root, may be asked for."""
-        return expr.replace(_is_log_of_1_and_more, lambda x: log1p(x.args[0] - 1))
+        return with_small_digits(expr)
 
     def number(self, value: float) -> str:
         return f'float("{value}")' if math.isinf(value) else repr(value)
@@ -83,7 +79,3 @@ class TorchPrinter(Printer):
 
     def uniform(self, args: list[Text]) -> Text:
         return Text(f"uniform({', '.join(x.body for x in args)}, dtype)", "float")
-
-
-def _is_log_of_1_and_more(expr) -> bool:
-    return isinstance(expr, sympy.log) and expr.args[0].is_Add and sympy.S.One in expr.args[0].args

@@ -96,12 +96,18 @@ def _log1p(x: Expr) -> Expr:
 
 
 def _softplus(x: Expr) -> Expr:
-    return where(x > 0, x, 0) + sympy.log(1 + sympy.exp(where(x > 0, -x, x)))
+    return _log_of_exponentials(x, sympy.S.Zero)
+
+
+def _log_of_exponentials(a: Expr, b: Expr) -> Expr:
+    """log(exp(a) + exp(b))"""
+    return where(a > b, a, b) + sympy.log(1 + sympy.exp(where(a > b, b - a, a - b)))
 
 
 def _asinh(x: Expr) -> Expr:
     size = where(x < 0, -x, x)
-    return where(x < 0, -1, 1) * sympy.log(size + sympy.sqrt(size**2 + 1))
+    more = size**2 / (1 + sympy.sqrt(size**2 + 1))
+    return where(x < 0, -1, 1) * sympy.log(1 + size + more)  # printed as log1p of a small size
 
 
 def _sinc(x: Expr) -> Expr:
@@ -133,7 +139,7 @@ UNARY = {
     aten.sinc.default: _sinc,
     aten.asinh.default: _asinh,
     aten.acosh.default: lambda x: sympy.log(x + sympy.sqrt(x - 1) * sympy.sqrt(x + 1)),
-    aten.atanh.default: lambda x: sympy.log((1 + x) / (1 - x)) / 2,
+    aten.atanh.default: lambda x: sympy.log(1 + 2 * x / (1 - x)) / 2,
     aten.asin.default: _asin,
     aten.acos.default: lambda x: math.pi / 2 - _asin(x),
     aten.exp2.default: lambda x: sympy.exp(x * math.log(2)),
@@ -220,7 +226,7 @@ def _(node, index, ctx: Lifter) -> Element:
     if not any(E.S in x.free_symbols and not loads_in(x) and not _is_filled(x) for x in (a, b)):
         raise Opaque(node, "what may be -inf on both sides")
     _transcendental(node, ctx, a, b)
-    return where(a > b, a, b) + sympy.log(1 + sympy.exp(where(a > b, b - a, a - b)))
+    return _log_of_exponentials(a, b)
 
 
 def _is_filled(x: Expr) -> bool:
