@@ -1,6 +1,6 @@
 """The stages, from a Dynamo graph to the same graph with its attention rewritten.
 
-expand     nn.MultiheadAttention's one call, written out
+expand     nn.MultiheadAttention's one call, and products of several tensors, written out
 trace      a functional core-aten shadow of the graph, to be read only
 detect     softmax(f(Q K^T)) V, or f(Q K^T) V, in the axes of its output (skeletons, weights,
            scores)
@@ -21,6 +21,7 @@ from torch import fx
 from fa3_compile import mask_tensors, report, selection
 from fa3_compile.errors import Decline, InternalError
 from fa3_compile.frontend import check, detect, expand, flex, joined, layout, rewrite, trace
+from fa3_compile.frontend.expand_products import expand_products
 from fa3_compile.frontend.hints import hints
 from fa3_compile.frontend.liveness import remove_dead
 from fa3_compile.frontend.opaque_scores import opaque_scores
@@ -83,7 +84,7 @@ def _rewrite_graph(
     build: bool,
     outputs: Outputs,
 ) -> int:
-    expanded = expand.expand_calls(gm.graph)
+    expanded = expand.expand_calls(gm.graph) + expand_products(gm.graph)
     shadow = trace.shadow(gm)
     entries: list[tuple[RegionReport, Region | None, fx.Node | None]] = []
     hidden: tuple[Decline, ...] = ()

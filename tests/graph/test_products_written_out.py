@@ -1,0 +1,116 @@
+"""Products of several tensors in one call, and products that are written as a layer."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.graph.harness import check, specs
+from tests.graph.inputs import SCALE, B, D, H, S, attend, normal, qkv, scores_of
+
+PLAIN = "attention(score=0.25*s)"
+PROJECTION = normal(H, D, D, seed=4)
+
+
+def weights_of(q, k):
+    return scores_of(q, k).softmax(-1)
+
+
+def projected(q, k, v, w):
+    return torch.einsum("bhqk,bhkd,hde->bqe", weights_of(q, k), v, w)
+
+
+def projected_by_the_rule_for_results(q, k, v, w):
+    return torch.einsum("...qk, ...kd, de", weights_of(q, k), v, w[0])
+
+
+def projected_as_a_list(q, k, v, w):
+    return torch.einsum("bhqk,bhkd,hde->bhqe", [weights_of(q, k), v, w])
+
+
+def gated(q, k, v, w):
+    return torch.einsum("bhqk,bhkd,bhqd->bhqd", weights_of(q, k), v, q)
+
+
+def scores_by_two_projections(q, k, v, w):
+    scores = torch.einsum("bhqd,hde,hfe,bhkf->bhqk", q, w * SCALE, w, k)
+    return attend(scores * SCALE, v)
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [projected, projected_by_the_rule_for_results, projected_as_a_list, gated],
+    ids=lambda f: f.__name__,
+)
+def test_einsum_of_three(attention):
+    assert specs(check(attention, *qkv(), PROJECTION)) == PLAIN
+
+
+def test_einsum_of_four():
+    assert specs(check(scores_by_two_projections, *qkv(), PROJECTION)) == PLAIN
+
+
+def test_lengths_that_change():
+    assert specs(check(projected, *qkv(), PROJECTION, dynamic=True)).startswith("attention(")
+
+
+def test_the_order_that_opt_einsum_finds(monkeypatch):
+    """Both projections first, of which one matrix is left."""
+    order = [(1, 2), (0, 2), (0, 1)]
+    stand_in = SimpleNamespace(contract_path=lambda *_, **__: (order, ""))
+    monkeypatch.setattr(torch.backends.opt_einsum, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.opt_einsum, "get_opt_einsum", lambda: stand_in)
+    assert specs(check(scores_by_two_projections, *qkv(), PROJECTION)) == PLAIN
+
+
+def test_autocast():
+    def attention(q, k, v, w):
+        with torch.autocast("cpu", torch.bfloat16):
+            return projected(q, k, v, w)
+
+    assert len(check(attention, *qkv(), PROJECTION, training=False).fused) == 1
+
+
+def test_under_vmap():
+    """The letters are those of one batch element."""
+
+    def one(q, k, v, w):
+        return torch.einsum("hqk,hkd,hde->hqe", weights_of(q, k), v, w)
+
+    def attention(q, k, v, w):
+        return torch.vmap(one, (0, 0, 0, None))(q, k, v, w)
+
+    check(attention, *qkv(), PROJECTION)
+
+
+def test_weights_that_meet_the_queries():
+    def attention(q, k, v, w):
+        return torch.einsum("bhqk,bhqd,hde->bke", weights_of(q, k), v, w)
+
+    assert specs(check(attention, *qkv(), PROJECTION)) == "detect: softmax-axis"
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_linear_calls_of_data(dynamic):
+    def attention(q, k, v):
+        return F.linear((F.linear(q, k) * SCALE).softmax(-1), v.T)
+
+    report = check(attention, *qkv(S, D), dynamic=dynamic)
+    assert [region.fused for region in report.regions] == [True]
+
+
+def test_linear_calls_of_parameters_are_layers():
+    """A memory of prototypes, which every input is compared with."""
+
+    class Memory(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.slots = torch.nn.Parameter(normal(30, D).detach())
+
+        def forward(self, x):
+            return F.linear(F.linear(x, self.slots).softmax(-1), self.slots.T)
+
+    assert not check(Memory(), normal(B, S, D)).fused
