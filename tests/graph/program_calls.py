@@ -140,7 +140,8 @@ def call(choices: Choices, device: str) -> Program:
         "call's scale": str(scale),
         **given,
     }
-    return Program(function, (*arguments, *extra), made_of, "fused", run)
+    expected = "either" if sizes.m == 1 else "fused"
+    return Program(function, (*arguments, *extra), made_of, expected, run)
 
 
 def _flex(choices: Choices, sizes: Sizes, seed: int):

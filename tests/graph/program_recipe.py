@@ -188,6 +188,8 @@ def _keep_apart(made: Recipe) -> None:
         made.use = ""
     if made.plain or made.mutant == "softmax over queries":
         made.sink = ""
+    if made.use == "beside a call" and made.mutant in NO_ATTENTION:
+        made.use = ""
     if made.use in TWO_ATTENTIONS and made.after == "dropout":
         made.after = ""
     if made.mutant == "mean of heads" and made.layout == "mqa":
@@ -250,8 +252,9 @@ def _either(made: Recipe) -> bool:
         (
             # Batches that only the mask has: K and V are shared by rows of different masks.
             layout == "no batch" and captured in BY_BATCH,
-            # No key is seen at all.
+            # No key is seen at all, or there is but one.
             made.sizes.n == 1 and "strict" in made.masks,
+            made.sizes.m == 1,
             "CogView" in made.modifiers and (other or made.plain or softmax == "off by one"),
             # 0 * -inf is NaN, and fusing would lose that.
             made.how == "both"
