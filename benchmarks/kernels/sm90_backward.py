@@ -51,6 +51,7 @@ from fa3_compile.lower.kernels.cuda_sm90_backward_keys import keys_of as backwar
 from fa3_compile.lower.kernels.cuda_sm90_backward_keys import load_best
 from fa3_compile.lower.kernels.cuda_sm90_keys import keys_of, layout_of, tile_candidate
 from fa3_compile.lower.kernels.reference import attention_backward
+from fa3_compile.runtime.op import BackwardInputs
 from tests.numerics.forms import BY_NAME
 
 DIMS = (
@@ -172,12 +173,12 @@ def check_all(wanted: list[str]) -> None:
             out, lse = kernel.run(problem, q, k, v, aux, sizes)
             dout, dlse = torch.randn_like(out), torch.randn_like(lse)
             dlse = None if len(check.form) % 2 else dlse
-            arguments = (q, k, v, out, lse, aux, sizes, needs)
-            found = backward.run_backward(problem, dout, dlse, *arguments)
+            given = BackwardInputs(dout, dlse, q, k, v, out, lse, aux, sizes, needs)
+            found = backward.run_backward(problem, given)
             torch.cuda.synchronize()
             if last_bound() is None:
                 wrong = "another family ran"
-            said, worst = compare(found, *gradients_of(problem.spec, dout, dlse, *arguments))
+            said, worst = compare(found, *gradients_of(problem.spec, *given))
             wrong = wrong or said
         except Exception as error:
             wrong = f"{type(error).__name__}: {error}"[:500]
@@ -228,8 +229,10 @@ def measured(case: Timed) -> tuple | None:
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         y = torch.nn.functional.scaled_dot_product_attention(*leaves[:3], is_causal=causal)  # pyright: ignore
 
+    given = BackwardInputs(dout, None, q, k, v, out, lse, aux, (), needs)
+
     def ours():
-        return backward.run_backward(problem, dout, None, q, k, v, out, lse, aux, (), needs)
+        return backward.run_backward(problem, given)
 
     def cudnn():
         return torch.autograd.grad(y, leaves, dout, retain_graph=True)

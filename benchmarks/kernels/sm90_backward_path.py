@@ -30,6 +30,7 @@ from benchmarks.kernels.sm90_forward import Timed, made, timed
 from benchmarks.kernels.sm90_forward import interleaved as in_order
 from fa3_compile.lower.kernels import cuda_sm90_backward as backward
 from fa3_compile.lower.kernels.cuda_sm90 import CudaSm90
+from fa3_compile.runtime.op import BackwardInputs
 from fa3_compile.timing import interleaved
 
 CHOSEN = (("causal", 128, 2048), ("causal", 128, 16384), ("causal", 64, 16384),
@@ -45,9 +46,10 @@ def direct(case: Timed, q: Tensor, k: Tensor, v: Tensor, aux, dout: Tensor) -> C
     problem = backward_problem(spec, q, k, v, aux)
     out, lse = CudaSm90().run(problem, q, k, v, aux, ())
     needs = [True] * 3 + [False] * len(aux)
+    given = BackwardInputs(dout, None, q, k, v, out, lse, aux, (), needs)
 
     def call():
-        return backward.run_backward(problem, dout, None, q, k, v, out, lse, aux, (), needs)
+        return backward.run_backward(problem, given)
 
     call()
     print("  direct:", bound_last())

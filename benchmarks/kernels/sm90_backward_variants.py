@@ -33,6 +33,7 @@ from fa3_compile.lower.kernels.cuda_sm90 import CudaSm90
 from fa3_compile.lower.kernels.cuda_sm90_backward_keys import keys_of, load_best
 from fa3_compile.lower.kernels.cuda_sm90_keys import layout_of
 from fa3_compile.lower.render_cuda_backward import CudaBackwardKey
+from fa3_compile.runtime.op import BackwardInputs
 
 # What a row of the table is about: forms of which several candidates are worth their time.
 TIMED = ("documents", "dense mask", "dropout", "bias", "softcap", "alibi")
@@ -136,10 +137,11 @@ def measured(case: Timed, keys: list[CudaBackwardKey]) -> list[tuple]:
     out, lse = CudaSm90().run(problem, q, k, v, aux, ())
     dout = torch.randn_like(out)
     needs = [True] * 3 + list(problem.aux_needs_grad)
+    given = BackwardInputs(dout, None, q, k, v, out, lse, aux, (), needs)
 
     def call(key: CudaBackwardKey):
-        bound = backward.bind(problem, None, q, k, v, dout, out, aux, (), needs, key)
-        return lambda: bound(problem, dout, None, q, k, v, out, lse, aux, (), needs)
+        bound = backward.bind(problem, given, key)
+        return lambda: bound(problem, given)
 
     times = interleaved([call(key) for key in keys])
     work = 10 * TOKENS * case.length * WIDTH * case.share / 1e9
@@ -170,11 +172,11 @@ def check_all(deadline: float) -> None:
         form, problem, (q, k, v, aux), needs = asked(check, "cuda")
         out, lse = CudaSm90().run(problem, q, k, v, aux, form.sizes)
         dout, dlse = torch.randn_like(out), torch.randn_like(lse)
-        arguments = (dout, dlse, q, k, v, out, lse, aux, form.sizes, needs)
-        exact, eager = gradients_of(problem.spec, *arguments)
+        given = BackwardInputs(dout, dlse, q, k, v, out, lse, aux, form.sizes, needs)
+        exact, eager = gradients_of(problem.spec, *given)
         for key, _ in keys:
-            bound = backward.bind(problem, dlse, q, k, v, dout, out, aux, form.sizes, needs, key)
-            wrong, _ = compare(bound(problem, *arguments), exact, eager)
+            bound = backward.bind(problem, given, key)
+            wrong, _ = compare(bound(problem, given), exact, eager)
             right, failed = right + (wrong is None), failed + (wrong is not None)
             if wrong:
                 print(f"FAIL {check} {name_of(key)}: {wrong}", flush=True)

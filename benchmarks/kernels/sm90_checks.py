@@ -47,6 +47,7 @@ from fa3_compile.lower.kernels import (
 )
 from fa3_compile.lower.kernels.cuda_sm90 import Bound, CudaSm90
 from fa3_compile.lower.kernels.reference import attention, attention_backward
+from fa3_compile.runtime.op import BackwardInputs
 from fa3_compile.spec.attention import AttentionSpec
 from tests.numerics.forms import BY_NAME, Form, Shape, compare, inputs, moved, shape_for
 
@@ -147,10 +148,10 @@ def run(sample: Sample, lengths: tuple[int, int]) -> tuple[str | None, Callable]
     family = cuda_sm90_backward if sample.kernel == "backward" else triton_backward
     if reason := family.supports_backward(problem):
         return f"declined: {reason}", lambda: ()
-    given = (dout.cuda(), dlse.cuda(), *there, out, lse, aux_there, form.sizes, needs)
+    given = BackwardInputs(dout.cuda(), dlse.cuda(), *there, out, lse, aux_there, form.sizes, needs)
 
     def backward() -> Gradients:
-        return family.run_backward(problem, *given)  # pyright: ignore
+        return family.run_backward(problem, given)
 
     *three, captured = backward()
     three, captured = ([None if x is None else x.cpu() for x in xs] for xs in (three, captured))
@@ -244,9 +245,8 @@ def large(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 
 def gradients(problem: Problem, dout, q, k, v, out, lse) -> Gradients:
-    return cuda_sm90_backward.run_backward(
-        problem, dout, None, q, k, v, out, lse, [], (), [True] * 3
-    )
+    given = BackwardInputs(dout, None, q, k, v, out, lse, [], (), [True] * 3)
+    return cuda_sm90_backward.run_backward(problem, given)
 
 
 # ---- processes ----

@@ -33,6 +33,7 @@ from fa3_compile.lower.config import TritonConfig
 from fa3_compile.lower.kernels import triton_backward, triton_forward
 from fa3_compile.lower.kernels.reference import attention_backward
 from fa3_compile.lower.tune_backward import Configs, table_configs
+from fa3_compile.runtime.op import BackwardInputs
 
 OTHERS = {
     64: [
@@ -78,7 +79,8 @@ def check(case: Case) -> dict:
     try:
         out, lse = kernel.run(problem, q, k, v, aux, [])
         dout, dlse = torch.randn_like(out), torch.randn_like(lse)
-        found = kernel.run_backward(problem, dout, dlse, q, k, v, out, lse, aux, [], needs)
+        given = BackwardInputs(dout, dlse, q, k, v, out, lse, aux, [], needs)
+        found = kernel.run_backward(problem, given)
     except Exception as error:
         return record | {"ok": False, "why": f"{type(error).__name__}: {error}"[:600]}
     wide = [x.double() if x.is_floating_point() else x for x in aux]
@@ -140,26 +142,20 @@ def prepared(case: Case):
     q, k, v, aux = case.inputs()
     problem = problem_of(case, aux)
     out, lse = kernel.run(problem, q, k, v, aux, [])
-    return problem, (torch.randn_like(out), None, q, k, v, out, lse, aux, [], needs_of(aux))
+    dout, needs = torch.randn_like(out), needs_of(aux)
+    return problem, BackwardInputs(dout, None, q, k, v, out, lse, aux, [], needs)
 
 
 def our_runners(case: Case) -> list[Runner]:
-    problem, arguments = prepared(case)
-    dout, dlse, q, k, v, out, lse, aux, sizes, needs = arguments
+    problem, given = prepared(case)
     runners = []
     for i, configs in enumerate(configs_for(case)):
-        launches = triton_backward.bind(
-            problem, configs, dlse, q, k, v, dout, out, aux, sizes, needs
-        )
+        launches = triton_backward.bind(problem, configs, given)
         if i == 0:
             runners.append(
-                Runner("table", lambda x=launches: triton_backward.compute(problem, x, *arguments))
+                Runner("table", lambda x=launches: triton_backward.compute(problem, x, given))
             )
-        tensors = triton_backward._outputs(
-            problem, q, k, v, aux, triton_backward.Wanted.of(needs)
-        ) | {"q_ptr": q, "k_ptr": k, "v_ptr": v, "out_ptr": out, "dout_ptr": dout,
-             "lse_ptr": lse, "dlse_ptr": lse}  # fmt: skip
-        tensors |= {f"aux{i}": x for i, x in enumerate(aux)}
+        tensors = triton_backward.tensors_of(problem, given)
         for name, launch in launches.items():
             config = configs.keys if name == "key_blocks" else configs.queries
             label = f"{name[:3]}:{config.block_q},{config.block_kv},{config.num_warps},"
@@ -210,10 +206,8 @@ def build(case: Case, index: int) -> str:
             peer(case, dev.flex_runner).call()
         else:
             small = dev.build_shape(case)
-            problem, arguments = prepared(small)
-            dout, dlse, q, k, v, out, lse, aux, sizes, needs = arguments
-            configs = configs_for(case)[index]
-            triton_backward.bind(problem, configs, dlse, q, k, v, dout, out, aux, sizes, needs)
+            problem, given = prepared(small)
+            triton_backward.bind(problem, configs_for(case)[index], given)
         torch.cuda.empty_cache()
     except Exception as error:
         return f"{type(error).__name__}: {error}"[:300]

@@ -29,6 +29,7 @@ from fa3_compile.lower.kernels import triton_backward, triton_captured, triton_f
 from fa3_compile.lower.kernels.reference import attention_backward
 from fa3_compile.lower.philox import uniform
 from fa3_compile.lower.tune_backward import Configs, table_configs
+from fa3_compile.runtime.op import BackwardInputs
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.expr import load
 from fa3_compile.spec.forms import dropout_weight
@@ -125,7 +126,8 @@ def check_masks() -> str:
     dout = torch.zeros_like(q)
     dout[:, :, chosen, torch.arange(dim, device="cuda")] = 1
     needs = [True, True, True, False]
-    _, _, dv, _ = kernel.run_backward(problem, dout, None, q, q, v, out, lse, [seed], [], needs)
+    given = BackwardInputs(dout, None, q, q, v, out, lse, [seed], [], needs)
+    _, _, dv, _ = kernel.run_backward(problem, given)
     assert dv is not None
     backward = torch.equal(dv != 0, kept[:, :, chosen].mT)
     rate = kept.double().mean().item()
@@ -142,9 +144,9 @@ def check(form: str, dim: int, dtype: torch.dtype, scratch: int) -> str:
         return f"declined: {reason}"
     out, lse = kernel.run(problem, q, k, v, aux, [])
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
-    arguments = (problem, dout, dlse, q, k, v, out, lse, aux, [], needs)
-    found = kernel.run_backward(*arguments)
-    again = [kernel.run_backward(*arguments) for _ in range(8)]
+    given = BackwardInputs(dout, dlse, q, k, v, out, lse, aux, [], needs)
+    found = kernel.run_backward(problem, given)
+    again = [kernel.run_backward(problem, given) for _ in range(8)]
     spec = problem.spec
     wide = [x.double() if x.is_floating_point() else x for x in aux]
     exact = attention_backward(
@@ -244,25 +246,21 @@ def time(form: str, dim: int, only_build: bool = False, length: int = 2048) -> N
             labels.append(f"{config} {ms:.2f} (spill {bound.spills})")
     out, lse = triton_forward.TritonForward().run(problem, q, k, v, aux, [])
     dout = torch.randn_like(out)
-    arguments = (dout, None, q, k, v, out, lse, aux, [], needs)
+    given = BackwardInputs(dout, None, q, k, v, out, lse, aux, [], needs)
     listed = [Configs(TritonConfig(*x), TritonConfig(*y)) for x, y in BACKWARD[dim]][
         : 0 if length > 2048 else None
     ]
     for configs in [table_configs(problem), *listed]:
-        launches = triton_backward.bind(problem, configs, None, q, k, v, dout, out, aux, [], needs)
+        launches = triton_backward.bind(problem, configs, given)
         if not only_build:
-            labels.append(backward_times(problem, configs, launches, arguments))
+            labels.append(backward_times(problem, configs, launches, given))
     if not only_build:
         print(f"{form} D{dim} B4 S{length}:", *labels, sep="\n    ", flush=True)
 
 
-def backward_times(problem, configs: Configs, launches, arguments) -> str:
-    dout, _, q, k, v, out, lse, aux, _, needs = arguments
-    wanted = triton_backward.Wanted.of(needs)
-    tensors = triton_backward._outputs(problem, q, k, v, aux, wanted)
-    tensors |= {"q_ptr": q, "k_ptr": k, "v_ptr": v, "out_ptr": out, "dout_ptr": dout}
-    tensors |= {"lse_ptr": lse, "dlse_ptr": lse, **{f"aux{i}": x for i, x in enumerate(aux)}}
-    whole = milliseconds(lambda: triton_backward.compute(problem, launches, *arguments))
+def backward_times(problem, configs: Configs, launches, given: BackwardInputs) -> str:
+    tensors = triton_backward.tensors_of(problem, given)
+    whole = milliseconds(lambda: triton_backward.compute(problem, launches, given))
     each = [f"{n[:5]} {milliseconds(lambda x=x: x(tensors)):.2f}" for n, x in launches.items()]
     return f"bwd {whole:.2f} ({', '.join(each)}) {configs.keys} {configs.queries}"
 

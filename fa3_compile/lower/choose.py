@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fa3_compile.runtime.op import BackwardInputs
 from fa3_compile.spec.attention import AttentionSpec
 
 # Modules of fa3_compile.lower.kernels; importing one registers its families.
@@ -99,21 +100,8 @@ class Kernel:
         """As `supports`, for `run_backward`; without one the reference computes gradients."""
         return f"{self.name} has no backward of its own"
 
-    def run_backward(
-        self,
-        problem: Problem,
-        dout: Tensor,
-        dlse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        aux: Sequence[Tensor],
-        sizes: Sequence[int],
-        needs: Sequence[bool],
-    ) -> Gradients:
-        """(dq, dk, dv, daux); None for those that `needs` (q, k, v, then each aux) leaves out."""
+    def run_backward(self, problem: Problem, given: BackwardInputs) -> Gradients:
+        """(dq, dk, dv, daux); None for those that `given.needs` leaves out."""
         raise NotImplementedError
 
 

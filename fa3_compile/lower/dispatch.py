@@ -27,7 +27,7 @@ from fa3_compile.lower.choose import (
 )
 from fa3_compile.lower.verify import verify, verify_gradients
 from fa3_compile.runtime.launch import Call
-from fa3_compile.runtime.op import split_text
+from fa3_compile.runtime.op import BackwardInputs, split_text
 
 log = logging.getLogger(__name__)
 
@@ -135,23 +135,26 @@ def bound(text: str, q, k, v, aux, sizes) -> Call | None:
     return kernel.bound(problem, q, k, v, aux, sizes)
 
 
-def bound_backward(text: str, q, k, v, aux, needs: Sequence[bool]) -> Callable[..., Gradients]:
-    """What `backward` would call for these arguments and others of their layouts: a function of
-    (dout, dlse, q, k, v, out, lse, aux, sizes, needs)."""
+def bound_backward(
+    text: str, q, k, v, aux, needs: Sequence[bool]
+) -> Callable[[BackwardInputs], Gradients]:
+    """What `backward` would call for these arguments and others of their layouts."""
     asked = make_problem(text, q, k, v, aux, needs)
+    widens = any(x.dtype in WIDENED for x in aux)
     always = split_text(text)[1].get("deterministic") == "True"
     allowed = allowed_kernels(split_text(text)[1])
     chosen: dict[bool, tuple[Problem, Kernel]] = {}
 
-    def call(dout, dlse, q, k, v, out, lse, aux, sizes, needs) -> Gradients:
+    def call(given: BackwardInputs) -> Gradients:
         # PyTorch's switch may be turned between two calls.
         deterministic = always or torch.are_deterministic_algorithms_enabled()
         if deterministic not in chosen:
             problem = replace(asked, deterministic=deterministic)
             chosen[deterministic] = problem, built_backward(problem, allowed)
         problem, kernel = chosen[deterministic]
-        arguments = (dout, dlse, q, k, v, out, lse, widened(aux), sizes, needs)
-        return kernel.run_backward(problem, *arguments)
+        if widens:
+            given = given._replace(aux=widened(given.aux))
+        return kernel.run_backward(problem, given)
 
     return call
 
@@ -168,14 +171,13 @@ def forward(q, k, v, aux, sizes, text: str) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(dout, dlse, q, k, v, out, lse, aux, sizes, text: str, needs) -> Gradients:
+def backward(given: BackwardInputs, text: str) -> Gradients:
     """`fa3::attention_backward`."""
-    aux = widened(aux)
-    problem = make_problem(text, q, k, v, aux, needs)
+    given = given._replace(aux=widened(given.aux))
+    problem = make_problem(text, given.q, given.k, given.v, given.aux, given.needs)
     options = split_text(text)[1]
     kernel = built_backward(problem, allowed_kernels(options))
-    arguments = (dout, dlse, q, k, v, out, lse, aux, sizes, needs)
-    found = kernel.run_backward(problem, *arguments)
+    found = kernel.run_backward(problem, given)
     if wants_verification(options):
-        verify_gradients(kernel, problem, *arguments, found)
+        verify_gradients(kernel, problem, given, found)
     return found

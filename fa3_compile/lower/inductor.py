@@ -30,7 +30,7 @@ from fa3_compile.lower.dispatch import (
     widened,
 )
 from fa3_compile.runtime import cpu_backward  # noqa: F401, compiled code from a cache calls it
-from fa3_compile.runtime.op import split_text
+from fa3_compile.runtime.op import BackwardInputs, split_text
 
 log = logging.getLogger(__name__)
 
@@ -94,9 +94,8 @@ def _lower_backward(dout, dlse, q, k, v, out, lse, aux, sizes, text, needs):
 
     def program(dout, dlse, q, k, v, out, lse, aux, sizes):
         inputs = (q, k, v, *aux)
-        dq, dk, dv, daux = kernel.run_backward(
-            problem, dout, dlse, q, k, v, out, lse, widened(aux), sizes, needs
-        )
+        given = BackwardInputs(dout, dlse, q, k, v, out, lse, widened(aux), sizes, needs)
+        dq, dk, dv, daux = kernel.run_backward(problem, given)
         grads = [x.new_empty(0) if g is None else g for x, g in zip(inputs, (dq, dk, dv, *daux))]
         return grads[0], grads[1], grads[2], grads[3:]
 

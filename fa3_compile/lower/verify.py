@@ -12,9 +12,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from fa3_compile import report
 from fa3_compile.lower.choose import Gradients, Kernel, Problem, reference
+from fa3_compile.runtime.op import BackwardInputs
 from fa3_compile.spec.forms import name_of
 
 log = logging.getLogger(__name__)
@@ -44,26 +46,13 @@ def verify(
 
 
 def verify_gradients(
-    kernel: Kernel,
-    problem: Problem,
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    aux: Sequence[Tensor],
-    sizes: Sequence[int],
-    needs: Sequence[bool],
-    found: Gradients,
+    kernel: Kernel, problem: Problem, given: BackwardInputs, found: Gradients
 ) -> bool:
-    """As `verify`, for the gradients that `needs` asks for."""
-    given = (dout, dlse, q, k, v, out, lse)
-    wide = [None if x is None else _wide(x) for x in given]
-    oracle = reference().run_backward(problem, *wide, [_wide(x) for x in aux], sizes, needs)  # pyright: ignore
-    plain = reference().run_backward(problem, *given, aux, sizes, needs)
-    names = ("dq", "dk", "dv", *(f"gradient of captured tensor {i}" for i in range(len(aux))))
+    """As `verify`, for the gradients that are asked for."""
+    oracle = reference().run_backward(problem, pytree.tree_map_only(Tensor, _wide, given))
+    plain = reference().run_backward(problem, given)
+    captured = (f"gradient of captured tensor {i}" for i in range(len(given.aux)))
+    names = ("dq", "dk", "dv", *captured)
     exact = _flat(oracle)
     whole = max((_largest(x) for x in exact if x is not None), default=0.0)
     near = True

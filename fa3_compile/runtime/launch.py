@@ -123,5 +123,5 @@ class AttentionBackward:
             call = bound(self.text, q, k, v, aux, self.needs)
             make_room(self._calls, LARGEST)
             self._calls[key] = call
-        grads = call(dout, dlse, q, k, v, out, lse, aux, sizes, self.needs)
+        grads = call(op.BackwardInputs(dout, dlse, q, k, v, out, lse, aux, sizes, self.needs))
         return op.gradients_as_declared((q, k, v, *aux), grads)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -52,6 +52,29 @@ def split_text(text: str) -> tuple[AttentionSpec, Mapping[str, str]]:
     return AttentionSpec.parse(body), options
 
 
+class BackwardInputs(NamedTuple):
+    """What `fa3::attention_backward` is given, the text of the spec left out.
+
+    dout   [B,H,Sq,Dv] in q's dtype: the gradient of the output
+    dlse   [B,H,Sq], of the LSE; None where nothing has used it
+    q      [B,H,Sq,D]; k [B,Hkv,Skv,D] and v [B,Hkv,Skv,Dv]
+    out    [B,H,Sq,Dv] and lse [B,H,Sq], of the forward
+    aux    the captured tensors
+    needs  of q, k, v, then each of aux, whether its gradient is wanted
+    """
+
+    dout: Tensor
+    dlse: Tensor | None
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+    aux: Sequence[Tensor]
+    sizes: Sequence[int]
+    needs: Sequence[bool]
+
+
 class Implementation(Protocol):
     """What computes the operators; see `fa3_compile.lower.dispatch`."""
 
@@ -66,18 +89,7 @@ class Implementation(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
     def backward(
-        self,
-        dout: Tensor,
-        dlse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        aux: Sequence[Tensor],
-        sizes: Sequence[int],
-        text: str,
-        needs: Sequence[bool],
+        self, given: BackwardInputs, text: str
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]: ...
 
 
@@ -215,8 +227,9 @@ def _autograd_allowed():
 
 @torch.library.impl(LIBRARY, "attention_backward", "CompositeExplicitAutograd")
 def _attention_backward(dout, dlse, q, k, v, out, lse, aux, sizes, spec, needs):
+    given = BackwardInputs(dout, dlse, q, k, v, out, lse, aux, sizes, needs)
     with _autograd_allowed():
-        grads = _implementation().backward(dout, dlse, q, k, v, out, lse, aux, sizes, spec, needs)
+        grads = _implementation().backward(given, spec)
     return gradients_as_declared((q, k, v, *aux), grads)
 
 

@@ -9,6 +9,7 @@ from benchmarks.kernels.sm90_backward import asked, checks, compare
 from fa3_compile.lower.kernels import cuda_sm90_backward as backward
 from fa3_compile.lower.kernels.cuda_sm90 import CudaSm90
 from fa3_compile.lower.kernels.reference import attention_backward
+from fa3_compile.runtime.op import BackwardInputs
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [
@@ -24,8 +25,8 @@ def test_gradients(check) -> None:
         pytest.skip(reason)
     out, lse = CudaSm90().run(problem, q, k, v, aux, form.sizes)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
-    arguments = (q, k, v, out, lse, aux, form.sizes, needs)
-    found = backward.run_backward(problem, dout, dlse, *arguments)
+    given = BackwardInputs(dout, dlse, q, k, v, out, lse, aux, form.sizes, needs)
+    found = backward.run_backward(problem, given)
     wide = [x.double() if x.is_floating_point() else x for x in aux]
     exact = attention_backward(
         problem.spec, dout.double(), dlse.double(), q.double(), k.double(), v.double(), wide,
@@ -43,9 +44,10 @@ def test_deterministic_algorithms_repeat_every_bit() -> None:
     dout = torch.randn_like(out)
     torch.use_deterministic_algorithms(True)
     try:
-        arguments = (problem, dout, None, q, k, v, out, lse, aux, form.sizes, needs)
+        given = BackwardInputs(dout, None, q, k, v, out, lse, aux, form.sizes, needs)
         runs = [
-            [x for x in backward.run_backward(*arguments)[:3] if x is not None] for _ in range(20)
+            [x for x in backward.run_backward(problem, given)[:3] if x is not None]
+            for _ in range(20)
         ]
     finally:
         torch.use_deterministic_algorithms(False)

@@ -26,6 +26,7 @@ from fa3_compile.lower.kernels.cuda_sm90_backward_keys import keys_of
 from fa3_compile.lower.kernels.cuda_sm90_keys import layout_of, tile_candidate
 from fa3_compile.lower.kernels.reference import attention, attention_backward
 from fa3_compile.lower.render_cuda_backward import CudaBackwardKey
+from fa3_compile.runtime.op import BackwardInputs
 from fa3_compile.spec import expr as E
 from tests.host_driver import launches, on_device, on_host, shared_library
 from tests.numerics.forms import BY_NAME, DROPOUT, Form, Shape, inputs
@@ -196,8 +197,9 @@ def test_gradients(case, tmp_path, monkeypatch, launches) -> None:
     torch.manual_seed(0)
     dout = torch.randn_like(out)
     dlse = None if which else torch.randn_like(lse)
-    arguments = (dout, dlse, q, k, v, out.contiguous(), lse.contiguous(), aux, form.sizes, needs)
-    found = backward.run_backward(problem, *on_device(arguments))
+    stored = out.contiguous(), lse.contiguous()
+    given = BackwardInputs(dout, dlse, q, k, v, *stored, aux, form.sizes, needs)
+    found = backward.run_backward(problem, on_device(given))
     assert "attention_bwd" in [x.name for x in launches]
     assert not any((ctypes.c_int * 256).in_dll(ctypes.CDLL(str(library)), "counters"))
     wide = [x.double() if x.is_floating_point() else x for x in aux]

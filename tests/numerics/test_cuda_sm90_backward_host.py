@@ -9,6 +9,7 @@ import torch
 
 from fa3_compile.lower import choose
 from fa3_compile.lower.kernels import cuda_sm90_backward as backward
+from fa3_compile.runtime.op import BackwardInputs
 from tests.numerics.test_cuda_sm90_backward_compile import training
 
 
@@ -17,8 +18,8 @@ def binds(monkeypatch) -> list[tuple[torch.Tensor, ...]]:
     """The (q, k, v, dout, out) of every `bind`; what it gives computes by the reference."""
     found = []
 
-    def bind(problem, dlse, q, k, v, dout, out, aux, sizes, needs):
-        found.append((q, k, v, dout, out))
+    def bind(problem, given):
+        found.append((given.q, given.k, given.v, given.dout, given.out))
         return choose.reference().run_backward
 
     monkeypatch.setattr(backward, "bind", bind)
@@ -28,29 +29,29 @@ def binds(monkeypatch) -> list[tuple[torch.Tensor, ...]]:
 
 
 def arguments(dim: int = 16):
-    """(problem, arguments of run_backward) with tensors that TMA can describe."""
+    """The arguments of run_backward, with tensors that TMA can describe."""
     q, k, v, dout = (torch.randn(1, 2, 5, dim).bfloat16() for _ in range(4))
     problem = training("full", dim, dim)
     out, lse = choose.reference().run(problem, q, k, v, [], [])
-    return problem, [dout, None, q, k, v, out, lse.float(), [], [], [True] * 3]
+    return problem, BackwardInputs(dout, None, q, k, v, out, lse.float(), [], [], [True] * 3)
 
 
 def test_a_layout_is_bound_once(binds) -> None:
     problem, given = arguments()
-    first = backward.run_backward(problem, *given)
-    again = backward.run_backward(problem, *given)
+    first = backward.run_backward(problem, given)
+    again = backward.run_backward(problem, given)
     assert len(binds) == 1
     assert all(torch.equal(x, y) for x, y in zip(first[:3], again[:3]))  # pyright: ignore
-    backward.run_backward(problem, given[0], torch.ones(()).expand(1, 2, 5), *given[2:])
+    backward.run_backward(problem, given._replace(dlse=torch.ones(()).expand(1, 2, 5)))
     assert len(binds) == 2
 
 
 def test_what_tma_cannot_describe_is_copied(binds) -> None:
     problem, given = arguments()
-    given[0] = torch.randn(1, 2, 16, 5).bfloat16().transpose(2, 3)
-    expected = choose.reference().run_backward(problem, *given)
+    given = given._replace(dout=torch.randn(1, 2, 16, 5).bfloat16().transpose(2, 3))
+    expected = choose.reference().run_backward(problem, given)
     for _ in range(2):
-        found = backward.run_backward(problem, *given)
+        found = backward.run_backward(problem, given)
     assert len(binds) == 1 and binds[0][3].is_contiguous()
     assert all(torch.equal(x, y) for x, y in zip(expected[:3], found[:3]))  # pyright: ignore
 
@@ -59,9 +60,9 @@ def test_no_keys_and_the_deterministic_switch_leave_it_to_others(binds) -> None:
     problem, given = arguments()
     torch.use_deterministic_algorithms(True)
     try:
-        backward.run_backward(problem, *given)
+        backward.run_backward(problem, given)
     finally:
         torch.use_deterministic_algorithms(False)
-    q, k, v = given[2], torch.empty(1, 2, 0, 16).bfloat16(), torch.empty(1, 2, 0, 16).bfloat16()
-    grads = backward.run_backward(problem, *given[:2], q, k, v, *given[5:])
-    assert not binds and torch.equal(grads[0], torch.zeros_like(q))  # pyright: ignore
+    empty = torch.empty(1, 2, 0, 16).bfloat16()
+    grads = backward.run_backward(problem, given._replace(k=empty, v=empty))
+    assert not binds and torch.equal(grads[0], torch.zeros_like(given.q))  # pyright: ignore

@@ -237,6 +237,7 @@ def run(case: Case) -> dict:
     from fa3_compile.lower.kernels import triton_captured
     from fa3_compile.lower.kernels.reference import attention, attention_backward
     from fa3_compile.lower.tune_backward import Configs
+    from fa3_compile.runtime.op import BackwardInputs
 
     render_blocks.WORTHWHILE = 0 if case.lists else 2**20
     triton_captured.SCRATCH, triton_captured.ENOUGH_PROGRAMS = case.scratch, case.enough
@@ -262,10 +263,8 @@ def run(case: Case) -> dict:
         return {"name": case.name, "supported": supported}
     out, lse = attention(spec, q, k, v, aux, case.sizes)
     config = TritonConfig(*case.block, num_warps=4, num_stages=1)
-    launches = ours.bind(
-        problem, Configs(config, config), dlse, q, k, v, dout, out, aux, case.sizes, needs
-    )
-    found = ours.compute(problem, launches, dout, dlse, q, k, v, out, lse, aux, case.sizes, needs)
+    given = BackwardInputs(dout, dlse, q, k, v, out, lse, aux, case.sizes, needs)
+    found = ours.compute(problem, ours.bind(problem, Configs(config, config), given), given)
     exact = attention_backward(
         spec, dout.double(), dlse, q.double(), k.double(), v.double(),
         [x.double() if x.is_floating_point() else x for x in aux], case.sizes, needs,

@@ -10,6 +10,7 @@ import torch
 
 from fa3_compile.lower.choose import Problem, choose
 from fa3_compile.lower.kernels.reference import attention_backward
+from fa3_compile.runtime.op import BackwardInputs
 from tests.numerics.forms import UNNORMALISED, Form, compare, inputs, shape_for
 
 # Under Triton's interpreter the same tests run on a CPU, slowly.
@@ -72,7 +73,7 @@ def test_gradients(form: Form, dtype: torch.dtype) -> None:
     out, lse = kernel.run(asked, q, k, v, aux, form.sizes)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse) if form.spec().sums else None
     given = (aux, form.sizes, needs)
-    found = kernel.run_backward(asked, dout, dlse, q, k, v, out, lse, *given)
+    found = kernel.run_backward(asked, BackwardInputs(dout, dlse, q, k, v, out, lse, *given))
     rounded = attention_backward(asked.spec, dout, dlse, q, k, v, *given)
     wide = [x.double() for x in (q, k, v)]
     exact = attention_backward(asked.spec, dout.double(), dlse, *wide, *given)

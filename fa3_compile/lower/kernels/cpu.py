@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 from fa3_compile.lower.choose import Gradients, Kernel, Problem, register
 from fa3_compile.lower.elements import Shape, elements
 from fa3_compile.runtime.cpu_backward import cpu_backward
+from fa3_compile.runtime.op import BackwardInputs
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.expr import KV, Boolean, Expr, Q, S, depends_on, load, loads_in, where
 from fa3_compile.spec.fills import OUT_OF_REACH
@@ -235,7 +236,8 @@ class Cpu(Kernel):
             return "a row of masked keys may have weights that its LSE does not hold"
         return None
 
-    def run_backward(self, problem, dout, dlse, q, k, v, out, lse, aux, sizes, needs) -> Gradients:
+    def run_backward(self, problem: Problem, given: BackwardInputs) -> Gradients:
+        dout, dlse, q, k, v, out, lse, aux, sizes, needs = given
         spec, plan = problem.spec, _made(problem)
         bias, _ = _bias(problem, q, k, aux, sizes)
         corrections = None

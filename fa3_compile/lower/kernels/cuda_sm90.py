@@ -36,7 +36,7 @@ from fa3_compile.lower.printer import UnprintableError
 from fa3_compile.lower.remembered import remembered
 from fa3_compile.lower.render_cuda import CudaKey, render
 from fa3_compile.runtime.launch import Call
-from fa3_compile.runtime.op import out_strides
+from fa3_compile.runtime.op import BackwardInputs, out_strides
 from fa3_compile.spec.attention import AttentionSpec
 
 log = logging.getLogger(__name__)
@@ -84,8 +84,8 @@ class CudaSm90(BindingKernel):
     def supports_backward(self, problem: Problem) -> str | None:
         return backward.supports_backward(problem)
 
-    def run_backward(self, *arguments) -> Gradients:
-        return backward.run_backward(*arguments)
+    def run_backward(self, problem: Problem, given: BackwardInputs) -> Gradients:
+        return backward.run_backward(problem, given)
 
     def bind(self, problem: Problem, q, k, v, aux, sizes) -> Call | None:
         if not (q.numel() and k.numel() and v.numel()):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +55,7 @@ from fa3_compile.lower.remembered import remembered
 from fa3_compile.lower.render_backward import has_fill_rows
 from fa3_compile.lower.render_cuda_backward import CudaBackwardKey
 from fa3_compile.runtime.launch import layout_key, make_room
+from fa3_compile.runtime.op import BackwardInputs
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
 
@@ -100,6 +101,7 @@ def prepare(problem: Problem) -> None:
 
 
 Strides = tuple[int, ...]
+Run = Callable[[Problem, BackwardInputs], Gradients]
 
 
 @dataclass
@@ -132,10 +134,11 @@ class BoundBackward:
     takes_counter: bool
     launches: tuple[Launch, ...]
 
-    def __call__(self, problem, dout, dlse, q, k, v, out, lse, aux, sizes, needs) -> Gradients:
+    def __call__(self, problem: Problem, given: BackwardInputs) -> Gradients:
         if torch._C._cuda_getDevice() != self.device:
             with torch.cuda.device(self.device):
-                return self(problem, dout, dlse, q, k, v, out, lse, aux, sizes, needs)
+                return self(problem, given)
+        dout, dlse, q, k, v, out, lse, aux, _, needs = given
         stream = torch._C._cuda_getCurrentRawStream(self.device)
         of_q, of_k, of_v = self.grad_strides
         # An exact tuple: the function refuses a torch.Size.
@@ -160,9 +163,7 @@ class BoundBackward:
         del kept, scratch
         if dead is not None:
             self.add_dead_rows(problem.spec, dead, delta, (dq, dk, dv), q, k, v, dout)
-        captured = captured_gradients(
-            problem, self.tile, dtile, lse, delta, q, k, aux, sizes, needs
-        )
+        captured = captured_gradients(problem.spec, self.tile, dtile, delta, given)
         wanted = [x if n else None for x, n in zip((dq, dk, dv), needs[:3])]
         return wanted[0], wanted[1], wanted[2], captured
 
@@ -180,55 +181,44 @@ class BoundBackward:
 
 
 # What `_bind_or_leave` gave for such arguments.
-_bound: dict[tuple, Callable[..., Gradients]] = {}
+_bound: dict[tuple, Run] = {}
 
 
-def run_backward(
-    problem: Problem,
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    aux: Sequence[Tensor],
-    sizes: Sequence[int],
-    needs: Sequence[bool],
-) -> Gradients:
+def run_backward(problem: Problem, given: BackwardInputs) -> Gradients:
     """`Kernel.run_backward`; another family's where this one has no kernel after all."""
     if torch.are_deterministic_algorithms_enabled():  # and were not when this was chosen
-        return leave(problem, dout, dlse, q, k, v, out, lse, aux, sizes, needs)
+        return leave(problem, given)
+    dout, dlse, q, k, v, out, _, aux, sizes, needs = given
     if dlse is not None:  # it may be a broadcast scalar; the kernel reads rows of B * H * Sq
-        dlse = dlse.to(torch.float32).contiguous()
+        given = given._replace(dlse=dlse.to(torch.float32).contiguous())
     layout = layout_key((q, k, v, dout, out, *aux), sizes)
     key = (problem.spec, dlse is None, tuple(needs), layout)
     bound = _bound.get(key)
     if bound is None:
-        bound = _bind_or_leave(problem, dlse, q, k, v, dout, out, aux, sizes, needs)
+        bound = _bind_or_leave(problem, given)
         make_room(_bound, LARGEST_BOUND)
         _bound[key] = bound
-    return bound(problem, dout, dlse, q, k, v, out, lse, aux, sizes, needs)
+    return bound(problem, given)
 
 
-def leave(problem: Problem, *arguments) -> Gradients:
+def leave(problem: Problem, given: BackwardInputs) -> Gradients:
     """The gradients by the family that comes after this one."""
-    return choose_backward(problem, after=NAME).run_backward(problem, *arguments)
+    return choose_backward(problem, after=NAME).run_backward(problem, given)
 
 
-def _adapted(problem, dout, dlse, q, k, v, out, lse, aux, sizes, needs) -> Gradients:
+def _adapted(problem: Problem, given: BackwardInputs) -> Gradients:
     """Of tensors that TMA cannot describe, or on other devices."""
-    q, k, v, dout, out = (
+    dout, _, q, k, v, out, *_ = given
+    dout, q, k, v, out = (
         x if describable(x) else x.clone(memory_format=torch.contiguous_format)
-        for x in (q, k, v, dout, out)
+        for x in (dout, q, k, v, out)
     )
-    aux = [x.to(q.device) for x in aux]
-    return run_backward(problem, dout, dlse, q, k, v, out, lse, aux, sizes, needs)
+    aux = [x.to(q.device) for x in given.aux]
+    return run_backward(problem, given._replace(dout=dout, q=q, k=k, v=v, out=out, aux=aux))
 
 
-def _bind_or_leave(
-    problem, dlse, q, k, v, dout, out, aux, sizes, needs
-) -> Callable[..., Gradients]:
+def _bind_or_leave(problem: Problem, given: BackwardInputs) -> Run:
+    dout, _, q, k, v, out, _, aux, _, _ = given
     if q.numel() == 0 or k.numel() == 0 or v.numel() == 0 or supports_backward(problem):
         return leave
     if not all(map(describable, (q, k, v, dout, out))) or any(x.device != q.device for x in aux):
@@ -237,7 +227,7 @@ def _bind_or_leave(
         return leave  # a dense input that TMA cannot describe
     try:
         with torch.cuda.device(q.device):
-            return bind(problem, dlse, q, k, v, dout, out, aux, sizes, needs)
+            return bind(problem, given)
     except KernelBuildError as error:
         log.warning("the backward of cuda_sm90 could not be built for %s: %s", problem.spec, error)
         return leave
@@ -249,13 +239,13 @@ def _module(key: CudaBackwardKey, cubin: bytes, device: int) -> Module:
 
 
 def bind(
-    problem: Problem, dlse, q, k, v, dout, out, aux, sizes, needs,
-    key: CudaBackwardKey | None = None,
-) -> BoundBackward:  # fmt: skip
+    problem: Problem, given: BackwardInputs, key: CudaBackwardKey | None = None
+) -> BoundBackward:
     """The kernels for these tensors, which TMA can describe; `key` instead of the table's choice.
 
     Raises KernelBuildError.
     """
+    dout, dlse, q, k, v, out, _, aux, sizes, needs = given
     spec = problem.spec
     layout = layout_of(spec, aux)
     keys = keys_of(problem, layout) if key is None else [key]
@@ -303,9 +293,14 @@ def bind_dead_rows(spec: AttentionSpec, q, k, v, dout):
 
 
 def captured_gradients(
-    problem: Problem, tile, dtile, lse, delta, q, k, aux, sizes, needs
+    spec: AttentionSpec, tile: int | None, dtile, delta, given: BackwardInputs
 ) -> list[Tensor | None]:
-    """The gradients of the captured tensors, None for those that `needs` leaves out."""
+    """The gradients of the captured tensors, None for those that are not wanted.
+
+    tile, dtile  a dense input, and its gradient, which the kernel has stored
+    delta        [B, H, Sq], where sinks have a gradient: rowsum(dO * O) - dLSE
+    """
+    _, _, q, k, _, _, lse, aux, sizes, needs = given
     wanted = [i for i, n in enumerate(needs[3:]) if n]
     if not wanted:
         return [None] * len(aux)
@@ -313,7 +308,7 @@ def captured_gradients(
         torch.zeros_like(x) if i in wanted and i != tile else None for i, x in enumerate(aux)
     ]
     shape = Shape(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    for i, x in sink_gradients(problem.spec, wanted, lse, delta, shape, aux, sizes).items():
+    for i, x in sink_gradients(spec, wanted, lse, delta, shape, aux, sizes).items():
         grads[i] = x
     if tile is not None:
         grads[tile] = dtile

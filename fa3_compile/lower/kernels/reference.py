@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from fa3_compile.lower.choose import REFERENCE, Gradients, Kernel, Problem, register
 from fa3_compile.lower.elements import Shape, elements
 from fa3_compile.lower.nested_autograd import gradients
+from fa3_compile.runtime.op import BackwardInputs
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
 
@@ -154,8 +155,9 @@ class Reference(Kernel):
     def supports_backward(self, problem: Problem) -> str | None:
         return None
 
-    def run_backward(self, problem, dout, dlse, q, k, v, out, lse, aux, sizes, needs):
-        return attention_backward(problem.spec, dout, dlse, q, k, v, aux, sizes, needs)
+    def run_backward(self, problem: Problem, given: BackwardInputs) -> Gradients:
+        dout, dlse, q, k, v, _, _, *rest = given
+        return attention_backward(problem.spec, dout, dlse, q, k, v, *rest)
 
 
 register(Reference())

@@ -45,6 +45,7 @@ from fa3_compile.lower.render_backward import (
 )
 from fa3_compile.lower.render_blocks import uses_lists
 from fa3_compile.lower.tune_backward import Configs, table_configs
+from fa3_compile.runtime.op import BackwardInputs
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
 
@@ -96,26 +97,18 @@ def _unsupported(spec: AttentionSpec, wanted: tuple[int, ...]) -> str | None:
     return None
 
 
-_launches: dict[tuple, dict[str, Launch | Gathered | Lists | UniformRows] | None] = {}
+# What runs on tensors by the names of kernels' parameters.
+Launched = Launch | Gathered | Lists | UniformRows
+_launches: dict[tuple, dict[str, Launched] | None] = {}
 
 
-def run_backward(
-    problem: Problem,
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    aux: Sequence[Tensor],
-    sizes: Sequence[int],
-    needs: Sequence[bool],
-) -> Gradients:
+def run_backward(problem: Problem, given: BackwardInputs) -> Gradients:
     """`Kernel.run_backward`; the reference's where nothing can be built."""
+    dout, dlse, q, k, v, out, lse, aux, sizes, needs = given
     q, k, v, dout, out = (_walkable(x) for x in (q, k, v, dout, out))
     # A dLSE may be a broadcast scalar; the kernels read rows of B * H * Sq.
     dlse = None if dlse is None else dlse.to(torch.float32).contiguous()
+    given = BackwardInputs(dout, dlse, q, k, v, out, lse, aux, sizes, needs)
     tensors = (q, k, v, dout, out, *aux)
     key = (
         problem.spec,
@@ -128,11 +121,11 @@ def run_backward(
     if key not in _launches:
         if len(_launches) >= forward.LARGEST_BOUND:
             _launches.clear()
-        _launches[key] = _launches_or_none(problem, dlse, q, k, v, dout, out, aux, sizes, needs)
+        _launches[key] = _launches_or_none(problem, given)
     launches = _launches[key]
     if launches is None:
-        return reference().run_backward(problem, dout, dlse, q, k, v, out, lse, aux, sizes, needs)
-    return compute(problem, launches, dout, dlse, q, k, v, out, lse, aux, sizes, needs)
+        return reference().run_backward(problem, given)
+    return compute(problem, launches, given)
 
 
 def _walkable(x: Tensor) -> Tensor:
@@ -140,7 +133,8 @@ def _walkable(x: Tensor) -> Tensor:
     return x.contiguous() if max(x.stride()[2:]) >= forward.LARGEST_STRIDE else x
 
 
-def _launches_or_none(problem, dlse, q, k, v, dout, out, aux, sizes, needs):
+def _launches_or_none(problem: Problem, given: BackwardInputs) -> dict[str, Launched] | None:
+    dout, _, q, k, v, out, _, aux, sizes, _ = given
     if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
         return None
     if any(x.device != q.device for x in (k, v, dout, out, *aux)):
@@ -150,7 +144,7 @@ def _launches_or_none(problem, dlse, q, k, v, dout, out, aux, sizes, needs):
     if supports_backward(problem) is not None:  # the lengths were hints when it was asked
         return None
     try:
-        return bind(problem, table_configs(problem), dlse, q, k, v, dout, out, aux, sizes, needs)
+        return bind(problem, table_configs(problem), given)
     except KernelBuildError as error:
         log.warning(
             "the Triton backward could not be built for %s, head dims %d and %d, the reference "
@@ -159,26 +153,11 @@ def _launches_or_none(problem, dlse, q, k, v, dout, out, aux, sizes, needs):
         return None
 
 
-def compute(
-    problem: Problem,
-    launches: Mapping[str, Launch | Gathered | Lists | UniformRows],
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    aux: Sequence[Tensor],
-    sizes: Sequence[int],
-    needs: Sequence[bool],
-) -> Gradients:
+def compute(problem: Problem, launches: Mapping[str, Launched], given: BackwardInputs) -> Gradients:
     """The gradients, by kernels of `bind` for tensors like these."""
+    _, dlse, q, k, _, _, lse, _, _, needs = given
     wanted = Wanted.of(needs)
-    tensors = _outputs(problem, q, k, v, aux, wanted)
-    tensors |= {"q_ptr": q, "k_ptr": k, "v_ptr": v, "out_ptr": out, "dout_ptr": dout}
-    tensors |= {"lse_ptr": lse, "dlse_ptr": lse if dlse is None else dlse}
-    tensors |= {f"aux{i}": x for i, x in enumerate(aux)}
+    tensors = tensors_of(problem, given)
     if problem.spec.sums:  # of the rows' weights: their gradient is that of every weight
         tensors["delta_ptr"] = torch.zeros_like(lse) if dlse is None else -dlse
     for launch in launches.values():
@@ -186,12 +165,21 @@ def compute(
     if problem.spec.normalized and (wanted.kv or wanted.q):
         lose_rows(problem, tensors, q, k, lse)
     dq, dk, dv = (tensors[f"{x}_ptr"] if n else None for x, n in zip(("dq", "dk", "dv"), needs[:3]))
-    return dq, dk, dv, _captured(problem, tensors, q, k, lse, aux, sizes, needs)
+    return dq, dk, dv, _captured(problem, tensors, given)
 
 
-def _outputs(problem, q, k, v, aux, wanted: Wanted) -> dict[str, Tensor]:
-    """What the kernels write, by the names of their parameters."""
-    spec = problem.spec
+def tensors_of(problem: Problem, given: BackwardInputs) -> dict[str, Tensor]:
+    """What the kernels read and, made anew, what they write, by the names of their parameters."""
+    dout, dlse, q, k, v, out, lse, aux, _, _ = given
+    tensors = _outputs(problem, given)
+    tensors |= {"q_ptr": q, "k_ptr": k, "v_ptr": v, "out_ptr": out, "dout_ptr": dout}
+    tensors |= {"lse_ptr": lse, "dlse_ptr": lse if dlse is None else dlse}
+    return tensors | {f"aux{i}": x for i, x in enumerate(aux)}
+
+
+def _outputs(problem: Problem, given: BackwardInputs) -> dict[str, Tensor]:
+    q, k, v, aux = given.q, given.k, given.v, given.aux
+    spec, wanted = problem.spec, Wanted.of(given.needs)
     batch, heads, q_len, _ = q.shape
     rows = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
     found = {"delta_ptr": rows((batch, heads, q_len)), "dq_ptr": torch.empty_like(q)}
@@ -216,8 +204,11 @@ def _outputs(problem, q, k, v, aux, wanted: Wanted) -> dict[str, Tensor]:
     return found
 
 
-def _captured(problem, tensors, q, k, lse, aux, sizes, needs) -> list[Tensor | None]:
+def _captured(
+    problem: Problem, tensors: Mapping[str, Tensor], given: BackwardInputs
+) -> list[Tensor | None]:
     """The gradients of the captured tensors, from what the kernels wrote."""
+    _, _, q, k, _, _, lse, aux, sizes, needs = given
     spec, wanted = problem.spec, Wanted.of(needs)
     if not wanted.aux:
         return [None] * len(aux)
@@ -244,33 +235,19 @@ def _captured(problem, tensors, q, k, lse, aux, sizes, needs) -> list[Tensor | N
     return grads
 
 
-def bind(
-    problem: Problem,
-    configs: Configs,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dout: Tensor,
-    out: Tensor,
-    aux: Sequence[Tensor],
-    sizes: Sequence[int],
-    needs: Sequence[bool],
-) -> dict[str, Launch | Gathered | Lists | UniformRows]:
+def bind(problem: Problem, configs: Configs, given: BackwardInputs) -> dict[str, Launched]:
     """The kernels for the shapes and strides of these tensors, by name, in order of launching.
 
     A configuration that does not build gives way to smaller ones; KernelBuildError where none
     is left.
     """
+    _, dlse, q, k, _, _, _, aux, sizes, needs = given
     spec, wanted = problem.spec, Wanted.of(needs)
     lists = uses_lists(spec, q.shape[2], k.shape[2])
     module = load(render_key(problem, wanted.aux, lists))
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    tensors = _outputs(problem, q, k, v, aux, wanted)
-    tensors |= {"q_ptr": q, "k_ptr": k, "v_ptr": v, "out_ptr": out, "dout_ptr": dout}
-    tensors |= {"lse_ptr": lse, "dlse_ptr": lse}
+    rows = q.new_empty(q.shape[:3], dtype=torch.float32)  # aligned, whatever a call's is
+    tensors = tensors_of(problem, given._replace(lse=rows, dlse=rows))
     tensors |= {x: q.new_empty(1, dtype=torch.int32) for x in ("lists_ptr", "counts_ptr")}
-    tensors |= {f"aux{i}": x for i, x in enumerate(aux)}
     integers = _integers(problem, tensors, q, k, aux, sizes)
     constants = {
         "GROUP": q.shape[1] // k.shape[1],
@@ -289,7 +266,7 @@ def bind(
     if wanted.q or row_sums(spec, wanted.aux):
         plan.append(("query_blocks", configs.queries, queries))
     given = functools.partial(bind_kernel, tensors=tensors, integers=integers, constants=constants)
-    found: dict[str, Launch | Gathered | Lists | UniformRows] = {}
+    found: dict[str, Launched] = {}
     for name, config, grid in plan:
         kernel = getattr(module, name)
 

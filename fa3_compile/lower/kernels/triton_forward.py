@@ -34,7 +34,7 @@ from fa3_compile.lower.render import Aux, aux_parameters
 from fa3_compile.lower.render_blocks import uses_lists
 from fa3_compile.lower.render_forward import ForwardKey, is_prefix, render_forward
 from fa3_compile.runtime.launch import Call
-from fa3_compile.runtime.op import empty_out, out_strides
+from fa3_compile.runtime.op import BackwardInputs, empty_out, out_strides
 from fa3_compile.spec.attention import AttentionSpec
 
 log = logging.getLogger(__name__)
@@ -147,10 +147,10 @@ class TritonForward(BindingKernel):
 
         return triton_backward.supports_backward(problem)
 
-    def run_backward(self, *arguments) -> Gradients:
+    def run_backward(self, problem: Problem, given: BackwardInputs) -> Gradients:
         from fa3_compile.lower.kernels import triton_backward
 
-        return triton_backward.run_backward(*arguments)
+        return triton_backward.run_backward(problem, given)
 
 
 def _empty_cpu(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
