@@ -1,5 +1,5 @@
-"""The pages made from the code: the gallery, the API, the options, the errors. `docs/hooks.py` adds
-them.
+"""The pages made from the code: those of `docstring_pages`, the gallery, the options, the errors.
+`docs/hooks.py` adds them.
 
 python docs/generate.py FOLDER    writes them, to be looked at
 """
@@ -10,20 +10,18 @@ import ast
 import inspect
 import re
 import sys
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "docs")) if path not in sys.path]
 
 import torch
 
-import fa3_compile
 import gallery_forms as gallery
-from fa3_compile import errors, options, report, testing
+from docstring_pages import api_page, described, modules_page
+from fa3_compile import errors, options
 from fa3_compile.backend import rewritten
 from fa3_compile.explaining import explain_with
 from fa3_compile.lower.choose import Problem, kernels
@@ -44,6 +42,7 @@ def pages() -> dict[str, str]:
     return {
         "gallery.md": gallery_page(),
         "api.md": api_page(),
+        "modules.md": modules_page(),
         "options.md": options_page(),
         "errors.md": errors_page(),
     }
@@ -124,88 +123,14 @@ def _first(spec: AttentionSpec, device, capability, dtype, backward: bool) -> st
     return "reference" if backward else "stays with Inductor"
 
 
-# ---- API ----
-
-API = {
-    "fa3_compile": (
-        fa3_compile.explain,
-        fa3_compile.collect,
-        fa3_compile.list_kernels,
-        fa3_compile.Report,
-    ),
-    "fa3_compile.report": (report.RegionReport, report.Tiles),
-    "fa3_compile.testing": (
-        testing.assert_fused,
-        testing.snapshot,
-        testing.assert_matches_eager,
-    ),
-}
-METHODS = {report.Report: ("fused", "summary", "text", "json", "markdown", "to_html", "plot_tiles")}
-
-
-def api_page() -> str:
-    parts = [
-        "# API\n",
-        'To use the package `torch.compile(model, backend="fa3")` is enough, with its '
-        "[options](options.md). These are for looking at what it did, and for tests of it.\n",
-    ]
-    for module, members in API.items():
-        for member in members:
-            parts.append(f"## {module}.{member.__name__}\n\n{_member(member)}\n")
-    return "\n".join(parts)
-
-
-def _member(member: Any) -> str:
-    """Its docstring, a function's signature before it, and a class's methods behind it."""
-    if not inspect.isclass(member):
-        return f"```python\n{_signature(member)}\n```\n\n{_formatted(member)}"
-    methods = [f"### {name}\n\n{_member(vars(member)[name])}" for name in METHODS.get(member, ())]
-    return "\n\n".join([_formatted(member), *methods])
-
-
-def _signature(function: Any) -> str:
-    """As it is called; long ones a line an argument."""
-    if isinstance(function, property):
-        signature = inspect.signature(function.fget)
-        return f"{function.fget.__name__}: {signature.return_annotation}"
-    signature = inspect.signature(function)
-    arguments = [
-        re.sub(r": '([^']*)'", r": \1", str(parameter))  # annotations that are not evaluated
-        for name, parameter in signature.parameters.items()
-        if name != "self"
-    ]
-    positional = [n for n, p in signature.parameters.items() if p.kind is p.POSITIONAL_ONLY]
-    arguments[len(positional) : len(positional)] = ["/"] if positional else []
-    returns = f" -> {signature.return_annotation}"
-    inside = ", ".join(arguments)
-    if len(inside) > 60:
-        inside = "".join(f"\n    {argument}," for argument in arguments) + "\n"
-    return f"{function.__name__}({inside}){returns}"
-
-
-def _formatted(documented: Any) -> str:
-    """A docstring as markdown: lines `name   text` become a list."""
-    paragraphs = inspect.cleandoc(documented.__doc__ or "").split("\n\n")
-    return "\n\n".join(_paragraph(paragraph) for paragraph in paragraphs)
-
-
-def _paragraph(paragraph: str) -> str:
-    items = _described(paragraph)
-    if paragraph.startswith("    "):
-        return f"```text\n{textwrap.dedent(paragraph)}\n```"
-    if not items:
-        return paragraph
-    return "\n".join(f"- `{name}`: {said.strip()}" for name, said in items.items())
-
-
 # ---- options ----
 
 
 def options_page() -> str:
-    described = _described(options.Options.__doc__ or "")
+    meanings = described(options.Options.__doc__ or "")
     rows = [
         f"| `{field.name}` | `FA3_{field.name.upper()}` | {_cell(takes.takes)} "
-        f"| `{field.default!r}` | {_cell(described[field.name])} |"
+        f"| `{field.default!r}` | {_cell(meanings[field.name])} |"
         for field, takes in zip(fields(options.Options), options._FIELDS.values(), strict=True)
     ]
     families = "\n".join(f"| `{k.name}` | {k.priority} | {_family(k)} |" for k in kernels())
@@ -235,23 +160,6 @@ list. `reference` is taken only when it is named.
 |---|---|---|
 {families}
 """
-
-
-def _described(docstring: str) -> dict[str, str]:
-    """name -> text of the lines `name   text`, continued by deeper lines; also of several names,
-    whose text may begin in the line below."""
-    found: dict[str, str] = {}
-    name = ""
-    for line in inspect.cleandoc(docstring).splitlines():
-        start = re.match(r"(\w+(?:, \w+)*)(?: {2,}(\S.*)|$)", line)
-        if start:
-            name = start[1]
-            found[name] = start[2] or ""
-        elif name and line.startswith("  "):
-            found[name] += " " + line.strip()
-        else:
-            name = ""
-    return found
 
 
 def _family(kernel) -> str:

@@ -20,7 +20,7 @@ import generate
 PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("benchmarks/**/*.md")]
 )
-GENERATED = {"gallery.md", "api.md", "options.md", "errors.md"}
+GENERATED = {"gallery.md", "api.md", "modules.md", "options.md", "errors.md"}
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -61,6 +61,13 @@ def test_the_api_page_has_every_public_name(pages):
             assert re.search(item, sections[name], re.M), (name, parameter)
     for column in fields(fa3_compile.Report):
         assert f"- `{column.name}`: " in sections["fa3_compile.Report"]
+
+
+def test_every_module_says_what_it_is_for(pages):
+    listed = dict(re.findall(r"^\| `([\w.]+)` \| (.*) \|$", pages["modules.md"], re.MULTILINE))
+    files = [*generate.PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.cuh")]
+    assert {x.name for x in files} - {"__init__.py"} == {*listed}
+    assert [name for name, said in listed.items() if len(said) < 20] == []
 
 
 def test_the_errors_page_has_every_decline_of_the_sources(pages):
