@@ -65,6 +65,15 @@ OWN = (
     *(Timed(f"causal{d}", f"{score(d)}, {CAUSAL}", d, N, 0.5) for d in (64, 80, 96, 192, 256)),
     *(Timed(f"full{d}", score(d), d, N, 1.0) for d in (64, 96, 256)),
     *(
+        Timed(f"{name}{'' if d == 128 else d} {n // 1024}k", fields, d, n, share)
+        for d in (64, 128, 256)
+        for n in (2048, 16384)
+        for name, fields, share in (
+            ("full", score(d), 1.0),
+            ("causal", f"{score(d)}, {CAUSAL}", 0.5),
+        )
+    ),
+    *(
         Timed(f"padded{d}", f"{score(d)}, {PADDED}", d, N, 0.5, ("ones",))
         for d in (64, 96, 192, 256)
     ),
@@ -89,61 +98,52 @@ OWN = (
     Timed("bias least", f"{S} + {BIAS}", 128, N, 1.0, ("bias_of_heads",)),
     Timed("squares", f"{S}, mask={SQUARES}", 128, N, 0.0),
 )
-LARGE, TALL = {"block_m": 128, "block_n": 128}, {"block_m": 192, "block_n": 64}
-PLAIN = {"held_queries": False, "optimistic": False, "dense_first": False}
-LATE = {"optimistic": True}
 HELD = {"held_queries": True}
-WAYS = (PLAIN, PLAIN | LATE, PLAIN | HELD, PLAIN | HELD | LATE)
-
-
-def tile(block_m: int, block_n: int, **changes) -> dict[str, object]:
-    """With maxima that come late."""
-    return PLAIN | LATE | {"block_m": block_m, "block_n": block_n} | changes
-
-
 FIRST = HELD | {"dense_first": True}
+
+
+def tile(block_m: int, block_n: int, *ahead: int, **changes) -> list[dict[str, object]]:
+    """With maxima that come late, and the weights of as many columns ahead of the values before."""
+    plain = {"held_queries": False, "optimistic": True, "dense_first": False}
+    plain |= {"block_m": block_m, "block_n": block_n}
+    return [plain | changes | {"ahead": x} for x in ahead or (0,)]
+
+
 # Case -> what its rows change of the table's first configuration.
 PLAN = {
-    **dict.fromkeys(("documents", "ragged", "padded causal", "dense mask", "squares"), WAYS),
-    "bias": (LARGE | PLAIN | HELD | LATE, tile(128, 128, **FIRST)),
-    "bias causal": (
-        LARGE | PLAIN,
-        tile(128, 128),
-        tile(128, 128, **FIRST),
-    ),
-    "bias64": (
-        LARGE | PLAIN,
-        tile(128, 128),
-        tile(192, 128),
-        tile(128, 128, **FIRST),
-    ),
-    "bias causal64": (
-        LARGE | PLAIN,
-        tile(128, 128),
-        tile(192, 96),
-        tile(128, 128, **FIRST),
-    ),
-    "bias96": (
-        LARGE | PLAIN,
-        tile(128, 128),
-        tile(192, 96),
-        tile(192, 80),
-    ),
-    "bias192": (PLAIN | {"block_n": 64}, tile(128, 64), tile(128, 80)),
     **dict.fromkeys(
-        ("bias of all", "bias infinite", "bias least"),
-        (LARGE | PLAIN | HELD | LATE, tile(128, 128, **FIRST)),
-    ),
-    **dict.fromkeys(("softcap padded",), WAYS),
-    **dict.fromkeys(
-        [x.name for x in OWN if x.name[-1].isdigit() and "bias" not in x.name]
-        + ["softcap full", "softcap far", "softcap some"],
-        (PLAIN, PLAIN | LATE),
+        ("full", "causal", "alibi", "window1024", "prefix1024"),
+        tile(192, 80, 0, 16, 32) + tile(128, 128, 0, 16, 32, 48, **HELD),
     ),
     **dict.fromkeys(
-        ("full", "causal", "softcap", "alibi", "window1024", "prefix1024"),
-        (PLAIN, PLAIN | LATE, *(LARGE | x for x in WAYS)),
+        ("full 2k", "full 16k", "causal 2k", "causal 16k"),
+        tile(192, 80, 0, 32) + tile(128, 128, 32, **HELD),
     ),
+    **dict.fromkeys(
+        ("full64", "causal64", "full64 2k", "full64 16k", "causal64 2k", "causal64 16k"),
+        tile(192, 128, 0, 16, 32) + tile(128, 128, 32, **HELD),
+    ),
+    **dict.fromkeys(
+        ("full256", "causal256", "full256 2k", "full256 16k", "causal256 2k", "causal256 16k"),
+        tile(128, 64, 0, optimistic=False) + tile(128, 64, 0, 16, 32),
+    ),
+    "causal80": tile(192, 112, 0, 16, 32),
+    **dict.fromkeys(("full96", "causal96"), tile(192, 96, 0, 16, 32) + tile(128, 128, 32)),
+    "causal192": tile(128, 96, 0, 16, 32),
+    **dict.fromkeys(
+        ("documents", "ragged", "padded causal", "squares"),
+        tile(128, 128, 0, 16, 32, 48) + tile(128, 128, 0, 32, **HELD),
+    ),
+    "dense mask": tile(128, 128, 0, 16, 32),
+    **dict.fromkeys(
+        ("bias", "bias causal", "bias of all", "bias infinite", "bias least"),
+        tile(128, 128, 0, 16, 32, 48, **FIRST),
+    ),
+    **dict.fromkeys(
+        ("bias64", "bias causal64"), tile(192, 128, 0, 16) + tile(128, 128, 0, 32, **FIRST)
+    ),
+    "bias96": tile(192, 80, 0, 16, 32),
+    "bias192": tile(128, 80, 0, 16, 32),
 }
 
 
@@ -203,14 +203,9 @@ def measure(name: str) -> None:
         expected = expected or found
         off = [(a.float() - b.float()).abs().max().item() for a, b in zip(found, expected)]
         c = key.config
-        said = [
-            f"{c.block_m}x{c.block_n}",
-            *(
-                x
-                for x in ("held_queries", "optimistic", "dense_product", "dense_first")
-                if getattr(c, x)
-            ),
-        ]
+        said = [f"{c.block_m}x{c.block_n}"]
+        said += [x for x in ("held_queries", "optimistic", "dense_first") if getattr(c, x)]
+        said += [f"ahead {c.ahead}"] if c.ahead else []
         said += [] if built.healthy else [f"spills {built.spill_bytes}"]
         calls.append(lambda bound=bound: bound(q, k, v, aux))
         far = error(spec, found[0], q, k, v, aux)
