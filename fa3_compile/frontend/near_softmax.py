@@ -66,16 +66,20 @@ def of_its_row(score: Expr, at: fx.Node) -> Decline:
     )
 
 
-def not_exponential(element: Expr, at: fx.Node) -> Decline:
-    """The decline of something that is divided by its sum, and has no logarithm."""
-    if any(depends_on(x, [KV]) for x in element.atoms(row_stat)):
-        return Decline(
+def check_rows(divided: Expr, at: fx.Node) -> None:
+    """`Decline` where what is divided by its sum over the keys has a softmax over another axis."""
+    if any(depends_on(x, [KV]) for x in divided.atoms(row_stat)):
+        raise Decline(
             "softmax-axis",
             at,
             "The softmax has to run over the keys, the axis contracted with V.",
             message="the softmax runs over another axis than the product with V: over the keys, "
             "weights are only divided by their sum",
         )
+
+
+def not_exponential(element: Expr, at: fx.Node) -> Decline:
+    """The decline of something that is divided by its sum, and has no logarithm."""
     if isinstance(element, sympy.Add) and element.has(row_stat):
         return Decline(
             "sum-of-softmaxes",

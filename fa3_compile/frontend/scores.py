@@ -23,7 +23,7 @@ from fa3_compile.frontend.lift import (
     number,
     shape_of,
 )
-from fa3_compile.frontend.near_softmax import not_exponential, of_its_row
+from fa3_compile.frontend.near_softmax import check_rows, not_exponential, of_its_row
 from fa3_compile.frontend.normalize import Softmax, largest_is_one, row_statistic
 from fa3_compile.frontend.placeholders import row_stat, total, without_some
 from fa3_compile.frontend.product import Dot, Products, products_before, several_elements, sides_of
@@ -200,6 +200,9 @@ def _read(
             beside.HINT,
             message=f"V has {ranges[KV]} keys, and one product of the scores {dots[0].keys}",
         )
+
+    if softmax.by_hand:
+        check_rows(element, holder(x))
 
     def logit(element: Expr) -> Expr:
         return logarithm(element, holder(x)) if softmax.by_hand else element

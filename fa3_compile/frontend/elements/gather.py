@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import sympy
 import torch
+from sympy import And
+from sympy.logic.boolalg import Boolean
 from torch import fx
 
 from fa3_compile.frontend.captured import Captured
@@ -23,10 +25,11 @@ from fa3_compile.frontend.lift import (
     element_of,
     number,
     shape_of,
+    sym,
     truth,
 )
-from fa3_compile.spec.expr import Expr, load, where
-from fa3_compile.spec.index import bounds, is_nonnegative
+from fa3_compile.spec.expr import Expr, depends_on, load, where
+from fa3_compile.spec.index import bounds, is_nonnegative, within
 
 aten = torch.ops.aten
 
@@ -116,21 +119,53 @@ def _(node, index, ctx: Lifter) -> Element:
 
 @element_of(aten.index_put.default)
 def _(node, index, ctx: Lifter) -> Element:
-    """x[mask] = value, of one number; writes to computed places have to be read."""
+    """x[mask] = value and x[rows, columns] = value, of one number."""
     base, places, value, *accumulate = node.args
-    masks = [(d, p) for d, p in enumerate(places) if p is not None]
-    if len(masks) != 1 or masks[0][1].meta["val"].dtype != torch.bool or any(accumulate):
-        raise Opaque(node, "a write to places that are read")
+    given = [(d, p) for d, p in enumerate(places) if p is not None]
+    if any(accumulate):
+        raise Opaque(node, "a write that adds up")
     if value.meta["val"].numel() != 1:
-        raise Opaque(node, "a write of as many values as a mask has")
-    [(d, mask)] = masks
-    written = truth(ctx.element(mask, index[d : d + mask.meta["val"].dim()]))
+        raise Opaque(node, "a write of as many values as there are places")
+    (d, first), *more = given
+    if first.meta["val"].dtype == torch.bool and not more:
+        written = truth(ctx.element(first, index[d : d + first.meta["val"].dim()]))
+    else:
+        written = _is_written(node, [(index[d], p) for d, p in given], ctx)
     put = ctx.element(value, (sympy.S.Zero,) * value.meta["val"].dim())
     kept = ctx.element(base, index)
     if node.meta["val"].dtype == torch.bool:
         put, kept = truth(put), truth(kept)
         return sympy.Or(sympy.And(written, put), sympy.And(sympy.Not(written), kept))
     return where(written, number(put), number(kept))
+
+
+def _is_written(node: fx.Node, places: list[tuple[Expr, fx.Node]], ctx: Lifter) -> Boolean:
+    """Whether an element at these positions is one that the tensors beside them name together.
+    Along each of their axes one of them has to count: a row that is written says which."""
+    rank = max(p.meta["val"].dim() for _, p in places)
+    shape = torch.broadcast_shapes(*(p.meta["val"].shape for _, p in places))
+    axes = [sympy.Dummy(integer=True, nonnegative=True) for _ in range(rank)]
+    outer, ctx.ranges = ctx.ranges, {**ctx.ranges, **dict(zip(axes, map(sym, shape)))}
+    try:
+        named = [(at, _at_axes(p, axes, ctx)) for at, p in places]
+        kept = [is_nonnegative((bounds(x, ctx.ranges) or (-sympy.S.One,))[0]) for _, x in named]
+    finally:
+        ctx.ranges = outer
+    counted = {a: at - (x - a) for at, x in named for a in axes if not depends_on(x - a, axes)}
+    if not all(kept) or any(size != 1 and a not in counted for a, size in zip(axes, shape)):
+        raise Opaque(node, "a write to places that are read")
+    counted = {a: counted.get(a, sympy.S.Zero) for a in axes}
+    reached = [(counted[a], sym(n)) for a, n in zip(axes, shape)]
+    inside = [And(x >= 0, x < n) for x, n in reached if not within(x, n, ctx.ranges)]
+    return And(*inside, *(sympy.Eq(at, x.xreplace(counted)) for at, x in named))
+
+
+def _at_axes(places: fx.Node, axes: list[sympy.Dummy], ctx: Lifter) -> Expr:
+    shape = places.meta["val"].shape
+    if places.meta["val"].dtype in (torch.bool, torch.uint8):
+        raise Opaque(places, "indexing by a boolean tensor")
+    own = zip(axes[len(axes) - len(shape) :], shape)
+    return number(ctx.element(places, [sympy.S.Zero if n == 1 else a for a, n in own]))
 
 
 @element_of(aten.slice_scatter.default)
