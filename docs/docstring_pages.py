@@ -117,13 +117,14 @@ def modules_page() -> str:
 def _modules(folder: Path) -> Iterator[tuple[str, str]]:
     for file in sorted(x for x in folder.iterdir() if x.suffix in (".py", ".cuh")):
         if file.name != "__init__.py":
-            yield file.name, _cell(_first_paragraph(file))
+            yield file.name, cell(_first_paragraph(file))
 
 
-def _cell(text: str) -> str:
-    """For a table; code spans may have what would be a tag elsewhere."""
-    parts = text.replace("|", "\\|").split("`")
-    return "`".join(x if i % 2 else x.replace("<", "&lt;") for i, x in enumerate(parts))
+def cell(text: str) -> str:
+    """For a table: what ends a cell or begins a tag is escaped, outside of code spans."""
+    parts = text.split("`")
+    parts[::2] = (x.replace("|", "\\|").replace("<", "&lt;") for x in parts[::2])
+    return "`".join(parts)
 
 
 def _head(folder: Path) -> str:

@@ -20,7 +20,7 @@ sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "docs")) if path not in 
 import torch
 
 import gallery_forms as gallery
-from docstring_pages import api_page, described, modules_page
+from docstring_pages import api_page, cell, described, modules_page
 from fa3_compile import errors, options
 from fa3_compile.backend import rewritten
 from fa3_compile.explaining import explain_with
@@ -67,9 +67,9 @@ def gallery_page() -> str:
             picture = f"<small>tiles: {region.tiles}</small>"
         rows = [f"| score | `{region.score}` |"]
         if region.mask:
-            rows.append(f"| mask | `{_cell(region.mask)}` |")
+            rows.append(f"| mask | {cell(f'`{region.mask}`')} |")
         if region.weight:
-            rows.append(f"| weight | `{_cell(region.weight)}` |")
+            rows.append(f"| weight | {cell(f'`{region.weight}`')} |")
         rows.append(f"| called | {region.form} |")
         parts.append(
             f"## {title}\n\n{said}\n\n```python\n{source}```\n\n| | |\n|---|---|\n"
@@ -129,8 +129,8 @@ def _first(spec: AttentionSpec, device, capability, dtype, backward: bool) -> st
 def options_page() -> str:
     meanings = described(options.Options.__doc__ or "")
     rows = [
-        f"| `{field.name}` | `FA3_{field.name.upper()}` | {_cell(takes.takes)} "
-        f"| `{field.default!r}` | {_cell(meanings[field.name])} |"
+        f"| `{field.name}` | `FA3_{field.name.upper()}` | {cell(takes.takes)} "
+        f"| `{field.default!r}` | {cell(meanings[field.name])} |"
         for field, takes in zip(fields(options.Options), options._FIELDS.values(), strict=True)
     ]
     families = "\n".join(f"| `{k.name}` | {k.priority} | {_family(k)} |" for k in kernels())
@@ -165,7 +165,7 @@ list. `reference` is taken only when it is named.
 def _family(kernel) -> str:
     module = sys.modules[type(kernel).__module__]
     first = inspect.cleandoc(module.__doc__ or "").split("\n\n")[0].replace("\n", " ")
-    return _cell(re.sub(r"^`\w+`: ", "", first))
+    return cell(re.sub(r"^`\w+`: ", "", first))
 
 
 # ---- errors ----
@@ -183,10 +183,10 @@ class Refusal:
 
 def errors_page() -> str:
     rows = "\n".join(
-        f"| `{r.code}` | {_cell(r.said)} | {_cell(r.hint)} | `{r.where}` |" for r in refusals()
+        f"| `{r.code}` | {cell(r.said)} | {cell(r.hint)} | `{r.where}` |" for r in refusals()
     )
     classes = "\n".join(
-        f"| `{c.__name__}` | {_cell(inspect.cleandoc(c.__doc__ or '').splitlines()[0])} |"
+        f"| `{c.__name__}` | {cell(inspect.cleandoc(c.__doc__ or '').splitlines()[0])} |"
         for c in (errors.OptionError, errors.InternalError)
     )
     return f"""# Errors and declines
@@ -249,10 +249,6 @@ def _piece(node: ast.expr) -> str:
     if isinstance(node, ast.FormattedValue):
         return "{" + ast.unparse(node.value) + "}"
     return "{" + ast.unparse(node) + "}"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 def main(folder: str) -> None:

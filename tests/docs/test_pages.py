@@ -37,6 +37,7 @@ def test_the_gallery_shows_every_form_fused(pages):
     # A picture for each mask that positions alone decide, or decide in part.
     assert gallery.count("<svg") == 14
     assert "`50*tanh(0.005*s)`" in gallery
+    assert "| mask | `(kv <= 299) | (kv <= q)` |" in gallery
     assert "ALiBi + causal" in gallery
     assert "stays with Inductor" in gallery and "`cuda_sm90`" in gallery
 
