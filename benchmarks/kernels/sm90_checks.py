@@ -148,7 +148,8 @@ def run(sample: Sample, lengths: tuple[int, int]) -> tuple[str | None, Callable]
     family = cuda_sm90_backward if sample.kernel == "backward" else triton_backward
     if reason := family.supports_backward(problem):
         return f"declined: {reason}", lambda: ()
-    given = BackwardInputs(dout.cuda(), dlse.cuda(), *there, out, lse, aux_there, form.sizes, needs)
+    douts = dout.cuda(), dlse.cuda()
+    given = BackwardInputs(*douts, *there, out, lse, aux_there, form.sizes, needs)  # pyright: ignore
 
     def backward() -> Gradients:
         return family.run_backward(problem, given)

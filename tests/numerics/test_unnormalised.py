@@ -72,11 +72,12 @@ def test_gradients(form: Form, dtype: torch.dtype) -> None:
     assert kernel.supports_backward(asked) is None
     out, lse = kernel.run(asked, q, k, v, aux, form.sizes)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse) if form.spec().sums else None
-    given = (aux, form.sizes, needs)
-    found = kernel.run_backward(asked, BackwardInputs(dout, dlse, q, k, v, out, lse, *given))
-    rounded = attention_backward(asked.spec, dout, dlse, q, k, v, *given)
+    given = BackwardInputs(dout, dlse, q, k, v, out, lse, aux, form.sizes, needs)
+    found = kernel.run_backward(asked, given)
+    rest = (aux, form.sizes, needs)
+    rounded = attention_backward(asked.spec, dout, dlse, q, k, v, *rest)
     wide = [x.double() for x in (q, k, v)]
-    exact = attention_backward(asked.spec, dout.double(), dlse, *wide, *given)
+    exact = attention_backward(asked.spec, dout.double(), dlse, *wide, *rest)
     for ours, theirs, truth in zip(*((*x[:3], *x[3]) for x in (found, rounded, exact))):
         if ours is None or theirs is None or truth is None:
             continue

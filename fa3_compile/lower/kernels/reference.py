@@ -156,8 +156,8 @@ class Reference(Kernel):
         return None
 
     def run_backward(self, problem: Problem, given: BackwardInputs) -> Gradients:
-        dout, dlse, q, k, v, _, _, *rest = given
-        return attention_backward(problem.spec, dout, dlse, q, k, v, *rest)
+        dout, dlse, q, k, v, _, _, aux, sizes, needs = given
+        return attention_backward(problem.spec, dout, dlse, q, k, v, aux, sizes, needs)
 
 
 register(Reference())

@@ -265,7 +265,7 @@ def bind(problem: Problem, configs: Configs, given: BackwardInputs) -> dict[str,
         plan.append(("key_blocks", configs.keys, keys))
     if wanted.q or row_sums(spec, wanted.aux):
         plan.append(("query_blocks", configs.queries, queries))
-    given = functools.partial(bind_kernel, tensors=tensors, integers=integers, constants=constants)
+    built = functools.partial(bind_kernel, tensors=tensors, integers=integers, constants=constants)
     found: dict[str, Launched] = {}
     for name, config, grid in plan:
         kernel = getattr(module, name)
@@ -274,7 +274,7 @@ def bind(problem: Problem, configs: Configs, given: BackwardInputs) -> dict[str,
             before = None
             if lists and name in WALKS:
                 before = bind_lists(spec, WALKS[name], config, q, k, aux, sizes)
-            return before, given(kernel, config, grid(config))
+            return before, built(kernel, config, grid(config))
 
         before, launch = first_that_builds(bind_it, config)
         if before is not None:
