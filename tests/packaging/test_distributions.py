@@ -130,6 +130,7 @@ def test_wheel_contents(checkout, distributions):
 
     assert {name.split("/")[0] for name in names} == {"fa3_compile", info}
     code = {f.relative_to(checkout).as_posix() for f in checkout.glob("fa3_compile/**/*.py")}
+    code.add("fa3_compile/py.typed")  # PEP 561: the annotations are for users' checkers too
     data = {f"fa3_compile/{name}" for name in data_files(checkout)}
     assert {f"fa3_compile/{name}" for name in PROBE} < data
     assert {name for name in names if name.startswith("fa3_compile/")} == code | data
