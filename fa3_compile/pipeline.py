@@ -22,6 +22,7 @@ from fa3_compile import mask_tensors, report, selection
 from fa3_compile.errors import Decline, InternalError
 from fa3_compile.frontend import check, detect, expand, flex, joined, layout, rewrite, trace
 from fa3_compile.frontend.expand_products import expand_products
+from fa3_compile.frontend.flex_captures import detach_captures
 from fa3_compile.frontend.hints import hints
 from fa3_compile.frontend.liveness import remove_dead
 from fa3_compile.frontend.opaque_scores import opaque_scores
@@ -84,7 +85,7 @@ def _rewrite_graph(
     build: bool,
     outputs: Outputs,
 ) -> int:
-    expanded = expand.expand_calls(gm.graph) + expand_products(gm.graph)
+    expanded = expand.expand_calls(gm.graph) + expand_products(gm.graph) + detach_captures(gm)
     shadow = trace.shadow(gm)
     entries: list[tuple[RegionReport, Region | None, fx.Node | None]] = []
     hidden: tuple[Decline, ...] = ()

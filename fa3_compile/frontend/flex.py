@@ -119,12 +119,26 @@ def call_of(node: fx.Node, gm: fx.GraphModule, env: dict[fx.Node, Any]) -> Call:
         [value(x) for x in given.get("score_mod_other_buffers", ())],
         [value(x) for x in given.get("mask_mod_other_buffers", ())],
         given["kernel_options"],
-        _stopping(score_mod, given),
+        _stopping(score_mod, given, any(x.requires_grad for x in example_value(node))),
     )
 
 
-def _stopping(score_mod: fx.GraphModule, given: dict[str, Any]) -> set[fx.Node]:
-    """Where the score_mod holds constant what has a gradient outside it."""
+def stops(score_mod: fx.GraphModule) -> set[fx.Node]:
+    """Where a score_mod says that no gradient flows."""
+    found: set[fx.Node] = set()
+    enabled = True
+    for node in score_mod.graph.nodes:
+        if target_name(node) == "_set_grad_enabled":
+            enabled = bool(node.args[0])
+        if not enabled or target_name(node) == "detach":
+            found.add(node)
+    return found
+
+
+def _stopping(score_mod: fx.GraphModule, given: dict[str, Any], learned: bool) -> set[fx.Node]:
+    """Where the score_mod holds constant what has a gradient outside it, if the call has one."""
+    if not learned:
+        return set()
     scores = [example_value(given[x]).requires_grad for x in ("query", "key")]
     captures = [
         isinstance(x, fx.Node) and getattr(example_value(x), "requires_grad", False)
@@ -133,14 +147,11 @@ def _stopping(score_mod: fx.GraphModule, given: dict[str, Any]) -> set[fx.Node]:
     known = iter([any(scores), False, False, False, False, *captures])
     graded: set[fx.Node] = set()
     stopped: set[fx.Node] = set()
-    enabled = True
+    stopping = stops(score_mod)
     for node in score_mod.graph.nodes:
-        if target_name(node) == "_set_grad_enabled":
-            enabled = bool(node.args[0])
         has = next(known, False) if node.op == "placeholder" else None
         if has or has is None and any(x in graded for x in node.all_input_nodes):
-            stops = not enabled or target_name(node) == "detach"
-            (stopped if stops else graded).add(node)
+            (stopped if node in stopping else graded).add(node)
     return stopped
 
 

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fa3_compile.report import Report
 from tests.graph.harness import check, specs
-from tests.graph.inputs import B, D, H, S, normal, qkv
+from tests.graph.inputs import B, D, H, S, attend, normal, qkv, scores_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*flex_attention.*", "ignore:.*return_lse.*")
 
@@ -298,6 +298,27 @@ class TestScores:
         q, k, v = (x.detach() for x in qkv())
         report = check(attention, q, k, v, training=False)
         assert_expected_inline(specs(report), """attention(score=0.5*s)""")
+
+    def test_detached_captures(self):
+        def attention(q, k, v, bias, slopes):
+            def score(s, b, h, q, kv):
+                with torch.no_grad():
+                    slope = slopes[h].exp()
+                return s * slope + bias[q, kv].detach()
+
+            if torch.compiler.is_compiling():
+                return flex_attention(q, k, v, score)
+            # The eager backward of flex_attention fails where a capture has no gradient.
+            return attend(scores_of(q, k) * slopes.detach().exp()[:, None, None] + bias.detach(), v)
+
+        report = check(attention, *qkv(), normal(S, S), normal(H))
+        assert_expected_inline(
+            specs(report),
+            """attention(score=0.25*exp(load(0, h))*s + load(1, q, kv), dead=zero, aux=[float, float])""",
+        )
+
+    def test_a_capture_that_is_detached_in_one_place_and_learned_in_another(self):
+        assert not scored(lambda s, b, h, q, kv, x: s * x[h].detach() + x[h], normal(H)).fused
 
     def test_rope_of_latent_attention(self):
         # MLA: a second product, of rotary parts that all heads share, added to the scores.
