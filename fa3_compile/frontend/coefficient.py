@@ -86,8 +86,10 @@ def with_beside(
     keys = region.key_length
     if not E.depends_on(region.beside, [E.KV]):
         keys, value = sympy.S.One, emit.call("sum", value, -2, True)
-    weights = emit.call("type_as", writer.write(region.beside), value)
+    # Expanded first: the gradient is added up over batch and heads before it is rounded.
+    weights = writer.write(region.beside)
     weights = emit.call("expand", weights, [emit.size(x) for x in (*shape, keys)])
+    weights = emit.call("type_as", weights, value)
     weights = emit.call("unflatten", weights, 1, [emit.size(heads), emit.size(group)])
     added = emit.function(torch.matmul, weights, emit.call("unsqueeze", value, 2))
     return emit.function(operator.add, out, emit.call("flatten", added, 1, 2))

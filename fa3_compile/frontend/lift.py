@@ -121,7 +121,7 @@ class Lifter:
         self.result = result
         # The elements of a softmax whose NaN a rule replaced by zeros.
         self.zeroed: set[Expr] = set()
-        # By number, the axis along which the rows of a softmax add up to 1.
+        # By number, the axis along which the rows of a softmax add up to 1: one of V's keys alone.
         self.adding_up: dict[int, int] = {}
         # What load(i, ...) reads, in order of i.
         self.loads: list[Captured | Seed] = [*loads]

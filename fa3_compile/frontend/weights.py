@@ -17,13 +17,13 @@ from torch import fx
 
 from fa3_compile.errors import Decline
 from fa3_compile.frontend.captured import Captured, Seed
-from fa3_compile.frontend.lift import Index, Lifter, number
+from fa3_compile.frontend.lift import Index, Lifter, number, shape_of
 from fa3_compile.frontend.normalize import Softmax
 from fa3_compile.frontend.placeholders import ROW_SUM, prob, row_total, without_some
 from fa3_compile.frontend.trace import Shadow
 from fa3_compile.frontend.weight_terms import beside_softmaxes, weight_terms
 from fa3_compile.spec.expr import KV, Expr, depends_on, uniform, where
-from fa3_compile.spec.index import Ranges
+from fa3_compile.spec.index import Ranges, same
 
 
 @dataclass
@@ -74,7 +74,11 @@ def weights(
     special |= {s.summed: _row_sum for s in softmaxes if s.summed and not s.normalizes}
     dtype = node.meta["val"].dtype
     lifter = Lifter(shadow, ranges, special, weighs=True, result=dtype, read_at=read_at)
-    lifter.adding_up = {n: s.dim for n, s in enumerate(softmaxes) if s.adds_up}
+    lifter.adding_up = {
+        n: s.dim
+        for n, s in enumerate(softmaxes)
+        if s.adds_up and same(shape_of(s.node)[s.dim], ranges[KV])
+    }
     element = number(lifter.element(node, index))
     entries: dict[prob, list[tuple[Expr, Boolean]]] = {}
     found = weight_terms(element)

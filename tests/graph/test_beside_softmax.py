@@ -123,6 +123,14 @@ class TestDeclined:
 
         assert "attention" not in found(weights, normal(S, S).exp())
 
+    def test_sums_of_a_softmax_with_a_sink(self):
+        def weights(q, k):
+            scores = torch.cat([scores_of(q, k), torch.zeros(B, H, S, 1)], -1)
+            p = scores.softmax(-1)[..., :-1]
+            return p * p.sum(-1, keepdim=True)
+
+        assert "attention" not in found(weights)
+
     def test_sums_over_heads(self):
         def weights(q, k, added):
             mixed = weights_of(q, k) + added
