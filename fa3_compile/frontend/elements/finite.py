@@ -93,13 +93,17 @@ def made_finite(
 
 
 def _by_select(x: Expr) -> tuple[Expr, Expr, Expr] | None:
-    """(condition, x where it holds, x elsewhere) for a select with an infinite branch."""
+    """(condition, x where it holds, x elsewhere) for a select with an infinite branch; None where
+    there is none, or where x is NaN for it, of which sympy takes no maximum."""
     found = [y for y in x.atoms(where) if any(branch.has(*NOT_FINITE) for branch in y.args[1:])]
     if not found:
         return None
     select = min(found, key=str)
     condition, *branches = select.args
-    yes, no = (x.xreplace({select: branch}) for branch in branches)
+    try:
+        yes, no = (x.xreplace({select: branch}) for branch in branches)
+    except (TypeError, ValueError):
+        return None
     return condition, yes, no
 
 
