@@ -1,4 +1,4 @@
-"""Many random attention programs (tests/graph/programs.py) against float64 eager, summarised.
+"""Many random attention programs (tests/programs/grammar.py) against float64 eager, summarised.
 
     python benchmarks/coverage/random_programs.py --count 5000 --seed 1 --out FILE.csv
     python benchmarks/coverage/random_programs.py --device cuda --family 16 --processes 15
@@ -42,10 +42,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from fa3_compile.lower import choose
-from tests.graph.check_program import check_program
-from tests.graph.program import Program
-from tests.graph.program_choices import Random
-from tests.graph.programs import family
+from tests.programs.check import check_program
+from tests.programs.choices import Random
+from tests.programs.grammar import family
+from tests.programs.program import Program
 
 COLUMNS = ("part", "value", "programs", "fused", "left", "wrong")
 

@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import and_masks, create_block_mask, flex_attention, or_masks
 
-from tests.graph import program_layouts as layouts
-from tests.graph import program_parts as parts
-from tests.graph.program import Program
-from tests.graph.program_choices import Choices
-from tests.graph.program_masks import BATCH, HEADS, MASKS, positions
-from tests.graph.program_parts import Sizes
+from tests.programs import layouts, parts
+from tests.programs.choices import Choices
+from tests.programs.masks import BATCH, HEADS, MASKS, positions
+from tests.programs.parts import Sizes
+from tests.programs.program import Program
 
 LAYOUTS = (
     "bhsd", "bshd einsum", "sbhd", "fused qkv", "strided", "K transposed", "one batch of K", "K is V",

@@ -1,5 +1,5 @@
-"""A grammar of attention programs: attention written out (`program_by_hand`), and calls of PyTorch's
-own (`program_calls`).
+"""A grammar of attention programs: attention written out (`by_hand`), and calls of PyTorch's
+own (`calls`).
 
 `programs()` draws one. A program is plain PyTorch, put together from closures, so that Dynamo
 traces what a user would have written. A mutant is a program to which something was done: it may
@@ -12,10 +12,10 @@ from collections.abc import Iterator
 
 from hypothesis import strategies as st
 
-from tests.graph.program import Program
-from tests.graph.program_by_hand import by_hand
-from tests.graph.program_calls import call
-from tests.graph.program_choices import Choices, Drawn, Source
+from tests.programs.by_hand import by_hand
+from tests.programs.calls import call
+from tests.programs.choices import Choices, Drawn, Source
+from tests.programs.program import Program
 
 # What the programs of a family have in common: all that their kernel is made for.
 KEPT = (

@@ -1,6 +1,6 @@
 """Random attention programs: eager's numbers and gradients, and no fusion of what is no attention.
 
-`FA3_RANDOM_PROGRAMS=5000 pytest tests/graph/test_random_programs.py` runs more of them.
+`FA3_RANDOM_PROGRAMS=5000 pytest tests/programs/test_random_programs.py` runs more of them.
 benchmarks/coverage/random_programs.py runs many thousand and keeps a summary.
 """
 
@@ -10,9 +10,9 @@ import os
 
 from hypothesis import HealthCheck, given, note, settings
 
-from tests.graph.check_program import check_program
-from tests.graph.program import Program
-from tests.graph.programs import programs
+from tests.programs.check import check_program
+from tests.programs.grammar import programs
+from tests.programs.program import Program
 
 COUNT = int(os.environ.get("FA3_RANDOM_PROGRAMS", "200"))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tests.graph.program_masks import positions
+from tests.programs.masks import positions
 
 NO_ATTENTION = (
     "softmax over queries",

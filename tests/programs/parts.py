@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.graph.dropout import dropped
-from tests.graph.program_choices import Choices
-from tests.graph.program_masks import BATCH, HEADS, positions
+from tests.programs.choices import Choices
+from tests.programs.masks import BATCH, HEADS, positions
 
 Scores = Callable[[Tensor], Tensor]
 

@@ -1,6 +1,6 @@
 """What a random program that writes its attention out is made of, and what has to become of it.
 
-Names are those of `program_layouts`, `program_masks`, `program_parts` and `program_mutants`.
+Names are those of `layouts`, `masks`, `parts` and `mutants`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tests.graph import program_layouts as layouts
-from tests.graph import program_parts as parts
-from tests.graph.program import Expected
-from tests.graph.program_choices import Choices
-from tests.graph.program_masks import MASKS, positions
-from tests.graph.program_mutants import MORE_THAN_ATTENTION, NO_ATTENTION, OF_ELEMENTS
-from tests.graph.program_parts import Sizes
+from tests.programs import layouts, parts
+from tests.programs.choices import Choices
+from tests.programs.masks import MASKS, positions
+from tests.programs.mutants import MORE_THAN_ATTENTION, NO_ATTENTION, OF_ELEMENTS
+from tests.programs.parts import Sizes
+from tests.programs.program import Expected
 
 # Of two attentions: "difference" of their weights; "beside a call" of PyTorch's own.
 TWO_ATTENTIONS = ("shared K and V", "difference", "beside a call")

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tests.graph.program_masks import BATCH, HEADS
-from tests.graph.program_parts import Sizes, normal
+from tests.programs.masks import BATCH, HEADS
+from tests.programs.parts import Sizes, normal
 
 
 def layout(name: str, sizes: Sizes, seed: int):

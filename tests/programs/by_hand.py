@@ -11,14 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tests.graph import program_layouts as layouts
-from tests.graph import program_parts as parts
-from tests.graph.program import Program
-from tests.graph.program_choices import Choices
-from tests.graph.program_masks import HEADS, MASKS, positions
-from tests.graph.program_mutants import other_scores, other_weights
-from tests.graph.program_parts import Scores
-from tests.graph.program_recipe import K_WRITTEN, Recipe, recipe
+from tests.programs import layouts, parts
+from tests.programs.choices import Choices
+from tests.programs.masks import HEADS, MASKS, positions
+from tests.programs.mutants import other_scores, other_weights
+from tests.programs.parts import Scores
+from tests.programs.program import Program
+from tests.programs.recipe import K_WRITTEN, Recipe, recipe
 
 Attention = Callable[..., Any]
 

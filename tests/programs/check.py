@@ -14,7 +14,7 @@ from fa3_compile.pipeline import rewrite_attention
 from fa3_compile.report import Report
 from fa3_compile.testing import assert_matches_eager
 from tests.graph.harness import specs
-from tests.graph.program import Program
+from tests.programs.program import Program
 
 ATTEMPTS = 3
 
