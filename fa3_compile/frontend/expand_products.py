@@ -1,9 +1,8 @@
-"""Products in a Dynamo graph, written out as products of two tensors.
+"""`torch.einsum` of three tensors and more, written out in the Dynamo graph two at a time.
 
-`torch.einsum("bhqk,bhkd,hde->bqe", weights, v, projection)` is the product with V and a projection
-in one call, whose first result is no node of the graph. It is replaced by the calls that PyTorch
-makes of it, in its order: the one that opt_einsum finds where that is installed, else from left to
-right. `F.linear(q, k)` of two tensors that come with the data is no layer, and becomes q @ k.T.
+`einsum("bhqk,bhkd,hde->bqe", weights, v, projection)` is the product with V and a projection in one
+call, whose first result is no node of the graph. It is replaced by the calls that PyTorch makes of
+it, in its order: the one that opt_einsum finds where that is installed, else from left to right.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ import torch
 from torch import fx
 
 from fa3_compile.frontend import transforms
-from fa3_compile.frontend.activations import activations
-from fa3_compile.frontend.dynamo_graph import example_value, target_name
+from fa3_compile.frontend.dynamo_graph import example_value
 
 # A letter for the axes of an ellipsis.
 REST = "."
@@ -24,38 +22,14 @@ REST = "."
 
 def expand_products(graph: fx.Graph) -> int:
     """Writes out every such call; returns how many."""
-    einsums = [node for node in graph.nodes if _operands(node)]
-    linears = [node for node in graph.nodes if _without_bias(node)]
-    # Under vmap, what a node is an example of has fewer axes than the program says.
-    spans = transforms.spans(graph) if einsums or linears else ()
+    found = [node for node in graph.nodes if _operands(node)]
+    # Under vmap, what a node is an example of has fewer axes than the letters say.
+    spans = transforms.spans(graph) if found else ()
     transformed = {node for span in spans for node in span.nodes}
-    given = activations(graph) if linears else set()
-    einsums = [node for node in einsums if node not in transformed]
-    linears = [x for x in linears if x not in transformed and given.issuperset(x.args)]
-    for node in einsums:
-        _expand_einsum(graph, node)
-    for node in linears:
-        _expand_linear(graph, node)
-    return len(einsums) + len(linears)
-
-
-def _without_bias(node: fx.Node) -> bool:
-    """Whether it is a linear call of [..., rows, features] and [columns, features] alone."""
-    if target_name(node) != "linear" or node.op != "call_function" or node.kwargs:
-        return False
-    shapes = [getattr(example_value(x), "shape", ()) for x in node.all_input_nodes]
-    return len(node.args) == 2 == len(shapes) and len(shapes[0]) > 1 and len(shapes[1]) == 2
-
-
-def _expand_linear(graph: fx.Graph, node: fx.Node) -> None:
-    rows, columns = node.args
-    with graph.inserting_before(node):
-        turned = graph.call_method("t", (columns,))
-        turned.meta.update(node.meta, example_value=example_value(columns).t())
-        product = graph.call_function(torch.matmul, (rows, turned))
-    product.meta.update(node.meta)
-    node.replace_all_uses_with(product)
-    graph.erase_node(node)
+    found = [node for node in found if node not in transformed]
+    for node in found:
+        _expand(graph, node)
+    return len(found)
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:
@@ -70,7 +44,7 @@ def _operands(node: fx.Node) -> list[fx.Node]:
     return tensors if alike else []
 
 
-def _expand_einsum(graph: fx.Graph, node: fx.Node) -> None:
+def _expand(graph: fx.Graph, node: fx.Node) -> None:
     operands = _operands(node)
     whole = example_value(node)
     terms, output = _terms(node.args[0])

@@ -9,6 +9,7 @@ from torch import fx
 
 from fa3_compile.errors import NOTHING, Decline
 from fa3_compile.frontend.activations import activations
+from fa3_compile.frontend.broadcasting import DISTANCES, broadcasts, by_broadcasting
 from fa3_compile.frontend.dynamo_graph import example_value, opaque_target, target_name
 from fa3_compile.frontend.dynamo_products import leads_to_a_product, made_of_a_product
 from fa3_compile.frontend.lift import ancestors, descendants, shape_of
@@ -22,13 +23,8 @@ from fa3_compile.spec.index import same
 
 aten = torch.ops.aten
 LAYERS = ("linear", "conv1d", "conv2d", "batch_norm")
-MULTIPLY = "Write q @ k.transpose(-2, -1), which needs no tensor of all queries, keys and features."
 WEIGH = "Write weights @ v, which needs no tensor of all queries, keys and features."
 KEEP = "Keep what lies between the two products to element-wise operations."
-DISTANCES = (
-    "-|q - k|^2 is 2 * q @ k.mT - (q * q).sum(-1)[..., None] - (k * k).sum(-1)[..., None, :], "
-    "which is fused."
-)
 
 
 def opaque_scores(shadow: Shadow) -> Iterator[Decline]:
@@ -37,16 +33,16 @@ def opaque_scores(shadow: Shadow) -> Iterator[Decline]:
     than by a product, by layers of pairs among others."""
     for softmax in softmaxes(shadow):
         scores = softmax.scores
-        summed = _weighs_by_broadcasting(shadow, softmax)
+        summed = _weighsby_broadcasting(shadow, softmax)
         if summed is not None and (
-            _given_product(shadow, scores) or _by_broadcasting(shadow, scores)
+            _given_product(shadow, scores) or by_broadcasting(shadow, scores)
         ):
             why = "V is weighed by a sum of element-wise products"
             yield Decline("no-product", summed, WEIGH, message=why, stage="detect")
         elif not products_before(scores) and _leads_on(shadow, softmax):
             found = (
                 _by_a_call(shadow, scores)
-                or _by_broadcasting(shadow, scores)
+                or by_broadcasting(shadow, scores)
                 or _by_a_layer(shadow, scores)
                 or _of_one_tensor(shadow, softmax)
             )
@@ -107,38 +103,6 @@ def _by_layers(shadow: Shadow, node: fx.Node) -> bool:
     return bool(given) and all(target_name(x) in LAYERS for x in given)
 
 
-def _by_broadcasting(shadow: Shadow, scores: fx.Node) -> Decline | None:
-    """Scores that are sums, over the head dimension or of two terms, of what broadcasts."""
-    for node in ancestors(scores):
-        holders = shadow.dynamo_of.get(node)
-        if not holders or not _holds_floats(node):
-            continue
-        if node.target is aten.sum.dim_IntList and _broadcasts(node.args[0], aten.mul.Tensor):
-            why = "the scores are a sum of element-wise products"
-            return Decline("no-product", holders[0], MULTIPLY, message=why)
-        if _broadcasts(node, aten.add.Tensor):
-            why = "the scores are sums of a term of the query and one of the key, not products"
-            return Decline("no-product", holders[0], NOTHING, message=why)
-    return None
-
-
-def _broadcasts(node, target) -> bool:
-    """Whether an operator's two floats each lack an axis that the other one has."""
-    if node.target is not target or not all(map(_holds_floats, node.args)):
-        return False
-    values = [x.meta["val"] for x in node.args]
-    shapes = [(1,) * (node.meta["val"].dim() - x.dim()) + tuple(x.shape) for x in values]
-    pairs = [[bool(n == 1) for n in sizes] for sizes in zip(*shapes)]
-    given = all(any(y.op == "placeholder" for y in ancestors(x)) for x in node.args)
-    return given and [True, False] in pairs and [False, True] in pairs
-
-
-def _holds_floats(argument) -> bool:
-    """Whether it is a node of a tensor of floats, and no number or size."""
-    value = argument.meta["val"] if isinstance(argument, fx.Node) else None
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
-
-
 def _given_product(shadow: Shadow, scores: fx.Node) -> bool:
     """Whether scores are made of a product of two tensors that both come with the data."""
     [graph] = {holder.graph for holder in shadow.aten_of}
@@ -151,12 +115,12 @@ def _given_product(shadow: Shadow, scores: fx.Node) -> bool:
     return any(all(map(comes_with_the_data, sides_of(p))) for p in products_before(scores)[:1])
 
 
-def _weighs_by_broadcasting(shadow: Shadow, softmax: Softmax) -> fx.Node | None:
+def _weighsby_broadcasting(shadow: Shadow, softmax: Softmax) -> fx.Node | None:
     """What holds the sum over the keys of weights times V, element by element."""
     stack = [softmax.node]
     while stack:
         for user in shadow.users(stack.pop()):
-            if _broadcasts(user, aten.mul.Tensor):
+            if broadcasts(user, aten.mul.Tensor):
                 sums = [x for x in shadow.users(user) if x.target is aten.sum.dim_IntList]
                 keys = shape_of(softmax.node)[softmax.dim]
                 for x in sums:

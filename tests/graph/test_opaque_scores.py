@@ -137,6 +137,9 @@ BROADCAST = {
     "additive": additive,
     "perceptron of pairs": perceptron_of_pairs,
     "products": lambda q, k: (q[..., None, :] * k[..., None, :, :]).sum(-1),
+    "cosines": lambda q, k: F.cosine_similarity(q[..., None, :], k[..., None, :, :], dim=-1),
+    "squared distances": lambda q, k: -(q[..., None, :] - k[..., None, :, :]).pow(2).sum(-1),
+    "distances": lambda q, k: -(q[..., None, :] - k[..., None, :, :]).norm(dim=-1),
     "terms": lambda q, k: F.leaky_relu(q[..., :1] + k[..., None, :, 0], 0.2),
 }
 
@@ -149,6 +152,9 @@ def test_scores_without_a_product_are_reported(name, dynamic):
 
 
 NO_ATTENTION = {
+    "codebook by broadcasting": lambda x, w, e: (
+        -(x[:, :, None] - w).pow(2).sum(-1).softmax(-1).mean(1)
+    ),
     "pooling by a product": lambda x, w, e: (x * w[0]).sum(-1).softmax(-1)[:, None] @ x,
     "router": lambda x, w, e: torch.einsum("bne,edf,bnd->bnf", F.linear(x, w).softmax(-1), e, x),
     "router of a norm": lambda x, w, e: F.linear(F.layer_norm(x, (8,)), w).softmax(-1) @ e[:, 0],

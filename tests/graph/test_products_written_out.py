@@ -1,4 +1,4 @@
-"""Products of several tensors in one call, and products that are written as a layer."""
+"""Products of several tensors in one call."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from tests.graph.harness import check, specs
-from tests.graph.inputs import SCALE, B, D, H, S, attend, normal, qkv, scores_of
+from tests.graph.inputs import SCALE, D, H, attend, normal, qkv, scores_of
 
 PLAIN = "attention(score=0.25*s)"
 PROJECTION = normal(H, D, D, seed=4)
@@ -91,26 +90,3 @@ def test_weights_that_meet_the_queries():
         return torch.einsum("bhqk,bhqd,hde->bke", weights_of(q, k), v, w)
 
     assert specs(check(attention, *qkv(), PROJECTION)) == "detect: softmax-axis"
-
-
-@pytest.mark.parametrize("dynamic", [None, True])
-def test_linear_calls_of_data(dynamic):
-    def attention(q, k, v):
-        return F.linear((F.linear(q, k) * SCALE).softmax(-1), v.T)
-
-    report = check(attention, *qkv(S, D), dynamic=dynamic)
-    assert [region.fused for region in report.regions] == [True]
-
-
-def test_linear_calls_of_parameters_are_layers():
-    """A memory of prototypes, which every input is compared with."""
-
-    class Memory(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.slots = torch.nn.Parameter(normal(30, D).detach())
-
-        def forward(self, x):
-            return F.linear(F.linear(x, self.slots).softmax(-1), self.slots.T)
-
-    assert not check(Memory(), normal(B, S, D)).fused
