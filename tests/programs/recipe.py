@@ -171,6 +171,8 @@ def _keep_finite(made: Recipe) -> None:
         made.scale = "after"  # powers and exponentials overflow
     if made.scale == "sharp" and made.after and half:
         made.scale = "after"  # all weight on one key: docs/numerics.md
+    if grows and half and made.after in ("key gate", "head gate", "dropout"):
+        made.after = ""  # the same
     if made.scale == "none" and (made.sizes.dim > 8 or made.captured == "temperature"):
         # Scores beyond what a softmax without a maximum takes, and of which float32 rounds much off.
         made.scale = "after"
