@@ -45,8 +45,13 @@ def _taken_off(total):
 
 def _with_expm1(total):
     constant, term = total.as_coeff_Add()[0], _taken_off(total)
+    assert term is not None
     rest = sympy.Add(*(x for x in total.args if x is not term and x is not constant))
     return rest - constant * expm1(term.as_coeff_Mul()[1].args[0])
+
+
+def sinh_by_expm1(x):
+    return (expm1(x) - expm1(-x)) / 2  # pyright: ignore[reportOperatorIssue]
 
 
 # What asks for the digits of a small number: a sign, a step, a root, a quotient.

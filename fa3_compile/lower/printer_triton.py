@@ -8,10 +8,10 @@ import sympy
 
 from fa3_compile.lower.formulas import (
     atan_by_polynomial,
-    expm1,
     float32,
     round_by_floor,
     sigmoid_by_exp2,
+    sinh_by_expm1,
     tanh_by_exp2,
     with_precise_tanh,
     with_small_digits,
@@ -130,7 +130,7 @@ _FORMULAS = {
     sympy.tanh: tanh_by_exp2,
     E.sigmoid: sigmoid_by_exp2,
     sympy.tan: lambda x: sympy.sin(x) / sympy.cos(x),
-    sympy.sinh: lambda x: (expm1(x) - expm1(-x)) / 2,
+    sympy.sinh: sinh_by_expm1,
     sympy.cosh: lambda x: (sympy.exp(x) + sympy.exp(-x)) / 2,
     sympy.atan: atan_by_polynomial,
     E.round_half_even: round_by_floor,

@@ -165,7 +165,7 @@ def _(node, index, ctx: Lifter) -> Element:
     return through_where(function, ctx.broadcast(node.args[0], index))
 
 
-def _of_number(node: fx.Node, x: Expr) -> Expr:
+def _of_number(node, x: Expr) -> Expr:
     """Torch's own answer: log(0) is -inf."""
     return sym(node.target(torch.tensor(float(x), dtype=torch.float64)).item())
 
