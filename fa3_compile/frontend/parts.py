@@ -37,11 +37,12 @@ class Part:
         """Whether the other one is of the same rows, weighed by the softmax alone as this one."""
         [own, *_], [term, *more] = self.weights.terms, other.weights.terms
         dim = term.softmax.dim
-        alike = (self.batch, self.row, self.column, self.alpha, own.coefficient, own.zeroed) == (
-            *(other.batch, other.row, other.column, other.alpha, term.coefficient, term.zeroed),
+        alike = (self.column, self.alpha, own.coefficient, own.zeroed) == (
+            *(other.column, other.alpha, term.coefficient, term.zeroed),
         )
         # Loads are told apart by their place in these lists.
         alike = alike and self.weights.loads == other.weights.loads
+        # One product may have as batches what another one has as rows.
         rows = all(same(x, y) for d, (x, y) in enumerate(zip(own.at, term.at)) if d != dim)
         return alike and rows and not more and term.weight == 1 and term.kept == sympy.true
 

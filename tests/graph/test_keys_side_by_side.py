@@ -133,6 +133,26 @@ def test_v_in_parts_of_one_product():
     assert specs(check(attention, *qkv(), MORE[1])) == "attention(score=0.25*s)"
 
 
+def blocks_and_keys_of_all(q, k, v, of_all, value, blocks=slice(None)):
+    """BigBird (Zaheer et al. 2020): keys of the query's own block of 16, and some that all see."""
+    scores = torch.einsum("bhnqd,bhkd->bhnqk", q, of_all), torch.einsum("bhnqd,bhnkd->bhnqk", q, k)
+    w = torch.cat(scores, -1).softmax(-1)
+    own = torch.einsum("bhnqk,bhnkd->bhnqd", w[..., 12:][:, :, blocks], v)
+    return torch.einsum("bhnqk,bhkd->bhnqd", w[..., :12], value) + own
+
+
+BLOCKS = *qkv(2, 2, 3, 16, 4), normal(2, 2, 12, 4, seed=4), normal(2, 2, 12, 4, seed=5)
+
+
+def test_keys_of_blocks_and_keys_of_all():
+    assert specs(check(blocks_and_keys_of_all, *BLOCKS)) == "attention(score=s)"
+
+
+def test_weights_of_other_blocks():
+    report = check(blocks_and_keys_of_all, *BLOCKS, torch.tensor([1, 2, 0]))
+    assert [x.fused for x in report.regions] == [False]
+
+
 def test_weights_that_are_returned_too():
     def attention(q, k, v, local, value):
         w = weights_of(q, k, local)
