@@ -100,6 +100,10 @@ def in_chain(attention: Callable[[Tensor, Tensor, Tensor], Tensor], q, k, v, **o
     return (took[1] - took[0]) / (CHAIN - 1)
 
 
+def operator(aux: list[Tensor], text: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.ops.fa3.attention(q, k, v, aux, [], text)[0]
+
+
 def calls() -> None:
     install()
     sdpa = partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True)
@@ -122,9 +126,7 @@ def calls() -> None:
                 launch = kernel.bound(problem, q, k, v, aux, ())
                 assert launch is not None
 
-                def attention(q, k, v, aux=aux, text=text):
-                    return torch.ops.fa3.attention(q, k, v, aux, [], text)[0]
-
+                attention = partial(operator, aux, text)
                 fixed, keyed = Attention(text, fixed=True), Attention(text)
                 unread = Attention(text, fixed=True, lse=False)
                 for x in (fixed, unread):

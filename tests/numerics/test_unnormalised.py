@@ -76,8 +76,9 @@ def test_gradients(form: Form, dtype: torch.dtype) -> None:
     found = kernel.run_backward(asked, given)
     rest = (aux, form.sizes, needs)
     rounded = attention_backward(asked.spec, dout, dlse, q, k, v, *rest)
-    wide = [x.double() for x in (q, k, v)]
-    exact = attention_backward(asked.spec, dout.double(), dlse, *wide, *rest)
+    exact = attention_backward(
+        asked.spec, dout.double(), dlse, q.double(), k.double(), v.double(), *rest
+    )
     for ours, theirs, truth in zip(*((*x[:3], *x[3]) for x in (found, rounded, exact))):
         if ours is None or theirs is None or truth is None:
             continue
