@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fa3_compile.lower import build_ahead, tune
 from fa3_compile.lower.bound import BindingKernel
-from fa3_compile.lower.build_nvrtc import Built, compiler, load_all, load_first, missing
+from fa3_compile.lower.build_nvrtc import Built, compiler, load_all, load_first, missing, source_of
 from fa3_compile.lower.choose import Gradients, KernelBuildError, Problem, register
 from fa3_compile.lower.config_sm90 import Sm90Config, variations
 from fa3_compile.lower.kernels import cuda_sm90_backward as backward
@@ -45,6 +45,8 @@ LARGEST_GRID = 65535
 
 
 class CudaSm90(BindingKernel):
+    """CUDA C++ for Hopper GPUs, forward and backward."""
+
     name = "cuda_sm90"
     priority = 20
 
@@ -80,6 +82,12 @@ class CudaSm90(BindingKernel):
     def configuration(self, problem: Problem) -> str:
         key, _ = _load(problem.spec, keys_of(problem, likely_layout(problem)))
         return f"{key.config.block_m} x {key.config.block_n}"
+
+    def source(self, problem: Problem) -> str:
+        if tune.effort(problem) != "none":
+            return ""
+        key, _ = _load(problem.spec, keys_of(problem, likely_layout(problem)))
+        return str(source_of(key) or "")
 
     def supports_backward(self, problem: Problem) -> str | None:
         return backward.supports_backward(problem)

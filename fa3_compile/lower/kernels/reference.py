@@ -142,6 +142,8 @@ def _no_autocast(device: torch.device):
 
 
 class Reference(Kernel):
+    """Eager PyTorch's mathematics in O(S^2) memory, for every spec and device."""
+
     name = REFERENCE
     priority = -100
     inline = True

@@ -67,6 +67,8 @@ class Bound:
 
 
 class TritonForward(BindingKernel):
+    """Triton for CUDA GPUs since Ampere, forward and backward."""
+
     name = "triton"
     priority = 10
 
