@@ -76,6 +76,7 @@ class RegionReport:
     tiles          what the mask lets the kernel skip
     kernel         the kernel family that runs it
     config         its tile config
+    kernel_source  the file with its generated source, where that is known before it runs
     gradients      the kernel family that computes its gradients; "" where none is asked for
     other_kernels  why each other family was not taken
     stage, code, reason, hint, node, node_where
@@ -96,6 +97,7 @@ class RegionReport:
     tiles: Tiles | None = None
     kernel: str = ""
     config: str = ""
+    kernel_source: str = ""
     gradients: str = ""
     other_kernels: dict[str, str] = field(default_factory=dict)
     stage: str = ""
@@ -145,6 +147,7 @@ class RegionReport:
             ("tiles", str(self.tiles) if self.tiles else ""),
             ("kernel", f"{self.kernel} {self.config}".strip()),
             *(("", other) for other in others),
+            ("source", self.kernel_source),
             ("grads", self.gradients),
             ("reason", f"{self.reason} [{self.code}]" if self.code else self.reason),
             ("node", " at ".join(x for x in (self.node, self.node_where) if x)),

@@ -165,7 +165,7 @@ def load(key: Key) -> Built:
 
     Raises BuildError.
     """
-    name = hashlib.sha256(f"{key.digest} {compiler()}".encode()).hexdigest()[:24]
+    name = _name(key)
     with _being_built.setdefault(key, threading.Lock()):
         try:
             built = _loaded(key, name)
@@ -173,6 +173,17 @@ def load(key: Key) -> Built:
             return built
         finally:
             _being_built.pop(key, None)
+
+
+def source_of(key: Key) -> Path | None:
+    """The file with a built kernel's source; None where it could not be written."""
+    path = cache.folder(KIND, _name(key)) / SOURCE
+    return path if path.is_file() else None
+
+
+def _name(key: Key) -> str:
+    """Of its entry in the cache."""
+    return hashlib.sha256(f"{key.digest} {compiler()}".encode()).hexdigest()[:24]
 
 
 def _loaded(key: Key, name: str) -> Built:

@@ -84,6 +84,11 @@ class Kernel:
         to say."""
         return ""
 
+    def source(self, problem: Problem) -> str:
+        """The file with a prepared kernel's generated source, for the report; "" where there is
+        none, or where the first call decides which one it is."""
+        return ""
+
     def run(
         self,
         problem: Problem,

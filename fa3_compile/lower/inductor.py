@@ -66,7 +66,7 @@ def _lower_attention(q, k, v, aux, sizes, text):
     options = split_text(text)[1]
     kernel = built(problem, allowed_kernels(options))
     ran = {"kernel": kernel.name, "config": kernel.configuration(problem)}
-    report.update(str(problem.spec), **ran)
+    report.update(str(problem.spec), kernel_source=kernel.source(problem), **ran)
     if is_direct(kernel, options, fake_aux):
         return _direct(torch.ops.fa3.attention.default, q, k, v, aux, sizes, text)
     if not kernel.inline or wants_verification(options):

@@ -24,6 +24,7 @@ from fa3_compile.lower.kernels import cuda_sm90, cuda_sm90_backward, cuda_sm90_b
 from fa3_compile.lower.kernels.cuda_sm90 import CudaSm90
 from fa3_compile.lower.kernels.cuda_sm90_keys import keys_of, likely_layout
 from fa3_compile.lower.render_cuda import CudaKey, render
+from fa3_compile.report import RegionReport
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.text import FUNCTIONS
 from tests.numerics.forms import BY_NAME, FORMS, inputs, shape_for
@@ -86,6 +87,15 @@ def test_places_outside_of_captured_tensors_of_every_type() -> None:
     asked = replace(problem("full", 64, 64), spec=spec, aux_dtypes=tuple(kinds))
     for key in (keys(asked)[0], cuda_sm90_backward_keys.likely_keys(asked)[0]):
         assert build_nvrtc.load(key).cubin
+
+
+@needs_nvrtc
+def test_the_report_names_the_file_with_a_kernels_source() -> None:
+    asked = problem("full", 64, 64)
+    path = CudaSm90().source(asked)
+    assert Path(path).read_text().startswith(f"// {asked.spec}\n")
+    region = RegionReport(0, "0/0", fused=True, kernel="cuda_sm90", kernel_source=path)
+    assert ("source", path) in region.rows()
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda x: x.name)
