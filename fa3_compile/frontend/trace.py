@@ -13,6 +13,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -115,7 +116,7 @@ def _shadow(gm: fx.GraphModule, scope: Scope) -> Shadow:
     stopping = stops(gm.graph)
     marks = _Marks()
 
-    values = [example_value(node) for node in cuts]
+    values = _told_apart(cuts)
     # Dynamo's values live in a mode of their own, older than TracingContext's.
     fake_mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
     shape_env = fake_mode.shape_env if fake_mode is not None else None
@@ -132,6 +133,21 @@ def _shadow(gm: fx.GraphModule, scope: Scope) -> Shadow:
             _allow_non_fake_inputs=True,
         )(*values)
     return _connect(traced, cuts, marks, scope.declined)
+
+
+def _told_apart(cuts: list[fx.Node]) -> list:
+    """The cuts' values, one for each input: the backward of an autograd function is given its
+    result's as that of the gradient."""
+    values: dict[fx.Node, Any] = {}
+    given: set[int] = set()
+    for node in cuts:
+        value = example_value(node)
+        if isinstance(value, torch.Tensor) and node.op == "placeholder":
+            if id(value) in given:
+                value = value.new_empty_strided(value.shape, value.stride())
+            given.add(id(value))
+        values[node] = value
+    return [*values.values()]
 
 
 @functools.cache

@@ -34,6 +34,24 @@ class Softmax(torch.autograd.Function):
         return p * (g - (g * p).sum(-1, keepdim=True))
 
 
+class Attention(torch.autograd.Function):
+    """With its gradients written out (Dao et al. 2022, algorithm 4), from the logsumexp."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        scores = scores_of(q, k)
+        out = attend(scores, v)
+        ctx.save_for_backward(q, k, v, out, scores.logsumexp(-1, keepdim=True))
+        return out
+
+    @staticmethod
+    def backward(ctx, g):
+        q, k, v, out, lse = ctx.saved_tensors
+        p = (scores_of(q, k) - lse).exp()
+        ds = p * (g @ v.mT - (g * out).sum(-1, keepdim=True)) * q.size(-1) ** -0.5
+        return ds @ k, ds.mT @ q, p.mT @ g
+
+
 class Clamped(torch.autograd.Function):
     """A clamp with the gradient of the identity."""
 
@@ -93,6 +111,11 @@ def loop(q, k, v):
         return i + 1, plain(x, k, v)
 
     return while_loop(again, body, (torch.tensor(0), q.clone()))[1]
+
+
+def test_products_of_gradients_are_not_of_results():
+    """Dynamo has one value for the gradient that a backward is given and for the result it is of."""
+    assert check(Attention.apply, *qkv()).fused
 
 
 @pytest.mark.parametrize("function", [branches, steps, loop])
