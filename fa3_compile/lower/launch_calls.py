@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fa3_compile.lower.launch_cuda import Counters, Launch, driver, empty_cuda, ensure_context
-from fa3_compile.lower.launch_graph import launch_graph
+from fa3_compile.lower.launch_graph import OfStreams, launch_graph
 from fa3_compile.lower.stream_reports import numbers, stream_reports
 from fa3_compile.lower.stream_scratch import BYTES, stream_scratch
 from fa3_compile.runtime.launch import General
@@ -97,8 +97,7 @@ class Launches:
             parts = [part for x in blocks for part in x[:2]]
             if graphed:
                 ensure_context(device)
-                graph = launch_graph(self.launches[first:], blocks[first:], stream)
-                parts += [graph.stream, graph.executable, *graph.nodes]
+                parts += launch_graph(self.launches[first:], blocks[first:], stream)
             return (*parts, blocks)
 
         def own_counter() -> tuple[int, Tensor]:
@@ -135,7 +134,7 @@ class Launches:
             "own_lists": own_lists,
             "reports": stream_reports(device) if self.tells else None,
             "numbers": numbers,
-            "blocks": [],
+            "blocks": OfStreams() if graphed else [],
             "parameters": parameters,
             "launch": driver().cuLaunchKernel,
             "set_node": driver().cuGraphExecKernelNodeSetParams,
@@ -218,13 +217,15 @@ def written(
         body += ["elif shared is None:", "    lists_ = scratch_"]
         body += ["else:", "    lists_, made = own_lists()"]
         body += ["    number_ = report_ and next(numbers)"] if tells else []
-    body += ["try:", "    block = blocks.pop()"]
+    free = "mine" if graphed else "blocks"
+    body += ["mine = blocks[stream]"] if graphed else []
+    body += ["try:", f"    block = {free}.pop()"]
     body += ["except IndexError:", "    block = parameters(stream)"]
     count = len(launches)
     parts = [f"words{i}, pointer{i}, " for i in range(count)]
     first = 1 if lists else 0
     if graphed:
-        parts += ["owner, graph, ", *(f"node{i}, values{i}, " for i in range(first, count))]
+        parts += ["graph, ", *(f"node{i}, values{i}, " for i in range(first, count))]
     body += [f"{''.join(parts)}_ = block"]
     given = [_given(i, places) for i, places in enumerate(launches)]
     steps = [_launched(i) for i in range(count)]
@@ -237,14 +238,14 @@ def written(
         given[-1], steps[-1] = (["if asks:", *_indented(x[-1])] for x in (given, steps))
     if graphed:
         body += [line for step in given[first:] for line in step]
-        body += [f"if apart or owner != stream{' or not asks' if tells else ''} or ("]
+        body += [f"if apart or graph is None{' or not asks' if tells else ''} or ("]
         body += [f"    set_node(graph, node{i}, values{i})[0] is not success or"
                  for i in range(first, count)]  # fmt: skip
         body += ["    go(graph, stream)[0] is not success", "):"]
         body += _indented([line for step in steps[first:] for line in step])
     else:
         body += [line for i in range(first, count) for line in (*given[i], *steps[i])]
-    body += ["blocks.append(block)"]
+    body += [f"{free}.append(block)"]
     if kept:
         body = ["try:", *(f"    {x}" for x in body), "finally:", "    spare.append(scratch_)"]
     lines += [*body, f"return out, {'lse' if lse else None}"]

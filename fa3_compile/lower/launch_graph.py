@@ -3,16 +3,18 @@ set anew in each call.
 
 Two cuLaunchKernel take 12.6 us on the host of an H100, to set the parameters of two nodes and to
 launch their graph takes 5.6. A graph that is launched again waits for itself, whatever the stream:
-each belongs to one stream, and calls on others launch their kernels one by one.
+so each belongs to one stream.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
+
+import torch
 
 from fa3_compile.lower.choose import KernelBuildError
-from fa3_compile.lower.launch_cuda import Block, Launch, beside_captures, checked, driver
+from fa3_compile.lower.launch_cuda import Block, Launch, beside_captures, checked, driver, lasts
 
 # As the driver's CUDA_KERNEL_NODE_PARAMS calls what Launch.arguments has in this order.
 ARGUMENTS = (
@@ -21,22 +23,24 @@ ARGUMENTS = (
 )  # fmt: skip
 
 
-class LaunchGraph(NamedTuple):
-    """Kernels one after the other, whose parameters are copied from their blocks when they are set.
+class OfStreams(dict[int, list]):
+    """Stream -> the parameters, with a graph of them, that no thread is using. Streams that may be
+    destroyed have one list."""
 
-    stream      the handle of the one that it is launched on; -1 where there is no graph
-    executable  what is launched
-    nodes       of each kernel its node, and what it is set to, one behind the other
+    def __missing__(self, stream: int) -> list:
+        return self.setdefault(stream if lasts(stream) else -1, [])
+
+
+def launch_graph(launches: Sequence[Launch], blocks: Sequence[Block], stream: int) -> list[Any]:
+    """A graph of the kernels one after the other, in the current context, then of each kernel its
+    node and what that is set to: its parameters are copied from its block. Nothing but None where
+    the kernels are to be launched one by one: while the stream is captured, or may be destroyed.
+
+    The graph is never destroyed, as the kernels are not: it may be running when nothing holds it.
     """
-
-    stream: int
-    executable: Any
-    nodes: tuple[Any, ...]
-
-
-def launch_graph(launches: Sequence[Launch], blocks: Sequence[Block], stream: int) -> LaunchGraph:
-    """The graph of the current context. It is never destroyed, as the kernels are not: it may be
-    running when nothing holds it any more."""
+    none = [None] * (1 + 2 * len(launches))
+    if torch._C._cuda_isCurrentStreamCapturing() or not lasts(stream):
+        return none
     cu = driver()
     nodes: list[Any] = []
     try:
@@ -50,7 +54,6 @@ def launch_graph(launches: Sequence[Launch], blocks: Sequence[Block], stream: in
                 before = nodes[-2:-1]
                 node = checked(cu.cuGraphAddKernelNode(graph, before, len(before), values))
                 nodes += [node, values]
-            executable = checked(cu.cuGraphInstantiate(graph, 0))
+            return [checked(cu.cuGraphInstantiate(graph, 0)), *nodes]
     except KernelBuildError:  # by a driver that makes no graphs of such kernels
-        return LaunchGraph(-1, None, (None,) * 2 * len(launches))
-    return LaunchGraph(stream, executable, tuple(nodes))
+        return none

@@ -245,10 +245,11 @@ def test_the_first_call_ends_no_capture(name: str, own: bool, launches, monkeypa
 
 
 def test_kernels_that_follow_each_other_are_one_graph(launches, monkeypatch) -> None:
-    """Not where a stream that did not make it, or a capture, would wait for it; a driver that
-    refuses it gets them one by one."""
-    stream, capturing = STREAM, False
+    """Of each stream that lasts; a capture, a stream that may be destroyed and a driver that
+    refuses it get them one by one."""
+    stream, number, capturing = STREAM, STREAM | 1, False
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: stream)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentStream", lambda index: (number, index, 1))
     monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: capturing)
     form = BY_NAME["left padding"]
     q, k, v, aux = of_form("left padding", Shape(2, 4, 2, 150, 150, 64, 64))
@@ -263,11 +264,13 @@ def test_kernels_that_follow_each_other_are_one_graph(launches, monkeypatch) -> 
         return graphs_launched() - before
 
     assert [called() for _ in range(3)] == [1, 1, 1]
-    stream = STREAM + 2
+    stream, capturing = STREAM + 2, True
     assert called() == 0
-    stream, capturing = STREAM, True
-    assert called() == 0
-    capturing = False
+    stream, capturing = STREAM + 4, False
+    assert called() == called() == 1
+    stream, number = STREAM + 6, STREAM + 6
+    assert called() == called() == 0
+    stream, number = STREAM, STREAM | 1
     assert called() == 1
     monkeypatch.setattr(driver(), "cuGraphInstantiate", lambda *_: (driver().CUresult(801), None))
     call = Attention(f"{form.spec()} #;kernels=cuda_sm90", fixed=True)
