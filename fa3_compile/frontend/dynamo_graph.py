@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
+from torch._dispatch.python import enable_python_dispatcher
 
 SOFTMAX_NAMES = re.compile(r"softmax|softmin|exp|scaled_dot_product_attention|flex_attention")
 
@@ -40,6 +43,18 @@ def operator_name(target: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -
 def example_value(node: fx.Node) -> Any:
     """Dynamo's fake value of a node, or None."""
     return node.meta.get("example_value")
+
+
+@contextlib.contextmanager
+def computing_fakes(fake_mode) -> Iterator[None]:
+    """Fake values are computed within, as Dynamo does it; None: with real tensors, as they are."""
+    with contextlib.ExitStack() as stack:
+        if fake_mode is not None:
+            stack.enter_context(fake_mode)
+            # Without it what is written in C++ (F.linear of torch 2.11) takes sizes as numbers,
+            # and a graph that was dynamic is compiled anew for each.
+            stack.enter_context(enable_python_dispatcher())
+        yield
 
 
 def is_softmax_like(node: fx.Node) -> bool:

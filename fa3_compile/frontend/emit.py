@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import operator
 from collections.abc import Callable
 
@@ -14,7 +13,12 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from fa3_compile.errors import Decline
 from fa3_compile.frontend.captured import Captured, Seed
-from fa3_compile.frontend.dynamo_graph import example_value, target_name, unwrapped
+from fa3_compile.frontend.dynamo_graph import (
+    computing_fakes,
+    example_value,
+    target_name,
+    unwrapped,
+)
 from fa3_compile.frontend.lift import sym
 from fa3_compile.frontend.logsumexp import Lse
 from fa3_compile.frontend.placeholders import D
@@ -49,7 +53,7 @@ class Emitter:
     def _valued(self, node: fx.Node, run: Callable) -> fx.Node:
         """The node with a value as Dynamo's have, which AOTAutograd's cache asks for."""
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), example_value)
-        with torch.no_grad(), self.fake_mode or contextlib.nullcontext():
+        with torch.no_grad(), computing_fakes(self.fake_mode):
             node.meta["example_value"] = run(*args, **kwargs)
         return node
 

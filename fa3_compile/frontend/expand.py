@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import guard_scalar
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fa3_compile.frontend.dynamo_graph import example_value
+from fa3_compile.frontend.dynamo_graph import computing_fakes, example_value
 from fa3_compile.frontend.emit import Emitter
 from fa3_compile.frontend.mutations import is_mutation
 from fa3_compile.frontend.sizes import sym
@@ -80,7 +80,8 @@ def _expand(graph: fx.Graph, node: fx.Node) -> None:
     nodes = {
         id(fakes[name]): x for name, x in given.items() if _is_node(x) and fakes[name] is not None
     }
-    with graph.inserting_before(node), tensors[0].fake_mode:  # pyright: ignore
+    fake_mode = tensors[0].fake_mode  # pyright: ignore
+    with graph.inserting_before(node), computing_fakes(fake_mode):
         recorder = _Recorder(Emitter(graph, node, tensors[0]), nodes)
         with recorder:
             results = multi_head_attention(fakes)

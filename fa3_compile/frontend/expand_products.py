@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from fa3_compile.frontend import transforms
-from fa3_compile.frontend.dynamo_graph import example_value
+from fa3_compile.frontend.dynamo_graph import computing_fakes, example_value
 
 # A letter for the axes of an ellipsis.
 REST = "."
@@ -49,7 +49,7 @@ def _expand(graph: fx.Graph, node: fx.Node) -> None:
     whole = example_value(node)
     terms, output = _terms(node.args[0])
     left = [*zip(terms, operands, strict=True)]
-    with graph.inserting_before(node), whole.fake_mode:
+    with graph.inserting_before(node), computing_fakes(whole.fake_mode):
         for i, j in _order(node.args[0], operands):
             pair = left[i], left[j]
             left = [x for n, x in enumerate(left) if n not in (i, j)]
