@@ -138,6 +138,10 @@ class TestSeveral:
             for call, function in zip(calls, (attention, doubled, attention)):
                 torch.testing.assert_close(call(*inputs()), function(*inputs()))
 
+    @pytest.mark.skipif(
+        torch.__version__ < "2.13",
+        reason="torch 2.11 crashes when threads compile at once, with backend='eager' too",
+    )
     def test_threads(self):
         expected = attention(*inputs())
         call = compiled(attention)
