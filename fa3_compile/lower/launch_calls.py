@@ -81,8 +81,8 @@ class Launches:
         structure = tuple(tuple((n // 8, x, bool(m)) for n, x, m in places) for places in at)
         counted = self.counters is not None and "counter" in named
         flags = otherwise is not None, lse, counted, bool(scratch), kept, bool(self.lists)
-        # What is called otherwise is bound anew for each length of a cache: not worth a graph.
         first = 1 if self.lists else 0
+        # What is called otherwise is bound anew for each length of a cache: not worth a graph.
         graphed = otherwise is not None and len(self.launches) - first > 1
         flags = *flags, self.tells, self.joint, graphed
         text = written(structure, *flags)
