@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fa3_compile.lower.launch_cuda import Counters, Launch, driver, empty_cuda, ensure_context
-from fa3_compile.lower.launch_graph import OfStreams, launch_graph
+from fa3_compile.lower.launch_graph import LEAST, OfStreams, launch_graph
 from fa3_compile.lower.stream_reports import numbers, stream_reports
 from fa3_compile.lower.stream_scratch import BYTES, stream_scratch
 from fa3_compile.runtime.launch import General
@@ -83,7 +83,7 @@ class Launches:
         flags = otherwise is not None, lse, counted, bool(scratch), kept, bool(self.lists)
         first = 1 if self.lists else 0
         # What is called otherwise is bound anew for each length of a cache: not worth a graph.
-        graphed = otherwise is not None and len(self.launches) - first > 1
+        graphed = otherwise is not None and len(self.launches) - first >= LEAST
         flags = *flags, self.tells, self.joint, graphed
         text = written(structure, *flags)
         device = self.device

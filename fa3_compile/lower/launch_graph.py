@@ -16,6 +16,8 @@ import torch
 from fa3_compile.lower.choose import KernelBuildError
 from fa3_compile.lower.launch_cuda import Block, Launch, beside_captures, checked, driver, lasts
 
+# Kernels of a graph; fewer are launched one by one.
+LEAST = 2
 # As the driver's CUDA_KERNEL_NODE_PARAMS calls what Launch.arguments has in this order.
 ARGUMENTS = (
     "func", "gridDimX", "gridDimY", "gridDimZ", "blockDimX", "blockDimY", "blockDimZ",
