@@ -74,10 +74,6 @@ class Printer:
         """One expression; UnprintableError names a node the language lacks."""
         return Session(self, env, {}).text(self.rewrite(expr)).body
 
-    def print_float(self, expr: E.Expr, env: Env = Env()) -> str:
-        """As `print`, with the value converted to the float type."""
-        return self.to_float(Session(self, env, {}).text(self.rewrite(expr))).body
-
     def print_block(
         self, exprs: Iterable[E.Expr | E.Boolean], env: Env = Env(), prefix: str = "t"
     ) -> tuple[list[str], list[str]]:
@@ -161,6 +157,16 @@ class Printer:
     def uniform(self, args: list[Text]) -> Text:
         """The program's own function of integers (seed, b, h, q, kv)."""
         return Text(f"uniform({', '.join(x.body for x in args)})", "float")
+
+
+def _of_bits(sign: str) -> Callable[[Session, sympy.Basic], Text]:
+    """The same sign, with the same meaning for negative integers, in every language."""
+
+    def printed(session: Session, expr: sympy.Basic) -> Text:
+        a, b = (session.to.to_int(x) for x in session.texts(expr.args))
+        return Text(f"{a.at(ATOM)} {sign} {b.at(ATOM)}", "int", LOW)
+
+    return printed
 
 
 class Session:
@@ -300,25 +306,8 @@ class Session:
         x, y = (self.to.to_int(x) for x in self.texts([a, b]))
         return rule(x, y, plain)
 
-    def _bitwise_and(self, expr) -> Text:
-        return self.bits("&", expr)
-
-    def _bitwise_or(self, expr) -> Text:
-        return self.bits("|", expr)
-
-    def _bitwise_xor(self, expr) -> Text:
-        return self.bits("^", expr)
-
-    def _left_shift(self, expr) -> Text:
-        return self.bits("<<", expr)
-
-    def _right_shift(self, expr) -> Text:
-        return self.bits(">>", expr)
-
-    def bits(self, sign: str, expr) -> Text:
-        """The same sign, with the same meaning for negative integers, in every language."""
-        a, b = (self.to.to_int(x) for x in self.texts(expr.args))
-        return Text(f"{a.at(ATOM)} {sign} {b.at(ATOM)}", "int", LOW)
+    _bitwise_and, _bitwise_or, _bitwise_xor = map(_of_bits, "&|^")
+    _left_shift, _right_shift = map(_of_bits, ("<<", ">>"))
 
     def _trunc(self, expr) -> Text:
         x = self.text(expr.args[0])
@@ -366,7 +355,7 @@ class Session:
     def _Relational(self, expr) -> Text:
         if (whole := self.to.relation(expr, self.text)) is not None:
             return whole
-        sign = _SIGNS[type(expr)]
+        sign = expr.rel_op
         bools = [x for x in self.texts(expr.args) if x.kind == "bool"]
         if bools and sign in ("==", "!=") and sympy.S.Zero in expr.args:
             return self.to.truth(bools[0], sign == "!=")
@@ -379,8 +368,6 @@ class Session:
 
 
 _FUNCTION_NAMES = {"ceiling": "ceil", "round_half_even": "round"}
-_SIGNS = {sympy.Lt: "<", sympy.Le: "<=", sympy.Gt: ">", sympy.Ge: ">="}
-_SIGNS |= {sympy.Eq: "==", sympy.Ne: "!="}
 
 
 def _sign_strength(body: str) -> int:
