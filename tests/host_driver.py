@@ -34,7 +34,8 @@ from fa3_compile.lower.bound import BindingKernel
 from fa3_compile.lower.kernels import cuda_sm90_backward, cuda_sm90_lists, triton_backward
 
 COMPILER = shutil.which("g++")
-DEVICES = DEVICE, _ = torch.device("cuda", 0), torch.device("cuda", 1)
+DEVICES = torch.device("cuda", 0), torch.device("cuda", 1)
+DEVICE = DEVICES[0]
 STREAM = 0x5EA
 # What meets tensors of another device by right.
 CROSSING = {"to", "copy_", "as_subclass", "__getitem__", "__setitem__"}
