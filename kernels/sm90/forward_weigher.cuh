@@ -33,7 +33,9 @@ struct ForwardWeigher : ForwardBlock<Config, Variant> {
     mbarrier_wait(this->barrier(Base::kDenseFull + dense.stage()), dense.parity());
   }
 
+  // ldmatrix may still be under way, and the next tile, which TMA writes, must not overtake it.
   FA3_DEVICE void release_dense() {
+    fence_proxy_async();
     release(Base::kDenseEmpty + dense.stage());
     dense.advance();
   }
