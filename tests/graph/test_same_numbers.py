@@ -33,7 +33,10 @@ def distance(x):
 READS = {
     "quotient by 0.1, rounded down": (lambda s, t: s + (t // 0.1) * 0.1, TENTHS),
     "floor of a quotient by 0.1": (lambda s, t: s + (t / 0.1).floor() * 0.1, TENTHS),
-    "floor of a quotient of two": (lambda s, t: s + (t[:, None] / t.clamp(min=0.1)).floor(), TENTHS),
+    "floor of a quotient of two": (
+        lambda s, t: s + (t[:, None] / t.clamp(min=0.1)).floor(),
+        TENTHS,
+    ),
     "zeros times their reciprocals": (
         lambda s, t: s + t.square() * t.reciprocal(),
         TENTHS * (AT > 0),
