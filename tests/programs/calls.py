@@ -56,7 +56,7 @@ def attn_mask(name: str, sizes: Sizes, seed: int) -> tuple[tuple[Tensor, ...], C
         return (bias,), lambda q, x: x.to(q.dtype).masked_fill(~at(q, "causal"), -math.inf)
     if name in ("padding", "float padding"):
         keep = torch.ones(BATCH, 1, 1, m, dtype=torch.bool, device=device)
-        keep[0, ..., m // 2 :] = False
+        keep[0, ..., max(1, m // 2) :] = False
         if name == "padding":
             return (keep,), lambda q, x: x
         return (keep,), lambda q, x: (1.0 - x.to(q.dtype)) * torch.finfo(q.dtype).min

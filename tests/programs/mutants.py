@@ -53,7 +53,7 @@ def other_scores(s: Tensor, mutant: str) -> Tensor:
     if mutant == "rolled scores":
         return s.roll(1, -1)
     if mutant == "top keys":
-        return s.masked_fill(s < s.topk(3, -1).values[..., -1:], -1e4)
+        return s.masked_fill(s < s.topk(min(3, s.shape[-1]), -1).values[..., -1:], -1e4)
     if mutant == "scores detached":
         return s.detach()
     if mutant == "row mean off":
