@@ -16,6 +16,7 @@ from fa3_compile.frontend.lift import written_between
 from fa3_compile.frontend.liveness import depends_on_values, live_nodes
 from fa3_compile.frontend.mutations import overwrite
 from fa3_compile.frontend.region import Region
+from fa3_compile.frontend.selected_keys import selected, selecting_call
 from fa3_compile.spec.expr import loads_in
 
 
@@ -118,6 +119,8 @@ def _check_loads(region: Region) -> None:
     weighing = [region.loads[x.tensor] for x in loads_in(weight)] if weight is not None else []
     for source, _ in reads_of(region):
         if depends_on_values(source, interior):
+            if call := selecting_call([_call_between(interior, source)]):
+                raise selected(call, "check")
             if any(isinstance(x, Captured) and x.source is source for x in weighing):
                 raise Decline(
                     "scores-read",

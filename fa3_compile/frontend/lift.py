@@ -18,6 +18,7 @@ from torch import fx
 from fa3_compile.errors import Decline
 from fa3_compile.frontend.captured import Captured, Seed
 from fa3_compile.frontend.mutations import overwrite
+from fa3_compile.frontend.selected_keys import selected, selecting_call
 from fa3_compile.frontend.sizes import UnknownScalar, scalar, sym
 from fa3_compile.frontend.trace import SIZES, Shadow
 from fa3_compile.spec.expr import Expr, erf, load, round_half_even, sigmoid, trunc, where
@@ -285,6 +286,8 @@ def declined(opaque: Opaque, shadow: Shadow) -> Decline:
     holders = shadow.dynamo_of.get(opaque.node)
     if isinstance(opaque, Overwritten) and holders:
         return written_between(holders[0], opaque.by)
+    if holders and (call := selecting_call(holders[:1])):
+        return selected(call, "lift")
     if opaque.node.target is torch.ops.aten._softmax.default:
         return Decline(
             "not-pointwise",

@@ -156,7 +156,7 @@ class TestBetween:
             return (s - threshold).clamp(min=0) @ v
 
         [region] = check(attention, *qkv()).regions
-        assert region.code == "scores-read" and "by sort" in region.reason
+        assert region.code == "scores-selected" and "sort" in region.reason
 
     def test_mean_of_the_row(self):
         def attention(q, k, v):
@@ -248,8 +248,18 @@ class TestBetween:
             top = s.topk(5, -1)
             return attend(torch.full_like(s, -INF).scatter(-1, top.indices, top.values), v)
 
-        assert_expected_inline(declined(threshold), """check: scores-read""")
-        assert_expected_inline(declined(scattered), """lift: not-pointwise""")
+        def masked(q, k, v):
+            s = scores_of(q, k).masked_fill(torch.ones(S, S).triu(1).bool(), -1e30)
+            return attend(s.masked_fill(s < s.topk(5, -1).values[..., -1:], -1e30), v)
+
+        def kth(q, k, v):
+            s = scores_of(q, k)
+            return attend(s.masked_fill(s < s.kthvalue(5, -1, True).values, -INF), v)
+
+        assert_expected_inline(declined(threshold), """check: scores-selected""")
+        assert_expected_inline(declined(scattered), """lift: scores-selected""")
+        assert_expected_inline(declined(masked), """lift: scores-selected""")
+        assert_expected_inline(declined(kth), """lift: scores-selected""")
 
     def test_sorted_scores(self):
         declined(lambda q, k, v: attend(scores_of(q, k).sort(-1).values, v))

@@ -218,5 +218,5 @@ def test_largest_scores_decide():
         return attend(s.masked_fill(s < s.topk(5, -1).values[..., -1:], -INF), v)
 
     [region] = check(attention, *qkv()).regions
-    assert (region.code, region.stage) == ("scores-read", "check")
+    assert (region.code, region.stage) == ("scores-selected", "check")
     assert region.hint and "topk" in region.reason

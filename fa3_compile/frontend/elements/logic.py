@@ -7,6 +7,7 @@ import torch
 from sympy.logic.boolalg import Boolean
 from torch import fx
 
+from fa3_compile.frontend.captured import Captured
 from fa3_compile.frontend.elements.pointwise import is_bool
 from fa3_compile.frontend.elements.rounding import comparable
 from fa3_compile.frontend.elements.weights import is_weight, without_nan
@@ -20,6 +21,7 @@ from fa3_compile.frontend.lift import (
     truth,
 )
 from fa3_compile.frontend.placeholders import prob, row_stat, some
+from fa3_compile.frontend.selected_keys import selected, selecting_call
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.expr import KV, Expr, loads_in, where
 
@@ -59,6 +61,10 @@ def _(node, index, ctx: Lifter) -> Element:
     if compare not in (sympy.Eq, sympy.Ne) and _is_as_large_as_read(node, a - b, ctx):
         raise Cheaper(node, "it is not the negation of its opposite where a number is NaN")
     if not ctx.weighs and any(E.S in x.free_symbols and _has_fill(x) for x in (a, b)):
+        sources = [ctx.loads[x.tensor] for x in loads_in(a, b)]
+        held = [x.source for x in sources if isinstance(x, Captured)]
+        if call := selecting_call(held):
+            raise selected(call, "lift")
         raise Opaque(node, "a comparison of masked scores")
     return compare(a, b)
 
