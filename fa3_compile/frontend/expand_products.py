@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fa3_compile.frontend import transforms
 from fa3_compile.frontend.dynamo_graph import computing_fakes, example_value
@@ -33,15 +34,17 @@ def expand_products(graph: fx.Graph) -> int:
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:
-    """The tensors of an einsum in letters, if there are more than two."""
+    """The tensors of an einsum in letters, if there are more than two, and plain ones."""
     if node.target is not torch.functional.einsum:
         return []
     equation, *operands = node.args
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = [*operands[0]]
     tensors = [x for x in operands if isinstance(x, fx.Node)]
-    alike = isinstance(equation, str) and len(tensors) == len(operands) > 2
-    return tensors if alike else []
+    if not isinstance(equation, str) or not len(tensors) == len(operands) > 2:
+        return []
+    plain = all(type(example_value(x)) is FakeTensor for x in (node, *tensors))
+    return tensors if plain else []
 
 
 def _expand(graph: fx.Graph, node: fx.Node) -> None:
