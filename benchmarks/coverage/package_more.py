@@ -42,6 +42,38 @@ CASES: dict[str, Case] = {
     "nystrom_attention: NystromAttention": block(
         "nystrom_attention:NystromAttention", TOKENS, num_landmarks=4, **WIDTHS
     ),
+    "linformer: LinformerSelfAttention": block(
+        "linformer.linformer:LinformerSelfAttention", TOKENS, dim=32, seq_len=16, k=4, heads=4
+    ),
+    "linformer: LinformerSelfAttention, one head of keys": block(
+        *("linformer.linformer:LinformerSelfAttention", TOKENS),
+        dim=32,
+        seq_len=16,
+        k=4,
+        heads=4,
+        one_kv_head=True,
+        share_kv=True,
+    ),
+    "conformer: Attention": block("conformer.conformer:Attention", TOKENS, max_pos_emb=8, **WIDTHS),
+    "perceiver_pytorch: Attention": block(
+        *("perceiver_pytorch.perceiver_pytorch:Attention", TOKENS, (2, 12, 32)),
+        query_dim=32,
+        context_dim=32,
+        heads=4,
+        dim_head=8,
+    ),
+    "perceiver_pytorch: Attention inverted": block(
+        *("perceiver_pytorch.perceiver_pytorch:Attention", TOKENS, (2, 12, 32)),
+        call={"inverted_attention": True},
+        query_dim=32,
+        context_dim=32,
+        heads=4,
+        dim_head=8,
+    ),
+    "memory_efficient_attention_pytorch: FlashAttention": block(
+        *("memory_efficient_attention_pytorch.flash_attention:FlashAttention", TOKENS),
+        **WIDTHS,
+    ),
     "esm: RowSelfAttention": block("esm.axial_attention:RowSelfAttention", ALIGNMENT, **ESM),
     "esm: ColumnSelfAttention": block("esm.axial_attention:ColumnSelfAttention", ALIGNMENT, **ESM),
     "esm: MultiheadAttention": block(
