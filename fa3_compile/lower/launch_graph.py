@@ -16,7 +16,7 @@ import torch
 from fa3_compile.lower.choose import KernelBuildError
 from fa3_compile.lower.launch_cuda import Block, Launch, beside_captures, checked, driver, lasts
 
-# Kernels of a graph; fewer are launched one by one.
+# Kernels of a graph. One alone would cost the device 0.4 us where another kernel follows it.
 LEAST = 2
 # As the driver's CUDA_KERNEL_NODE_PARAMS calls what Launch.arguments has in this order.
 ARGUMENTS = (
