@@ -93,7 +93,10 @@ def skeletons(shadow: Shadow) -> Iterator[Skeleton]:
             yield Skeleton(reached[parts[0]], parts[0], output, False, total=total, parts=parts)
     certain = {product for product, _, of, _ in found if not all(x.by_hand for x in of)}
     plain = {p: w for p in order if p not in certain and (w := finder.of(p))}
-    found += [(p, p, plain.pop(p), True) for p in [*plain] if p not in finder.taken]
+    # Scores of a softmax made of a product (factors of Q or K) are no attention to be told of.
+    normalized = [x for of in reached.values() for x in of if x.normalizes]
+    scored = {p for softmax in normalized for p in products_before(softmax.scores)}
+    found += [(p, p, plain.pop(p), p not in scored) for p in [*plain] if p not in finder.taken]
     for product, last, of, is_nearest in sorted(found, key=lambda x: order[x[0]]):
         output = _output_node(shadow, last)
         if output is None and is_nearest:

@@ -427,3 +427,17 @@ class TestFlashlight:
     def test_differential(self):
         q, k, v = qkv()
         fused(differential, q, k, v[:, :2], normal(1), regions=2)
+
+
+def test_tensor_product_attention():
+    """Zhang et al. (2025): Q, K and V are products of factors, which are no attention beside it."""
+
+    def attention(*factors):
+        pairs = zip(factors[::2], factors[1::2])
+        q, k, v = (torch.einsum("bsrh,bsrd->bhsd", a, b) / a.size(2) for a, b in pairs)
+        weights = (q @ k.mT * D**-0.5).masked_fill(~torch.ones(S, S).tril().bool(), -INF)
+        return weights.softmax(-1) @ v
+
+    shapes = [(B, S, rank, n) for rank in (6, 2, 2) for n in (H, D)]
+    report = check(attention, *(normal(*shape, seed=i) for i, shape in enumerate(shapes)))
+    assert [region.form for region in report.regions] == ["causal"]
