@@ -104,8 +104,8 @@ FIRST = HELD | {"dense_first": True}
 
 def tile(block_m: int, block_n: int, *ahead: int, **changes) -> list[dict[str, object]]:
     """With maxima that come late, and the weights of as many columns ahead of the values before."""
-    plain = {"held_queries": False, "optimistic": True, "dense_first": False}
-    plain |= {"block_m": block_m, "block_n": block_n}
+    plain: dict[str, object] = {"block_m": block_m, "block_n": block_n}
+    plain |= {"held_queries": False, "optimistic": True, "dense_first": False}
     return [plain | changes | {"ahead": x} for x in ahead or (0,)]
 
 
@@ -117,7 +117,7 @@ PLAN = {
     ),
     **dict.fromkeys(
         ("full 2k", "full 16k", "causal 2k", "causal 16k"),
-        tile(192, 80, 0, 32) + tile(128, 128, 32, **HELD),
+        tile(192, 80) + tile(128, 128, 32, 48, **HELD),
     ),
     **dict.fromkeys(
         ("full64", "causal64", "full64 2k", "full64 16k", "causal64 2k", "causal64 16k"),

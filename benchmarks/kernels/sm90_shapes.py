@@ -87,6 +87,7 @@ def keys(point: Point) -> list[CudaKey]:
         return [first]
     narrow = 64 if q.shape[3] > 128 else 128
     ways = [replace(first.config, split=False, longest_first=spec.has_mask)]
+    ways += [x.config for x in found if x.config.block_m == 192][:1]
     ways += [
         Sm90Config(m, narrow, longest_first=spec.has_mask, ping_pong=m > 64) for m in (128, 64)
     ]
@@ -121,7 +122,8 @@ def measure(point: Point, ways: list[CudaKey]) -> tuple[list[float], float]:
 
 
 def said(config: Sm90Config) -> str:
-    return f"{config.block_m}x{config.block_n}{' split' * config.split}"
+    ahead = " ahead" * (config.ahead > 0)
+    return f"{config.block_m}x{config.block_n}{ahead}{' split' * config.split}"
 
 
 def main() -> None:

@@ -107,17 +107,21 @@ OPTIMISTIC = {
     "full": (64, 192, {"optimistic": True}),
     "rows": (64, 192, {"optimistic": True}),
     "capped": (64, 128, {"optimistic": True}),  # softcaps of "scores"
-    "masks": (128, 128, {"optimistic": True}),
+    "masks": (128, 128, {"optimistic": True, "ahead": 48}),
     "dense": (64, 192, {"optimistic": True}),
 }
+# A first tile where registers are left for 48 columns ahead.
+BARE = {128: Sm90Config(128, 128, held_queries=True, optimistic=True, ahead=48)}
 # A first tile of dense inputs without a mask, and one where scores may begin with them.
 DENSE = {
     64: Sm90Config(192, 128, optimistic=True),
     128: Sm90Config(128, 128, held_queries=True, optimistic=True),
 }
-DENSE_FIRST: dict[int, Sm90Config] = dict.fromkeys(
-    (64, 128), Sm90Config(128, 128, held_queries=True, optimistic=True, dense_first=True)
-)
+_BEGINS = Sm90Config(128, 128, held_queries=True, optimistic=True, dense_first=True)
+DENSE_FIRST: dict[int, dict[bool, Sm90Config]] = {  # by whether there is a mask
+    64: {False: _BEGINS, True: _BEGINS},
+    128: {False: replace(_BEGINS, ahead=48), True: _BEGINS},
+}
 
 # For up to 64 queries, where loads bound: as many stages as fit, up to this many.
 FEW_QUERIES = "64x128 64x64 64x32"
@@ -137,6 +141,7 @@ def candidates(
     asks_mask: bool = False,
     capped: bool = False,
     begins: bool = False,
+    bare: bool = False,
 ) -> tuple[Sm90Config, ...]:
     """What to build, the best first.
 
@@ -147,6 +152,7 @@ def candidates(
     asks_mask  the mask reads captured tensors or is asked for each element, or weights are
     capped     the score is a softcap of s
     begins     it may begin with the dense tile
+    bare       neither an affine term nor a first key needs registers of a row
     """
     if q_len <= 64:
         return tuple(_few_queries(dim_qk, dim_v, dense_tile, packs(group, q_len)))
@@ -176,8 +182,14 @@ def candidates(
         if least <= largest <= most:
             first = replace(configs[0], **changes)
             configs = [first] * first.fits(dim_qk, dim_v, dense_tile) + configs
+    if bare and column in ("full", "rows") and not split:
+        first = BARE.get(largest)
+        if first is not None and first.fits(dim_qk, dim_v):
+            configs = [replace(first, longest_first=masked), *configs]
     if dense_tile and not split and not asks_mask:
-        found = [DENSE_FIRST.get(largest)] * begins + [DENSE.get(largest)] * (not masked)
+        found = [DENSE_FIRST.get(largest, {}).get(masked)] * begins + [DENSE.get(largest)] * (
+            not masked
+        )
         configs = [
             replace(x, longest_first=masked)
             for x in found

@@ -47,7 +47,7 @@ class Shipped:
     def __str__(self) -> str:
         c = self.config
         kind = "-packed" * c.packed + "-split" * c.split + "-optimistic" * c.optimistic
-        kind += "-dense-first" * c.dense_first
+        kind += "-dense-first" * c.dense_first + f"-ahead{c.ahead}" * (c.ahead > 0)
         return f"{self.column}-{self.dim}-{c.block_m}x{c.block_n}{kind}-{self.dtype}"
 
 
@@ -58,7 +58,7 @@ def shipped() -> list[Shipped]:
             tiles = candidates(
                 dim, dim, 4096, masked=column not in ("full", "dense"),
                 plain=column in ("full", "rows"), dense_tile=column.startswith("dense"),
-                asks_mask=column == "masks", capped=column == "scores", begins=True,
+                asks_mask=column == "masks", capped=column == "scores", begins=True, bare=True,
             )  # fmt: skip
             found += [(column, dim, x) for x in tiles if column != "dense rows" or x.dense_first]
         found += [("rows", dim, candidates(dim, dim, 4096, True, True, False, split=True)[0])]

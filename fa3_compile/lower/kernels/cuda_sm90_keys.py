@@ -102,6 +102,13 @@ def is_plain(spec: AttentionSpec) -> bool:
 
 
 @remembered
+def is_bare(spec: AttentionSpec) -> bool:
+    """Whether no row has an affine term, and each sees all keys from the first on, to its end."""
+    interval = mask_parts(named_mask(spec)).interval
+    return arrange(spec.score).slope == 0 and (interval is None or interval[0] == 0)
+
+
+@remembered
 def asks_mask(spec: AttentionSpec) -> bool:
     """Whether elements or columns are asked for their mask, or elements for their weight."""
     element = mask_parts(named_mask(spec)).element != sympy.true
@@ -134,6 +141,7 @@ def keys_of(problem: Problem, layout: Layout) -> list[CudaKey]:
             candidates, problem.dim, problem.v_dim, problem.q_len, spec.has_mask, is_plain(spec),
             tile is not None, group, asks_mask=asks_mask(spec),
             capped=capped(arrange(spec.score)) > 0, begins=_may_begin_with(problem, tile),
+            bare=is_bare(spec),
         )  # fmt: skip
         configs = _paced(problem, choose(), choose(split=True), tile is not None)
         keys += _with_configs(
