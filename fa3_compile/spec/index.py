@@ -98,8 +98,9 @@ def _bit_bounds(expr, a, b) -> tuple[Expr, Expr] | None:
     if isinstance(expr, bitwise_and):
         # No more bits than either has; one that is not negative decides the sign.
         highs = [x[1] for x in (a, b) if x and is_nonnegative(x[0])]
+        known = [x for x in highs if x.is_Integer]
         if highs:
-            return sympy.S.Zero, sympy.Min(*highs)
+            return sympy.S.Zero, min(known) if known else highs[0]
     if not a or not b or not all(x.is_Integer for x in (*a, *b)):
         return None
     if isinstance(expr, (left_shift, right_shift)):
