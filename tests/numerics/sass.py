@@ -1,4 +1,5 @@
-"""Machine code of sm_90, as nvdisasm prints it, and what is wrong with its wgmma descriptors."""
+"""Machine code of sm_90, as nvdisasm prints it, and what is wrong with it: wgmma descriptors, and
+shared memory that is given back too early."""
 
 from __future__ import annotations
 
@@ -74,3 +75,29 @@ def _value(registers: dict[str, Value], operand: str) -> Value:
         return int(operand, 0) & 0xFFFFFFFF
     except ValueError:
         return UNKNOWN
+
+
+def given_back_early(code: list[str]) -> list[str]:
+    """The arrivals at a barrier behind an ldmatrix whose registers nothing has waited for yet, in the
+    order of the code: what is loaded to its place next may overtake it. A fence waits for all."""
+    waiting: list[set[str]] = []
+    wrong = []
+    for line in code:
+        name, _, rest = re.sub(r"^@!?U?P\d+ ", "", line).partition(" ")
+        if name.startswith("LDSM"):
+            first = int(re.match(r"R(\d+)", rest)[1])  # pyright: ignore[reportOptionalSubscript]
+            waiting.append({f"R{first + i}" for i in range(4)})
+        elif name.startswith("FENCE.VIEW.ASYNC"):
+            waiting = []
+        elif name.startswith("SYNCS.ARRIVE") and waiting:
+            wrong.append(line)
+        else:
+            used = set(re.findall(r"(?<![A-Z])R\d+", rest))
+            if name.startswith("HGMMA"):
+                used |= {
+                    f"R{int(x) + i}"
+                    for x in re.findall(r"(?<![A-Z])R(\d+)", rest)
+                    for i in range(4)
+                }
+            waiting = [x for x in waiting if not x & used]
+    return wrong
