@@ -93,6 +93,10 @@ def _is_logic(element: Element) -> bool:
 # Functions whose last bit differs from one library to another, and what makes steps of them.
 ROUNDED = (sympy.exp, sympy.log, sympy.tanh, sympy.sin, sympy.cos, sympy.tan, erf, sigmoid)
 STEPS = (trunc, round_half_even, sympy.floor, sympy.ceiling, Relational)
+# Operators one after another that are followed: each is some calls of Python's thousand.
+DEEPEST = 80
+# Parts of one element's expression: selects of what has the score twice double it.
+MOST_PARTS = 2000
 
 
 class Lifter:
@@ -133,6 +137,7 @@ class Lifter:
         self.computes = False
         self._memo: dict[tuple[fx.Node, Index], Element] = {}
         self._depth = 0
+        self._counted: dict[sympy.Basic, int] = {}
 
     def element(self, node: fx.Node, index: Sequence[Expr]) -> Element:
         """The element of a shadow node. `Opaque` if it is neither liftable nor loadable."""
@@ -154,6 +159,8 @@ class Lifter:
     def _remembered(self, node: fx.Node, index: Sequence[Expr]) -> Element:
         key = (node, self._clean(node, index))
         if key not in self._memo:
+            if self._depth == DEEPEST:
+                raise Opaque(node, "it is one of too many operators one after another")
             self._depth += 1
             try:
                 self._memo[key] = self._element(*key)
@@ -227,6 +234,8 @@ class Lifter:
             if self.wide and _rounds_to_half(node) and node not in self.inside:
                 raise Opaque(node, "arithmetic that the program rounds to half precision")
             found = rule(node, index, self)
+            if self._parts(found) > MOST_PARTS:
+                raise Opaque(node, "too long an expression is made of its operands")
             check_same_numbers(node, found, self)
             return found
         except (Opaque, UnknownScalar) as error:
@@ -235,6 +244,12 @@ class Lifter:
                 return self._without_rule(node, index)
             except Opaque:
                 raise opaque from None
+
+    def _parts(self, element) -> int:
+        """How many parts an expression has, each counted as often as it occurs."""
+        if element not in self._counted:
+            self._counted[element] = 1 + sum(map(self._parts, element.args))
+        return self._counted[element]
 
     def _without_rule(self, node: fx.Node, index: Index) -> Element:
         """A value known while compiling, or else a read."""
