@@ -180,10 +180,12 @@ class TestBetween:
         assert_expected_inline(declined(attention), """detect: row-statistic""")
 
     def test_a_projection_within_the_scores_call(self):
-        """A bilinear form as one einsum: the projected queries are no tensor of the program."""
+        """A bilinear form in one call: the projected queries are no tensor of the program."""
 
         def attention(q, k, v, w):
-            return torch.einsum("bhid,de,bhje->bhij", q, w, k).softmax(-1) @ v
+            letters = [0, 1, 2, 3], [3, 4], [0, 1, 5, 4], [0, 1, 2, 5]
+            scores = torch.einsum(q, letters[0], w, letters[1], k, *letters[2:])
+            return scores.softmax(-1) @ v
 
         report = check(attention, *qkv(), normal(D, D))
         assert [x.hint[:30] for x in report.regions] == ["Compute it in a call of its ow"]
