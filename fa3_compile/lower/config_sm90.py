@@ -209,7 +209,14 @@ def variations(config: Sm90Config, dim_qk: int, dim_v: int, dense: bool) -> list
     """Every tile that fits and differs from `config` in size, stages or ping-pong."""
     few = config.block_m == 64
     found = [
-        replace(config, block_m=block_m, block_n=block_n, stages=stages, ping_pong=ping_pong)
+        replace(
+            config,
+            block_m=block_m,
+            block_n=block_n,
+            stages=stages,
+            ping_pong=ping_pong,
+            ahead=min(config.ahead, block_n),
+        )
         for block_m in ((64,) if few else (192, 128))
         for block_n in range(176, 0, -16)
         for stages in (range(LARGEST_STAGES, 1, -1) if few else (2,))

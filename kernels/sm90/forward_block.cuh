@@ -38,6 +38,7 @@ struct ForwardConfig {
       kWarpgroups == 2 ? 232 : kWarpgroups == 1 ? 248 : kTight ? 160 : 152;
   static_assert(DimQK % 8 == 0 && DimV % 8 == 0 && DimQK <= 256 && DimV <= 256, "head dims");
   static_assert(BlockM_ % 64 == 0 && kWarpgroups <= 3 && BlockN_ % 16 == 0, "tile");
+  static_assert(Ahead_ % 8 == 0 && Ahead_ <= BlockN_, "columns of a block");
   static_assert(!Packed_ || BlockM_ == 64, "packed heads fill one warpgroup");
 };
 

@@ -173,15 +173,15 @@ struct ForwardWeigher : ForwardBlock<Config, Variant> {
     return kOptimistic ? !softmax.ready() : softmax.exceeded(s, base, t.scale);
   }
 
-  // Columns whose weights are computed while the values before are still multiplied.
-  static constexpr int kAhead = kOptimistic && !(Variant::kInner > 0.0f) ? Config::kAhead : 0;
-  using Ahead = typename Weights::template Ahead<kAhead>;
-
   // Whether scores of blocks without a mask need no modifier where they are near 0.
   static constexpr bool kCapped = kOptimistic && Variant::kInner > 0.0f;
   FA3_DEVICE bool weigh_capped(const Terms& t, const Scores& s, uint32_t (&weights)[kN / 4]) {
     return softmax.template weigh_capped<typename Config::Dtype>(s, Variant::kInner, t.scale, weights);
   }
+
+  // Columns whose weights are computed while the values before are still multiplied.
+  static constexpr int kAhead = kOptimistic && !kCapped ? Config::kAhead : 0;
+  using Ahead = typename Weights::template Ahead<kAhead>;
 
   // The weights of modified scores, as the A operand of the values product. `out` is scaled where a
   // row's maximum is raised for them.
