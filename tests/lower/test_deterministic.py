@@ -7,6 +7,7 @@ import torch
 
 from fa3_compile.lower import choose, dispatch
 from fa3_compile.lower.choose import Kernel, choose_backward
+from fa3_compile.runtime.op import BackwardInputs
 
 SPEC = "attention(score=0.25*s)"
 
@@ -26,9 +27,9 @@ class Unordered(Kernel):
     def supports_backward(self, problem):
         return "it sums in any order" if problem.deterministic else None
 
-    def run_backward(self, problem, *arguments):
+    def run_backward(self, problem, given):
         self.calls += 1
-        return choose.reference().run_backward(problem, *arguments)
+        return choose.reference().run_backward(problem, given)
 
 
 @pytest.fixture
@@ -46,13 +47,13 @@ def test_the_switch_may_be_turned_between_two_calls(family, direct: bool) -> Non
     q, k, v = (torch.randn(1, 2, 5, 8) for _ in range(3))
     out, lse = choose.reference().run(dispatch.make_problem(SPEC, q, k, v, []), q, k, v, [], [])
     needs = [True, True, True]
-    given = (torch.randn_like(out), None, q, k, v, out, lse, [], [])
+    given = BackwardInputs(torch.randn_like(out), None, q, k, v, out, lse, [], [], needs)
     call = dispatch.bound_backward(SPEC, q, k, v, [], needs)
     counts = []
     try:
         for deterministic in (False, True, False, True):
             torch.use_deterministic_algorithms(deterministic)
-            call(*given, needs) if direct else dispatch.backward(*given, SPEC, needs)
+            call(given) if direct else dispatch.backward(given, SPEC)
             counts.append(family.calls)
     finally:
         torch.use_deterministic_algorithms(False)

@@ -109,7 +109,9 @@ def test_every_form_has_a_text(form) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(FUNCTIONS) - {"load", "where", "uniform"}))
 def test_every_function_has_a_text(name: str) -> None:
-    arguments = {"floordiv": "q, 3", "mod": "q, 3", "min": "s, 3", "max": "s, 3", "pow": "s, 0.3"}
+    arguments = {"min": "s, 3", "max": "s, 3", "pow": "s, 0.3"}
+    bits = [x for x in FUNCTIONS if x.startswith(("bitwise", "left", "right"))]
+    arguments |= dict.fromkeys(["floordiv", "mod", *bits], "q, 3")
     score = f"{name}({arguments.get(name, '0.1*s')})"
     spec = AttentionSpec.parse(f"attention(score=s + {score})")
     asked = replace(problem("full", 64, 64), spec=spec)
