@@ -94,6 +94,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "funnel": {"block_sizes": [1, 1], "num_decoder_layers": 2, "block_repeats": [1, 1]},
     "laguna": {"num_attention_heads_per_layer": [4, 4]},
     "decision_transformer": {"hidden_size": 64},
+    "led": {"attention_window": [8, 8]},
+    "sam": {"vision_config": {"output_channels": 64, "num_pos_feats": 32}},
     "llama4_text": {
         "layer_types": ["chunked_attention", "full_attention"],
         "no_rope_layers": [1, 0],
