@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy import functions as torch_sympy
 
 from fa3_compile.spec.expr import Expr, floordiv, mod
@@ -55,6 +57,13 @@ SCALAR_OPERATORS = {
 }
 
 
+# What each symbol of a compilation is read as. Said once, since the ranges that the answer depends
+# on become narrower as the graph is rewritten.
+READ_AS: weakref.WeakKeyDictionary[ShapeEnv, dict[sympy.Symbol, sympy.Symbol]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
 class UnknownScalar(Exception):
     """A symbolic number that specs have no word for."""
 
@@ -67,7 +76,7 @@ def sym(value: Any) -> Expr:
     if isinstance(value, fx.Node):
         value = value.meta["val"]
     if isinstance(value, (torch.SymInt, torch.SymFloat)):
-        return _translated(value.node.expr)
+        return _translated(value.node.expr, value.node.shape_env)
     if isinstance(value, bool):
         return sympy.S.One if value else sympy.S.Zero
     if isinstance(value, float) and value.is_integer() and abs(value) < 1 << 24:
@@ -84,16 +93,16 @@ def hint(value: Any) -> int:
     return int(value)
 
 
-def _translated(expr: Expr) -> Expr:
+def _translated(expr: Expr, shape_env: ShapeEnv) -> Expr:
     if expr.is_Symbol:
         if not expr.is_integer:
             raise UnknownScalar(f"the float {expr}, known only when it runs")
-        return expr
+        return _symbol(expr, shape_env)
     if expr.is_Float:
         return sym(float(expr))
     if not expr.args:
         return expr
-    args = [_translated(x) for x in expr.args]
+    args = [_translated(x, shape_env) for x in expr.args]
     name = type(expr).__name__
     if name in MEANING and MEANING[name] is not None:
         return MEANING[name](*args)
@@ -102,6 +111,21 @@ def _translated(expr: Expr) -> Expr:
     if isinstance(expr, sympy.Function) and type(expr).__module__ == torch_sympy.__name__:
         raise UnknownScalar(f"{name} of a dynamic size")
     return expr.func(*args)
+
+
+def _symbol(symbol: sympy.Symbol, shape_env: ShapeEnv) -> sympy.Symbol:
+    """The symbol, as a positive one where its range says so.
+
+    An int of the program has a symbol of unknown sign, and a size that is found to be equal to it
+    has that symbol from then on: only the range still tells that it is one.
+    """
+    known = READ_AS.setdefault(shape_env, {})
+    if symbol not in known:
+        positive = symbol.is_positive is None and shape_env.bound_sympy(symbol).lower >= 1
+        known[symbol] = (
+            sympy.Symbol(symbol.name, integer=True, positive=True) if positive else symbol
+        )
+    return known[symbol]
 
 
 def scalar(node: fx.Node, read) -> Expr:

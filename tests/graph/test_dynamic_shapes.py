@@ -415,6 +415,37 @@ def test_repeated_heads_of_dynamic_number():
     assert [r.fused for r in report.regions] == [True]
 
 
+def merged(softmax):
+    """Attention whose head dimension has to be equal to an int of the program, flattened."""
+
+    # Which of two equal symbols stays is decided by their names, which the argument's is hashed to:
+    # that of `width` stays, and has no sign.
+    def attention(q, k, v, heads, width):
+        k, v = (x[:, :, None].expand(-1, -1, 2, -1, width).flatten(1, 2) for x in (k, v))
+        out = softmax(scores_of(q, k)) @ v
+        return out.transpose(1, 2).reshape(q.size(0), -1, heads * width).flatten()
+
+    return attention
+
+
+def with_two_kv_heads(*lengths):
+    inputs = of_lengths(*lengths, batch=3)
+    return [(q, *(x[:, :2].detach().requires_grad_() for x in kv), H, D) for q, *kv in inputs]
+
+
+def test_head_dim_that_is_an_int_of_the_program():
+    assert_expected_inline(
+        runs(merged(lambda s: s.softmax(-1)), with_two_kv_heads(24, 7)),
+        """attention(score=load(0)*s, aux=[float], out_order=bqhd)""",
+    )
+
+
+def test_head_dim_that_is_an_int_of_the_program_near_miss():
+    for softmax in (lambda s: s.softmax(-2), lambda s: s.softmax(-1).mT):
+        found = specs(check(merged(softmax), *with_two_kv_heads(24)[0], dynamic=True))
+        assert found == "detect: softmax-axis"
+
+
 def test_lengths_that_are_computed():
     # One split by numbers that are read from a tensor, which is no input of the graph.
     def attention(q, k, v, lengths):
