@@ -9,6 +9,8 @@ from fa3_compile.spec.expr import Expr, load, where
 from fa3_compile.spec.mask_biases import apart, cancelling_term
 from fa3_compile.spec.normal_form import tidy_mask
 
+NOT_FINITE = (sympy.oo, -sympy.oo, sympy.nan, sympy.zoo)
+
 
 def merge_conditions(expr: Expr) -> Expr:
     """where(c, a, b) + where(c, x, y) -> where(c, a + x, b + y); constants that a select's branch
@@ -61,5 +63,34 @@ def assuming(expr: Expr, facts: frozenset[Boolean]) -> Expr:
         return where(condition, a, b)
     if not expr.args or isinstance(expr, (load, Boolean)):
         return expr
-    args = [assuming(x, facts) for x in expr.args]
-    return expr.func(*args) if tuple(args) != expr.args else expr
+    return remade(expr, [assuming(x, facts) for x in expr.args])
+
+
+def replaced(expr: Expr | Boolean, known: dict) -> Expr | Boolean:
+    """As `expr.xreplace(known)`, by `remade`."""
+    if expr in known:
+        return known[expr]
+    return remade(expr, [replaced(x, known) for x in expr.args]) if expr.args else expr
+
+
+def remade(expr, args: list):
+    """The expression of other arguments. A number and an infinity add up to an infinity, and a
+    maximum or minimum of what may be NaN for an infinity in it is NaN.
+
+    sympy keeps a sum whose number may be complex, as the root of a size is, and reads a maximum by
+    its sign: max(0, (x - oo)*sigmoid(x - oo)) as 0, where silu(-oo) is NaN.
+    """
+    if tuple(args) == expr.args:
+        return expr
+    if isinstance(expr, sympy.Add) and any(x in NOT_FINITE for x in args):
+        args = [x for x in args if x.has(*NOT_FINITE)]
+    if isinstance(expr, (sympy.Max, sympy.Min)) and any(map(_undecided, args)):
+        return sympy.nan
+    return expr.func(*args)
+
+
+def _undecided(x: Expr) -> bool:
+    """Whether x is NaN, or made of an infinity that is not in a select, and is none itself."""
+    if x in (sympy.oo, -sympy.oo) or isinstance(x, (where, Boolean)):
+        return False
+    return x is sympy.nan or any(y in NOT_FINITE or _undecided(y) for y in x.args)

@@ -16,7 +16,7 @@ from fa3_compile.spec.expr import KV, Expr, Q, S, erf, load, uniform, where
 from fa3_compile.spec.fills import LOWEST, MODERATE, OUT_OF_REACH
 from fa3_compile.spec.mask_biases import bias_of, exact_at_one
 from fa3_compile.spec.normal_form import tidy, tidy_mask
-from fa3_compile.spec.selects import assuming, merge_conditions
+from fa3_compile.spec.selects import assuming, merge_conditions, remade, replaced
 from fa3_compile.spec.value_bounds import as_extreme
 
 # Conditions that are looked at together: each doubles the cases.
@@ -52,11 +52,11 @@ def _where_holds(expr: Expr, condition: Boolean) -> Expr:
         if any(x <= set(both.args) for x in of_several):
             known[both] = sympy.false
     try:
-        return assuming(expr, facts).xreplace(known) if facts else expr
+        return replaced(assuming(expr, facts), known) if facts else expr
     except (TypeError, ValueError) as error:
         if not expr.has(sympy.oo, -sympy.oo):
             raise
-        # sympy compares nothing with NaN, as max(silu(-inf), 0) does.
+        # sympy compares nothing with NaN.
         raise InfiniteWeight("a weight is nan") from error
 
 
@@ -120,7 +120,7 @@ def _absorbed(expr: Expr) -> Expr:
             return _in_float32(sympy.Add(*hiding))
     if isinstance(expr, erf) and args[0].is_number:
         return sympy.Float(math.erf(args[0]))
-    return expr.func(*args) if tuple(args) != expr.args else expr
+    return remade(expr, args)
 
 
 def _overflows(value: Expr) -> bool:

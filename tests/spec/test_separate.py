@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fa3_compile.spec import unnormalised
 from fa3_compile.spec.mask_biases import exact_at_one
 from fa3_compile.spec.separate import separate
 from fa3_compile.spec.text import parse, text
@@ -127,3 +128,37 @@ def test_a_mask_of_zeros_and_ones_is_exactly_nothing_at_one():
     )
     # Small numbers add up exactly enough.
     assert text(exact_at_one(parse("s + 2*load(0, kv) - 2"))) == "2*load(0, kv) + s - 2"
+
+
+# Of a root it is not known that it is real. A masked x is -inf for all that.
+X = "(abs(s*pow(load(0), 0.5)) + where(kv <= q, 0, -inf))"
+SILU = f"pow(Skv, -1)*{X}*sigmoid({X})"
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        f"max(0, {SILU} - 0.05)",
+        f"max(0, 2 - min(3, {SILU}))",
+        # -inf times a number of unknown sign, or 0.
+        f"max(0, abs(load(0))*{SILU} - 0.05)",
+        f"max(0, {X}*abs(load(0))*sigmoid({X}*abs(load(0))) - 0.05)",
+    ],
+)
+def test_a_maximum_of_nan_is_nan(weight):
+    with pytest.raises(unnormalised.InfiniteWeight):
+        unnormalised.separate(parse(weight))
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        f"max(0, {X})",
+        f"sigmoid({X})",
+        f"max(0, sigmoid({X}) - 0.05)",
+        f"max(0, exp({X}))*where(kv < 5, 1, 0)",
+    ],
+)
+def test_a_maximum_of_infinity_is_a_mask(weight):
+    mask = unnormalised.separate(parse(weight))[1]
+    assert text(mask).endswith("kv <= q") or text(mask) == "(kv <= 4) & (kv <= q)"
