@@ -191,7 +191,8 @@ def _hint(size: Expr, region: Region) -> int:
         value = example_value(node)
         for dim in value.shape if isinstance(value, torch.Tensor) else ():
             if isinstance(dim, torch.SymInt):
-                known = {k.name: int(v) for k, v in dim.node.shape_env.backed_var_to_val.items()}
-                number = size.subs({x: known.get(x.name, x) for x in size.free_symbols})
+                known = {str(k): int(v) for k, v in dim.node.shape_env.backed_var_to_val.items()}
+                values = [(x, known[str(x)]) for x in size.free_symbols if str(x) in known]
+                number = size.subs(values)
                 return int(number) if number.is_Integer else 1024
     return 1024
