@@ -191,6 +191,12 @@ def _keep_apart(made: Recipe) -> None:
         made.sink = ""
     if made.use == "beside a call" and made.mutant in NO_ATTENTION:
         made.use = ""
+    # Kernels of PyTorch 2.11 for GPUs refuse a transposed K of length 1 ("key is not correctly
+    # aligned (strideM)"), and fail with a misaligned address, which ends the process, on a K that
+    # begins within 16 bytes.
+    refused = made.layout == "strided" or made.layout == "K transposed" and made.sizes.m == 1
+    if made.use == "beside a call" and made.on_gpu and refused:
+        made.use = ""
     if made.use in TWO_ATTENTIONS and made.after == "dropout":
         made.after = ""
     if made.mutant == "mean of heads" and made.layout == "mqa":

@@ -131,7 +131,7 @@ def test_a_mask_of_zeros_and_ones_is_exactly_nothing_at_one():
 
 
 # Of a root it is not known that it is real. A masked x is -inf for all that.
-X = "(abs(s*pow(load(0), 0.5)) + where(kv <= q, 0, -inf))"
+X = "(abs(s*pow(load(0), -0.5)) + load(1) + where(kv <= q, 0, -inf))"
 SILU = f"pow(Skv, -1)*{X}*sigmoid({X})"
 
 
