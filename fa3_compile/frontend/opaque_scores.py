@@ -33,7 +33,7 @@ def opaque_scores(shadow: Shadow) -> Iterator[Decline]:
     than by a product, by layers of pairs among others."""
     for softmax in softmaxes(shadow):
         scores = softmax.scores
-        summed = _weighsby_broadcasting(shadow, softmax)
+        summed = _weighs_by_broadcasting(shadow, softmax)
         if summed is not None and (
             _given_product(shadow, scores) or by_broadcasting(shadow, scores)
         ):
@@ -115,7 +115,7 @@ def _given_product(shadow: Shadow, scores: fx.Node) -> bool:
     return any(all(map(comes_with_the_data, sides_of(p))) for p in products_before(scores)[:1])
 
 
-def _weighsby_broadcasting(shadow: Shadow, softmax: Softmax) -> fx.Node | None:
+def _weighs_by_broadcasting(shadow: Shadow, softmax: Softmax) -> fx.Node | None:
     """What holds the sum over the keys of weights times V, element by element."""
     stack = [softmax.node]
     while stack:

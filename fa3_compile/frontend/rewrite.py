@@ -14,6 +14,7 @@ from fa3_compile.frontend.coefficient import coefficient, scaled_queries, with_b
 from fa3_compile.frontend.dynamo_graph import example_value
 from fa3_compile.frontend.emit import Emitter
 from fa3_compile.frontend.gradients import has_gradient, learned_inputs
+from fa3_compile.frontend.lift import ancestors
 from fa3_compile.frontend.mutations import written_later
 from fa3_compile.frontend.region import Operand, Region
 from fa3_compile.spec.expr import KV, load, where
@@ -50,7 +51,7 @@ def _replaced(graph: fx.Graph, regions: list[Region], texts: list[str]) -> dict[
         for part in parts[1:]:
             result = emit.function(operator.add, result, part)
         if example_value(output).requires_grad:
-            lost = learned_inputs(output) - _ancestors(result)
+            lost = learned_inputs(output).difference(ancestors(result))
             for learned in [x for x in before if x in lost]:
                 # It cancels in the scores, and has a gradient of zeros, not none.
                 none = emit.call("narrow", emit.call("flatten", learned), 0, 0, 0)
@@ -69,15 +70,6 @@ def _replaced(graph: fx.Graph, regions: list[Region], texts: list[str]) -> dict[
         made.meta.update(replaced.meta)
         replaced.replace_all_uses_with(made)
     return replacements
-
-
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    found, stack = {node}, [node]
-    while stack:
-        sources = [x for x in stack.pop().all_input_nodes if x not in found]
-        found.update(sources)
-        stack += sources
-    return found
 
 
 def _differentiates(regions: list[Region]) -> bool:

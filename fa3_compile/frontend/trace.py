@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import dispatch_functionalize
@@ -28,6 +27,7 @@ from torch.utils._pytree import key_get
 from fa3_compile.errors import Decline
 from fa3_compile.frontend import flex, transforms
 from fa3_compile.frontend.dynamo_graph import (
+    computing_fakes,
     example_value,
     storage_of,
     unwrapped,
@@ -177,11 +177,9 @@ def _analysis_only(fake_mode) -> Iterator[None]:
         if context is not None and fake_mode is not None:
             stack.enter_context(TracingContext.patch(fake_mode=fake_mode))
         if fake_mode is not None:
-            stack.enter_context(fake_mode)
+            stack.enter_context(computing_fakes(fake_mode))
             if fake_mode.shape_env is not None:
                 stack.enter_context(fake_mode.shape_env.ignore_fresh_unbacked_symbols())
-                # Composite operators in Python: some of those in C++ ask for sizes as numbers.
-                stack.enter_context(enable_python_dispatcher())
         grad = torch.is_grad_enabled()
         try:
             yield
