@@ -17,8 +17,15 @@ ROOT = Path(__file__).resolve().parent.parent
 # The folders of the map, in the order in which an attention passes through them.
 FOLDERS = (
     "fa3_compile",
-    "fa3_compile/frontend",
-    "fa3_compile/frontend/elements",
+    "fa3_compile/frontend/dynamo",
+    "fa3_compile/frontend/expand",
+    "fa3_compile/frontend/shadow",
+    "fa3_compile/frontend/lift",
+    "fa3_compile/frontend/lift/elements",
+    "fa3_compile/frontend/detect",
+    "fa3_compile/frontend/layout",
+    "fa3_compile/frontend/rewrite",
+    "fa3_compile/frontend/reasons",
     "fa3_compile/spec",
     "fa3_compile/spec/forms",
     "fa3_compile/lower",

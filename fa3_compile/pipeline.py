@@ -20,16 +20,21 @@ from torch import fx
 
 from fa3_compile import mask_tensors, report, selection
 from fa3_compile.errors import Decline, InternalError
-from fa3_compile.frontend import check, detect, expand, flex, joined, layout, rewrite, trace
-from fa3_compile.frontend.expand_products import expand_products
-from fa3_compile.frontend.flex_captures import detach_captures
-from fa3_compile.frontend.hints import hints
-from fa3_compile.frontend.liveness import remove_dead
-from fa3_compile.frontend.opaque_scores import opaque_scores
-from fa3_compile.frontend.opaque_weights import opaque_weights
-from fa3_compile.frontend.region import Region
-from fa3_compile.frontend.skeletons import Skeleton, skeletons
-from fa3_compile.frontend.split_bodies import split_attention
+from fa3_compile.frontend.detect import detect, joined
+from fa3_compile.frontend.detect.skeletons import Skeleton, skeletons
+from fa3_compile.frontend.dynamo.liveness import remove_dead
+from fa3_compile.frontend.expand import flex
+from fa3_compile.frontend.expand.einsum import expand_products
+from fa3_compile.frontend.expand.flex_captures import detach_captures
+from fa3_compile.frontend.expand.multi_head_attention import expand_calls
+from fa3_compile.frontend.layout import layout
+from fa3_compile.frontend.layout.region import Region
+from fa3_compile.frontend.reasons.hints import hints
+from fa3_compile.frontend.reasons.opaque_scores import opaque_scores
+from fa3_compile.frontend.reasons.opaque_weights import opaque_weights
+from fa3_compile.frontend.reasons.split_bodies import split_attention
+from fa3_compile.frontend.rewrite import check, rewrite
+from fa3_compile.frontend.shadow import trace
 from fa3_compile.lower.choose import Choice
 from fa3_compile.options import Options
 from fa3_compile.report import RegionReport
@@ -85,7 +90,7 @@ def _rewrite_graph(
     build: bool,
     outputs: Outputs,
 ) -> int:
-    expanded = expand.expand_calls(gm.graph) + expand_products(gm.graph) + detach_captures(gm)
+    expanded = expand_calls(gm.graph) + expand_products(gm.graph) + detach_captures(gm)
     shadow = trace.shadow(gm)
     entries: list[tuple[RegionReport, Region | None, fx.Node | None]] = []
     hidden: tuple[Decline, ...] = ()

@@ -90,8 +90,8 @@ def test_every_module_has_a_place_in_the_order():
 @pytest.mark.parametrize(
     "module, source",
     [
-        ("fa3_compile.spec.expr", "from fa3_compile.frontend.lift import lift"),
-        ("fa3_compile.frontend.lift", "def f():\n    import fa3_compile.lower.choose"),
+        ("fa3_compile.spec.expr", "from fa3_compile.frontend.lift.lift import lift"),
+        ("fa3_compile.frontend.lift.lift", "def f():\n    import fa3_compile.lower.choose"),
         ("fa3_compile.runtime.op", "from fa3_compile.lower import choose"),
         ("fa3_compile.report", "from fa3_compile import pipeline"),
         ("fa3_compile.spec.expr", "from ..pipeline import run"),

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from fa3_compile.backend import rewritten
 from fa3_compile.explaining import explain_with
-from fa3_compile.frontend import trace
-from fa3_compile.frontend.dynamo_graph import target_name
+from fa3_compile.frontend.dynamo.graph import target_name
+from fa3_compile.frontend.shadow import trace
 from tests.docs.blocks import ROOT, blocks, run
 
 PAGE = ROOT / "docs" / "how-it-works.md"

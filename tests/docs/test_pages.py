@@ -97,7 +97,7 @@ def test_every_picture_is_shown():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_the_files_that_a_page_names_exist(page):
-    """`fa3_compile/frontend/lift.py`, `tests/numerics`; from the checkout or from the package."""
+    """`fa3_compile/frontend/lift/lift.py`, `tests/numerics`; from the checkout or from the package."""
     if page.name == "CHANGELOG.md":
         return
     for name in re.findall(r"`((?:[\w.-]+/)+[\w.*-]*)`", page.read_text()):

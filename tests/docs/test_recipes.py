@@ -6,7 +6,7 @@ import torch
 from fa3_compile import options
 from fa3_compile.backend import rewritten
 from fa3_compile.explaining import explain_with
-from fa3_compile.frontend import lift
+from fa3_compile.frontend.lift import lift
 from fa3_compile.lower import choose
 from fa3_compile.spec.forms import mask_names, masks
 from fa3_compile.spec.text import parse

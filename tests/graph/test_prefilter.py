@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fa3_compile.frontend import trace
+from fa3_compile.frontend.shadow import trace
 from fa3_compile.options import Options
 from fa3_compile.pipeline import rewrite_attention
 from tests.graph.inputs import S, normal

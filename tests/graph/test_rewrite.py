@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
 
-from fa3_compile.frontend.emit import Emitter
-from fa3_compile.frontend.spell_out import SPELLED_OUT
+from fa3_compile.frontend.expand.spell_out import SPELLED_OUT
+from fa3_compile.frontend.rewrite.emit import Emitter
 from fa3_compile.options import Options
 from fa3_compile.pipeline import rewrite_attention
 from fa3_compile.report import collect

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fa3_compile.frontend.same import is_random
+from fa3_compile.frontend.shadow.same import is_random
 from fa3_compile.options import Options
 from fa3_compile.pipeline import rewrite_attention
 from fa3_compile.testing import assert_matches_eager

@@ -1,0 +1,1 @@
+"""Attention in the shadow: two products, and what lies between and around them."""

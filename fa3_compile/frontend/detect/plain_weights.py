@@ -1,0 +1,59 @@
+"""Products whose weights may be without a softmax: a function of another product."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from fa3_compile.frontend.detect.operands import is_movement
+from fa3_compile.frontend.detect.product import PRODUCTS, products_before, sides_of
+from fa3_compile.frontend.dynamo.activations import activations
+from fa3_compile.frontend.lift.lift import ancestors, shape_of
+from fa3_compile.frontend.shadow.normalize import Softmax, unnormalised
+from fa3_compile.frontend.shadow.trace import Shadow
+
+aten = torch.ops.aten
+
+
+class PlainWeights:
+    """Finds them in one shadow. A product of `taken` gives the output of another attention, and
+    is none of queries and keys."""
+
+    def __init__(self, shadow: Shadow, taken: set[fx.Node]):
+        self.shadow, self.taken = shadow, taken
+        self._given: set[fx.Node] | None = None
+
+    def of(self, product: fx.Node) -> list[Softmax]:
+        """The sides of a product that may be such weights, with all that is multiplied coming
+        with the data: f(x A) B with A or B of the model is a layer."""
+        if product.target not in PRODUCTS:
+            return []
+        left, right = sides_of(product)
+        sides = [s for s, axis in ((left, -1), (right, -2)) if self._weighs(s, axis)]
+        before = [x for side in sides for p in products_before(side)[:1] for x in sides_of(p)]
+        if not sides or not all(map(self._comes_with_data, (left, right, *before))):
+            return []
+        return [weights for side in sides for weights in unnormalised(_unmoved(side))]
+
+    def _weighs(self, side: fx.Node, axis: int) -> bool:
+        """Whether a side, contracted along `axis`, is a changed product of queries and keys."""
+        if _unmoved(side).target in PRODUCTS:
+            return False
+        keys = shape_of(side)[axis]
+        found = products_before(side)
+        return any(x not in self.taken and keys in shape_of(x)[-2:] for x in found)
+
+    def _comes_with_data(self, node: fx.Node) -> bool:
+        """Whether a value depends on an activation; a cache that is written in the graph does."""
+        if self._given is None:
+            [graph] = {holder.graph for holder in self.shadow.aten_of}
+            self._given = activations(graph)
+        inputs = (x for x in ancestors(node) if x.op == "placeholder")
+        return any(x in self._given for given in inputs for x in self.shadow.dynamo_of[given])
+
+
+def _unmoved(side: fx.Node) -> fx.Node:
+    """A side of a product before its elements were moved or cast."""
+    while is_movement(side) or side.target is aten._to_copy.default:
+        side = side.args[0]  # pyright: ignore[reportAssignmentType]
+    return side

@@ -1,0 +1,159 @@
+"""The products of queries and keys that scores are made of."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import fx
+
+from fa3_compile.errors import Decline
+from fa3_compile.frontend.lift.lift import Index, Lifter, Opaque, shape_of, sym
+from fa3_compile.frontend.lift.placeholders import D
+from fa3_compile.frontend.lift.sizes import UnknownScalar
+from fa3_compile.frontend.shadow.trace import SIZES
+from fa3_compile.spec.expr import KV, Expr, S, depends_on
+
+aten = torch.ops.aten
+PLAIN = (aten.bmm.default, aten.mm.default)
+ADDING = (aten.baddbmm.default, aten.addmm.default)
+PRODUCTS = (*PLAIN, *ADDING)
+
+
+def sides_of(node: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The two tensors that a product contracts."""
+    left, right = node.args[:2] if node.target in PLAIN else node.args[1:3]
+    return left, right  # pyright: ignore[reportReturnType]
+
+
+def factors_of(node: fx.Node, lifter: Lifter | None = None) -> tuple[Expr, Expr]:
+    """(beta, alpha) of beta * added + alpha * product; a number that changes is a read of
+    `lifter`'s, and `Opaque` without one."""
+    if node.target in PLAIN:
+        return sym(0), sym(1)
+    given = [node.kwargs.get(name, 1) for name in ("beta", "alpha")]
+    if lifter is not None:
+        beta, alpha = (lifter.broadcast(x, ()) for x in given)
+        return beta, alpha
+    try:
+        beta, alpha = map(sym, given)
+    except UnknownScalar as unknown:
+        raise Opaque(node, str(unknown)) from unknown
+    return beta, alpha
+
+
+def products_before(node: fx.Node) -> list[fx.Node]:
+    """The products that the scores are made of, nearest first, not looking behind them."""
+    found, seen, queue = [], set(), [node]
+    while queue:
+        current = queue.pop(0)
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.target in PRODUCTS:
+            found.append(current)
+            if current.target in ADDING:
+                queue.append(current.args[0])
+            continue
+        queue.extend(() if current.target in SIZES else current.all_input_nodes)
+    return found
+
+
+def several_elements() -> Decline:
+    """The decline of scores that are a function of several products, and not of their sum."""
+    return Decline(
+        "product-read-twice",
+        None,
+        "Let each score depend on its own query and key alone.",
+        message="one score is made of several elements of Q K^T",
+    )
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One element of a product, as the scores read it."""
+
+    node: fx.Node
+    index: Index
+
+    @property
+    def width(self) -> Expr:
+        """How many elements the contracted axis has."""
+        return shape_of(sides_of(self.node)[0])[-1]
+
+    @property
+    def keys(self) -> Expr:
+        """How many keys the product has."""
+        return shape_of(self.node)[-2 if depends_on(self.index[-2], [KV]) else -1]
+
+    @property
+    def is_dot(self) -> bool:
+        """Whether it is of one query and one key."""
+        keys = [x for x in self.index[-2:] if depends_on(x, [KV])]
+        return keys == [KV] and not any(depends_on(x, [KV]) for x in self.index[:-2])
+
+    def sides(self, d: Expr = D):
+        """((Q node, its index), (K node, its index)) with d the place on the contracted axis."""
+        left, right = sides_of(self.node)
+        *batch, row, column = self.index
+        queries = (left, (*batch, row, d))
+        keys = (right, (*batch, d, column))
+        return (keys, queries) if row == KV else (queries, keys)
+
+
+class Products:
+    """Candidates for Q K^T, and where each is read: the element rules of their nodes.
+
+    The first read of the first node is `s`; every other read has a symbol of its own.
+    """
+
+    def __init__(self, nodes: Sequence[fx.Node]):
+        self.nodes = [*nodes]
+        self.lifter: Lifter | None = None
+        self.dots: dict[Dot, sympy.Symbol] = {}
+
+    @property
+    def rules(self) -> dict[fx.Node, Callable[[Index], Expr]]:
+        """What `Lifter` takes as `special`."""
+        return {node: functools.partial(self._element, node) for node in self.nodes}
+
+    def _element(self, node: fx.Node, index: Index) -> Expr:
+        beta, alpha = factors_of(node, self.lifter)
+        scaled = alpha * self._symbol(Dot(node, index))
+        if beta == 0:
+            return scaled
+        assert self.lifter is not None
+        return beta * self.lifter.broadcast(node.args[0], index) + scaled
+
+    def _symbol(self, dot: Dot) -> sympy.Symbol:
+        if dot not in self.dots:
+            first = dot.node is self.nodes[0] and S not in self.dots.values()
+            name = f"{S}_{len(self.dots)}"
+            self.dots[dot] = S if first else sympy.Symbol(name, real=True)
+        return self.dots[dot]
+
+    def biases(self) -> list[fx.Node]:
+        """The nodes behind the first that are read otherwise than by one query and one key."""
+        return [n for n in self.nodes[1:] if any(d.node is n and not d.is_dot for d in self.dots)]
+
+    def check(self, at: fx.Node) -> None:
+        """`Decline` at `at` if a read is not of one query and one key, or there is none."""
+        if S not in self.dots.values():
+            raise Decline(
+                "no-product",
+                at,
+                "Take the softmax of a product of queries and keys.",
+                message="the scores are not made of the product before them",
+            )
+        if not all(dot.is_dot for dot in self.dots):
+            if len(self.dots) > 1:
+                raise several_elements()
+            raise Decline(
+                "product-axes",
+                at,
+                "One side of the product has to be indexed by the key alone.",
+                message="the product before the softmax is not indexed by query and key",
+            )

@@ -1,0 +1,159 @@
+"""What V is weighed by: softmaxes, each times factors that come after it.
+
+Dropout, gates, masks multiplied in or filled with 0, and differences of softmaxes all stand
+between a softmax and the product with V. The weight of element (query, key) is read as a sum of
+terms; a product is linear in its weights, so that each term is an attention of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import sympy
+import torch
+from sympy.logic.boolalg import Boolean
+from torch import fx
+
+from fa3_compile.errors import Decline
+from fa3_compile.frontend.detect.weight_terms import beside_softmaxes, weight_terms
+from fa3_compile.frontend.lift.captured import Captured, Seed
+from fa3_compile.frontend.lift.lift import Index, Lifter, number, shape_of
+from fa3_compile.frontend.lift.placeholders import ROW_SUM, prob, row_total, without_some
+from fa3_compile.frontend.shadow.normalize import Softmax
+from fa3_compile.frontend.shadow.trace import Shadow
+from fa3_compile.spec.expr import KV, Expr, depends_on, uniform, where
+from fa3_compile.spec.index import Ranges, same
+
+
+@dataclass
+class Term:
+    """coefficient * weight * softmax[at], and 0 where `kept` does not hold."""
+
+    softmax: Softmax
+    at: Index
+    # Free of the key: it may as well multiply the output.
+    coefficient: Expr
+    weight: Expr
+    kept: Boolean
+    # NaN of rows without keys was replaced by 0 right after the softmax.
+    zeroed: bool
+    # Where the product with V is divided by the rows' sums, if that comes after it.
+    divided_at: Index | None = None
+
+
+@dataclass
+class Weights:
+    """All of V's weight, with what its loads read and the dropouts that it absorbs.
+
+    beside  what is added to the softmaxes: the product with V has it in common with them
+    """
+
+    terms: list[Term]
+    beside: Expr
+    loads: list[Captured | Seed]
+    dropouts: list[fx.Node]
+    # The Dynamo node in whose place loads are read.
+    read_at: fx.Node
+    # The type in which the product with V has them.
+    dtype: torch.dtype
+
+
+def weights(
+    shadow: Shadow,
+    softmaxes: Sequence[Softmax],
+    node: fx.Node,
+    index: Index,
+    ranges: Ranges,
+    at: fx.Node,
+    read_at: fx.Node,
+) -> Weights:
+    """The weight at [index] of `node`, in terms of the softmaxes; `Decline` at `at` if it is no
+    sum of them. Loads are read at `read_at`."""
+    special = {s.node: _element_of(n) for n, s in enumerate(softmaxes)}
+    special |= {s.summed: _row_sum for s in softmaxes if s.summed and not s.normalizes}
+    dtype = node.meta["val"].dtype
+    lifter = Lifter(shadow, ranges, special, weighs=True, result=dtype, read_at=read_at)
+    lifter.adding_up = {
+        n: s.dim
+        for n, s in enumerate(softmaxes)
+        if s.adds_up and same(shape_of(s.node)[s.dim], ranges[KV])
+    }
+    element = number(lifter.element(node, index))
+    entries: dict[prob, list[tuple[Expr, Boolean]]] = {}
+    found = weight_terms(element)
+    beside = beside_softmaxes(found or [])
+    softmax_alone = beside == 0 or all(s.normalizes for s in softmaxes)
+    if not found or not element.has(prob) or not softmax_alone or beside.has(uniform):
+        raise Decline(
+            "softmax-result-changed" if element.has(prob) else "no-softmax",
+            at,
+            "Weigh V by each of what is added up alone, and add the results."
+            if beside != 0
+            else "Between the softmax and V only factors may stand: apply anything else to the "
+            "output, or inside the score.",
+            message=f"V is weighted by {element}",
+        )
+    for factor, kept, which in found:
+        if which is not None:
+            entries.setdefault(which, []).append((factor, kept))
+    terms = []
+    for which, parts in sorted(entries.items(), key=lambda x: str(x[0])):
+        softmax = softmaxes[int(which.args[0])]
+        kept = sympy.Or(*(k for _, k in parts))
+        factor = parts[0][0] if len(parts) == 1 else sympy.Add(*(where(k, f, 0) for f, k in parts))
+        coefficient, weight = _apart(without_some(sympy.sympify(factor)))
+        if not softmax.normalizes:
+            kept = without_some(kept)
+            softmax = replace(softmax, dim=_keys_at(which.args[1:], at))
+            coefficient = _of_own_row(coefficient, softmax, which.args[1:])
+            changed = weight != 1 or kept != sympy.true
+            if softmax.summed and (coefficient.has(row_total) or changed):
+                raise Decline(
+                    "row-sums",
+                    at,
+                    "Divide each row of weights by its own sum over the keys.",
+                    message="weights are divided by the sums of other weights, or of other rows",
+                )
+        zeroed = which in lifter.zeroed
+        terms.append(Term(softmax, which.args[1:], coefficient, weight, kept, zeroed))
+    return Weights(terms, without_some(beside), lifter.loads, lifter.dropouts, read_at, dtype)
+
+
+def _row_sum(index: Index) -> Expr:
+    return row_total(*index)
+
+
+def _keys_at(at: Index, node: fx.Node) -> int:
+    """The dimension of weights without a softmax that runs over the keys."""
+    dims = [d for d, x in enumerate(at) if x == KV]
+    if len(dims) != 1:
+        raise Decline(
+            "product-axes",
+            node,
+            "One axis of the weights has to be the keys.",
+            message="no axis of the weights is that of the product with V",
+        )
+    return dims[0]
+
+
+def _of_own_row(coefficient: Expr, softmax: Softmax, at: Index) -> Expr:
+    """The coefficient in terms of its row's sum, where it has that."""
+    if softmax.summed is None:
+        return coefficient
+    dim = softmax.dim
+    kept = [sympy.S.Zero] if len(softmax.summed.args) > 2 and softmax.summed.args[2] else []
+    own = row_total(*at[:dim], *kept, *at[dim + 1 :])
+    dims = [int(d) % len(at) for d in softmax.summed.args[1]]  # pyright: ignore
+    return coefficient.xreplace({own: ROW_SUM}) if dims == [dim] else coefficient
+
+
+def _element_of(n: int):
+    return lambda index: prob(sympy.Integer(n), *index)
+
+
+def _apart(factor: Expr) -> tuple[Expr, Expr]:
+    """(the factors free of the key, the others)."""
+    factors = sympy.Mul.make_args(factor)
+    outside = [x for x in factors if not depends_on(x, [KV]) and not x.has(uniform)]
+    return sympy.Mul(*outside), sympy.Mul(*(x for x in factors if x not in outside))

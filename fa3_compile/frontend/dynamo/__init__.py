@@ -1,0 +1,1 @@
+"""Reading the graph that Dynamo gives: its values, memory, writes and regions."""

@@ -1,0 +1,1 @@
+"""Calls that hold an attention, written out in plain tensor operations."""

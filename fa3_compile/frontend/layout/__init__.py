@@ -1,0 +1,1 @@
+"""Which axes are b, h, q, kv and d, and the spec in those terms."""

@@ -1,0 +1,99 @@
+"""Where weights are filled with 0 after the softmax: what that adds to the scores' own mask."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import sympy
+from sympy.logic.boolalg import Boolean
+from torch import fx
+
+from fa3_compile.errors import Decline
+from fa3_compile.frontend.lift.lift import truth
+from fa3_compile.frontend.lift.placeholders import some, without_some
+from fa3_compile.spec.expr import KV, Expr, depends_on, where
+from fa3_compile.spec.normal_form import tidy, tidy_mask
+from fa3_compile.spec.selects import assuming
+from fa3_compile.spec.separate import Separated
+
+
+def merged(
+    separated: Separated, *, weight: Expr, kept: Boolean, may_lose_rows: bool, at: fx.Node
+) -> tuple[Separated, Expr, Boolean]:
+    """(the fields of the spec, its weight, which rows of the output stay: the others are 0) for
+    weights that are 0 where `kept` does not hold.
+
+    The weight of a masked key is 0 already, but for rows without a key: NaN or a mean of all in
+    the softmax, zeros after the fill if that is of the same mask. `Decline` at `at` where a row
+    of NaN may be filled in part, which a factor cannot say.
+
+    may_lose_rows: whether all visible scores of a row may be -inf.
+    """
+    kept = tidy_mask(kept)
+    separated, kept = _rows_filled(separated, kept, may_lose_rows)
+    if separated.dead == "score":
+        multiplied, weight = _conditions(weight)
+        kept = tidy_mask(sympy.And(kept, multiplied))
+        if _conjuncts(kept) == _conjuncts(separated.mask):
+            separated = dataclasses.replace(separated, dead="zero", fill=None)
+            return separated, tidy(weight), sympy.true
+        return separated, tidy(weight * where(kept, 1, 0)), sympy.true
+    if kept == sympy.true or separated.certain or separated.dead == "zero":
+        weight = _where_masked(weight * where(kept, 1, 0), separated.mask)
+        return separated, weight, sympy.true
+    weight = _where_masked(weight, separated.mask)
+    rows = sympy.And(*(x for x in _conjuncts(kept) if not depends_on(x, [KV])))
+    if not may_lose_rows:
+        filled = dataclasses.replace(separated, dead="zero")
+        if _conjuncts(kept) == _conjuncts(separated.mask):
+            return filled, weight, sympy.true
+        if _conjuncts(kept) - _conjuncts(rows) == _conjuncts(separated.mask):
+            return filled, weight, rows
+    if rows != kept:
+        raise Decline(
+            "mask-after-softmax",
+            at,
+            "Mask the scores alone, before the softmax, or both by the same mask.",
+            message="a row without keys is NaN after the softmax, and then filled in part",
+        )
+    return separated, weight, rows
+
+
+def _rows_filled(
+    separated: Separated, kept: Boolean, may_lose_rows: bool
+) -> tuple[Separated, Boolean]:
+    """The same, with rows of zeros where `kept` asks for some key that the mask shows."""
+    rest = []
+    for condition in _conjuncts(kept):
+        asked = condition.lhs if isinstance(condition, sympy.Ne) else None
+        if isinstance(asked, some) and not may_lose_rows:
+            shown = tidy_mask(truth(asked.args[1]))
+            if _conjuncts(shown) == _conjuncts(separated.mask):
+                separated = dataclasses.replace(separated, dead="zero", fill=None)
+                continue
+        rest.append(condition)
+    return separated, tidy_mask(without_some(sympy.And(*rest)))
+
+
+def _conjuncts(mask: Boolean) -> set[Boolean]:
+    return {*sympy.And.make_args(mask)}
+
+
+def _conditions(weight: Expr) -> tuple[Boolean, Expr]:
+    """The weight's factors that are 0 or 1, as one condition, and the other factors."""
+    conditions, others = [], []
+    for factor in sympy.Mul.make_args(weight):
+        if isinstance(factor, where) and factor.args[1:] == (1, 0):
+            conditions.append(factor.args[0])
+        elif isinstance(factor, where) and factor.args[1:] == (0, 1):
+            conditions.append(sympy.Not(factor.args[0]))
+        else:
+            others.append(factor)
+    return sympy.And(*conditions), sympy.Mul(*others)
+
+
+def _where_masked(weight: Expr, mask: Boolean) -> Expr:
+    """The weight where the mask holds: what is 0 or 1 by the mask alone is left out."""
+    facts = frozenset(_conjuncts(mask)) - {sympy.true}
+    weight = tidy(weight)
+    return tidy(assuming(weight, facts)) if facts else weight

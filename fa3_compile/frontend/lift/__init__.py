@@ -1,0 +1,1 @@
+"""What is element [index] of a node? An expression, by one rule an operator."""

@@ -1,0 +1,190 @@
+"""Element rules: reads at computed places.
+
+A gather whose place is exact integer arithmetic of the coordinates is followed, so that a table
+of relative positions is read in the kernel and masks that index a padding vector stay masks. One
+whose place was itself read for every (q, kv) is not: its result is read instead, once, where the
+program has it in memory; a score_mod's is not.
+"""
+
+from __future__ import annotations
+
+import sympy
+import torch
+from sympy import And
+from sympy.logic.boolalg import Boolean
+from torch import fx
+
+from fa3_compile.frontend.lift.captured import Captured
+from fa3_compile.frontend.lift.elements.casts import cast
+from fa3_compile.frontend.lift.elements.movement import dimension, read_inside
+from fa3_compile.frontend.lift.lift import (
+    Cheaper,
+    Element,
+    Lifter,
+    Opaque,
+    element_of,
+    number,
+    shape_of,
+    sym,
+    truth,
+)
+from fa3_compile.spec.expr import Expr, depends_on, load, where
+from fa3_compile.spec.index import bounds, is_nonnegative, within
+
+aten = torch.ops.aten
+
+
+def place(node, at: Expr, size: Expr, ctx: Lifter) -> Expr:
+    """A gather's position, negative ones counted from the end."""
+    inner = at.atoms(load)
+    held = bool(ctx.shadow.dynamo_of.get(node))
+    if len({symbol for x in inner for symbol in x.free_symbols}) > 1:
+        if held or not ctx.computes:
+            raise Cheaper(node, "places that are read for every element")
+    elif inner and not held and not ctx.computes:
+        raise Cheaper(node, "places that are read")
+    limits = bounds(at, ctx.ranges)
+    if limits is not None and is_nonnegative(limits[0]):
+        return at
+    if at.is_number:
+        return at + size if at < 0 else at
+    return where(at < 0, at + size, at)
+
+
+@element_of(aten.index.Tensor, aten._unsafe_index.Tensor)
+def _(node, index, ctx: Lifter) -> Element:
+    source, places = node.args
+    places = list(places)
+    shape = shape_of(source)
+    places += [None] * (len(shape) - len(places))
+    tensors = [p for p in places if p is not None]
+    if any(p.meta["val"].dtype in (torch.bool, torch.uint8) for p in tensors):
+        raise Opaque(node, "indexing by a boolean tensor")
+    rank = max(p.meta["val"].dim() for p in tensors)
+    first = next(d for d, p in enumerate(places) if p is not None)
+    last = max(d for d, p in enumerate(places) if p is not None)
+    adjacent = all(p is not None for p in places[first : last + 1])
+    # Advanced indices that stand together take their place; apart, they come first.
+    start = first if adjacent else 0
+    gathered = index[start : start + rank]
+    rest = [*index[:start], *index[start + rank :]]
+    moved: list[Expr] = []
+    for d, p in enumerate(places):
+        if p is None:
+            moved.append(rest.pop(0))
+        else:
+            at = number(ctx.element(p, gathered[rank - p.meta["val"].dim() :]))
+            moved.append(place(node, at, shape[d], ctx))
+    return ctx.element(source, moved)
+
+
+def _needs_grad(node: fx.Node, ctx: Lifter) -> bool:
+    holders = ctx.shadow.dynamo_of.get(node)
+    return not holders or Captured(holders[0], holders[0]).needs_grad
+
+
+@element_of(aten.embedding.default)
+def _(node, index, ctx: Lifter) -> Element:
+    weight, places, padding, by_frequency, *_ = (*node.args, *(-1, False)[len(node.args) - 2 :])
+    if (padding >= 0 or by_frequency) and _needs_grad(weight, ctx):
+        raise Opaque(node, "a table whose gradient leaves rows out, or weighs them")
+    at = number(ctx.element(places, index[:-1]))
+    return ctx.element(weight, (place(node, at, shape_of(weight)[0], ctx), index[-1]))
+
+
+@element_of(aten.gather.default)
+def _(node, index, ctx: Lifter) -> Element:
+    source, d, places = node.args[:3]
+    d = dimension(d, len(index))
+    at = number(ctx.element(places, index))
+    moved = [*index]
+    moved[d] = place(node, at, shape_of(source)[d], ctx)
+    return ctx.element(source, moved)
+
+
+@element_of(aten.index_select.default)
+def _(node, index, ctx: Lifter) -> Element:
+    source, d, places = node.args
+    d = dimension(d, len(index))
+    at = number(ctx.element(places, (index[d],)))
+    return ctx.element(
+        source, (*index[:d], place(node, at, shape_of(source)[d], ctx), *index[d + 1 :])
+    )
+
+
+@element_of(aten.copy.default)
+def _(node, index, ctx: Lifter) -> Element:
+    return cast(node, node.args[1], index, ctx)
+
+
+@element_of(aten.index_put.default)
+def _(node, index, ctx: Lifter) -> Element:
+    """x[mask] = value and x[rows, columns] = value, of one number."""
+    base, places, value, *accumulate = node.args
+    given = [(d, p) for d, p in enumerate(places) if p is not None]
+    if any(accumulate):
+        raise Opaque(node, "a write that adds up")
+    if value.meta["val"].numel() != 1:
+        raise Opaque(node, "a write of as many values as there are places")
+    (d, first), *more = given
+    if first.meta["val"].dtype == torch.bool and not more:
+        written = truth(ctx.element(first, index[d : d + first.meta["val"].dim()]))
+    else:
+        written = _is_written(node, [(index[d], p) for d, p in given], ctx)
+    put = ctx.element(value, (sympy.S.Zero,) * value.meta["val"].dim())
+    kept = ctx.element(base, index)
+    if node.meta["val"].dtype == torch.bool:
+        put, kept = truth(put), truth(kept)
+        return sympy.Or(sympy.And(written, put), sympy.And(sympy.Not(written), kept))
+    return where(written, number(put), number(kept))
+
+
+def _is_written(node: fx.Node, places: list[tuple[Expr, fx.Node]], ctx: Lifter) -> Boolean:
+    """Whether an element at these positions is one that the tensors beside them name together.
+    Along each of their axes one of them has to count: a row that is written says which."""
+    rank = max(p.meta["val"].dim() for _, p in places)
+    shape = torch.broadcast_shapes(*(p.meta["val"].shape for _, p in places))
+    axes = [sympy.Dummy(integer=True, nonnegative=True) for _ in range(rank)]
+    outer, ctx.ranges = ctx.ranges, {**ctx.ranges, **dict(zip(axes, map(sym, shape)))}
+    try:
+        named = [(at, _at_axes(p, axes, ctx)) for at, p in places]
+        kept = [is_nonnegative((bounds(x, ctx.ranges) or (-sympy.S.One,))[0]) for _, x in named]
+    finally:
+        ctx.ranges = outer
+    counted = {a: at - (x - a) for at, x in named for a in axes if not depends_on(x - a, axes)}
+    if not all(kept) or any(size != 1 and a not in counted for a, size in zip(axes, shape)):
+        raise Opaque(node, "a write to places that are read")
+    counted = {a: counted.get(a, sympy.S.Zero) for a in axes}
+    reached = [(counted[a], sym(n)) for a, n in zip(axes, shape)]
+    inside = [And(x >= 0, x < n) for x, n in reached if not within(x, n, ctx.ranges)]
+    return And(*inside, *(sympy.Eq(at, x.xreplace(counted)) for at, x in named))
+
+
+def _at_axes(places: fx.Node, axes: list[sympy.Dummy], ctx: Lifter) -> Expr:
+    shape = places.meta["val"].shape
+    if places.meta["val"].dtype in (torch.bool, torch.uint8):
+        raise Opaque(places, "indexing by a boolean tensor")
+    own = zip(axes[len(axes) - len(shape) :], shape)
+    return number(ctx.element(places, [sympy.S.Zero if n == 1 else a for a, n in own]))
+
+
+@element_of(aten.slice_scatter.default)
+def _(node, index, ctx: Lifter) -> Element:
+    base, patch = node.args[:2]
+    d = dimension(node.args[2] if len(node.args) > 2 else 0, len(index))
+    start = node.args[3] if len(node.args) > 3 and node.args[3] is not None else 0
+    step = node.args[5] if len(node.args) > 5 else 1
+    if not isinstance(start, int) or start < 0 or step != 1:
+        raise Opaque(node, "a strided write")
+    at = index[d] - start
+    size = shape_of(patch)[d]
+    low, high = bounds(at, ctx.ranges) or (None, None)
+    inside = [] if low is not None and is_nonnegative(low) else [at >= 0]
+    inside += [] if high is not None and is_nonnegative(size - 1 - high) else [at < size]
+    patched = ctx.element(patch, (*index[:d], at, *index[d + 1 :]))
+    if not inside:
+        return patched
+    patched = number(read_inside(patched, index[d], start, size, node, ctx))
+    kept = number(ctx.element(base, index))
+    value = where(sympy.And(*inside), patched, kept)
+    return sympy.Ne(value, 0) if node.meta["val"].dtype == torch.bool else value

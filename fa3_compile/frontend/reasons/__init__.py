@@ -1,0 +1,1 @@
+"""Why something that looks like attention is left alone, and what would change that."""

@@ -1,0 +1,1 @@
+"""A functional copy of the graph, made to be read, and what its softmaxes are."""

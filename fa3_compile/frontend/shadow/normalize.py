@@ -1,0 +1,241 @@
+"""One meaning for every spelling of softmax in the shadow."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from fa3_compile.frontend.lift.elements.movement import dimension
+from fa3_compile.frontend.shadow.operators import STOP
+from fa3_compile.frontend.shadow.same import same_value
+from fa3_compile.frontend.shadow.trace import SIZES, Shadow
+
+aten = torch.ops.aten
+EXPONENTIALS = (aten.exp.default, aten.exp2.default, aten._softmax.default)
+# How far a normaliser's sum and its exponentials are looked for.
+NEAR = 16
+
+
+@dataclass(frozen=True)
+class Division:
+    """`node` is `top` divided by the rows' sums, after the product with V."""
+
+    node: fx.Node
+    top: fx.Node
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """`node` is the softmax of `scores` along `dim`; rows of -inf alone give zeros or NaN.
+
+    Written by hand it is e / (e.sum(dim) + rest), and `scores` is e: its logarithm is what the
+    softmax is of. `divisor` is what e is divided by, `summed` the sum in it. Where it is e V that
+    is divided, `node` is e, and `division` says by which node.
+    """
+
+    node: fx.Node
+    scores: fx.Node
+    dim: int
+    dead_rows_zero: bool = False
+    divisor: fx.Node | None = None
+    summed: fx.Node | None = None
+    division: Division | None = None
+    # False: `node` is weights that no softmax makes, and `scores` is `node`; `dim` is found when
+    # they are read. `summed` is the sum of their rows, if they are divided by something made of it.
+    normalizes: bool = True
+    # exp(x - logsumexp(x)): a row of one large fill has the fill as its logsumexp, rounded, so
+    # that its weights are 1 and not 1 / n.
+    less_logsumexp: bool = False
+
+    @property
+    def by_hand(self) -> bool:
+        return self.divisor is not None
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether its rows add up to 1, or are NaN."""
+        if self.by_hand:
+            return self.division is None and unexpanded(self.divisor)[0] is self.summed
+        return self.node.target is aten._softmax.default and not self.dead_rows_zero
+
+
+def softmaxes(shadow: Shadow) -> list[Softmax]:
+    """Every softmax of the shadow, in order."""
+    return [found for node in shadow.graph.nodes if (found := _softmax(node))]
+
+
+def _softmax(node: fx.Node) -> Softmax | None:
+    if node.op != "call_function":
+        return None
+    if node.target is aten._softmax.default:
+        return _of(node, node.args[0], node.args[1])
+    if node.target is aten._safe_softmax.default:
+        return _of(node, node.args[0], node.args[1], dead_rows_zero=True)
+    if node.target is aten.exp.default and _is(node.args[0], aten._log_softmax.default):
+        inner = node.args[0]
+        return _of(node, inner.args[0], inner.args[1])
+    if node.target is aten.exp.default and _is(node.args[0], aten.sub.Tensor):
+        return _less_logsumexp(node, *node.args[0].args[:2])
+    if node.target in (aten.div.Tensor, aten.mul.Tensor):
+        return _by_hand(node)
+    return None
+
+
+def _of(node, scores, dim, *, dead_rows_zero=False) -> Softmax:
+    return Softmax(node, scores, dimension(dim, scores.meta["val"].dim()), dead_rows_zero)
+
+
+def _less_logsumexp(node: fx.Node, scores, normaliser) -> Softmax | None:
+    """exp(x - logsumexp(x, dim)), kept or unsqueezed."""
+    taken, added = unexpanded(normaliser)
+    if not _is(taken, aten.logsumexp.default):
+        return None
+    source, dims = taken.args[:2]
+    keeps = bool(taken.args[2]) if len(taken.args) > 2 else False
+    if not same_value(source, scores) or len(dims) != 1:
+        return None
+    at = dimension(dims[0], scores.meta["val"].dim())
+    if added != ([] if keeps else [at]):
+        return None
+    return Softmax(node, scores, at, less_logsumexp=True)
+
+
+def _by_hand(node: fx.Node) -> Softmax | None:
+    """e / (e.sum(dim) + rest), or e times the reciprocal of that."""
+    for top, bottom in _quotients(node):
+        for summed in _sums_of_exponentials(bottom):
+            if same_value(without_abs(summed.args[0]), top):
+                return Softmax(node, top, _summed_dim(summed), divisor=bottom, summed=summed)
+    return None
+
+
+def unnormalised(node: fx.Node) -> list[Softmax]:
+    """Weights as a product meets them, and, where they are w / g(w.sum(dim)), as w."""
+    found = [Softmax(node, node, -1, normalizes=False)]
+    if node.target in (aten.div.Tensor, aten.mul.Tensor):
+        for top, bottom in _quotients(node):
+            for x in _behind(bottom):
+                if x.target is aten.sum.dim_IntList and same_value(without_abs(x.args[0]), top):
+                    found.append(Softmax(top, top, -1, summed=x, normalizes=False))
+    return found
+
+
+def without_abs(node: fx.Node) -> fx.Node:
+    """x of abs(x)."""
+    return node.args[0] if node.target is aten.abs.default else node  # pyright: ignore
+
+
+def divided_late(shadow: Shadow) -> list[Softmax]:
+    """Every (e V) / (e.sum(dim) + rest): a softmax that is normalised after the product."""
+    found = []
+    for node in shadow.graph.nodes:
+        if node.target not in (aten.div.Tensor, aten.mul.Tensor):
+            continue
+        for top, bottom in _quotients(node):
+            for summed in _sums_of_exponentials(bottom):
+                e = summed.args[0]
+                dim, division = _summed_dim(summed), Division(node, top)
+                found.append(Softmax(e, e, dim, False, bottom, summed, division))
+    return found
+
+
+def _quotients(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+    """(a, b) of a / b, or of a times the reciprocal of b."""
+    if node.target is aten.div.Tensor:
+        pairs = [node.args[:2]]
+    else:
+        pairs = [(x, _reciprocal_of(y)) for x, y in (node.args[:2], node.args[1::-1])]
+    return [(a, b) for a, b in pairs if isinstance(a, fx.Node) and isinstance(b, fx.Node)]
+
+
+def _sums_of_exponentials(node: fx.Node) -> list[fx.Node]:
+    """The sums of exponentials that a divisor is made of."""
+    return [
+        x
+        for x in _behind(node)
+        if x.target is aten.sum.dim_IntList
+        and x.args[1]
+        and any(n.target in EXPONENTIALS for n in _behind(x.args[0]))
+    ]
+
+
+def _summed_dim(summed: fx.Node) -> int:
+    return dimension(summed.args[1][0], summed.args[0].meta["val"].dim())
+
+
+def _reciprocal_of(node) -> fx.Node | None:
+    """y of 1 / y."""
+    node, _ = unexpanded(node)
+    if _is(node, aten.mul.Tensor) and 1 in node.args:
+        # 1 / y of a tensor y.
+        node = node.args[0] if node.args[1] == 1 else node.args[1]
+    if _is(node, aten.reciprocal.default):
+        return node.args[0]
+    if _is(node, aten.div.Tensor) and node.args[0] == 1:
+        return node.args[1]
+    if _is(node, aten.pow.Tensor_Scalar) and node.args[1] == -1:
+        return node.args[0]
+    return None
+
+
+def _behind(node: fx.Node) -> list[fx.Node]:
+    """The node and what it is made of, nearest first, products and sums not looked behind."""
+    found, queue = [], [node]
+    while queue and len(found) < NEAR:
+        current = queue.pop(0)
+        if current in found or current.op != "call_function" or current.target in SIZES:
+            continue
+        found.append(current)
+        if current.target not in (aten.bmm.default, aten.mm.default, aten.sum.dim_IntList):
+            queue.extend(current.all_input_nodes)
+    return found
+
+
+def unexpanded(node) -> tuple[fx.Node, list[int]]:
+    """The node before it was broadcast, and the dimensions that were added."""
+    added: list[int] = []
+    while isinstance(node, fx.Node):
+        if _is(node, aten.unsqueeze.default):
+            added.append(dimension(node.args[1], node.meta["val"].dim()))
+        elif node.target not in (aten.expand.default, aten.detach.default, aten.alias.default):
+            break
+        node = node.args[0]
+    return node, added
+
+
+def _undetached(node):
+    """A node, or what it holds constant."""
+    return unexpanded(node.args[0])[0] if _is(node, STOP) else node
+
+
+def _is(node, target) -> bool:
+    return isinstance(node, fx.Node) and node.target is target
+
+
+def row_statistic(node: fx.Node) -> bool:
+    """Whether the node is a maximum or a logsumexp, which is finite where any score is. It may be
+    detached: a softmax does not depend on what is taken off a whole row, nor does its gradient."""
+    node = _undetached(node)
+    if not isinstance(node, fx.Node):
+        return False
+    if node.target in (aten.amax.default, aten.max.default, aten.logsumexp.default):
+        return True
+    taken = node.target is operator.getitem and node.args[1] == 0
+    return taken and _is(node.args[0], aten.max.dim)
+
+
+def largest_is_one(softmax: Softmax) -> bool:
+    """Whether a softmax by hand divides exp(x - x.max(dim)): each sum is then at least 1."""
+    if not _is(softmax.scores, aten.exp.default) or not _is(
+        softmax.scores.args[0], aten.sub.Tensor
+    ):
+        return False
+    x, shift = softmax.scores.args[0].args[:2]
+    statistic = _undetached(unexpanded(shift)[0])
+    if not row_statistic(statistic) or statistic.target is aten.logsumexp.default:
+        return False
+    reduced = statistic.args[0] if statistic.target is operator.getitem else statistic
+    return same_value(reduced.args[0], x)
