@@ -23,10 +23,16 @@ from fa3_compile.errors import Fa3Error
 def main(arguments: list[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     try:
-        return parsed.run(parsed)
+        status = parsed.run(parsed)
+        sys.stdout.flush()
+        return status
     except Fa3Error as error:
         print(error, file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Who reads it, `head` or a pager, has seen enough. Python flushes once more as it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -125,9 +131,9 @@ def _env(_: argparse.Namespace) -> int:
 def _explain(parsed: argparse.Namespace) -> int:
     model, arguments, keywords = _made(parsed.factory)
     report = fa3_compile.explain(model, *arguments, training=parsed.training, kwargs=keywords)
-    print(getattr(report, parsed.form)())
     if parsed.html:
         report.to_html(parsed.html)
+    print(getattr(report, parsed.form)())
     return 0
 
 
@@ -136,9 +142,9 @@ def _bench(parsed: argparse.Namespace) -> int:
 
     model, arguments, keywords = _made(parsed.factory)
     report, results = bench(model, arguments, keywords, training=parsed.training)
-    print(f"{report}\n\n{table(results)}")
     if parsed.html:
         report.to_html(parsed.html)
+    print(f"{report}\n\n{table(results)}")
     return 0
 
 

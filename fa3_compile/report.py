@@ -78,6 +78,8 @@ class RegionReport:
     config         its tile config
     kernel_source  the file with its generated source, where that is known before it runs
     gradients      the kernel family that computes its gradients; "" where none is asked for
+    gradients_source
+                   as kernel_source, of the gradients
     other_kernels  why each other family was not taken
     stage, code, reason, hint, node, node_where
                    for a region left alone: who declined it, as an identifier and as a sentence,
@@ -99,6 +101,7 @@ class RegionReport:
     config: str = ""
     kernel_source: str = ""
     gradients: str = ""
+    gradients_source: str = ""
     other_kernels: dict[str, str] = field(default_factory=dict)
     stage: str = ""
     code: str = ""
@@ -149,6 +152,7 @@ class RegionReport:
             *(("", other) for other in others),
             ("source", self.kernel_source),
             ("grads", self.gradients),
+            ("source", self.gradients_source),
             ("reason", f"{self.reason} [{self.code}]" if self.code else self.reason),
             ("node", " at ".join(x for x in (self.node, self.node_where) if x)),
             ("hint", self.hint),
@@ -352,6 +356,11 @@ def update_region(region: RegionReport, **changes: Any) -> None:
             dataclasses.replace(x, **changes) if (x.graph, x.index, x.spec) == place else x
             for x in report.regions
         ]
+
+
+def is_collected() -> bool:
+    """Whether there is a report that hears what is said now."""
+    return bool(_reports())
 
 
 def note(text: str) -> None:

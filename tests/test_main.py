@@ -1,8 +1,11 @@
 """`python -m fa3_compile`."""
 
 import json
+import os
 import re
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +18,8 @@ from fa3_compile.lower import cache
 from tests.host_driver import launches
 
 __all__ = ["launches"]
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -120,3 +125,16 @@ def test_cache_counts_entries_and_clears_nothing_else(capsys, tmp_path, monkeypa
     assert "entries: 1" in printed and "triton" in printed
     assert not entry.exists()
     assert (tmp_path / "thesis.tex").exists() and (tmp_path / "triton" / "notes").exists()
+
+
+def test_a_reader_who_has_seen_enough_is_no_error(tmp_path):
+    """`| head`: nothing is read from the pipe, whose other end is closed."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "fa3_compile", "cache"]
+    environment = {**os.environ, "FA3_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        command, env=environment, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -33,7 +33,7 @@ from fa3_compile.backend import fa3
 from fa3_compile.lower import tune_forward
 from fa3_compile.lower.choose import KernelBuildError, Problem
 from fa3_compile.lower.config import TritonConfig
-from fa3_compile.lower.kernels import triton_split
+from fa3_compile.lower.kernels import triton_forward
 from fa3_compile.lower.kernels.reference import attention
 from fa3_compile.lower.kernels.triton_forward import TritonForward, bind_config
 from fa3_compile.report import collect
@@ -294,13 +294,13 @@ def tiles() -> None:
         print(f"{heads} heads, B16 1 x 8192")
         for config in configs:
             _variant(problem, config, sets, heads, config)
-    spec, chosen = AttentionSpec.parse(FULL), triton_split.part_count
+    spec, chosen = AttentionSpec.parse(FULL), triton_forward.part_count
     for (batch, length), counts in PARTS.items():
         sets = cache(batch, length)
-        taken = chosen(2 * batch, length, sets[0][0].device)
+        taken = chosen(problem_of(spec, *sets[0]), 2 * batch, length)
         print(f"parts, B{batch} {length} keys; {taken} are taken")
         for count in counts:
-            triton_split.part_count = lambda *_, n=count: n  # type: ignore[assignment]
+            triton_forward.part_count = lambda *_, n=count: n  # type: ignore[assignment]
             _variant(problem_of(spec, *sets[0]), CHOSEN, sets, HEADS, f"{count} parts")
 
 
@@ -340,20 +340,20 @@ def model() -> None:
         shown = "; ".join(f"{name} {1e3 * ms:.0f} us" for name, ms in times.items())
         print(f"B{batch} {length} keys: {shown}", flush=True)
     print("32 heads on 8 of keys, D128, the Triton kernel: packed and split, and neither")
-    chosen = triton_split.part_count
+    chosen = triton_forward.part_count
     for batch, length in ((1, 32768), (16, 8192)):
         q = torch.randn(batch, 32, 1, 128, device="cuda").bfloat16()
         k, v = (torch.randn(batch, 8, length, 128, device="cuda").bfloat16() for _ in range(2))
         problem = problem_of(AttentionSpec.parse("attention(score=0.088*s)"), q, k, v)
         config = tune_forward.table_config(problem)
         for tile, count in ((config, chosen), (replace(config, packed=False), lambda *_: 1)):
-            triton_split.part_count = count
+            triton_forward.part_count = count
             bound = bind_config(problem, tile, q, k, v, [], ())
             assert bound.launches is not None
             ms = measured(bound.launches, [(q, k, v, [])])
             rate = 4 * batch * 8 * length * 128 / ms / 1e6
             print(f"  B{batch} {length} keys: {1e3 * ms:.0f} us, {rate:.0f} GB/s", flush=True)
-        triton_split.part_count = chosen
+        triton_forward.part_count = chosen
 
 
 if __name__ == "__main__":

@@ -56,3 +56,9 @@ def load(key: Key) -> ModuleType:
         raise KernelBuildError(f"the generated kernel {path} does not import: {error}") from error
     log.debug("%s: %s", key.spec, path)
     return module
+
+
+def source_of(key: Key) -> str:
+    """The file with a loaded kernel's source; "" where it is gone."""
+    path = cache.folder(KIND, key.digest) / SOURCE
+    return str(path) if path.is_file() else ""

@@ -109,6 +109,10 @@ class Kernel:
         """(dq, dk, dv, daux); None for those that `given.needs` leaves out."""
         raise NotImplementedError
 
+    def backward_source(self, problem: Problem) -> str:
+        """As `source`, of `run_backward`, whose kernels are built if they are not yet."""
+        return ""
+
 
 @dataclass(frozen=True)
 class Choice:

@@ -9,6 +9,7 @@ must not raise, because that would surface at `.backward()`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from fa3_compile import report
-from fa3_compile.lower.choose import Problem
+from fa3_compile.lower.choose import Kernel, KernelBuildError, Problem
 from fa3_compile.lower.dispatch import (
     allowed_kernels,
     built,
@@ -86,6 +87,7 @@ def _lower_backward(dout, dlse, q, k, v, out, lse, aux, sizes, text, needs):
     problem = _problem(text, fake_q, fake_k, fake_v, fake_aux, needs)
     options = split_text(text)[1]
     kernel = built_backward(problem, allowed_kernels(options))
+    _report_source(kernel, problem)
     if wants_verification(options):
         return None
     if not kernel.inline:
@@ -101,6 +103,15 @@ def _lower_backward(dout, dlse, q, k, v, out, lse, aux, sizes, text, needs):
 
     arguments = (dout, dlse, q, k, v, out, lse, list(aux), list(sizes))
     return _inline(program, tuple(fakes[:-2]), arguments)
+
+
+def _report_source(kernel: Kernel, problem: Problem) -> None:
+    """Says where the source of a backward lies, if anybody asks: it has to be built for that."""
+    if report.is_collected():
+        # What cannot be built is said by the first call, which runs another family.
+        with contextlib.suppress(KernelBuildError):
+            text = kernel.backward_source(problem)
+            report.update(str(problem.spec), gradients_source=text)
 
 
 def _direct(op, *args):

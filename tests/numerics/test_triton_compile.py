@@ -23,7 +23,8 @@ from fa3_compile.lower import build, tune_forward  # noqa: E402
 from fa3_compile.lower.assembler import sound_assembler  # noqa: E402
 from fa3_compile.lower.choose import Problem  # noqa: E402
 from fa3_compile.lower.config import SHARED_MEMORY, TritonConfig  # noqa: E402
-from fa3_compile.lower.kernels.triton_forward import TritonForward, _render_key  # noqa: E402
+from fa3_compile.lower.kernels.triton_forward import TritonForward  # noqa: E402
+from fa3_compile.lower.kernels.triton_keys import render_key  # noqa: E402
 from fa3_compile.lower.kernels.triton_split import COMBINE  # noqa: E402
 from fa3_compile.lower.render import chunks  # noqa: E402
 from fa3_compile.lower.render_forward import ForwardKey, is_prefix, render_forward  # noqa: E402
@@ -95,7 +96,7 @@ def compiled(
     shared    V is a part of K
     """
     spec = asked.spec
-    kernel = getattr(build.load(_render_key(asked, config, lists, split, shared)), function)
+    kernel = getattr(build.load(render_key(asked, config, lists, split, shared)), function)
     element = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
     kinds = {"float": "*fp32", "int": "*i64", "bool": "*i1"}
     constants = {

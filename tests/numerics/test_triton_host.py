@@ -4,16 +4,18 @@ CUDA driver as strict as a GPU's, takes what we give it."""
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from fa3_compile.lower import tune_forward
+from fa3_compile.lower import build, tune_forward
 from fa3_compile.lower.config import TritonConfig
 from fa3_compile.lower.dispatch import make_problem
 from fa3_compile.lower.kernels import triton_backward, triton_forward, triton_split
+from fa3_compile.lower.kernels.triton_forward import TritonForward
 from fa3_compile.lower.kernels.triton_launch import Launch
 from fa3_compile.lower.launch_calls import Launches
 from fa3_compile.lower.tune_backward import Configs
@@ -72,6 +74,27 @@ def test_forward_and_backward_reach_their_launches(name: str, launches, caplog) 
     assert not caplog.messages
     assert [x.name for x in launches] == backward.split()
     assert all(isinstance(x, OnDevice) for x in (*grads[:3], *grads[3]))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_report_names_the_files_of_what_runs(name: str, launches) -> None:
+    form = BY_NAME[name]
+    length = 1024 if "block_lists" in FORMS[name][0] else 70
+    q, k, v, aux = on_device(
+        inputs(form, Shape(1, 2, 1, length, length, 16, 16), torch.bfloat16, "cpu")
+    )
+    text, needs = f"{form.spec()} #;kernels=triton", [True] * 3 + [False] * len(aux)
+    problem = make_problem(text, q, k, v, aux, needs)
+    kernel = TritonForward()
+    build.load.cache_clear()
+    out, lse = Attention(text)(q, k, v, aux, form.sizes)
+    AttentionBackward(text, needs)(out, lse, q, k, v, out, lse, aux, form.sizes)
+    ran = build.load.cache_info().misses
+    kernel.prepare(problem)
+    sources = [Path(kernel.source(problem)), Path(kernel.backward_source(problem))]
+    assert build.load.cache_info().misses == ran
+    assert "def attention_forward(" in sources[0].read_text()
+    assert "def row_terms(" in sources[1].read_text()
 
 
 @pytest.mark.parametrize("joint", [True, False])

@@ -95,6 +95,9 @@ class CudaSm90(BindingKernel):
     def run_backward(self, problem: Problem, given: BackwardInputs) -> Gradients:
         return backward.run_backward(problem, given)
 
+    def backward_source(self, problem: Problem) -> str:
+        return backward.source(problem)
+
     def bind(self, problem: Problem, q, k, v, aux, sizes) -> Call | None:
         if not (q.numel() and k.numel() and v.numel()):
             return None

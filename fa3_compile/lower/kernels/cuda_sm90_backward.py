@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fa3_compile.lower.build_nvrtc import source_of
 from fa3_compile.lower.choose import (
     Gradients,
     KernelBuildError,
@@ -98,6 +99,12 @@ def _unprintable(spec: AttentionSpec) -> str | None:
 def prepare(problem: Problem) -> None:
     """Builds the kernels as contiguous captured tensors want them. Raises KernelBuildError."""
     load_best(likely_keys(problem), at_once=BUILT_AT_ONCE)
+
+
+def source(problem: Problem) -> str:
+    """`Kernel.backward_source`."""
+    key, _ = load_best(likely_keys(problem), at_once=BUILT_AT_ONCE)
+    return str(source_of(key) or "")
 
 
 Strides = tuple[int, ...]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fa3_compile.lower.bound import are_small, precision
-from fa3_compile.lower.build import load
+from fa3_compile.lower.build import load, source_of
 from fa3_compile.lower.choose import Gradients, KernelBuildError, Problem, reference
 from fa3_compile.lower.config import WIDEST, TritonConfig, is_wide
 from fa3_compile.lower.elements import Shape
@@ -151,6 +151,14 @@ def _launches_or_none(problem: Problem, given: BackwardInputs) -> dict[str, Laun
             "runs instead: %s", problem.spec, problem.dim, problem.v_dim, error
         )  # fmt: skip
         return None
+
+
+def source(problem: Problem) -> str:
+    """`Kernel.backward_source`."""
+    wanted = tuple(i for i, n in enumerate(problem.aux_needs_grad) if n)
+    key = render_key(problem, wanted, uses_lists(problem.spec, problem.q_len, problem.kv_len))
+    load(key)
+    return source_of(key)
 
 
 def compute(problem: Problem, launches: Mapping[str, Launched], given: BackwardInputs) -> Gradients:

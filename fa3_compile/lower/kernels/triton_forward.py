@@ -10,7 +10,6 @@ import contextlib
 import functools
 import importlib.util
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,10 +20,17 @@ from torch import Tensor
 from fa3_compile.lower import hoist, tune, tune_forward
 from fa3_compile.lower.assembler import sound_assembler
 from fa3_compile.lower.bound import BindingKernel, are_small, precision
-from fa3_compile.lower.build import load
+from fa3_compile.lower.build import load, source_of
 from fa3_compile.lower.choose import Gradients, KernelBuildError, Problem, register
-from fa3_compile.lower.config import FEW_QUERIES, TritonConfig, is_wide
+from fa3_compile.lower.config import TritonConfig, is_wide
 from fa3_compile.lower.kernels.triton_direct import direct, on_tensors
+from fa3_compile.lower.kernels.triton_keys import (
+    interpreted,
+    likely_key,
+    part_count,
+    render_key,
+    tile_count,
+)
 from fa3_compile.lower.kernels.triton_order import in_order, launches_of
 from fa3_compile.lower.launch_calls import Launches
 from fa3_compile.lower.launch_cuda import beside_captures, empty_cuda
@@ -43,11 +49,6 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Offsets within a tile are 32-bit: a row or column stride below this keeps 256 of them there.
 LARGEST_STRIDE = 2**23
 LARGEST_BOUND = 4096
-
-
-def interpreted() -> bool:
-    """Whether Triton runs its kernels in Python, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @dataclass(frozen=True)
@@ -94,13 +95,19 @@ class TritonForward(BindingKernel):
 
     def prepare(self, problem: Problem) -> None:
         """Renders and imports the kernel; the device code is built for the strides of a call."""
-        load(_render_key(problem, tune_forward.table_config(problem)))
+        load(likely_key(problem))
 
     def configuration(self, problem: Problem) -> str:
         if problem.autotune != "none":
             return "tuned on the first call"
         config = tune_forward.table_config(problem)
         return f"{config.block_q} x {config.block_kv}"
+
+    def source(self, problem: Problem) -> str:
+        # Whether V is read out of K is seen when it runs.
+        if problem.autotune != "none" or is_wide(problem):
+            return ""
+        return source_of(likely_key(problem))
 
     def bind(self, problem: Problem, q, k, v, aux, sizes) -> Call | None:
         if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
@@ -154,6 +161,11 @@ class TritonForward(BindingKernel):
 
         return triton_backward.run_backward(problem, given)
 
+    def backward_source(self, problem: Problem) -> str:
+        from fa3_compile.lower.kernels import triton_backward
+
+        return triton_backward.source(problem)
+
 
 def _empty_cpu(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """What the interpreter writes to."""
@@ -167,29 +179,6 @@ def _unprintable(spec: AttentionSpec) -> str | None:
     except UnprintableError as error:
         return f"an expression has no Triton text: {error}"
     return None
-
-
-def _render_key(
-    problem: Problem,
-    config: TritonConfig,
-    lists: bool = False,
-    split: bool = False,
-    shared: bool = False,
-) -> ForwardKey:
-    return ForwardKey(
-        problem.spec,
-        problem.dim,
-        problem.v_dim,
-        fast_tanh=problem.dtype.itemsize == 2 and not interpreted(),
-        tma=config.tma,
-        warp_specialize=config.warp_specialize,
-        upcast=problem.dtype == torch.bfloat16 and interpreted(),
-        lists=lists,
-        lazy_rescale=config.lazy_rescale,
-        packed=config.packed,
-        split=split,
-        shared=shared,
-    )
 
 
 def _bind(problem: Problem, q, k, v, aux, sizes) -> Bound:
@@ -256,11 +245,6 @@ def walkable(*tensors: Tensor) -> bool:
     return max(s for x in tensors for s in x.stride()[2:]) * widest < 256 * LARGEST_STRIDE
 
 
-def splits(problem: Problem) -> bool:
-    """Whether KV blocks of a tile may be dealt to several programs."""
-    return is_wide(problem) or problem.q_len <= FEW_QUERIES
-
-
 def smaller_config(config: TritonConfig) -> TritonConfig | None:
     """A configuration that needs less shared memory and fewer registers, if there is one."""
     q, kv, stages = config.block_q, config.block_kv, config.num_stages
@@ -306,13 +290,12 @@ def bind_config(problem: Problem, config: TritonConfig, q, k, v, aux, sizes) -> 
 
         config = replace(config, packed=False)
         lists = bind_lists(spec, "kv", config, q, k, aux, sizes)
-    heads, rows = (k.shape[1], q.shape[2] * problem.group) if config.packed else q.shape[1:3]
-    tiles = -(-rows // config.block_q) * q.shape[0] * heads
+    tiles = tile_count(config, q.shape[0], q.shape[1], k.shape[1], q.shape[2])
     # There: as above.
-    from fa3_compile.lower.kernels.triton_split import bind_parts, part_count
+    from fa3_compile.lower.kernels.triton_split import bind_parts
 
-    count = part_count(tiles, k.shape[2], q.device) if splits(problem) else 1
-    key = _render_key(problem, config, lists is not None, count > 1, shared)
+    count = part_count(problem, tiles, k.shape[2])
+    key = render_key(problem, config, lists is not None, count > 1, shared)
     kernel = load(key).attention_forward
     used = aux_parameters(spec)
     out, lse = outputs(problem, q, v)

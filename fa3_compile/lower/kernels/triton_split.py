@@ -15,20 +15,11 @@ from torch import Tensor
 
 from fa3_compile.lower.build import load
 from fa3_compile.lower.config import TritonConfig
-from fa3_compile.lower.config_sm90 import split_count
-from fa3_compile.lower.kernels.cuda_sm90_keys import processors
 from fa3_compile.lower.kernels.triton_launch import Launch, bind_kernel
 from fa3_compile.lower.render import aux_parameters
 from fa3_compile.lower.render_forward import ForwardKey, part_state
 
-# Keys that are dealt out together, and beside which putting parts together is not dear.
-KEYS = 128
 COMBINE = TritonConfig(16, 16, num_warps=4, num_stages=1)
-
-
-def part_count(tiles: int, kv_len: int, device: torch.device) -> int:
-    """Into how many parts the KV blocks of each tile are split."""
-    return split_count(tiles, -(-kv_len // KEYS), processors(device))
 
 
 @dataclass(frozen=True)
