@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # The folders of the map, in the order in which an attention passes through them.
 FOLDERS = (
     "fa3_compile",
+    "fa3_compile/frontend",
     "fa3_compile/frontend/dynamo",
     "fa3_compile/frontend/expand",
     "fa3_compile/frontend/shadow",

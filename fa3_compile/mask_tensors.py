@@ -21,8 +21,8 @@ from fa3_compile import report
 from fa3_compile.frontend.dynamo.graph import opaque_target, target_name
 from fa3_compile.frontend.dynamo.mutations import is_mutation
 from fa3_compile.frontend.dynamo.seeds import PRODUCTS
-from fa3_compile.frontend.layout.region import Region
 from fa3_compile.frontend.lift.captured import Captured
+from fa3_compile.frontend.region import Region
 from fa3_compile.lower.elements import Shape, elements
 from fa3_compile.report import RegionReport
 from fa3_compile.selection import tiles_of_masks

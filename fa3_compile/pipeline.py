@@ -28,11 +28,11 @@ from fa3_compile.frontend.expand.einsum import expand_products
 from fa3_compile.frontend.expand.flex_captures import detach_captures
 from fa3_compile.frontend.expand.multi_head_attention import expand_calls
 from fa3_compile.frontend.layout import layout
-from fa3_compile.frontend.layout.region import Region
 from fa3_compile.frontend.reasons.hints import hints
 from fa3_compile.frontend.reasons.opaque_scores import opaque_scores
 from fa3_compile.frontend.reasons.opaque_weights import opaque_weights
 from fa3_compile.frontend.reasons.split_bodies import split_attention
+from fa3_compile.frontend.region import Region
 from fa3_compile.frontend.rewrite import check, rewrite
 from fa3_compile.frontend.shadow import trace
 from fa3_compile.lower.choose import Choice

@@ -8,7 +8,7 @@ import torch
 
 from fa3_compile.errors import NOTHING, Decline
 from fa3_compile.frontend.dynamo.graph import example_value
-from fa3_compile.frontend.layout.region import Region
+from fa3_compile.frontend.region import Region
 from fa3_compile.lower.choose import Choice, Problem, choose
 from fa3_compile.lower.dispatch import built_backward, read_as
 from fa3_compile.options import Options

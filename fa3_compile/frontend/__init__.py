@@ -8,4 +8,6 @@ detect    the two products of an attention, and what lies between and around the
 layout    which axes are b, h, q, kv and d; the spec in those terms
 rewrite   whether a region may be taken, and the operator in its place
 reasons   why something that looks like attention is left alone
+
+`region.py` is what they hand on: one attention, in the terms that a rewrite needs.
 """

@@ -14,8 +14,8 @@ from sympy.core.relational import Relational
 
 from fa3_compile.errors import Decline
 from fa3_compile.frontend.detect.product import Dot, Products, several_elements
-from fa3_compile.frontend.layout.region import Operand, Pair
 from fa3_compile.frontend.lift.lift import shape_of
+from fa3_compile.frontend.region import Operand, Pair
 from fa3_compile.spec.expr import KV, Expr, depends_on
 from fa3_compile.spec.index import Ranges, same
 

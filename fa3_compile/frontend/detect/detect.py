@@ -29,7 +29,6 @@ from fa3_compile.frontend.detect.scores import Scores, read_scores
 from fa3_compile.frontend.detect.skeletons import Skeleton, added, products_after
 from fa3_compile.frontend.detect.weights import Term, Weights, weights
 from fa3_compile.frontend.dynamo.products import leads_to_a_product
-from fa3_compile.frontend.layout.region import Operand, Pair, operands_of
 from fa3_compile.frontend.lift.captured import Captured, Seed
 from fa3_compile.frontend.lift.lift import (
     Index,
@@ -40,6 +39,7 @@ from fa3_compile.frontend.lift.lift import (
 )
 from fa3_compile.frontend.lift.placeholders import D
 from fa3_compile.frontend.reasons.near_softmax import another_axis
+from fa3_compile.frontend.region import Operand, Pair, operands_of
 from fa3_compile.frontend.shadow.normalize import Softmax
 from fa3_compile.frontend.shadow.trace import Shadow
 from fa3_compile.spec.expr import KV, Expr, S, depends_on, loads_in, uniform

@@ -17,9 +17,9 @@ from fa3_compile.frontend.detect.operands import Place, origins, view_of
 from fa3_compile.frontend.detect.product import PRODUCTS, Dot
 from fa3_compile.frontend.detect.scores import Scores
 from fa3_compile.frontend.dynamo.mutations import overwrite
-from fa3_compile.frontend.layout.region import Operand, Pair
 from fa3_compile.frontend.lift.lift import Index, Lifter
 from fa3_compile.frontend.lift.placeholders import D
+from fa3_compile.frontend.region import Operand, Pair
 from fa3_compile.frontend.shadow.trace import Shadow
 from fa3_compile.spec.expr import KV, Expr, depends_on, floordiv, mod
 from fa3_compile.spec.index import quotient, same

@@ -15,8 +15,8 @@ import torch
 
 from fa3_compile.errors import NOTHING, Decline
 from fa3_compile.frontend.detect.product import Dot
-from fa3_compile.frontend.layout.region import Pair, Region
 from fa3_compile.frontend.lift.placeholders import row_stat, row_total, some, total
+from fa3_compile.frontend.region import Pair, Region
 from fa3_compile.spec.expr import KV, Expr, S, depends_on, uniform
 
 # Numbers that a half precision query may be multiplied by: float16 has little range to spare.

@@ -11,9 +11,9 @@ import torch
 from torch import fx
 
 from fa3_compile.errors import Decline
+from fa3_compile.frontend.dynamo.sizes import UnknownScalar
 from fa3_compile.frontend.lift.lift import Index, Lifter, Opaque, shape_of, sym
 from fa3_compile.frontend.lift.placeholders import D
-from fa3_compile.frontend.lift.sizes import UnknownScalar
 from fa3_compile.frontend.shadow.trace import SIZES
 from fa3_compile.spec.expr import KV, Expr, S, depends_on
 

@@ -17,7 +17,7 @@ from fa3_compile.frontend.dynamo.graph import (
     target_name,
 )
 from fa3_compile.frontend.dynamo.seeds import PRODUCTS
-from fa3_compile.frontend.lift.sizes import hint
+from fa3_compile.frontend.dynamo.sizes import hint
 
 # The most by which scores may be padded for a convolution.
 PADDED = 16

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from fa3_compile.errors import Decline
 from fa3_compile.frontend.dynamo.graph import example_value
 from fa3_compile.frontend.dynamo.mutations import is_mutation
-from fa3_compile.frontend.lift.sizes import hint
+from fa3_compile.frontend.dynamo.sizes import hint
 
 # PyTorch's block size for "no BlockMask at all".
 WHOLE = 1 << 30

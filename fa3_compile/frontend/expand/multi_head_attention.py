@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fa3_compile.frontend.dynamo.graph import computing_fakes, example_value
 from fa3_compile.frontend.dynamo.mutations import is_mutation
-from fa3_compile.frontend.lift.sizes import sym
+from fa3_compile.frontend.dynamo.sizes import sym
 from fa3_compile.frontend.rewrite.emit import Emitter
 
 # Keys and values given in place of their projections: nothing in torch.nn does that.

@@ -7,7 +7,7 @@ from sympy.core.relational import Relational
 
 from fa3_compile.errors import Decline
 from fa3_compile.frontend.detect.detect import Reading, Skeleton
-from fa3_compile.frontend.layout.region import Layout, Operand, Pair
+from fa3_compile.frontend.region import Layout, Operand, Pair
 from fa3_compile.spec.expr import KV, Expr, Q, floordiv, load, mod
 from fa3_compile.spec.index import divide, remainder, simplify_index
 

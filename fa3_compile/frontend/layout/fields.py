@@ -12,9 +12,9 @@ from torch import fx
 from fa3_compile.errors import Decline
 from fa3_compile.frontend.detect.detect import Reading
 from fa3_compile.frontend.detect.product import sides_of
+from fa3_compile.frontend.dynamo.sizes import hint
 from fa3_compile.frontend.layout import after_softmax
 from fa3_compile.frontend.lift.captured import Captured, Seed, reads_infinite
-from fa3_compile.frontend.lift.sizes import hint
 from fa3_compile.frontend.shadow.normalize import without_abs
 from fa3_compile.spec import unnormalised
 from fa3_compile.spec.expr import KV, Expr, Q, loads_in

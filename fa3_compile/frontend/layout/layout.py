@@ -11,13 +11,13 @@ from torch import fx
 from fa3_compile.errors import NOTHING, Decline
 from fa3_compile.frontend.detect.detect import Reading, Skeleton
 from fa3_compile.frontend.dynamo.graph import example_value
+from fa3_compile.frontend.dynamo.sizes import hint
 from fa3_compile.frontend.layout.axes import axes_of, layout_of, places, substituted
 from fa3_compile.frontend.layout.fields import check_finite, read_fields, read_unnormalised
-from fa3_compile.frontend.layout.region import Layout, Region
 from fa3_compile.frontend.lift.captured import Captured, Seed
 from fa3_compile.frontend.lift.lift import descendants
 from fa3_compile.frontend.lift.placeholders import D
-from fa3_compile.frontend.lift.sizes import hint
+from fa3_compile.frontend.region import Layout, Region
 from fa3_compile.frontend.shadow.trace import Shadow
 from fa3_compile.spec.attention import OUT_ORDERS, AttentionSpec
 from fa3_compile.spec.expr import (

@@ -17,8 +17,8 @@ from torch import fx
 
 from fa3_compile.errors import Decline
 from fa3_compile.frontend.dynamo.mutations import overwrite
+from fa3_compile.frontend.dynamo.sizes import UnknownScalar, scalar, sym
 from fa3_compile.frontend.lift.captured import Captured, Seed
-from fa3_compile.frontend.lift.sizes import UnknownScalar, scalar, sym
 from fa3_compile.frontend.reasons.selected_keys import selected, selecting_call
 from fa3_compile.frontend.shadow.trace import SIZES, Shadow
 from fa3_compile.spec.expr import Expr, erf, load, round_half_even, sigmoid, trunc, where

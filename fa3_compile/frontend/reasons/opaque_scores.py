@@ -14,8 +14,8 @@ from fa3_compile.frontend.detect.skeletons import products_after
 from fa3_compile.frontend.dynamo.activations import activations
 from fa3_compile.frontend.dynamo.graph import example_value, opaque_target, target_name
 from fa3_compile.frontend.dynamo.products import leads_to_a_product, made_of_a_product
+from fa3_compile.frontend.dynamo.sizes import hint
 from fa3_compile.frontend.lift.lift import ancestors, descendants, shape_of
-from fa3_compile.frontend.lift.sizes import hint
 from fa3_compile.frontend.reasons.broadcasting import DISTANCES, broadcasts, by_broadcasting
 from fa3_compile.frontend.shadow.normalize import Softmax, softmaxes
 from fa3_compile.frontend.shadow.trace import Shadow

@@ -14,10 +14,10 @@ from fa3_compile.frontend.dynamo.graph import opaque_target, target_name
 from fa3_compile.frontend.dynamo.liveness import depends_on_values, live_nodes
 from fa3_compile.frontend.dynamo.mutations import overwrite
 from fa3_compile.frontend.expand import flex
-from fa3_compile.frontend.layout.region import Region
 from fa3_compile.frontend.lift.captured import Captured
 from fa3_compile.frontend.lift.lift import written_between
 from fa3_compile.frontend.reasons.selected_keys import selected, selecting_call
+from fa3_compile.frontend.region import Region
 from fa3_compile.spec.expr import loads_in
 
 

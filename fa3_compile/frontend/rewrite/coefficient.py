@@ -13,10 +13,10 @@ from torch import fx
 
 from fa3_compile.errors import Decline
 from fa3_compile.frontend.dynamo.graph import example_value
-from fa3_compile.frontend.layout.region import Region
 from fa3_compile.frontend.lift.captured import Captured, Seed
 from fa3_compile.frontend.lift.lift import sym
 from fa3_compile.frontend.lift.placeholders import ANY_KEY, ROW_SUM, over_keys
+from fa3_compile.frontend.region import Region
 from fa3_compile.frontend.rewrite.emit import Emitter
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.expr import Expr

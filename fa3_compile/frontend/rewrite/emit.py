@@ -19,10 +19,10 @@ from fa3_compile.frontend.dynamo.graph import (
     target_name,
     unwrapped,
 )
-from fa3_compile.frontend.layout.region import Layout, Operand, Region
 from fa3_compile.frontend.lift.captured import Captured, Seed
 from fa3_compile.frontend.lift.lift import sym
 from fa3_compile.frontend.lift.placeholders import D
+from fa3_compile.frontend.region import Layout, Operand, Region
 from fa3_compile.spec.expr import KV, Expr, floordiv, mod
 
 SIZES_OF_TWO = {

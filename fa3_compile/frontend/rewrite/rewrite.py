@@ -11,9 +11,9 @@ from torch import fx
 from fa3_compile.frontend.dynamo.gradients import has_gradient, learned_inputs
 from fa3_compile.frontend.dynamo.graph import example_value
 from fa3_compile.frontend.dynamo.mutations import written_later
-from fa3_compile.frontend.layout.region import Operand, Region
 from fa3_compile.frontend.lift.captured import Captured
 from fa3_compile.frontend.lift.lift import ancestors
+from fa3_compile.frontend.region import Operand, Region
 from fa3_compile.frontend.rewrite.check import place_of, reads_of
 from fa3_compile.frontend.rewrite.coefficient import coefficient, scaled_queries, with_beside
 from fa3_compile.frontend.rewrite.emit import Emitter
