@@ -15,7 +15,7 @@ from fa3_compile.spec import expr as E
 
 
 class KernelPrinter(CudaPrinter):
-    """C++ with tanh and sigmoid of fa3/ptx.cuh, and with min and max of mixed integers."""
+    """C++ with tanh, sigmoid, min and max of fa3/ptx.cuh; mixed integers have a min and max."""
 
     FUNCTIONS = {**CudaPrinter.FUNCTIONS, "tanh": "tanh_approx", "sigmoid": "sigmoid_approx"}
 
@@ -24,7 +24,7 @@ class KernelPrinter(CudaPrinter):
 
     def extremum(self, name: str, a: Text, b: Text) -> Text:
         if a.kind == "float":
-            return super().extremum(name, a, b)
+            return Text(f"{name}_nan({a.body}, {b.body})", a.kind)
         function = "largest" if name == "max" else "least"
         return Text(f"{function}({a.body}, {b.body})", a.kind)
 

@@ -76,7 +76,9 @@ class TritonPrinter(Printer):
         return Text(f"tl.where({condition.body}, {a.body}, {b.body})", a.kind)
 
     def extremum(self, name: str, a: Text, b: Text) -> Text:
-        return Text(f"tl.{name}imum({a.body}, {b.body})", a.kind)
+        """Of NaN it is NaN, as in torch: one instruction either way from sm_80 on."""
+        nan = ", propagate_nan=tl.PropagateNan.ALL" if a.kind == "float" else ""
+        return Text(f"tl.{name}imum({a.body}, {b.body}{nan})", a.kind)
 
     def logic(self, operator: str, args: list[Text]) -> Text:
         if operator == "not":  # not `~`: of a constexpr bool that is -1 or -2

@@ -41,9 +41,9 @@ def derivative(expr: Expr, by: Expr) -> Expr:
     """d expr / d by; `by` is `s` or a load, which is differentiated as a variable of its own.
 
     At a corner: abs has slope 0; so has a maximum or minimum with a number (relu, hardtanh); one
-    of two expressions has the mean of both (torch.maximum). What has another slope there, as
-    torch.clamp has before torch 2.14, is read as a select. Conditions, rounding and indices have
-    none. TypeError for a function without a rule.
+    of two expressions has the mean of both (torch.maximum), and at NaN their sum. What has another
+    slope there, as torch.clamp has before torch 2.14, is read as a select. Conditions, rounding
+    and indices have none. TypeError for a function without a rule.
     """
     if expr == by:
         return sympy.S.One
@@ -106,7 +106,15 @@ def _extremum(expr: Expr, by: Expr) -> Expr:
             loses = value <= x if isinstance(expr, sympy.Max) else value >= x
             slope = where(loses, ZERO, slope)
         else:
-            wins = value > x if isinstance(expr, sympy.Max) else value < x
-            slope = where(wins, slope, where(sympy.Eq(value, x), (slope + other) / 2, other))
+            wins, loses = value > x, value < x
+            if isinstance(expr, sympy.Min):
+                wins, loses = loses, wins
+            tie = where(sympy.Eq(value, x), (slope + other) / 2, slope + other)
+            if other == 0:
+                slope = where(loses, ZERO, tie)
+            elif slope == 0:
+                slope = where(wins, ZERO, tie)
+            else:
+                slope = where(wins, slope, where(loses, other, tie))
         value = expr.func(value, x)
     return slope

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from fa3_compile.backend import fa3
@@ -102,3 +103,26 @@ def test_autocast(wrapped):
     torch.testing.assert_close(call(x), eager(x), atol=0.02, rtol=0.02)
     found, expected = (m.qkv.weight.grad for m in (ours, eager))
     torch.testing.assert_close(found, expected, atol=0.02 * float(expected.abs().max()), rtol=0.05)
+
+
+NAN_MEETS = {
+    "relu of weights": lambda s, bias: torch.relu(F.silu(s + bias) - 0.05),
+    "squared relu": lambda s, bias: torch.relu(s + bias.sqrt()).square(),
+    "the larger of two": lambda s, bias: torch.maximum(s, bias.sqrt()).softmax(-1),
+    "the smaller of two": lambda s, bias: torch.minimum(s, bias.sqrt()).square(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("weights", NAN_MEETS.values(), ids=NAN_MEETS)
+def test_nan_meets_a_maximum(weights, dtype):
+    """The hardware's plain maximum is the other number."""
+    q, k, v = (x.detach().to(dtype).requires_grad_() for x in qkv())
+    bias = torch.zeros(S, S, device="cuda")
+    bias[5, 7] = bias[100:110, 250] = -torch.inf  # silu and root are NaN there
+
+    def attention(q, k, v, bias):
+        return weights(q @ k.mT / 8, bias) @ v
+
+    report = assert_matches_eager(attention, q, k, v, bias.to(dtype), training=True)
+    assert [region.fused for region in report.regions] == [True]

@@ -71,6 +71,8 @@ inline float exp2_approx(float x) { return std::exp2(x); }
 inline float log2_approx(float x) { return std::log2(x); }
 inline float tanh_approx(float x) { return std::tanh(x); }
 inline float sigmoid_approx(float x) { return 1.0f / (1.0f + std::exp(-x)); }
+inline float max_nan(float x, float y) { return x != x || y != y ? x + y : std::fmax(x, y); }
+inline float min_nan(float x, float y) { return x != x || y != y ? x + y : std::fmin(x, y); }
 template <class D> float value_of(unsigned short);
 template <> inline float value_of<Bf16>(unsigned short x) { return __int_as_float(x << 16); }
 template <> inline float value_of<Fp16>(unsigned short x) {

@@ -164,9 +164,6 @@ def _keep_finite(made: Recipe) -> None:
     if made.plain and made.mutant == "renormalised weights":
         if half or made.captured in ("int32 ids", "slopes"):
             made.mutant = ""  # 0 / 0, where all weights of a row vanish
-    silu_of_infinity = made.softmax == "silu" and made.captured == "infinite bias"
-    if made.on_gpu and silu_of_infinity and made.mutant == "thresholded weights":
-        made.mutant = ""  # a maximum of NaN: docs/numerics.md
     if made.softmax == "unshifted" and (half or made.on_gpu and grows):
         made.softmax = "by hand"  # exp overflows
     exponential = made.softmax in parts.NEEDS_KEYS or made.plain

@@ -63,6 +63,10 @@ def test_names_a_function_without_a_rule() -> None:
     [
         ("max(s, 0)", torch.relu),
         ("min(max(s, -1.0), 1.0)", torch.nn.functional.hardtanh),
+        ("max(s, -s)", lambda s: torch.maximum(s, -s)),
+        ("min(0.5*s, 2.0*s)", lambda s: torch.minimum(0.5 * s, 2.0 * s)),
+        ("max(s, load(0))", lambda s: torch.maximum(s, torch.zeros_like(s))),
+        ("min(s, load(0))", lambda s: torch.minimum(s, torch.zeros_like(s))),
     ],
 )
 def test_corners_of_torch_functions(score: str, function) -> None:
@@ -70,7 +74,8 @@ def test_corners_of_torch_functions(score: str, function) -> None:
     s = torch.tensor([-1.0, 0.0, 1.0, torch.nan], dtype=torch.float64).requires_grad_()
     [expected] = torch.autograd.grad(function(s).sum(), s)
     shape = Shape(1, 1, 1, 4)
-    arguments = (AttentionSpec(), shape, s.view(1, 1, 1, 4), [], [], torch.float64, s.device)
+    aux = [torch.zeros(())]
+    arguments = (AttentionSpec(), shape, s.view(1, 1, 1, 4), aux, [], torch.float64, s.device)
     value, slope = elements([parse(score), derivative(parse(score), S)], *arguments)
     [of_reference] = torch.autograd.grad(value.sum(), s)
     torch.testing.assert_close(slope.view(4).to(torch.float64), expected, equal_nan=True)

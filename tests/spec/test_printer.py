@@ -14,6 +14,7 @@ import sympy
 import torch
 from hypothesis import given, settings
 
+from fa3_compile.lower.cuda_placer import KernelPrinter
 from fa3_compile.lower.printer import Env, Session, Text, UnprintableError
 from fa3_compile.lower.printer_cuda import CudaPrinter
 from fa3_compile.lower.printer_torch import TorchPrinter
@@ -85,6 +86,13 @@ SNAPSHOTS = [
 def test_text(snapshot):
     expr, *expected = snapshot
     assert [p.print(parse(expr), ENV) for p in PRINTERS.values()] == expected
+
+
+def test_the_maximum_of_nan_in_the_hopper_kernels():
+    """What fmaxf answers is the other number."""
+    expr = parse("max(min(s, load(0, q)), 0.5) - max(kv - q, 2)")
+    found = KernelPrinter().print(expr, ENV)
+    assert found == "max_nan(min_nan(float(A0[q]), s), 0.5f) - float(largest(kv - q, 2))"
 
 
 def test_shared_subexpressions_get_a_variable():
@@ -330,6 +338,9 @@ def test_triton_text_compiles(tmp_path, monkeypatch, capability):
     source = ASTSource(formulas.kernel, signature, {"N": _COUNT, "BLOCK": 256})
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
     assert "f64" not in compiled.asm["ttir"]  # (the slow path of sin has some in PTX)
+    # A maximum of NaN is NaN.
+    assert "max.NaN.f32" in compiled.asm["ptx"] and "min.NaN.f32" in compiled.asm["ptx"]
+    assert "max.f32" not in compiled.asm["ptx"] and "min.f32" not in compiled.asm["ptx"]
 
 
 def test_floats_that_are_read_become_integers_of_64_bits():

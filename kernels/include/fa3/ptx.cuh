@@ -47,6 +47,19 @@ FA3_DEVICE float sigmoid_approx(float x) {
   return __fdividef(1.0f, 1.0f + exp2_approx(-kLog2e * x));
 }
 
+// Of NaN they are NaN, as in torch; fmaxf and fminf are the other number.
+FA3_DEVICE float max_nan(float x, float y) {
+  float z;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
+
+FA3_DEVICE float min_nan(float x, float y) {
+  float z;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
+
 template <class Dtype>
 FA3_DEVICE uint32_t pack(float lo, float hi);
 
