@@ -22,6 +22,7 @@ from fa3_compile import mask_tensors, report, selection
 from fa3_compile.errors import Decline, InternalError
 from fa3_compile.frontend.detect import detect, joined
 from fa3_compile.frontend.detect.skeletons import Skeleton, skeletons
+from fa3_compile.frontend.dynamo.linear import mark_products
 from fa3_compile.frontend.dynamo.liveness import remove_dead
 from fa3_compile.frontend.expand import flex
 from fa3_compile.frontend.expand.einsum import expand_products
@@ -91,6 +92,7 @@ def _rewrite_graph(
     outputs: Outputs,
 ) -> int:
     expanded = expand_calls(gm.graph) + expand_products(gm.graph) + detach_captures(gm)
+    mark_products(gm.graph)
     shadow = trace.shadow(gm)
     entries: list[tuple[RegionReport, Region | None, fx.Node | None]] = []
     hidden: tuple[Decline, ...] = ()

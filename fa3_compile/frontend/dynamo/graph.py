@@ -24,6 +24,9 @@ OPAQUE_NAMES = frozenset(
     bernoulli rand randn randint rand_like randn_like normal grid_sample pad_sequence""".split()
 )
 
+# In the `meta` of a call of one of these that is a product of two activations after all.
+IS_PRODUCT = "fa3_product"
+
 
 def target_name(node: fx.Node) -> str:
     """The function's or method's bare name."""
@@ -71,6 +74,8 @@ def opaque_target(node: fx.Node) -> bool:
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return True
     name = target_name(node)
+    if node.meta.get(IS_PRODUCT):
+        return False
     if name in OPAQUE_NAMES or "functorch" in (getattr(node.target, "__module__", "") or ""):
         return True
     if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):

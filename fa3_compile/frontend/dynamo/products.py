@@ -14,9 +14,8 @@ from fa3_compile.frontend.dynamo.graph import (
     example_value,
     is_softmax_like,
     opaque_target,
-    target_name,
 )
-from fa3_compile.frontend.dynamo.seeds import PRODUCTS
+from fa3_compile.frontend.dynamo.seeds import is_product
 from fa3_compile.frontend.dynamo.sizes import hint
 
 # The most by which scores may be padded for a convolution.
@@ -37,7 +36,7 @@ def made_of_a_product(
         if not alike(value.shape, shape):
             continue
         seen.add(node)
-        if target_name(node) in PRODUCTS:
+        if is_product(node):
             if given is None or given.issuperset(node.all_input_nodes):
                 return True
             continue
@@ -69,7 +68,7 @@ def ways_to_a_product(
     while stack:
         node, way = stack.pop()
         for user in node.users:
-            if target_name(user) in PRODUCTS:
+            if is_product(user):
                 if given is None or given.issuperset(user.all_input_nodes):
                     yield way
                 continue

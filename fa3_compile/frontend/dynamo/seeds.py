@@ -12,6 +12,7 @@ from torch import fx
 
 from fa3_compile.frontend.dynamo.activations import activations
 from fa3_compile.frontend.dynamo.graph import (
+    IS_PRODUCT,
     example_value,
     is_softmax_like,
     opaque_target,
@@ -36,15 +37,17 @@ FAR = 64
 def seeds(graph: fx.Graph) -> list[fx.Node]:
     """The nodes from which attention is looked for, in order; none where there is none."""
     found = [node for node in graph.nodes if is_softmax_like(node)]
-    products = [n for n in graph.nodes if _is_product(n)]
+    products = [n for n in graph.nodes if is_product(n)]
     if len(products) > 1:
         given = activations(graph)
         found += [n for n in products if _of(n, given) and _leads_to_product(n)]
     return found
 
 
-def _is_product(node: fx.Node) -> bool:
-    return node.op in ("call_function", "call_method") and target_name(node) in PRODUCTS
+def is_product(node: fx.Node) -> bool:
+    """Whether a call is a product of two tensors, of which none is a layer's parameter."""
+    called = node.op in ("call_function", "call_method")
+    return called and (target_name(node) in PRODUCTS or bool(node.meta.get(IS_PRODUCT)))
 
 
 def _of(product: fx.Node, given: set[fx.Node]) -> bool:
@@ -63,7 +66,7 @@ def _leads_to_product(product: fx.Node) -> bool:
     while stack and len(seen) < FAR:
         node, changed = stack.pop()
         for user in node.users:
-            if _is_product(user):
+            if is_product(user):
                 if changed and _contracts(user, lengths):
                     return True
                 continue

@@ -1,0 +1,69 @@
+"""`F.linear` of two activations, which is a product of queries and keys, or of weights and V.
+
+Nearly every other call of it is a layer, which the shadow takes as given. What tells them apart is
+that the second factor comes with the data, and that a softmax stands before or behind: a layer
+whose weights a network makes has none of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import fx
+
+from fa3_compile.frontend.dynamo.activations import activations
+from fa3_compile.frontend.dynamo.graph import (
+    IS_PRODUCT,
+    example_value,
+    is_softmax_like,
+    opaque_target,
+    target_name,
+)
+from fa3_compile.frontend.dynamo.seeds import FAR, is_product
+
+NAMES = ("input", "weight")
+
+
+def mark_products(graph: fx.Graph) -> None:
+    """Says of the calls that are such products that they are."""
+    if not any(map(is_softmax_like, graph.nodes)):
+        return
+    given: set[fx.Node] | None = None
+    for call in graph.nodes:
+        if call.op != "call_function" or target_name(call) != "linear":
+            continue
+        given = activations(graph) if given is None else given
+        rows, weight = (*call.args, *(call.kwargs[x] for x in NAMES[len(call.args) :]))[:2]
+        if weight in given and (_meets(call, call, _readers) or _meets(call, rows, _sources)):
+            call.meta[IS_PRODUCT] = True
+
+
+def _readers(node: fx.Node) -> Iterable[fx.Node]:
+    return node.users
+
+
+def _sources(node: fx.Node) -> Iterable[fx.Node]:
+    return node.all_input_nodes
+
+
+def _meets(
+    call: fx.Node, scores: fx.Node, following: Callable[[fx.Node], Iterable[fx.Node]]
+) -> bool:
+    """Whether a softmax over the last axis of `scores` is met from a call, and no product or layer
+    in between. Heads that a layer mixes are another axis."""
+    seen, stack = {call}, [call]
+    while stack and len(seen) < FAR:
+        for node in following(stack.pop()):
+            if is_softmax_like(node) and _keys(node) == _keys(scores) is not None:
+                return True
+            if node not in seen and not is_product(node) and not opaque_target(node):
+                seen.add(node)
+                stack.append(node)
+    return False
+
+
+def _keys(node: fx.Node) -> str | None:
+    """The length of a value's last axis."""
+    value = example_value(node)
+    return str(value.shape[-1]) if isinstance(value, torch.Tensor) and value.dim() else None
