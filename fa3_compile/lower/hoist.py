@@ -14,6 +14,7 @@ from typing import Any
 import sympy
 from sympy.logic.boolalg import Boolean, BooleanAtom
 
+from fa3_compile.lower.formulas import expm1, log1p, precise_tanh
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.mask_biases import bias_of
 
@@ -186,10 +187,17 @@ class Hoister:
             return self._biased(expr, *bias)
         if isinstance(expr, (sympy.Add, sympy.Mul, sympy.And, sympy.Or, sympy.Max, sympy.Min)):
             return self._grouped(expr)
+        if isinstance(expr, (log1p, expm1, precise_tanh)) and level(expr) == ELEMENT:
+            return expr.func(self._argument(expr.args[0]))
         placed = expr.func(*map(self.place, expr.args))
         if level(expr) != ELEMENT and not _trivial(expr):
             return self._named(expr, placed)
         return placed
+
+    def _argument(self, x: Any) -> Any:
+        """The argument of a series, whose text has it nine times and more."""
+        placed = self.place(x)
+        return placed if placed.is_Symbol else self._named(x, placed)
 
     def _biased(self, expr, fill: E.Expr, mask: E.Expr) -> E.Expr:
         """fill * (mask - 1) with a name for the difference: as terms of a sum, or of parts of it,

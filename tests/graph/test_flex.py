@@ -535,6 +535,23 @@ class TestBlockLists:
         )
         assert self.outcome(made) == "attention(score=0.25*s, mask=kv <= q, dead=nan)"
 
+    def test_lists_that_agree_under_a_default_dtype_of_16_bits(self):
+        """Position 299 is 300 in bfloat16, and 300 the next document's."""
+        made = create_block_mask(
+            lambda b, h, q, kv: q // 300 == kv // 300, None, None, 600, 600, "cpu", 300
+        )
+        q, k, v = (torch.randn(1, 1, 600, 8) for _ in range(3))
+
+        def attention(q, k, v):
+            return flex_attention(q, k, v, block_mask=made)
+
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            found = check(attention, q, k, v, training=False)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert specs(found).startswith("attention(")
+
     def test_all_blocks_and_no_mask(self):
         made = block_mask(lambda b, h, q, kv: q >= 0)
         assert self.outcome(made) == "attention(score=0.25*s)"

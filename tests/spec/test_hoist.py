@@ -5,6 +5,7 @@ import math
 import pytest
 
 from fa3_compile.lower import hoist
+from fa3_compile.lower.formulas import with_small_digits
 from fa3_compile.spec.expr import S
 from fa3_compile.spec.text import parse, text
 
@@ -104,3 +105,14 @@ def test_a_mask_compares_a_key_with_a_bound_of_the_row():
 def test_a_mask_of_products_stays_as_it_is():
     lines, placed = place("q*kv <= 9")
     assert lines == [] and placed == parse("q*kv <= 9")
+
+
+def test_the_argument_of_a_series_has_a_name():
+    """Its text has the argument nine times, one in another eighty times and more."""
+    hoister = hoist.Hoister("x", {})
+    score = with_small_digits(parse("log(exp(exp(0.1*s + load(0, b, h, q, kv)) - 1) + 1)"))
+    placed = hoister.place(score)
+    assert str(placed) == "log1p(x2)"
+    assert [str(x) for _, _, x in hoister.statements] == [
+        "load(0, b, h, q, kv)", "0.1*s + x0", "exp(expm1(x1))"
+    ]  # fmt: skip

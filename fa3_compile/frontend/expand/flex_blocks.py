@@ -109,7 +109,9 @@ def _block(at, lengths, sizes, mask_mod, captures, device) -> Tensor | None:
         if begin >= end:
             return None
         steps = min(POSITIONS, end - begin)
-        places.append(torch.linspace(begin, end - 1, steps, device=device).long())
+        # In integers: a default dtype of 16 bits would round them out of the block.
+        step = torch.arange(steps, device=device)
+        places.append(begin + step * (end - 1 - begin) // max(1, steps - 1))
 
     def mask(q, kv):
         b, h = (torch.tensor(x, device=device) for x in at[:2])
