@@ -53,6 +53,13 @@ READS = {
     "product of bytes": (lambda s, x: s + (x[:, None] * x).float() * 1e-2, SIGNED),
     "size of the lowest byte": (lambda s, x: s + x.abs() * 1e-2, SIGNED),
     "shifted bytes": (lambda s, x: s + (x << 3) * 1e-2, SIGNED),
+    "bytes less than -1": (lambda s, x: s.masked_fill(x < -1, -2.0), FLAGS),
+    "bytes other than 256": (lambda s, x: s.masked_fill(x != 256, -2.0), FLAGS),
+    "small integers below 200": (lambda s, x: s.masked_fill(x < 200, -2.0), SIGNED),
+    "bytes from -1 on": (lambda s, x: s + x.clamp(min=-1) * 0.01, FLAGS),
+    "a quotient by 300 of bytes": (lambda s, x: s + (x // 300) * 0.1, BYTES),
+    "bytes beside a lone number": (lambda s, x: s.masked_fill(x < torch.tensor(-1), -2.0), FLAGS),
+    "integers below 2**31": (lambda s, x: s.masked_fill(x < 2**31, -2.0), AT.int()),
     "cast to bytes": (lambda s, x: s.masked_fill(distance(x).to(torch.uint8) > 3, -INF), AT),
     "positions that are bytes": (
         lambda s, x: s.masked_fill(distance(torch.arange(S, dtype=torch.uint8)) > 20, -INF),
@@ -129,6 +136,7 @@ def test_bytes_that_fit_are_computed():
 COMPUTED = {
     "ids that are compared": (lambda s, t: s.masked_fill(t[:, None].long() != t.long(), -INF), AT.int() // 5),
     "positions of one row": (lambda s, t: s.masked_fill(AT - AT[:, None] + t > 0, -INF), AT.int()[3:4]),
+    "bytes beside numbers that they hold": (lambda s, x: s.masked_fill((x[:, None] < 1) & (x == 0) & (AT[:, None] < AT), -INF), FLAGS),
     "bytes less themselves": (lambda s, t: s.masked_fill((t.long() - t.long() + AT) > AT[:, None], -INF), FLAGS),
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ float64 and uint64 have digits that float32 and int64 have not."""
 
 from __future__ import annotations
 
+import functools
 import math
 
 import sympy
@@ -18,6 +19,7 @@ from fa3_compile.spec.index import bounds
 
 # Types that positions and their differences may be beyond.
 NARROW = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.uint32, torch.uint64)
+INTEGERS = frozenset((*NARROW, torch.int32, torch.int64))
 # What kernels read as int64 (lower/dispatch.py widens the others).
 READ_AS_INT64 = (torch.int64, torch.uint32, torch.uint64)
 # Ids, positions and lengths are below this: sums and differences of two of them fit into int32.
@@ -29,6 +31,8 @@ def check_same_numbers(node: fx.Node, element: Element, ctx: Lifter) -> None:
     value = node.meta["val"]
     if not isinstance(value, torch.Tensor) or is_movement(node):
         return
+    if _wraps_operand(node):
+        raise Opaque(node, "a number that wraps around in the type of the integers beside it")
     if value.dtype in (*NARROW, torch.int32) and isinstance(element, Expr):
         if not _fits(element, value.dtype, ctx):
             raise Opaque(node, f"integers that may wrap around in {value.dtype}")
@@ -39,6 +43,40 @@ def check_same_numbers(node: fx.Node, element: Element, ctx: Lifter) -> None:
         raise Opaque(node, f"numbers that {value.dtype} does not hold")
     if node not in ctx.inside and element.atoms(load) and any(map(_is_widest, node.args)):
         raise Opaque(node, "arithmetic in float64 or uint64")
+
+
+def _wraps_operand(node: fx.Node) -> bool:
+    """Whether one of the operands is cast to the integers of the others, and does not fit: bytes
+    are all less than -1, which is 255 as a byte."""
+    values = [x.meta["val"] for x in node.args if isinstance(x, fx.Node)]
+    tensors = [x for x in values if isinstance(x, torch.Tensor)]
+    dtypes = {x.dtype for x in tensors if x.dim()} or {x.dtype for x in tensors}
+    if not dtypes or not dtypes <= INTEGERS:
+        return False
+    dtype = functools.reduce(torch.promote_types, dtypes)
+    if any(x.dtype in INTEGERS and not _holds(dtype, torch.iinfo(x.dtype)) for x in tensors):
+        return dtype in NARROW
+    return not all(map(functools.partial(_holds_number, dtype), _numbers(node)))
+
+
+def _numbers(node: fx.Node) -> list:
+    """The arguments of an operator that are numbers in the place of tensors: no dimensions."""
+    schema = getattr(node.target, "_schema", None)
+    named = zip(schema.arguments, node.args) if schema is not None else ()
+    typed = [(str(argument.type), x) for argument, x in named if x is not None]
+    return [x for kind, x in typed if "number" in kind or "Tensor" in kind]
+
+
+def _holds_number(dtype: torch.dtype, x) -> bool:
+    if isinstance(x, fx.Node):
+        return isinstance(x.meta["val"], torch.Tensor) or dtype not in NARROW
+    info = torch.iinfo(dtype)
+    return not isinstance(x, int) or info.min <= x <= info.max
+
+
+def _holds(dtype: torch.dtype, other: torch.iinfo) -> bool:
+    info = torch.iinfo(dtype)
+    return info.min <= other.min and other.max <= info.max
 
 
 def _reads_int64(element: Expr, ctx: Lifter) -> bool:
