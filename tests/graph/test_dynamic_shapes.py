@@ -200,6 +200,24 @@ attention(score=0.25*s)""",
     )
 
 
+def test_grouped_heads_of_both_numbers():
+    def attention(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    def of(batch, heads, n):
+        return (
+            normal(batch, 4 * heads, n, D),
+            normal(batch, heads, n, D),
+            normal(batch, heads, n, 9),
+        )
+
+    # One compilation for as many query heads to a KV head, whatever their number.
+    assert runs(attention, [of(3, 2, 24), of(4, 3, 7)]) == "attention(score=0.25*s)"
+    # With three to one there is another, and its numbers are right.
+    two = (normal(3, 6, 24, D), normal(3, 2, 24, D, seed=1), normal(3, 2, 24, D, seed=2))
+    assert runs(attention, [two]) == "attention(score=0.25*s)"
+
+
 def test_padding():
     def attention(q, k, v, padding):
         bias = torch.where(padding, 0.0, torch.finfo(q.dtype).min)[:, None, None, :]

@@ -26,8 +26,7 @@ def sdpa(
     """
     scale = 1 / math.sqrt(query.size(-1)) if scale is None else scale
     if enable_gqa and query.size(-3) != key.size(-3):
-        key = key.repeat_interleave(query.size(-3) // key.size(-3), -3)
-        value = value.repeat_interleave(query.size(-3) // value.size(-3), -3)
+        key, value = (_repeated(x, query.size(-3)) for x in (key, value))
     scores = query @ key.transpose(-2, -1) * scale
     if is_causal:
         rows = torch.arange(query.size(-2), device=query.device)[:, None]
@@ -41,6 +40,16 @@ def sdpa(
     weights = torch.ops.aten._safe_softmax(scores, -1)
     # Scores may be of the mask's type: a wider one than the operands'.
     return dropout(weights, dropout_p).to(value.dtype) @ value
+
+
+def _repeated(x, heads):
+    """The KV heads of a tensor, each as often as there are query heads to share it.
+
+    How often is a number of the model: where both counts are dynamic, it is held fixed.
+    """
+    group = int(heads // x.size(-3))
+    torch._check(heads == group * x.size(-3))
+    return x.repeat_interleave(group, -3)
 
 
 def dropout(input, p=0.5, training=True, inplace=False):
