@@ -229,7 +229,7 @@ class trunc(sympy.Function):
 
     @classmethod
     def eval(cls, x):
-        if x.is_integer:
+        if x.is_integer or x.is_infinite or x is sympy.nan:
             return x
         return sympy.Integer(int(x)) if x.is_number and x.is_finite else None
 
@@ -243,9 +243,7 @@ class round_half_even(sympy.Function):
 
     @classmethod
     def eval(cls, x):
-        if x.is_integer:
-            return x
-        return None
+        return x if x.is_integer or x.is_infinite or x is sympy.nan else None
 
 
 class erf(sympy.Function):

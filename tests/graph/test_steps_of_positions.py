@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.graph.harness import check, specs
-from tests.graph.inputs import INF, attend, qkv, queries_and_keys, scores_of
+from tests.graph.inputs import INF, H, S, attend, normal, qkv, queries_and_keys, scores_of
 
 
 def masked(seen) -> str:
@@ -82,3 +82,22 @@ def test_quotients_and_remainders_of_negative_numbers(mode):
         return attend(scores_of(q, k) + quotients - remainders, v)
 
     assert len(check(attention, *qkv()).fused) == 1
+
+
+@pytest.mark.parametrize("step", [torch.trunc, torch.round, torch.floor])
+def test_a_step_of_an_infinite_number(step):
+    assert masked(lambda q, kv: step((kv * 0.0).log()).clamp(min=-3) < q - kv) == "kv <= q + 2"
+
+
+def test_an_infinite_number_as_an_integer():
+    """T5's buckets of one position: the logarithm of distance 0 is computed and not used."""
+
+    def attention(q, k, v, table):
+        distance = -torch.min(torch.arange(S) - torch.zeros(1, 1), torch.zeros(1, S)).long()
+        far = (4 + (distance.float() / 4).log() * 2).long()
+        far = torch.min(far, torch.full_like(far, 7))
+        bias = table[torch.where(distance < 4, distance, far)].permute(2, 0, 1)
+        return attend(scores_of(q, k) + bias, v)
+
+    q, k, v = qkv()
+    assert len(check(attention, q[:, :, :1], k, v, normal(8, H)).fused) == 1

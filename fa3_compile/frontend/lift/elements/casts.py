@@ -51,7 +51,7 @@ def cast(node: fx.Node, given, index: Index, ctx: Lifter) -> Element:
     if not target.is_floating_point:
         if (source, target) == (torch.int32, torch.int64) and _widens_for_sums(node, x, ctx):
             raise Opaque(node, "ids that the program reads as 64 bits to calculate with them")
-        return to_integer(node, x, ctx) if source.is_floating_point else x
+        return _integer(node, x, target, ctx) if source.is_floating_point else x
     if node in ctx.inside and _rounds_further(target, ctx.result):
         raise Opaque(node, f"a rounding to {target} within what is computed in {ctx.result}")
     if not source.is_floating_point and target in EXACT_INTEGERS:
@@ -62,6 +62,16 @@ def cast(node: fx.Node, given, index: Index, ctx: Lifter) -> Element:
             if target != torch.float32 or widest is not None:
                 raise Opaque(node, f"positions rounded to {target}")
     return rounded(x, target)
+
+
+def _integer(node: fx.Node, x: Expr, target: torch.dtype, ctx: Lifter) -> Expr:
+    """A float cast to an integer type, where that has the number: what it otherwise becomes is
+    another one on each device."""
+    made = to_integer(node, x, ctx)
+    infinite = made.has(sympy.oo, -sympy.oo, sympy.zoo, sympy.nan)
+    if infinite or made.is_Integer and abs(made) > torch.iinfo(target).max:
+        raise Opaque(node, f"a number that may be no {str(target).removeprefix('torch.')}")
+    return made
 
 
 SUMS_AND_PRODUCTS = frozenset("add sub rsub mul neg abs pow __lshift__ bitwise_left_shift".split())
