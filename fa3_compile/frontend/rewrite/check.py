@@ -28,6 +28,7 @@ def check(graph: fx.Graph, regions: Sequence[Region]) -> None:
         for region in regions:
             kept = [x for x in region.statistics if not has_gradient(x.node)]
             region.statistics = kept
+    _check_inference_mode(regions[0].output)
     for region in regions:
         _check_mutations(region)
         _check_loads(region)
@@ -103,6 +104,27 @@ def _misplaced(
                 return since
     users = [u for n in _replaced(regions) for u in n.users]
     return next((u for u in users if order[u] < place), None)
+
+
+def _check_inference_mode(output: fx.Node) -> None:
+    """AOTAutograd cannot take a view inside an inference mode of the program's own, and the op's
+    operands are views: the compilation would fail, and all later ones of the process."""
+    modes: list[bool] = []
+    for node in output.graph.nodes:
+        if node is output:
+            break
+        if target_name(node) == "_enter_inference_mode":
+            modes.append(bool(node.args[0]))
+        elif target_name(node) == "_exit_inference_mode":
+            modes.pop()
+    if modes and modes[-1]:
+        raise Decline(
+            "inference-mode",
+            output,
+            "Use torch.no_grad() there, or torch.inference_mode() around the compiled call.",
+            message="PyTorch's compiler takes no views inside a torch.inference_mode() that the "
+            "function enters itself",
+        )
 
 
 def _check_mutations(region: Region) -> None:
