@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from fa3_compile.report import Report, collect
-from fa3_compile.source import short_path
+from fa3_compile.source import of_frame
 
 NOTHING_FOUND = (
     "no attention was found: in no graph is the product of two activations changed, by a softmax "
@@ -109,9 +109,7 @@ class _GraphBreaks:
         ended = getattr(gm, "compile_subgraph_reason", None)
         if ended is not None and ended.graph_break:
             frame = ended.user_stack[-1] if ended.user_stack else None
-            self.placed[ended.reason] = (
-                f"{short_path(frame.filename)}:{frame.lineno}: {frame.line}" if frame else ""
-            )
+            self.placed[ended.reason] = of_frame(frame) if frame else ""
         # Imported here, as the stages are: `import fa3_compile` stays quick.
         from fa3_compile import mask_tensors
 

@@ -29,6 +29,7 @@ from fa3_compile.frontend.expand.einsum import expand_products
 from fa3_compile.frontend.expand.flex_captures import detach_captures
 from fa3_compile.frontend.expand.multi_head_attention import expand_calls
 from fa3_compile.frontend.layout import layout
+from fa3_compile.frontend.reasons.graph_breaks import broken_attention
 from fa3_compile.frontend.reasons.hints import hints
 from fa3_compile.frontend.reasons.opaque_scores import opaque_scores
 from fa3_compile.frontend.reasons.opaque_weights import opaque_weights
@@ -98,7 +99,7 @@ def _rewrite_graph(
     hidden: tuple[Decline, ...] = ()
     if shadow:
         hidden = (*shadow.declined, *opaque_scores(shadow), *opaque_weights(shadow))
-    for decline in (*split_attention(gm), *hidden):
+    for decline in (*split_attention(gm), *broken_attention(gm), *hidden):
         at = where(decline.node) if decline.node is not None else ""
         entry = RegionReport.declined(len(entries), graph_name, decline, where=at)
         entries.append((entry, None, None))

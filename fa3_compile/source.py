@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sysconfig
+import traceback
 from pathlib import Path
 
 import torch
@@ -26,6 +27,11 @@ def where(node: fx.Node) -> str:
     place = f"{short_path(frames[-1]['file'])}:{frames[-1]['line']}"
     code = (frames[-1]["code"] or "").strip()
     return f"{place}: {code}" if code else place
+
+
+def of_frame(frame: traceback.FrameSummary) -> str:
+    """The same of a frame of a stack."""
+    return f"{short_path(frame.filename)}:{frame.lineno}: {frame.line}"
 
 
 def short_path(file: str) -> str:
