@@ -98,7 +98,7 @@ def _env(_: argparse.Namespace) -> int:
     import torch
 
     from fa3_compile import options, resources
-    from fa3_compile.lower import cache
+    from fa3_compile.lower.binaries import cache
 
     rows: list[tuple[str, Any]] = [
         ("fa3_compile", fa3_compile.__version__),
@@ -163,7 +163,7 @@ def _repro(parsed: argparse.Namespace) -> int:
 
 
 def _cache(parsed: argparse.Namespace) -> int:
-    from fa3_compile.lower import cache
+    from fa3_compile.lower.binaries import cache
 
     # Only what is an entry is counted and removed: FA3_CACHE_DIR may be a folder with other things.
     entries = [manifest.parent for manifest in cache.root().glob(f"*/*/{cache.MANIFEST}")]
@@ -253,7 +253,7 @@ def _file(path: Path) -> ModuleType:
 
 def _driver() -> str:
     """The newest CUDA that the driver can run, such as 13.0."""
-    from fa3_compile.lower.launch_cuda import checked, driver
+    from fa3_compile.lower.launch.launch_cuda import checked, driver
 
     try:
         version = checked(driver().cuDriverGetVersion())

@@ -23,7 +23,7 @@ from fa3_compile.frontend.dynamo.mutations import is_mutation
 from fa3_compile.frontend.dynamo.seeds import PRODUCTS
 from fa3_compile.frontend.lift.captured import Captured
 from fa3_compile.frontend.region import Region
-from fa3_compile.lower.elements import Shape, elements
+from fa3_compile.lower.printers.elements import Shape, elements
 from fa3_compile.report import RegionReport
 from fa3_compile.selection import tiles_of_masks
 from fa3_compile.spec.attention import AttentionSpec

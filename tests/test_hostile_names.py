@@ -6,9 +6,9 @@ from torch import nn
 
 from fa3_compile.backend import rewritten
 from fa3_compile.explaining import explain_with
-from fa3_compile.lower.config_sm90 import Sm90Config
-from fa3_compile.lower.render_cuda import CudaKey
-from fa3_compile.lower.render_forward import ForwardKey
+from fa3_compile.lower.render.render_cuda import CudaKey
+from fa3_compile.lower.render.render_forward import ForwardKey
+from fa3_compile.lower.tiles.config_sm90 import Sm90Config
 from fa3_compile.repro import repro
 from fa3_compile.spec.attention import AttentionSpec
 

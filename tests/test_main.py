@@ -14,7 +14,7 @@ import torch
 import fa3_compile
 from fa3_compile import report
 from fa3_compile.__main__ import main
-from fa3_compile.lower import cache
+from fa3_compile.lower.binaries import cache
 from tests.host_driver import launches
 
 __all__ = ["launches"]

@@ -40,7 +40,7 @@ assert not {"triton", "cuda"} & set(sys.modules), sorted(sys.modules)
 CACHE = """
 import os, pathlib
 del os.getuid
-from fa3_compile.lower import cache
+from fa3_compile.lower.binaries import cache
 cache.write("triton", "key", {"kernel.py": "pass"})
 print(cache.read("triton", "key"))
 """

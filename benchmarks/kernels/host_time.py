@@ -32,11 +32,12 @@ import torch
 from torch import Tensor
 
 from fa3_compile.backend import fa3
-from fa3_compile.lower import build_ahead, dispatch
+from fa3_compile.lower import dispatch
+from fa3_compile.lower.binaries import build_ahead
 from fa3_compile.lower.bound import BindingKernel
 from fa3_compile.lower.choose import kernels
 from fa3_compile.lower.inductor import install
-from fa3_compile.lower.tune import seconds
+from fa3_compile.lower.tiles.tune import seconds
 from fa3_compile.runtime import op
 from fa3_compile.runtime.launch import Attention
 
@@ -146,8 +147,8 @@ def calls() -> None:
 
 
 def parts() -> None:
-    """What lower/launch_calls.py writes down, one thing at a time."""
-    from fa3_compile.lower.launch_cuda import NAMES, driver, empty_cuda
+    """What lower/launch/launch_calls.py writes down, one thing at a time."""
+    from fa3_compile.lower.launch.launch_cuda import NAMES, driver, empty_cuda
 
     q, k, v = tensors()
     problem = dispatch.make_problem(CAUSAL, q, k, v, [])
@@ -208,7 +209,7 @@ def captured(spec: str) -> list[Tensor]:
 def build_each() -> None:
     """In a process of its own: milliseconds to the end of the first call of each spec, and where
     it is not one how many kernels it built or loaded until one did not spill."""
-    from fa3_compile.lower.build_nvrtc import load
+    from fa3_compile.lower.binaries.build_nvrtc import load
 
     q, k, v = tensors()
     torch.cuda.synchronize()
@@ -236,7 +237,7 @@ def build() -> None:
 def step_each() -> None:
     """In a process of its own: seconds of a block's first training step, forward and backward, and
     of those what was spent waiting for kernels."""
-    from fa3_compile.lower import build_nvrtc
+    from fa3_compile.lower.binaries import build_nvrtc
 
     waited, load_first = [0.0], build_nvrtc.load_first
 

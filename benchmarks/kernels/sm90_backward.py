@@ -43,7 +43,7 @@ from benchmarks.kernels.sm90_forward import (
     problem_of,
     timed,
 )
-from fa3_compile.lower.build_nvrtc import load_first
+from fa3_compile.lower.binaries.build_nvrtc import load_first
 from fa3_compile.lower.choose import KernelBuildError
 from fa3_compile.lower.kernels import cuda_sm90_backward as backward
 from fa3_compile.lower.kernels.cuda_sm90 import CudaSm90

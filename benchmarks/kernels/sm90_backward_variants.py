@@ -26,13 +26,13 @@ from benchmarks.kernels.sm90_forward import (
     made,
     timed,
 )
-from fa3_compile.lower.build_nvrtc import Built, load
+from fa3_compile.lower.binaries.build_nvrtc import Built, load
 from fa3_compile.lower.choose import Problem
 from fa3_compile.lower.kernels import cuda_sm90_backward as backward
 from fa3_compile.lower.kernels.cuda_sm90 import CudaSm90
 from fa3_compile.lower.kernels.cuda_sm90_backward_keys import keys_of, load_best
 from fa3_compile.lower.kernels.cuda_sm90_keys import layout_of
-from fa3_compile.lower.render_cuda_backward import CudaBackwardKey
+from fa3_compile.lower.render.render_cuda_backward import CudaBackwardKey
 from fa3_compile.runtime.op import BackwardInputs
 
 # What a row of the table is about: forms of which several candidates are worth their time.

@@ -38,7 +38,7 @@ from benchmarks.kernels import sanitizer
 from benchmarks.kernels.sm90_backward import compare as compare_gradients
 from benchmarks.kernels.sm90_backward import gradients_of, last_bound, needs_of
 from benchmarks.kernels.sm90_forward import OUT, WORKERS, problem_of
-from fa3_compile.lower import build_nvrtc
+from fa3_compile.lower.binaries import build_nvrtc
 from fa3_compile.lower.choose import Gradients, Problem
 from fa3_compile.lower.kernels import (
     cuda_sm90_backward,

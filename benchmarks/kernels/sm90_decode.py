@@ -125,7 +125,7 @@ def grow(steps: int = 200) -> None:
 
     Each length is bound anew; no kernel may be built on the way.
     """
-    from fa3_compile.lower import build_nvrtc
+    from fa3_compile.lower.binaries import build_nvrtc
 
     for name in ("full", "left padding"):
         spec = AttentionSpec.parse(f"attention({FORMS[name]})")

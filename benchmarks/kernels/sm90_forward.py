@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from fa3_compile.lower.build_nvrtc import load_first
+from fa3_compile.lower.binaries.build_nvrtc import load_first
 from fa3_compile.lower.choose import KernelBuildError, Problem
 from fa3_compile.lower.kernels import cuda_sm90_keys
 from fa3_compile.lower.kernels.cuda_sm90 import Bound, CudaSm90

@@ -31,11 +31,11 @@ from benchmarks.kernels.sm90_forward import (
     problem_of,
     timed,
 )
-from fa3_compile.lower.build_nvrtc import Built, load
+from fa3_compile.lower.binaries.build_nvrtc import Built, load
 from fa3_compile.lower.kernels.cuda_sm90 import bind
 from fa3_compile.lower.kernels.cuda_sm90_keys import keys_of, layout_of
 from fa3_compile.lower.kernels.reference import attention
-from fa3_compile.lower.render_cuda import CudaKey
+from fa3_compile.lower.render.render_cuda import CudaKey
 
 N = 8192
 ROWS = 1024  # that are held against float64

@@ -25,11 +25,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.kernels.sm90_forward import OUT, WORKERS, problem_of
 from benchmarks.measure import GRAPH_CALLS, graphed
-from fa3_compile.lower.build_nvrtc import load_first
-from fa3_compile.lower.config_sm90 import Sm90Config
+from fa3_compile.lower.binaries.build_nvrtc import load_first
 from fa3_compile.lower.kernels.cuda_sm90 import bind
 from fa3_compile.lower.kernels.cuda_sm90_keys import keys_of, layout_of, processors
-from fa3_compile.lower.render_cuda import CudaKey
+from fa3_compile.lower.render.render_cuda import CudaKey
+from fa3_compile.lower.tiles.config_sm90 import Sm90Config
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.timing import interleaved
 

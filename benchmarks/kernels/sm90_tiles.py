@@ -29,12 +29,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from fa3_compile import resources
-from fa3_compile.lower.build_nvrtc import BuildError, load
+from fa3_compile.lower.binaries.build_nvrtc import BuildError, load
 from fa3_compile.lower.choose import Problem
-from fa3_compile.lower.config_sm90 import Sm90Config, variations
 from fa3_compile.lower.kernels import cuda_sm90
 from fa3_compile.lower.kernels.cuda_sm90_keys import keys_of, layout_of
-from fa3_compile.lower.render_cuda import CudaKey
+from fa3_compile.lower.render.render_cuda import CudaKey
+from fa3_compile.lower.tiles.config_sm90 import Sm90Config, variations
 from fa3_compile.spec.attention import AttentionSpec
 from tests.numerics.forms import FORMS as FORMS_TESTED
 from tests.numerics.forms import inputs, shape_for

@@ -29,10 +29,10 @@ from torch import Tensor
 from benchmarks.kernels import triton_forward as dev
 from benchmarks.kernels.triton_forward import Case, Runner
 from fa3_compile.lower.choose import Problem
-from fa3_compile.lower.config import TritonConfig
 from fa3_compile.lower.kernels import triton_backward, triton_forward
 from fa3_compile.lower.kernels.reference import attention_backward
-from fa3_compile.lower.tune_backward import Configs, table_configs
+from fa3_compile.lower.tiles.config import TritonConfig
+from fa3_compile.lower.tiles.tune_backward import Configs, table_configs
 from fa3_compile.runtime.op import BackwardInputs
 
 OTHERS = {

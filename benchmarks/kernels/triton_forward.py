@@ -32,11 +32,11 @@ os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache")
 import torch
 from torch import Tensor
 
-from fa3_compile.lower import tune_forward
 from fa3_compile.lower.choose import KernelBuildError, Problem
-from fa3_compile.lower.config import TritonConfig
 from fa3_compile.lower.kernels import triton_forward
 from fa3_compile.lower.kernels.reference import attention
+from fa3_compile.lower.tiles import tune_forward
+from fa3_compile.lower.tiles.config import TritonConfig
 from fa3_compile.spec.attention import AttentionSpec
 
 OUT = Path(os.environ.get("OUT", Path(__file__).resolve().parents[1] / "results"))

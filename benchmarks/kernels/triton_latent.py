@@ -30,12 +30,12 @@ from torch import Tensor
 
 from benchmarks.kernels.sm90_decode import copy_bandwidth, replayed
 from fa3_compile.backend import fa3
-from fa3_compile.lower import tune_forward
 from fa3_compile.lower.choose import KernelBuildError, Problem
-from fa3_compile.lower.config import TritonConfig
 from fa3_compile.lower.kernels import triton_forward
 from fa3_compile.lower.kernels.reference import attention
 from fa3_compile.lower.kernels.triton_forward import TritonForward, bind_config
+from fa3_compile.lower.tiles import tune_forward
+from fa3_compile.lower.tiles.config import TritonConfig
 from fa3_compile.report import collect
 from fa3_compile.spec.attention import AttentionSpec
 

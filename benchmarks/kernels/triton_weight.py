@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 import fa3_compile.runtime.op  # noqa: F401  defines the operators
-from fa3_compile.lower import render_blocks
 from fa3_compile.lower.choose import KernelBuildError, Problem
-from fa3_compile.lower.config import TritonConfig
 from fa3_compile.lower.kernels import triton_backward, triton_captured, triton_forward
 from fa3_compile.lower.kernels.reference import attention_backward
-from fa3_compile.lower.philox import uniform
-from fa3_compile.lower.tune_backward import Configs, table_configs
+from fa3_compile.lower.printers.philox import uniform
+from fa3_compile.lower.render import render_blocks
+from fa3_compile.lower.tiles.config import TritonConfig
+from fa3_compile.lower.tiles.tune_backward import Configs, table_configs
 from fa3_compile.runtime.op import BackwardInputs
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.expr import load

@@ -119,7 +119,7 @@ def _direct(op, *args):
     from torch._inductor import ir
     from torch._inductor.virtualized import V
 
-    from fa3_compile.lower.direct_call import DirectCall
+    from fa3_compile.lower.launch.direct_call import DirectCall
 
     def wrapped(x):
         return ir.TensorBox.create(x) if isinstance(x, ir.IRNode) else x

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import pytest
 
-from fa3_compile.lower import cache
-from fa3_compile.lower.remembered import remembered
+from fa3_compile.lower.binaries import cache
+from fa3_compile.lower.binaries.remembered import remembered
 from fa3_compile.spec.attention import AttentionSpec
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +64,7 @@ def python(code: str, home: Path, **options) -> subprocess.Popen:
 
 LARGE = {"kernel.cu": "x" * 300000, "kernel.cubin": bytes(range(256)) * 4000}
 ENDLESS = f"""
-from fa3_compile.lower import cache
+from fa3_compile.lower.binaries import cache
 files = {{"kernel.cu": "x" * 300000, "kernel.cubin": bytes(range(256)) * 4000}}
 cache.root()
 print("ready", flush=True)
@@ -111,7 +111,7 @@ def test_leftovers_of_a_killed_writer_are_swept(home):
 
 AT_ONCE = f"""
 import contextlib, sys
-from fa3_compile.lower import cache
+from fa3_compile.lower.binaries import cache
 files = {FILES!r}
 cache.root()
 print("ready", flush=True)
@@ -296,7 +296,7 @@ def test_a_full_disk(small_disk, monkeypatch):
 
 
 def test_a_kernel_is_built_on_a_full_disk(home, monkeypatch):
-    from fa3_compile.lower import build_nvrtc
+    from fa3_compile.lower.binaries import build_nvrtc
 
     class Key:
         digest, spec, config = "d" * 16, "spec", cache_config()
@@ -318,7 +318,7 @@ def test_a_kernel_is_built_on_a_full_disk(home, monkeypatch):
 
 
 def test_kernels_are_built_where_no_thread_can_be_started(monkeypatch):
-    from fa3_compile.lower import build_nvrtc
+    from fa3_compile.lower.binaries import build_nvrtc
 
     def submit(*_):
         raise RuntimeError("cannot schedule new futures after shutdown")
@@ -329,7 +329,7 @@ def test_kernels_are_built_where_no_thread_can_be_started(monkeypatch):
 
 
 def cache_config():
-    from fa3_compile.lower.config_sm90 import Sm90Config
+    from fa3_compile.lower.tiles.config_sm90 import Sm90Config
 
     return Sm90Config(64, 64)
 
@@ -435,7 +435,7 @@ def test_a_lock_is_not_held_by_who_was_forked_under_it(home):
             time.sleep(60)
             os._exit(0)
     try:
-        code = f"from fa3_compile.lower import cache\nwith cache.lock({KIND!r}, {KEY!r}): print(1)"
+        code = f"from fa3_compile.lower.binaries import cache\nwith cache.lock({KIND!r}, {KEY!r}): print(1)"
         assert python(code, home).communicate(timeout=30)[0] == b"1\n"
     finally:
         os.kill(child, signal.SIGKILL)
@@ -444,7 +444,7 @@ def test_a_lock_is_not_held_by_who_was_forked_under_it(home):
 
 FORKED = """
 import os, sys
-from fa3_compile.lower import cache
+from fa3_compile.lower.binaries import cache
 own = cache._own("a test")
 child = os.fork()
 if child:

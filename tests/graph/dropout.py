@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fa3_compile.lower.philox import uniform
+from fa3_compile.lower.printers.philox import uniform
 from fa3_compile.report import Report, collect
 from tests.graph.harness import rewrite_only
 

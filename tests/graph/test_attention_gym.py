@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fa3_compile.lower.elements import Shape, elements
+from fa3_compile.lower.printers.elements import Shape, elements
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.tiles import EMPTY, FULL, PARTIAL, tile_map
 from fa3_compile.testing import assert_matches_eager

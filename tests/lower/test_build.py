@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fa3_compile.lower import build
+from fa3_compile.lower.binaries import build
 from fa3_compile.lower.choose import KernelBuildError
 from fa3_compile.spec.attention import AttentionSpec
 

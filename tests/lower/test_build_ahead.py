@@ -12,8 +12,9 @@ import torch
 from torch._inductor import compile_fx
 
 from fa3_compile.backend import rewritten
-from fa3_compile.lower import build_ahead, build_nvrtc, choose, dispatch
-from fa3_compile.lower.build_nvrtc import Built
+from fa3_compile.lower import choose, dispatch
+from fa3_compile.lower.binaries import build_ahead, build_nvrtc
+from fa3_compile.lower.binaries.build_nvrtc import Built
 from fa3_compile.spec.attention import AttentionSpec
 
 SPEC = AttentionSpec.parse("attention(score=0.25*s, out_order=bqhd)")

@@ -130,7 +130,7 @@ def test_what_needs_more_than_a_launch_stays_the_operator(family, options, aux):
 def test_the_c_wrapper_keeps_the_operator(family):
     from torch._inductor.virtualized import V
 
-    from fa3_compile.lower.direct_call import DirectCall
+    from fa3_compile.lower.launch.direct_call import DirectCall
 
     seen = []
     original = DirectCall.codegen_args

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fa3_compile.backend import fa3
-from fa3_compile.lower import build_ahead
-from fa3_compile.lower.build_nvrtc import load
+from fa3_compile.lower.binaries import build_ahead
+from fa3_compile.lower.binaries.build_nvrtc import load
 from fa3_compile.options import Options
 from fa3_compile.pipeline import rewrite_attention
 from fa3_compile.runtime.launch import Attention

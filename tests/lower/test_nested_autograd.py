@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fa3_compile.lower.elements import Shape
 from fa3_compile.lower.kernels.reference import attention_backward
 from fa3_compile.lower.kernels.triton_captured import chained
+from fa3_compile.lower.printers.elements import Shape
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
 

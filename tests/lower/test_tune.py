@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from fa3_compile.lower import cache, tune, tune_forward
+from fa3_compile.lower.binaries import cache
 from fa3_compile.lower.choose import Problem
-from fa3_compile.lower.config_sm90 import Sm90Config, candidates, table, variations
+from fa3_compile.lower.tiles import tune, tune_forward
+from fa3_compile.lower.tiles.config_sm90 import Sm90Config, candidates, table, variations
 from fa3_compile.spec.attention import AttentionSpec
 
 

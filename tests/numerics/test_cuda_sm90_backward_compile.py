@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fa3_compile.lower import build_nvrtc
+from fa3_compile.lower.binaries import build_nvrtc
 from fa3_compile.lower.choose import Problem
-from fa3_compile.lower.config_sm90_backward import candidates
 from fa3_compile.lower.kernels import cuda_sm90_backward as backward
 from fa3_compile.lower.kernels.cuda_sm90_backward_keys import TALL_SPILLS, likely_keys, load_best
-from fa3_compile.lower.render_cuda_backward import render_backward, two_weights
+from fa3_compile.lower.render.render_cuda_backward import render_backward, two_weights
+from fa3_compile.lower.tiles.config_sm90_backward import candidates
 from fa3_compile.spec.attention import AttentionSpec
 from tests.numerics.forms import FORMS
 from tests.numerics.test_cuda_sm90_compile import needs_nvrtc, own_cache, problem

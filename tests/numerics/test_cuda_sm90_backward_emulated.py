@@ -18,14 +18,14 @@ import torch
 
 from benchmarks.kernels.sm90_backward import compare
 from fa3_compile import resources
-from fa3_compile.lower.build_nvrtc import Built
+from fa3_compile.lower.binaries.build_nvrtc import Built
 from fa3_compile.lower.choose import Problem
 from fa3_compile.lower.kernels import cuda_sm90_backward as backward
 from fa3_compile.lower.kernels import cuda_sm90_backward_parameters, cuda_sm90_parameters
 from fa3_compile.lower.kernels.cuda_sm90_backward_keys import keys_of
 from fa3_compile.lower.kernels.cuda_sm90_keys import layout_of, tile_candidate
 from fa3_compile.lower.kernels.reference import attention, attention_backward
-from fa3_compile.lower.render_cuda_backward import CudaBackwardKey
+from fa3_compile.lower.render.render_cuda_backward import CudaBackwardKey
 from fa3_compile.runtime.op import BackwardInputs
 from fa3_compile.spec import expr as E
 from tests.host_driver import launches, on_device, on_host, shared_library

@@ -9,9 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from fa3_compile.lower import build_nvrtc, choose
+from fa3_compile.lower import choose
+from fa3_compile.lower.binaries import build_nvrtc
 from fa3_compile.lower.choose import KernelBuildError, Problem
-from fa3_compile.lower.config_sm90 import (
+from fa3_compile.lower.kernels import cuda_sm90, cuda_sm90_backward, cuda_sm90_backward_keys
+from fa3_compile.lower.kernels.cuda_sm90 import CudaSm90
+from fa3_compile.lower.kernels.cuda_sm90_keys import keys_of, likely_layout
+from fa3_compile.lower.render.cuda_terms import map_kind, mask_parts
+from fa3_compile.lower.render.render_cuda import CudaKey, render
+from fa3_compile.lower.tiles.config_sm90 import (
     Sm90Config,
     candidates,
     packing,
@@ -19,11 +25,6 @@ from fa3_compile.lower.config_sm90 import (
     split_count,
     table,
 )
-from fa3_compile.lower.cuda_terms import map_kind, mask_parts
-from fa3_compile.lower.kernels import cuda_sm90, cuda_sm90_backward, cuda_sm90_backward_keys
-from fa3_compile.lower.kernels.cuda_sm90 import CudaSm90
-from fa3_compile.lower.kernels.cuda_sm90_keys import keys_of, likely_layout
-from fa3_compile.lower.render_cuda import CudaKey, render
 from fa3_compile.report import RegionReport
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.text import FUNCTIONS

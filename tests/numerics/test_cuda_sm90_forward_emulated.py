@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from fa3_compile import resources
-from fa3_compile.lower.build_nvrtc import Built
+from fa3_compile.lower.binaries.build_nvrtc import Built
 from fa3_compile.lower.choose import Problem
-from fa3_compile.lower.config_sm90 import Sm90Config
 from fa3_compile.lower.kernels import (
     cuda_sm90,
     cuda_sm90_forward_parameters,
@@ -27,7 +26,8 @@ from fa3_compile.lower.kernels import (
 from fa3_compile.lower.kernels.cuda_sm90_keys import keys_of, layout_of
 from fa3_compile.lower.kernels.cuda_sm90_lists import kept_lists
 from fa3_compile.lower.kernels.cuda_sm90_parameters import ListShape
-from fa3_compile.lower.render_cuda import CudaKey
+from fa3_compile.lower.render.render_cuda import CudaKey
+from fa3_compile.lower.tiles.config_sm90 import Sm90Config
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.tiles import EMPTY, FULL, PARTIAL, tile_map
 from tests.graph import test_attention_gym as gym

@@ -10,8 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from fa3_compile.lower import launch_calls, stream_reports, stream_scratch
-from fa3_compile.lower.build_nvrtc import Built
+from fa3_compile.lower.binaries.build_nvrtc import Built
 from fa3_compile.lower.dispatch import make_problem
 from fa3_compile.lower.kernels import (
     cuda_sm90,
@@ -21,7 +20,8 @@ from fa3_compile.lower.kernels import (
 )
 from fa3_compile.lower.kernels.cuda_sm90_forward_parameters import ForwardParameters
 from fa3_compile.lower.kernels.cuda_sm90_parameters import section_of
-from fa3_compile.lower.launch_cuda import Launch, driver
+from fa3_compile.lower.launch import launch_calls, stream_reports, stream_scratch
+from fa3_compile.lower.launch.launch_cuda import Launch, driver
 from fa3_compile.runtime.launch import Attention, AttentionBackward
 from tests.host_driver import (
     DEVICE,

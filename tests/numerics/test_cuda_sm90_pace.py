@@ -12,10 +12,10 @@ import torch
 
 from benchmarks.kernels.sm90_shapes import MODELS, said
 from fa3_compile.lower.choose import Problem
-from fa3_compile.lower.config_sm90 import Sm90Config
 from fa3_compile.lower.kernels import cuda_sm90_keys
 from fa3_compile.lower.kernels.cuda_sm90_keys import keys_of, layout_of
-from fa3_compile.lower.pace_sm90 import Work, key_blocks, microseconds, work_of
+from fa3_compile.lower.tiles.config_sm90 import Sm90Config
+from fa3_compile.lower.tiles.pace_sm90 import Work, key_blocks, microseconds, work_of
 from fa3_compile.spec.attention import AttentionSpec
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from fa3_compile.lower.choose import Problem
-from fa3_compile.lower.config_sm90 import Sm90Config
-from fa3_compile.lower.cuda_terms import arrange, capped
 from fa3_compile.lower.kernels.cuda_sm90_keys import keys_of, layout_of
+from fa3_compile.lower.render.cuda_terms import arrange, capped
+from fa3_compile.lower.tiles.config_sm90 import Sm90Config
 from fa3_compile.spec.attention import AttentionSpec
 from tests.host_driver import launches
 from tests.numerics.test_cuda_sm90_forward_emulated import ran

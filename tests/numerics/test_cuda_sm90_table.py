@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from fa3_compile.lower import build_nvrtc
-from fa3_compile.lower.config_sm90 import DENSE, Sm90Config, candidates, table
-from fa3_compile.lower.render_cuda import CudaKey, render
+from fa3_compile.lower.binaries import build_nvrtc
+from fa3_compile.lower.render.render_cuda import CudaKey, render
+from fa3_compile.lower.tiles.config_sm90 import DENSE, Sm90Config, candidates, table
 from fa3_compile.spec.attention import AttentionSpec
 from tests.numerics.sass import given_back_early, instructions
 

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from fa3_compile import resources
 from fa3_compile.lower.choose import Problem
-from fa3_compile.lower.cuda_terms import aux_fields, factor_beside, uniform_fill
-from fa3_compile.lower.elements import Shape, elements
 from fa3_compile.lower.kernels.cuda_sm90_keys import keys_of, layout_of, tile_candidate
-from fa3_compile.lower.render_cuda import render
+from fa3_compile.lower.printers.elements import Shape, elements
+from fa3_compile.lower.render.cuda_terms import aux_fields, factor_beside, uniform_fill
+from fa3_compile.lower.render.render_cuda import render
 from fa3_compile.spec.attention import AttentionSpec
 from tests.numerics.forms import CAUSAL, FORMS, Form, inputs, shape_for
 

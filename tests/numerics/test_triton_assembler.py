@@ -13,9 +13,9 @@ triton = pytest.importorskip("triton")
 from triton import knobs  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 
-from fa3_compile.lower import tune_forward  # noqa: E402
-from fa3_compile.lower.assembler import SOUND, sound_assembler, version  # noqa: E402
+from fa3_compile.lower.binaries.assembler import SOUND, sound_assembler, version  # noqa: E402
 from fa3_compile.lower.choose import KernelBuildError  # noqa: E402
+from fa3_compile.lower.tiles import tune_forward  # noqa: E402
 from tests.numerics.sass import instructions, wrong_descriptors  # noqa: E402
 from tests.numerics.test_triton_compile import compiled, own_caches, problem  # noqa: E402, F401
 
@@ -57,6 +57,6 @@ def test_other_cards_keep_their_ptxas() -> None:
 
 @pytest.mark.skipif(version(get_ptxas(90)) >= SOUND, reason="Triton's own ptxas is sound")
 def test_without_a_sound_one_nothing_is_built(monkeypatch) -> None:
-    monkeypatch.setattr("fa3_compile.lower.assembler.version", lambda tool: (12, 8))
+    monkeypatch.setattr("fa3_compile.lower.binaries.assembler.version", lambda tool: (12, 8))
     with pytest.raises(KernelBuildError, match="TRITON_PTXAS_PATH"), sound_assembler(90):
         pass

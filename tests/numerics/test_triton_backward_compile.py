@@ -14,13 +14,13 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from fa3_compile.lower import build  # noqa: E402
-from fa3_compile.lower.assembler import sound_assembler  # noqa: E402
+from fa3_compile.lower.binaries import build  # noqa: E402
+from fa3_compile.lower.binaries.assembler import sound_assembler  # noqa: E402
 from fa3_compile.lower.choose import Problem  # noqa: E402
-from fa3_compile.lower.config import SHARED_MEMORY, TritonConfig  # noqa: E402
 from fa3_compile.lower.kernels import triton_uniform_rows  # noqa: E402
 from fa3_compile.lower.kernels.triton_backward import render_key, supports_backward  # noqa: E402
-from fa3_compile.lower.tune_backward import table_configs  # noqa: E402
+from fa3_compile.lower.tiles.config import SHARED_MEMORY, TritonConfig  # noqa: E402
+from fa3_compile.lower.tiles.tune_backward import table_configs  # noqa: E402
 from fa3_compile.spec.attention import AttentionSpec  # noqa: E402
 from tests.numerics.test_triton_compile import (  # noqa: E402
     CAUSAL,

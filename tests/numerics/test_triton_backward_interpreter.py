@@ -230,13 +230,13 @@ def test_matches_float64(case: Case, interpreted: Interpreter) -> None:
 
 
 def run(case: Case) -> dict:
-    from fa3_compile.lower import render_blocks
     from fa3_compile.lower.choose import Problem
-    from fa3_compile.lower.config import TritonConfig
     from fa3_compile.lower.kernels import triton_backward as ours
     from fa3_compile.lower.kernels import triton_captured
     from fa3_compile.lower.kernels.reference import attention, attention_backward
-    from fa3_compile.lower.tune_backward import Configs
+    from fa3_compile.lower.render import render_blocks
+    from fa3_compile.lower.tiles.config import TritonConfig
+    from fa3_compile.lower.tiles.tune_backward import Configs
     from fa3_compile.runtime.op import BackwardInputs
 
     render_blocks.WORTHWHILE = 0 if case.lists else 2**20

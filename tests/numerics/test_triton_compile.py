@@ -19,15 +19,16 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from fa3_compile.lower import build, tune_forward  # noqa: E402
-from fa3_compile.lower.assembler import sound_assembler  # noqa: E402
+from fa3_compile.lower.binaries import build  # noqa: E402
+from fa3_compile.lower.binaries.assembler import sound_assembler  # noqa: E402
 from fa3_compile.lower.choose import Problem  # noqa: E402
-from fa3_compile.lower.config import SHARED_MEMORY, TritonConfig  # noqa: E402
 from fa3_compile.lower.kernels.triton_forward import TritonForward  # noqa: E402
 from fa3_compile.lower.kernels.triton_keys import render_key  # noqa: E402
 from fa3_compile.lower.kernels.triton_split import COMBINE  # noqa: E402
-from fa3_compile.lower.render import chunks  # noqa: E402
-from fa3_compile.lower.render_forward import ForwardKey, is_prefix, render_forward  # noqa: E402
+from fa3_compile.lower.render.render import chunks  # noqa: E402
+from fa3_compile.lower.render.render_forward import ForwardKey, is_prefix, render_forward  # noqa: E402
+from fa3_compile.lower.tiles import tune_forward  # noqa: E402
+from fa3_compile.lower.tiles.config import SHARED_MEMORY, TritonConfig  # noqa: E402
 from fa3_compile.spec.attention import AttentionSpec  # noqa: E402
 
 FULL = "attention(score=0.125*s)"
@@ -343,7 +344,7 @@ def test_says_what_it_does_not_take(change, reason: str) -> None:
 
 
 def test_a_damaged_entry_is_rebuilt(tmp_path, monkeypatch) -> None:
-    from fa3_compile.lower import cache
+    from fa3_compile.lower.binaries import cache
 
     monkeypatch.setenv("FA3_CACHE_DIR", str(tmp_path / "private"))
     key = ForwardKey(AttentionSpec(), 64, 64)

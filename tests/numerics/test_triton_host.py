@@ -11,14 +11,15 @@ import torch
 
 pytest.importorskip("triton")
 
-from fa3_compile.lower import build, tune_forward
-from fa3_compile.lower.config import TritonConfig
+from fa3_compile.lower.binaries import build
 from fa3_compile.lower.dispatch import make_problem
 from fa3_compile.lower.kernels import triton_backward, triton_forward, triton_split
 from fa3_compile.lower.kernels.triton_forward import TritonForward
 from fa3_compile.lower.kernels.triton_launch import Launch
-from fa3_compile.lower.launch_calls import Launches
-from fa3_compile.lower.tune_backward import Configs
+from fa3_compile.lower.launch.launch_calls import Launches
+from fa3_compile.lower.tiles import tune_forward
+from fa3_compile.lower.tiles.config import TritonConfig
+from fa3_compile.lower.tiles.tune_backward import Configs
 from fa3_compile.runtime.launch import Attention, AttentionBackward
 from tests.host_driver import (
     STREAM,

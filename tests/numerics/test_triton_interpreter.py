@@ -198,12 +198,12 @@ def test_dead_rows_are_what_eager_makes_of_them(interpreted: Interpreter) -> Non
 
 
 def run(case: Case) -> dict:
-    from fa3_compile.lower import render_blocks
     from fa3_compile.lower.choose import Problem
-    from fa3_compile.lower.config import TritonConfig
     from fa3_compile.lower.kernels import triton_split
     from fa3_compile.lower.kernels.reference import attention
     from fa3_compile.lower.kernels.triton_forward import TritonForward, bind_config, outputs
+    from fa3_compile.lower.render import render_blocks
+    from fa3_compile.lower.tiles.config import TritonConfig
     from fa3_compile.runtime.op import empty_out
 
     triton_split.part_count = lambda *_: case.parts

@@ -7,7 +7,7 @@ import torch
 
 import fa3_compile.runtime.op  # noqa: F401  defines the operator
 from fa3_compile.lower.kernels.reference import attention, attention_backward
-from fa3_compile.lower.philox import uniform
+from fa3_compile.lower.printers.philox import uniform
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.expr import load
 from fa3_compile.spec.forms import dropout_weight

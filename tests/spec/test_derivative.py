@@ -7,7 +7,7 @@ import pytest
 import sympy
 import torch
 
-from fa3_compile.lower.elements import Shape, elements
+from fa3_compile.lower.printers.elements import Shape, elements
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.derivative import derivative
 from fa3_compile.spec.expr import S, load

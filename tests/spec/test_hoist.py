@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from fa3_compile.lower import hoist
-from fa3_compile.lower.formulas import with_small_digits
+from fa3_compile.lower.printers import hoist
+from fa3_compile.lower.printers.formulas import with_small_digits
 from fa3_compile.spec.expr import S
 from fa3_compile.spec.text import parse, text
 

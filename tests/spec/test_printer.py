@@ -14,11 +14,11 @@ import sympy
 import torch
 from hypothesis import given, settings
 
-from fa3_compile.lower.cuda_placer import KernelPrinter
-from fa3_compile.lower.printer import Env, Session, Text, UnprintableError
-from fa3_compile.lower.printer_cuda import CudaPrinter
-from fa3_compile.lower.printer_torch import TorchPrinter
-from fa3_compile.lower.printer_triton import TritonPrinter
+from fa3_compile.lower.printers.cuda_placer import KernelPrinter
+from fa3_compile.lower.printers.printer import Env, Session, Text, UnprintableError
+from fa3_compile.lower.printers.printer_cuda import CudaPrinter
+from fa3_compile.lower.printers.printer_torch import TorchPrinter
+from fa3_compile.lower.printers.printer_triton import TritonPrinter
 from fa3_compile.spec.expr import trunc
 from fa3_compile.spec.text import parse
 from tests.spec.by_hand import evaluate, indices, masks, scores

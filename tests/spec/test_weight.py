@@ -4,7 +4,7 @@ import pytest
 import sympy
 import torch
 
-from fa3_compile.lower.philox import philox, uniform
+from fa3_compile.lower.printers.philox import philox, uniform
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.derivative import derivative

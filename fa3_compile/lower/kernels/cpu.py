@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from fa3_compile.lower.choose import Gradients, Kernel, Problem, register
-from fa3_compile.lower.elements import Shape, elements
+from fa3_compile.lower.printers.elements import Shape, elements
 from fa3_compile.runtime.cpu_backward import cpu_backward
 from fa3_compile.runtime.op import BackwardInputs
 from fa3_compile.spec.attention import AttentionSpec

@@ -1,7 +1,7 @@
 """`cuda_sm90`: the CUDA C++ kernel for Hopper GPUs, built by NVRTC for each spec.
 
 The kernel is kernels/sm90/attention_fwd.cuh; this file says what it takes, binds it to shapes and
-strides. What a call costs on a warm path is said in lower/launch_calls.py.
+strides. What a call costs on a warm path is said in lower/launch/launch_calls.py.
 """
 
 from __future__ import annotations
@@ -14,11 +14,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fa3_compile.lower import build_ahead, tune
+from fa3_compile.lower.binaries import build_ahead
+from fa3_compile.lower.binaries.build_nvrtc import (
+    Built,
+    compiler,
+    load_all,
+    load_first,
+    missing,
+    source_of,
+)
+from fa3_compile.lower.binaries.remembered import remembered
 from fa3_compile.lower.bound import BindingKernel
-from fa3_compile.lower.build_nvrtc import Built, compiler, load_all, load_first, missing, source_of
 from fa3_compile.lower.choose import Gradients, KernelBuildError, Problem, register
-from fa3_compile.lower.config_sm90 import Sm90Config, variations
 from fa3_compile.lower.kernels import cuda_sm90_backward as backward
 from fa3_compile.lower.kernels.cuda_sm90_forward_parameters import ForwardParameters
 from fa3_compile.lower.kernels.cuda_sm90_keys import (
@@ -30,11 +37,12 @@ from fa3_compile.lower.kernels.cuda_sm90_keys import (
     likely_layout,
 )
 from fa3_compile.lower.kernels.cuda_sm90_lists import kept_lists
-from fa3_compile.lower.launch_calls import Launches
-from fa3_compile.lower.launch_cuda import Module, describable, ensure_context, load_module
-from fa3_compile.lower.printer import UnprintableError
-from fa3_compile.lower.remembered import remembered
-from fa3_compile.lower.render_cuda import CudaKey, render
+from fa3_compile.lower.launch.launch_calls import Launches
+from fa3_compile.lower.launch.launch_cuda import Module, describable, ensure_context, load_module
+from fa3_compile.lower.printers.printer import UnprintableError
+from fa3_compile.lower.render.render_cuda import CudaKey, render
+from fa3_compile.lower.tiles import tune
+from fa3_compile.lower.tiles.config_sm90 import Sm90Config, variations
 from fa3_compile.runtime.launch import Call
 from fa3_compile.runtime.op import BackwardInputs, out_strides
 from fa3_compile.spec.attention import AttentionSpec

@@ -18,15 +18,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fa3_compile.lower.build_nvrtc import source_of
+from fa3_compile.lower.binaries.build_nvrtc import source_of
+from fa3_compile.lower.binaries.remembered import remembered
 from fa3_compile.lower.choose import (
     Gradients,
     KernelBuildError,
     Problem,
     choose_backward,
 )
-from fa3_compile.lower.config_sm90_backward import Sm90BackwardConfig
-from fa3_compile.lower.elements import Shape
 from fa3_compile.lower.kernels.cuda_sm90_backward_keys import (
     finds_dead_rows,
     keys_of,
@@ -43,7 +42,7 @@ from fa3_compile.lower.kernels.cuda_sm90_keys import layout_of
 from fa3_compile.lower.kernels.cuda_sm90_lists import kept_lists
 from fa3_compile.lower.kernels.dead_rows import add_uniform_rows
 from fa3_compile.lower.kernels.sinks import sink_gradients
-from fa3_compile.lower.launch_cuda import (
+from fa3_compile.lower.launch.launch_cuda import (
     Launch,
     Module,
     describable,
@@ -51,10 +50,11 @@ from fa3_compile.lower.launch_cuda import (
     ensure_context,
     load_module,
 )
-from fa3_compile.lower.printer import UnprintableError
-from fa3_compile.lower.remembered import remembered
-from fa3_compile.lower.render_backward import has_fill_rows
-from fa3_compile.lower.render_cuda_backward import CudaBackwardKey
+from fa3_compile.lower.printers.elements import Shape
+from fa3_compile.lower.printers.printer import UnprintableError
+from fa3_compile.lower.render.render_backward import has_fill_rows
+from fa3_compile.lower.render.render_cuda_backward import CudaBackwardKey
+from fa3_compile.lower.tiles.config_sm90_backward import Sm90BackwardConfig
 from fa3_compile.runtime.launch import layout_key, make_room
 from fa3_compile.runtime.op import BackwardInputs
 from fa3_compile.spec import expr as E

@@ -6,10 +6,8 @@ import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fa3_compile.lower.build_nvrtc import Built, load_first
+from fa3_compile.lower.binaries.build_nvrtc import Built, load_first
 from fa3_compile.lower.choose import KernelBuildError, Problem
-from fa3_compile.lower.config_sm90_backward import candidates
-from fa3_compile.lower.cuda_terms import arrange, mask_parts, named_mask
 from fa3_compile.lower.kernels.cuda_sm90_keys import (
     DTYPES,
     Layout,
@@ -18,12 +16,14 @@ from fa3_compile.lower.kernels.cuda_sm90_keys import (
 )
 from fa3_compile.lower.kernels.dead_rows import may_be_nan
 from fa3_compile.lower.kernels.triton_forward import may_have_dead_rows
-from fa3_compile.lower.render_cuda_backward import (
+from fa3_compile.lower.render.cuda_terms import arrange, mask_parts, named_mask
+from fa3_compile.lower.render.render_cuda_backward import (
     CudaBackwardKey,
     asks_elements,
     query_map_kind,
     slope,
 )
+from fa3_compile.lower.tiles.config_sm90_backward import candidates
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.derivative import derivative

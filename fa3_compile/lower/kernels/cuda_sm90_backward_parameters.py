@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fa3_compile.lower.config_sm90 import panel_columns
 from fa3_compile.lower.kernels.cuda_sm90_keys import processors, tile_candidate
 from fa3_compile.lower.kernels.cuda_sm90_parameters import (
     ListShape,
@@ -16,8 +15,9 @@ from fa3_compile.lower.kernels.cuda_sm90_parameters import (
     Places,
     section_of,
 )
-from fa3_compile.lower.launch_cuda import MAP_BYTES, Launch, Module, describable, tensor_map
-from fa3_compile.lower.render_cuda_backward import CudaBackwardKey, query_map_kind
+from fa3_compile.lower.launch.launch_cuda import MAP_BYTES, Launch, Module, describable, tensor_map
+from fa3_compile.lower.render.render_cuda_backward import CudaBackwardKey, query_map_kind
+from fa3_compile.lower.tiles.config_sm90 import panel_columns
 from fa3_compile.spec import expr as E
 
 # KV heads that have sums of dQ, as a multiple of those that are worked at once.

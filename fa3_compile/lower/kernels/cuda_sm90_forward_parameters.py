@@ -8,8 +8,6 @@ import struct
 
 from torch import Tensor
 
-from fa3_compile.lower.config_sm90 import Packing, packing, panel_columns, split_count
-from fa3_compile.lower.cuda_terms import fills_dead_rows, uniform_fill
 from fa3_compile.lower.kernels.cuda_sm90_keys import mask_axes, processors
 from fa3_compile.lower.kernels.cuda_sm90_parameters import (
     ListShape,
@@ -17,8 +15,10 @@ from fa3_compile.lower.kernels.cuda_sm90_parameters import (
     Places,
     section_of,
 )
-from fa3_compile.lower.launch_cuda import MAP_BYTES, Launch, Module, tensor_map
-from fa3_compile.lower.render_cuda import CudaKey
+from fa3_compile.lower.launch.launch_cuda import MAP_BYTES, Launch, Module, tensor_map
+from fa3_compile.lower.render.cuda_terms import fills_dead_rows, uniform_fill
+from fa3_compile.lower.render.render_cuda import CudaKey
+from fa3_compile.lower.tiles.config_sm90 import Packing, packing, panel_columns, split_count
 
 UNIFORM_ROWS, DEAD_ROWS, COMBINE_THREADS = 1024, 64, 128
 # Blocks of the kernel for rows without a key, where it tells the host: they add to one counter.

@@ -10,9 +10,10 @@ import sympy
 import torch
 from torch import Tensor
 
+from fa3_compile.lower.binaries.remembered import remembered
 from fa3_compile.lower.choose import Problem
-from fa3_compile.lower.config_sm90 import Sm90Config, candidates, smallest
-from fa3_compile.lower.cuda_terms import (
+from fa3_compile.lower.launch.launch_cuda import describable
+from fa3_compile.lower.render.cuda_terms import (
     arrange,
     capped,
     factor_beside,
@@ -20,11 +21,10 @@ from fa3_compile.lower.cuda_terms import (
     mask_parts,
     named_mask,
 )
-from fa3_compile.lower.launch_cuda import describable
-from fa3_compile.lower.pace_sm90 import microseconds, work_of
-from fa3_compile.lower.remembered import remembered
-from fa3_compile.lower.render import aux_parameters
-from fa3_compile.lower.render_cuda import CudaKey
+from fa3_compile.lower.render.render import aux_parameters
+from fa3_compile.lower.render.render_cuda import CudaKey
+from fa3_compile.lower.tiles.config_sm90 import Sm90Config, candidates, smallest
+from fa3_compile.lower.tiles.pace_sm90 import microseconds, work_of
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
 

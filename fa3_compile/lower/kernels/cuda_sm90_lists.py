@@ -8,7 +8,7 @@ import torch
 
 from fa3_compile.lower.kernels.cuda_sm90_backward_parameters import BackwardParameters
 from fa3_compile.lower.kernels.cuda_sm90_forward_parameters import ForwardParameters
-from fa3_compile.lower.launch_cuda import beside_captures, checked, driver
+from fa3_compile.lower.launch.launch_cuda import beside_captures, checked, driver
 from fa3_compile.spec.blocks import may_have_holes
 
 # What all kept lists may take of a device's memory, in bytes.

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fa3_compile.lower.bound import are_small
 from fa3_compile.lower.choose import KernelBuildError
-from fa3_compile.lower.cuda_terms import Field, aux_fields
 from fa3_compile.lower.kernels.cuda_sm90_keys import tile_candidate
-from fa3_compile.lower.launch_cuda import NAMES, Launch, Module, tensor_map
+from fa3_compile.lower.launch.launch_cuda import NAMES, Launch, Module, tensor_map
+from fa3_compile.lower.render.cuda_terms import Field, aux_fields
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
 

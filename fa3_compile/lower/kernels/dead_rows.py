@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fa3_compile.lower import hoist
 from fa3_compile.lower.kernels.triton_forward import may_have_dead_rows
-from fa3_compile.lower.render_backward import fill_slope
+from fa3_compile.lower.printers import hoist
+from fa3_compile.lower.render.render_backward import fill_slope
 from fa3_compile.spec.attention import AttentionSpec
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fa3_compile.lower.choose import REFERENCE, Gradients, Kernel, Problem, register
-from fa3_compile.lower.elements import Shape, elements
 from fa3_compile.lower.nested_autograd import gradients
+from fa3_compile.lower.printers.elements import Shape, elements
 from fa3_compile.runtime.op import BackwardInputs
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fa3_compile.lower.elements import Shape, elements
 from fa3_compile.lower.kernels.triton_captured import chained
+from fa3_compile.lower.printers.elements import Shape, elements
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
 

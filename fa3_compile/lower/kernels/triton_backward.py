@@ -16,11 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fa3_compile.lower.binaries.build import load, source_of
 from fa3_compile.lower.bound import are_small, precision
-from fa3_compile.lower.build import load, source_of
 from fa3_compile.lower.choose import Gradients, KernelBuildError, Problem, reference
-from fa3_compile.lower.config import WIDEST, TritonConfig, is_wide
-from fa3_compile.lower.elements import Shape
 from fa3_compile.lower.kernels import triton_forward as forward
 from fa3_compile.lower.kernels.sinks import sink_cotangents
 from fa3_compile.lower.kernels.triton_blocks import Lists, bind_lists
@@ -33,9 +31,10 @@ from fa3_compile.lower.kernels.triton_launch import (
     stride_parameters,
 )
 from fa3_compile.lower.kernels.triton_uniform_rows import UniformRows
-from fa3_compile.lower.printer import UnprintableError
-from fa3_compile.lower.render import aux_parameters
-from fa3_compile.lower.render_backward import (
+from fa3_compile.lower.printers.elements import Shape
+from fa3_compile.lower.printers.printer import UnprintableError
+from fa3_compile.lower.render.render import aux_parameters
+from fa3_compile.lower.render.render_backward import (
     BackwardKey,
     dense_loads,
     has_norm,
@@ -43,8 +42,9 @@ from fa3_compile.lower.render_backward import (
     key_sums,
     row_sums,
 )
-from fa3_compile.lower.render_blocks import uses_lists
-from fa3_compile.lower.tune_backward import Configs, table_configs
+from fa3_compile.lower.render.render_blocks import uses_lists
+from fa3_compile.lower.tiles.config import WIDEST, TritonConfig, is_wide
+from fa3_compile.lower.tiles.tune_backward import Configs, table_configs
 from fa3_compile.runtime.op import BackwardInputs
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fa3_compile.lower.build import load
-from fa3_compile.lower.config import TritonConfig
+from fa3_compile.lower.binaries.build import load
 from fa3_compile.lower.kernels.triton_launch import Launch, bind_kernel
-from fa3_compile.lower.render import aux_parameters
-from fa3_compile.lower.render_blocks import BlocksKey
+from fa3_compile.lower.render.render import aux_parameters
+from fa3_compile.lower.render.render_blocks import BlocksKey
+from fa3_compile.lower.tiles.config import TritonConfig
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
 

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fa3_compile.lower.elements import Shape, elements
 from fa3_compile.lower.nested_autograd import gradients
-from fa3_compile.lower.render_backward import is_diagonal, is_plain
+from fa3_compile.lower.printers.elements import Shape, elements
+from fa3_compile.lower.render.render_backward import is_diagonal, is_plain
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fa3_compile.lower.kernels import triton_forward as forward
 from fa3_compile.lower.kernels.dead_rows import may_be_nan, set_nan_rows
 from fa3_compile.lower.kernels.triton_uniform_rows import UniformRows, bind_uniform_rows
-from fa3_compile.lower.render_backward import has_fill_rows
+from fa3_compile.lower.render.render_backward import has_fill_rows
 
 
 def bind_dead_rows(spec, tensors) -> UniformRows | None:

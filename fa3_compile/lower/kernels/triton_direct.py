@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fa3_compile.lower.launch_cuda import Launch, driver, empty_cuda
+from fa3_compile.lower.launch.launch_cuda import Launch, driver, empty_cuda
 
 # What a place in the parameters is called that points to Triton's scratch memory.
 SCRATCH = "global_scratch"

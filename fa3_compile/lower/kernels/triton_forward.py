@@ -1,7 +1,8 @@
 """`triton`: one Triton flash-attention program per spec, for every CUDA GPU since Ampere.
 
 The kernel's text is templates/triton/attention_forward.py.jinja; this file says what it takes,
-binds it to shapes and strides. What a call costs on a warm path is said in lower/launch_calls.py.
+binds it to shapes and strides. What a call costs on a warm path is said in
+lower/launch/launch_calls.py.
 """
 
 from __future__ import annotations
@@ -17,12 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fa3_compile.lower import hoist, tune, tune_forward
-from fa3_compile.lower.assembler import sound_assembler
+from fa3_compile.lower.binaries.assembler import sound_assembler
+from fa3_compile.lower.binaries.build import load, source_of
+from fa3_compile.lower.binaries.remembered import remembered
 from fa3_compile.lower.bound import BindingKernel, are_small, precision
-from fa3_compile.lower.build import load, source_of
 from fa3_compile.lower.choose import Gradients, KernelBuildError, Problem, register
-from fa3_compile.lower.config import TritonConfig, is_wide
 from fa3_compile.lower.kernels.triton_direct import direct, on_tensors
 from fa3_compile.lower.kernels.triton_keys import (
     interpreted,
@@ -32,13 +32,15 @@ from fa3_compile.lower.kernels.triton_keys import (
     tile_count,
 )
 from fa3_compile.lower.kernels.triton_order import in_order, launches_of
-from fa3_compile.lower.launch_calls import Launches
-from fa3_compile.lower.launch_cuda import beside_captures, empty_cuda
-from fa3_compile.lower.printer import UnprintableError
-from fa3_compile.lower.remembered import remembered
-from fa3_compile.lower.render import Aux, aux_parameters
-from fa3_compile.lower.render_blocks import uses_lists
-from fa3_compile.lower.render_forward import ForwardKey, is_prefix, render_forward
+from fa3_compile.lower.launch.launch_calls import Launches
+from fa3_compile.lower.launch.launch_cuda import beside_captures, empty_cuda
+from fa3_compile.lower.printers import hoist
+from fa3_compile.lower.printers.printer import UnprintableError
+from fa3_compile.lower.render.render import Aux, aux_parameters
+from fa3_compile.lower.render.render_blocks import uses_lists
+from fa3_compile.lower.render.render_forward import ForwardKey, is_prefix, render_forward
+from fa3_compile.lower.tiles import tune, tune_forward
+from fa3_compile.lower.tiles.config import TritonConfig, is_wide
 from fa3_compile.runtime.launch import Call
 from fa3_compile.runtime.op import BackwardInputs, empty_out, out_strides
 from fa3_compile.spec.attention import AttentionSpec

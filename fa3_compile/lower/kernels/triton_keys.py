@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import torch
 
-from fa3_compile.lower import tune_forward
 from fa3_compile.lower.choose import Problem
-from fa3_compile.lower.config import FEW_QUERIES, TritonConfig, is_wide
-from fa3_compile.lower.config_sm90 import split_count
 from fa3_compile.lower.kernels.cuda_sm90_keys import processors
-from fa3_compile.lower.render_blocks import uses_lists
-from fa3_compile.lower.render_forward import ForwardKey
+from fa3_compile.lower.render.render_blocks import uses_lists
+from fa3_compile.lower.render.render_forward import ForwardKey
+from fa3_compile.lower.tiles import tune_forward
+from fa3_compile.lower.tiles.config import FEW_QUERIES, TritonConfig, is_wide
+from fa3_compile.lower.tiles.config_sm90 import split_count
 
 # Keys that are dealt out together, and beside which putting parts together is not dear.
 KEYS = 128

@@ -8,11 +8,11 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from fa3_compile.lower import launch_cuda
 from fa3_compile.lower.choose import KernelBuildError
-from fa3_compile.lower.config import TritonConfig
 from fa3_compile.lower.kernels import triton_forward as forward
 from fa3_compile.lower.kernels.triton_direct import direct, on_tensors
+from fa3_compile.lower.launch import launch_cuda
+from fa3_compile.lower.tiles.config import TritonConfig
 
 T = TypeVar("T")
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fa3_compile.lower import launch_cuda
 from fa3_compile.lower.choose import Problem
 from fa3_compile.lower.kernels.triton_direct import SCRATCH
-from fa3_compile.lower.launch_calls import ALIGNMENT, Launches
+from fa3_compile.lower.launch import launch_cuda
+from fa3_compile.lower.launch.launch_calls import ALIGNMENT, Launches
 from fa3_compile.runtime.op import out_strides
 
 if TYPE_CHECKING:

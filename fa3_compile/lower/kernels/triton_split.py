@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fa3_compile.lower.build import load
-from fa3_compile.lower.config import TritonConfig
+from fa3_compile.lower.binaries.build import load
 from fa3_compile.lower.kernels.triton_launch import Launch, bind_kernel
-from fa3_compile.lower.render import aux_parameters
-from fa3_compile.lower.render_forward import ForwardKey, part_state
+from fa3_compile.lower.render.render import aux_parameters
+from fa3_compile.lower.render.render_forward import ForwardKey, part_state
+from fa3_compile.lower.tiles.config import TritonConfig
 
 COMBINE = TritonConfig(16, 16, num_warps=4, num_stages=1)
 

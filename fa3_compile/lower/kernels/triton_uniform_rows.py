@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from fa3_compile import resources
-from fa3_compile.lower.build import load
-from fa3_compile.lower.config import TritonConfig
+from fa3_compile.lower.binaries.build import load
 from fa3_compile.lower.kernels.triton_launch import Launch, bind_kernel, stride_parameters
-from fa3_compile.lower.render import render_template
-from fa3_compile.lower.render_backward import fill_slope
+from fa3_compile.lower.render.render import render_template
+from fa3_compile.lower.render.render_backward import fill_slope
+from fa3_compile.lower.tiles.config import TritonConfig
 from fa3_compile.spec.attention import AttentionSpec
 
 BLOCK, TILE = 64, 64

@@ -1,0 +1,1 @@
+"""Source text -> something that runs, and the cache on disk."""

@@ -1,0 +1,1 @@
+"""Kernels launched at the least cost for the host."""

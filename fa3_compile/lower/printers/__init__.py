@@ -1,0 +1,1 @@
+"""Expressions of a spec as source text: Triton, CUDA C++, torch operators."""

@@ -1,0 +1,1 @@
+"""Tile configurations: what fits, what to try first, what was measured."""
