@@ -92,7 +92,9 @@ class Tally:
         return self.counts["all", ""][3]
 
     def write(self, path: Path, about: str) -> None:
-        rows = [(*part, *count) for part, count in sorted(self.counts.items())]
+        # Expressions are as many as programs that have one.
+        counted = sorted((x, n) for x, n in self.counts.items() if x[0] != "expression")
+        rows = [(*part, *count) for part, count in counted]
         with path.open("w", newline="") as file:
             file.write(f"# {about}; python {' '.join(sys.argv)}\n")
             csv.writer(file).writerows([COLUMNS, *rows])

@@ -27,7 +27,7 @@ def by_hand(choices: Choices, device: str) -> Program:
     made, expected = recipe(choices, device)
     run = {name: getattr(made, name) for name in ("dtype", "dynamic", "training", "kernels")}
     arguments, project = layouts.layout(made.layout, made.sizes, made.seed)
-    extra, capture = parts.captured(made.captured, made.sizes, made.seed)
+    extra, capture = _captured(made)
     sinks: tuple[Tensor, ...] = ()
     if made.sink:
         sinks = (parts.normal(made.seed + 60, HEADS, device=device).requires_grad_(),)
@@ -37,6 +37,18 @@ def by_hand(choices: Choices, device: str) -> Program:
     function = _in_context(attention, made, device)
     tensors = tuple(x for group in groups for x in group)
     return Program(function, tensors, made.made_of(), expected, run)
+
+
+def _captured(made: Recipe) -> tuple[tuple[Tensor, ...], Callable[..., Tensor]]:
+    """(tensors, (scores, *tensors) -> scores)"""
+    if made.expression is None:
+        return parts.captured(made.captured, made.sizes, made.seed)
+
+    def fill(s: Tensor, seen: Tensor) -> Tensor:
+        return parts.fill(s, seen, made.how, made.fill)
+
+    changed = made.expression
+    return changed.given, lambda s, *given: changed(s, fill, *given)
 
 
 def _attention(

@@ -19,7 +19,8 @@ from tests.programs.program import Program
 
 # What the programs of a family have in common: all that their kernel is made for.
 KEPT = (
-    "spelling", "n", "dim", "masks", "how", "fill", "combine", "modifiers", "captured", "scale",
+    "spelling", "n", "dim", "masks", "how", "fill", "combine", "modifiers", "captured",
+    "expression", "scale",
     "softmax", "late", "sink", "after", "dtype", "training", "kernels",
     "attention", "attn_mask", "mask mods", "block", "score mod",
 )  # fmt: skip

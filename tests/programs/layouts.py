@@ -83,6 +83,37 @@ def layout(name: str, sizes: Sizes, seed: int):
             return q, k.expand(b, h, -1, d), v.expand(b, h, -1, d), lambda out: out
 
         return four(1), one_head
+    if name == "heads last":
+
+        def heads_last(q, k, v):
+            q, k, v = (x.movedim(-1, 1) for x in (q, k, v))
+            return q, k, v, lambda out: out.movedim(1, -1)
+
+        return tuple(leaf(i, b, x, d, h) for i, x in enumerate((n, m, m))), heads_last
+    if name == "from the last key on":
+        return four(), lambda q, k, v: (q, k.flip(2), v.flip(2), lambda out: out)
+    if name == "keys picked":
+
+        def picked(q, k, v):
+            at = torch.arange(k.shape[2], device=k.device) // 2
+            return q, k[:, :, at], v.index_select(2, at), lambda out: out
+
+        return four(), picked
+    if name in ("cache that grows", "cache that is written"):
+        old, new = (m // 2, m - m // 2) if name == "cache that grows" else (m, m - m // 2)
+
+        def grown(q, k, v, old_k, old_v):
+            return q, torch.cat((old_k, k), 2), torch.cat((old_v, v), 2), lambda out: out
+
+        def written(q, k, v, old_k, old_v):
+            old_k, old_v = old_k.clone(), old_v.clone()
+            old_k[:, :, -k.shape[2] :] = k
+            old_v[:, :, -k.shape[2] :].copy_(v)
+            return q, old_k, old_v, lambda out: out
+
+        tensors = leaf(0, b, h, n, d), *(leaf(i, b, h, new, d) for i in (1, 2))
+        tensors += tuple(leaf(i, b, h, old, d) for i in (3, 4))
+        return tensors, grown if name == "cache that grows" else written
     if name == "windows":
         return tuple(leaf(i, b, 2, h, x, d) for i, x in enumerate((n, m, m))), as_it_is
     if name == "one batch of K":
@@ -130,6 +161,11 @@ LAYOUTS = (
     "K is V",
     "no batch",
     "wide V",
+    "heads last",
+    "from the last key on",
+    "keys picked",
+    "cache that grows",
+    "cache that is written",
     "gqa repeat",
     "gqa expand",
     "gqa tiled",

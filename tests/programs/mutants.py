@@ -40,6 +40,12 @@ MORE_THAN_ATTENTION = (
     "second product",
     "dropout of nothing",
     "row mean off",
+    "first key's score off",
+    "first query's scores off",
+    "queries rolled",
+    "heads of weights flipped",
+    "batches of weights flipped",
+    "weights of one head for all",
 )
 
 
@@ -58,6 +64,12 @@ def other_scores(s: Tensor, mutant: str) -> Tensor:
         return s.detach()
     if mutant == "row mean off":
         return s - s.clamp(min=-50).mean(-1, keepdim=True)
+    if mutant == "first key's score off":
+        return s - s[..., :1].clamp(min=-50)
+    if mutant == "first query's scores off":
+        return s - s[..., :1, :].clamp(min=-50)
+    if mutant == "queries rolled":
+        return s.roll(1, -2)
     if mutant == "first score written":
         s = s * 1
         s[..., 0] = 0.5
@@ -80,6 +92,12 @@ def other_weights(p: Tensor, mutant: str) -> Tensor:
         return p.flip(-1)
     if mutant == "running weights":
         return p.cumsum(-1)
+    if mutant == "heads of weights flipped":
+        return p.flip(-3)
+    if mutant == "batches of weights flipped":
+        return p.flip(0)
+    if mutant == "weights of one head for all":
+        return p[..., :1, :, :].expand_as(p)
     if mutant == "weights multiplied":
         return p * (positions(p)[1] % 3).to(p.dtype)
     if mutant == "weights masked":

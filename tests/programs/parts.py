@@ -80,6 +80,7 @@ HOWS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "logarithm": lambda s, seen, x: s + seen.to(s.dtype).log(),
     "minimum": lambda s, seen, x: torch.minimum(s, torch.where(seen, math.inf, x).to(s.dtype)),
 }
+IN_PLACE = ("masked_fill_", "added in place")
 NEEDS_FINITE = ("product", "both")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.programs import layouts, parts
 from tests.programs.choices import Choices
+from tests.programs.expressions import Expression, expression
 from tests.programs.masks import MASKS, positions
 from tests.programs.mutants import MORE_THAN_ATTENTION, NO_ATTENTION, OF_ELEMENTS
 from tests.programs.parts import Sizes
@@ -22,12 +23,13 @@ TWO_ATTENTIONS = ("shared K and V", "difference", "beside a call")
 OF_LSE = ("LSE", "function of LSE")
 USES = ("residual", "twice", "slice", "sum", "in place", "flat", *OF_LSE, *TWO_ATTENTIONS)
 # "flat batch" names every size but the length; "strided" cuts V's length to K's.
-STATIC = ("flat batch", "strided")
+STATIC = ("flat batch", "strided", "cache that is written")
 ADDITIVE = ("additive padding", "added empty sequence", "two paddings")
 MAY_HIDE_ALL = ("padding", "empty sequence", *ADDITIVE, "random mask", "documents", "lengths")
 # Whose weights have other batches than the operator, or heads in another order.
+EXPRESSION = "expression"
 OTHER_BATCHES = ("windows", "one batch of K", "no batch", "gqa tiled")
-BY_BATCH = (*MAY_HIDE_ALL, "bias")
+BY_BATCH = (*MAY_HIDE_ALL, "bias", EXPRESSION)
 K_WRITTEN = "K written after the scores"
 
 
@@ -46,6 +48,7 @@ class Recipe:
     combine: str
     modifiers: list[str]
     captured: str
+    expression: Expression | None
     scale: str
     softmax: str
     late: str
@@ -72,7 +75,9 @@ class Recipe:
     @property
     def dead(self) -> bool:
         """There may be rows without a key."""
-        return self.captured in MAY_HIDE_ALL or bool(self.masks) and self._masks_hide_rows()
+        if self.captured in MAY_HIDE_ALL or self.masks and self.expression:
+            return True
+        return bool(self.masks) and self._masks_hide_rows()
 
     def _masks_hide_rows(self) -> bool:
         at = positions(torch.empty(self.sizes.n, self.sizes.m))
@@ -93,6 +98,7 @@ class Recipe:
             "masks": masks if self.masks else "",
             "modifiers": " ".join(self.modifiers),
             "captured": self.captured,
+            EXPRESSION: str(self.expression.text if self.expression else ""),
             "late": self.late,
             "scale": self.scale,
             "softmax": self.softmax,
@@ -122,10 +128,11 @@ def recipe(choices: Choices, device: str) -> tuple[Recipe, Expected]:
 def _drawn(choices: Choices, device: str) -> Recipe:
     one_of = choices.one_of
     layout = one_of("layout", *layouts.LAYOUTS)
+    sizes = parts.sizes(choices, device, square=layout == "fused qkv")
     # Arguments are evaluated in this order, which a seed's programs depend on.
     return Recipe(
         layout=layout,
-        sizes=parts.sizes(choices, device, square=layout == "fused qkv"),
+        sizes=sizes,
         of_scores=one_of("scores", "operator", "operator", *layouts.PRODUCTS),
         of_values=one_of("values", "operator", "operator", *layouts.PRODUCTS),
         masks=choices.up_to_two("masks", sorted(MASKS)),
@@ -133,7 +140,8 @@ def _drawn(choices: Choices, device: str) -> Recipe:
         fill=one_of("fill", *parts.FILLS),
         combine=one_of("combine", "and", "or", "twice"),
         modifiers=choices.up_to_two("modifiers", sorted(parts.MODIFIERS), unique=True),
-        captured=one_of("captured", *parts.CAPTURED),
+        captured=(captured := one_of("captured", *parts.CAPTURED, *[EXPRESSION] * 6)),
+        expression=_expression(choices, sizes) if captured == EXPRESSION else None,
         scale=one_of("scale", *parts.SCALES),
         softmax=one_of("softmax", *parts.SOFTMAXES, "divided late", *parts.UNNORMALISED),
         late=one_of("late", *[""] * 20, *parts.LATE),
@@ -153,16 +161,21 @@ def _drawn(choices: Choices, device: str) -> Recipe:
     )
 
 
+def _expression(choices: Choices, sizes: parts.Sizes) -> Expression:
+    number = choices.one_of(EXPRESSION, *range(1_000_000))
+    return expression(number, sizes.n, sizes.m, sizes.device)
+
+
 def _keep_finite(made: Recipe) -> None:
     """Parts in which eager overflows, or rounds everything off, are replaced."""
-    grows = "cube" in made.modifiers or made.captured == "temperature"
+    grows = "cube" in made.modifiers or made.captured in ("temperature", EXPRESSION)
     half = made.dtype is not None
     if made.how in parts.NEEDS_FINITE and made.fill == "-inf":
         made.fill = "finfo.min"  # 0 * -inf is NaN in eager, everywhere
     if made.how == "both" and made.captured == "infinite bias":
         made.how = "where"  # the same
     if made.plain and made.mutant == "renormalised weights":
-        if half or made.captured in ("int32 ids", "slopes"):
+        if half or made.captured in ("int32 ids", "slopes", EXPRESSION):
             made.mutant = ""  # 0 / 0, where all weights of a row vanish
     if made.softmax == "unshifted" and (half or made.on_gpu and grows):
         made.softmax = "by hand"  # exp overflows
@@ -173,7 +186,7 @@ def _keep_finite(made: Recipe) -> None:
         made.scale = "after"  # all weight on one key: docs/numerics.md
     if grows and half and made.after in ("key gate", "head gate", "dropout"):
         made.after = ""  # the same
-    if made.scale == "none" and (made.sizes.dim > 8 or made.captured == "temperature"):
+    if made.scale == "none" and (made.sizes.dim > 8 or grows):
         # Scores beyond what a softmax without a maximum takes, and of which float32 rounds much off.
         made.scale = "after"
 
@@ -203,6 +216,8 @@ def _keep_apart(made: Recipe) -> None:
         made.mutant = ""
     if made.layout == "mqa" and made.of_scores in layouts.BATCHED:
         made.of_scores = "operator"
+    if made.layout == "no batch" and made.expression and made.how in parts.IN_PLACE:
+        made.how = "where"  # the mask may have more axes than the scores
     broadcast = made.layout == "mqa" or made.layout == "no batch" and made.captured in BY_BATCH
     if made.of_values in layouts.BATCHED and (broadcast or made.mutant == "mean of heads"):
         made.of_values = "operator"
@@ -216,7 +231,8 @@ def _run_as_eager_can(made: Recipe) -> None:
     """Where eager's numbers are others by its roundings or its NaN, parts and the run change."""
     added = made.how == "product" or made.how.startswith("added")
     changed = made.combine == "twice" or made.late or made.plain
-    absorbed = made.captured in ADDITIVE or made.masks and added and changed
+    several = made.masks and (changed or made.expression)
+    absorbed = made.captured in ADDITIVE or several and added
     if made.dtype == torch.float16 and absorbed:
         # In float16 eager's -65504 absorbs a score, and twice that is -inf; ours is in float32.
         made.dtype = torch.bfloat16
@@ -259,6 +275,8 @@ def _either(made: Recipe) -> bool:
         (
             # Batches that only the mask has: K and V are shared by rows of different masks.
             layout == "no batch" and captured in BY_BATCH,
+            # Expressions may be too long, or of what no kernel computes.
+            captured == EXPRESSION,
             # No key is seen at all, or there is but one.
             made.sizes.n == 1 and "strict" in made.masks,
             made.sizes.m == 1,
