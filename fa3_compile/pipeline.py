@@ -106,6 +106,7 @@ def _rewrite_graph(
     replaced: dict[fx.Node, fx.Node] = {}
     rewritten: list[Region] = []
     attended: set[fx.Node] = set()
+    dear: dict[fx.Node, Decline] = {}
     for skeleton in skeletons(shadow) if shadow else ():
         assert shadow is not None
         if skeleton.values in attended:
@@ -119,6 +120,11 @@ def _rewrite_graph(
             replaced |= rewrite.rewrite(gm.graph, regions, texts)
         except Exception as error:
             declined = _declined(error, skeleton, options)
+            if declined.code == "products-apart":
+                dear |= dict.fromkeys(skeleton.parts, declined)
+            elif declined.code == "weights-partly-used":
+                # Of V in parts, each sees a part of the keys: why they are not read as one.
+                declined = dear.get(skeleton.values, declined)
             if skeleton.worth_saying(declined):
                 entry = RegionReport.declined(len(entries), graph_name, declined, **known)
                 entries.append((entry, None, skeleton.output))

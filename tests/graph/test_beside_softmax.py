@@ -53,6 +53,17 @@ def test_gated_positions_divided_by_their_sum(dynamic):
     assert len(report.fused) == 1 and not report.regions[0].reason
 
 
+def test_positions_that_a_layer_makes_are_no_region_of_their_own():
+    """As in ConViT, whose positions are a layer's of where the two tokens lie."""
+
+    def attention(q, k, v, places, layer):
+        positions = F.linear(places, layer).permute(2, 0, 1).softmax(-1)
+        return (0.3 * weights_of(q, k) + 0.7 * positions) @ v
+
+    report = check(attention, *qkv(), normal(S, S, 3, seed=5), normal(H, 3, seed=6))
+    assert specs(report) == ATTENTION
+
+
 def test_shaped():
     captured = [normal(1, seed=i) for i in range(3)]
     assert found(shaped, *captured) == "attention(score=0.25*s, mask=kv <= q, dead=nan)"
@@ -105,7 +116,12 @@ def test_the_weights_of_the_layer_before():
 
 class TestDeclined:
     def test_what_a_dropout_is_of_as_a_whole(self):
-        assert "changed" in found(lambda q, k, t: F.dropout(weights_of(q, k) + t), normal(S, S))
+        def attention(q, k, v, t):
+            return F.dropout(weights_of(q, k) + t) @ v
+
+        [region] = check(attention, *qkv(), normal(S, S)).regions
+        assert region.code == "softmax-result-changed"
+        assert region.reason.startswith("a dropout is of the sum of a softmax and other weights")
 
     def test_a_softmax_that_cannot_be_read(self):
         def weights(q, k):

@@ -307,6 +307,17 @@ class TestAfter:
 
         assert_expected_inline(declined(attention), """detect: gradient-stopped""")
 
+    def test_gumbel_softmax(self):
+        def attention(q, k, v, hard):
+            return F.gumbel_softmax(scores_of(q, k), hard=hard) @ v
+
+        assert_expected_inline(
+            declined(lambda *x: attention(*x, hard=False)), """lift: random-scores"""
+        )
+        assert_expected_inline(
+            declined(lambda *x: attention(*x, hard=True)), """lift: scores-selected"""
+        )
+
 
 class TestNotAttention:
     """A softmax and two products are not yet attention."""

@@ -227,5 +227,16 @@ def test_left_alone(function, code):
     assert {x.code for x in regions} == {code}
 
 
+def test_parts_that_cost_more_to_copy_than_the_scores_say_so():
+    def memories_of_each_query(q, k, v, local, value):
+        own = torch.einsum("bhqd,bhqmd->bhqm", q, local)
+        w = torch.cat([own, q @ k.mT], -1).softmax(-1)
+        return torch.einsum("bhqm,bhqmd->bhqd", w[..., :M], value) + w[..., M:] @ v
+
+    memories = (normal(B, H, S, M, D, seed=7), normal(B, H, S, M, D, seed=8))
+    regions = check(memories_of_each_query, *qkv(), *memories).regions
+    assert {x.code for x in regions} == {"products-apart"}
+
+
 def test_keys_of_two_products_at_one_place_keep_their_own():
     check(keys_of_both, *qkv(), *MORE)

@@ -92,7 +92,10 @@ def weights(
             if beside != 0
             else "Between the softmax and V only factors may stand: apply anything else to the "
             "output, or inside the score.",
-            message=f"V is weighted by {element}",
+            message="a dropout is of the sum of a softmax and other weights, which lose the same "
+            "elements"
+            if beside.has(uniform)
+            else f"V is weighted by {element}",
         )
     for factor, kept, which in found:
         if which is not None:

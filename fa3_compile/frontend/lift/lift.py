@@ -19,7 +19,12 @@ from fa3_compile.errors import Decline
 from fa3_compile.frontend.dynamo.mutations import overwrite
 from fa3_compile.frontend.dynamo.sizes import UnknownScalar, scalar, sym
 from fa3_compile.frontend.lift.captured import Captured, Seed
-from fa3_compile.frontend.reasons.selected_keys import selected, selecting_call
+from fa3_compile.frontend.reasons.selected_keys import (
+    ONE_HOT,
+    marks_the_largest,
+    selected,
+    selecting_call,
+)
 from fa3_compile.frontend.shadow.trace import SIZES, Shadow
 from fa3_compile.spec.expr import Expr, erf, load, round_half_even, sigmoid, trunc, where
 from fa3_compile.spec.index import Ranges
@@ -128,6 +133,8 @@ class Lifter:
         self.zeroed: set[Expr] = set()
         # By number, the axis along which the rows of a softmax add up to 1: one of V's keys alone.
         self.adding_up: dict[int, int] = {}
+        # Products with a mask of 0 and 1, as selects: their gradient is multiplied by 0, not left out.
+        self.multiplied: set[where] = set()
         # What load(i, ...) reads, in order of i.
         self.loads: list[Captured | Seed] = [*loads]
         # The Dynamo nodes of the dropouts that were lifted.
@@ -309,6 +316,22 @@ def declined(opaque: Opaque, shadow: Shadow) -> Decline:
             holders[0] if holders else opaque.node,
             "Take one softmax of the scores.",
             message="the scores are made of a softmax, and so each of its whole row",
+            stage="lift",
+        )
+    if torch.Tag.nondeterministic_seeded in getattr(opaque.node.target, "tags", ()):
+        return Decline(
+            "random-scores",
+            holders[0] if holders else opaque.node,
+            "Draw them in a call of their own: scores + noise, with a tensor of noise, is fused.",
+            message="the call that makes the weights draws random numbers for the scores",
+            stage="lift",
+        )
+    if marks_the_largest(opaque.node):
+        return Decline(
+            "scores-selected",
+            holders[0] if holders else opaque.node,
+            ONE_HOT,
+            message="the weights are 1 for the largest score of a row, and 0 for the others",
             stage="lift",
         )
     return Decline(

@@ -31,7 +31,15 @@ def opaque_scores(shadow: Shadow) -> Iterator[Decline]:
     """A `Decline` for every softmax that leads to a product with V and whose scores are made of a
     product by way of such a call, of distances by torch.cdist, or of queries and keys otherwise
     than by a product, by layers of pairs among others."""
-    for softmax in softmaxes(shadow):
+    found = [*softmaxes(shadow)]
+    # What is weighed by scores of a product: positions may be added to these (ConViT).
+    attended = {
+        product
+        for softmax in found
+        if products_before(softmax.scores)
+        for product in products_after(shadow, softmax.node)
+    }
+    for softmax in found:
         scores = softmax.scores
         summed = _weighs_by_broadcasting(shadow, softmax)
         if summed is not None and (
@@ -40,15 +48,12 @@ def opaque_scores(shadow: Shadow) -> Iterator[Decline]:
             why = "V is weighed by a sum of element-wise products"
             yield Decline("no-product", summed, WEIGH, message=why, stage="detect")
         elif not products_before(scores) and _leads_on(shadow, softmax):
-            found = (
-                _by_a_call(shadow, scores)
-                or by_broadcasting(shadow, scores)
-                or _by_a_layer(shadow, scores)
-                or _of_one_tensor(shadow, softmax)
-            )
-            if found is not None:
-                found.stage = "detect"
-                yield found
+            declined = _by_a_call(shadow, scores) or by_broadcasting(shadow, scores)
+            if declined is None and not products_after(shadow, softmax.node) & attended:
+                declined = _by_a_layer(shadow, scores) or _of_one_tensor(shadow, softmax)
+            if declined is not None:
+                declined.stage = "detect"
+                yield declined
 
 
 def _by_a_call(shadow: Shadow, scores: fx.Node) -> Decline | None:
