@@ -22,8 +22,10 @@ import json
 import os
 import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,9 @@ COLUMNS = (
 )
 MOST_PARAMETERS = 60_000_000
 SECONDS = 300
+FORKING = threading.Lock()
+# Who a row is about, and what makes it.
+Task = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
 
 
 class Softmaxes(TorchDispatchMode):
@@ -166,17 +171,18 @@ def line(error: Exception) -> str:
 
 def in_a_process(known: dict[str, Any], row: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `row` answers in a fork; `known` and a problem where that crashes or takes too long."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reading)
-        signal.alarm(SECONDS)
-        try:
-            with os.fdopen(writing, "w") as pipe:
-                json.dump(row(), pipe)
-        finally:
-            os._exit(0)
-    os.close(writing)
+    with FORKING:  # or another child would hold this one's pipe open
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(reading)
+            signal.alarm(SECONDS)
+            try:
+                with os.fdopen(writing, "w") as pipe:
+                    json.dump(row(), pipe)
+            finally:
+                os._exit(0)
+        os.close(writing)
     with os.fdopen(reading) as pipe:
         text = pipe.read()
     os.waitpid(child, 0)
@@ -185,34 +191,46 @@ def in_a_process(known: dict[str, Any], row: Callable[[], dict[str, Any]]) -> di
     return json.loads(text)
 
 
+def write_rows(out: Path, columns: Sequence[str], tasks: Iterable[Task], processes: int) -> int:
+    """Adds the rows that the file does not have; how many of them have wrong numbers."""
+    there: list[dict[str, str]] = []
+    if out.exists():
+        with out.open(newline="") as file:
+            there = list(csv.DictReader(file))
+    left = [x for x in tasks if not any(x[0].items() <= row.items() for row in there)]
+    wrong = 0
+    with out.open("a", newline="") as file, ThreadPoolExecutor(processes) as threads:
+        writer = csv.DictWriter(file, columns)
+        if not there:
+            writer.writeheader()
+        made = [threads.submit(in_a_process, *task) for task in left]
+        for row in (x.result() for x in as_completed(made)):
+            wrong += (row.get("numbers") or "ok") != "ok"
+            writer.writerow(row)
+            file.flush()
+            print(row, flush=True)
+    return wrong
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*")
     parser.add_argument("--implementation", choices=("eager", "sdpa"), default="eager")
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    quiet()
+    tasks: list[Task] = [
+        ({"model_type": name}, functools.partial(row_of, name, options.implementation))
+        for name in options.names or model_types()
+    ]
+    return 1 if write_rows(options.out, COLUMNS, tasks, options.processes) else 0
+
+
+def quiet() -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    there: set[str] = set()
-    if options.out.exists():
-        with options.out.open(newline="") as file:
-            there = {row["model_type"] for row in csv.DictReader(file)}
-    new = not there
-    wrong = 0
-    with options.out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        for name in options.names or model_types():
-            if name not in there:
-                run = functools.partial(row_of, name, options.implementation)
-                row = in_a_process({"model_type": name}, run)
-                wrong += row.get("numbers", "ok") != "ok"
-                writer.writerow(row)
-                file.flush()
-                print(row, flush=True)
-    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

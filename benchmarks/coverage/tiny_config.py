@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import re
@@ -22,8 +23,8 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"head_dim|d_head|d_kv|head_size|kv_channels|key_length|dim_head|qk_nope|v_head", 16),
     (r"heads?$|n_head|num_heads", 4),
     (r"lora_rank", 32),
+    (r"n_group$|expert_group$|topk_group|first_k_dense|n_shared|num_shared", 1),
     (r"experts_per_tok|top_?k|num_selected_experts|moe_k", 2),
-    (r"n_group$|topk_group|first_k_dense|n_shared|num_shared", 1),
     (r"experts?$|n_routed_experts", 4),
     (r"layers?$|n_layer|num_layers|depth$|num_blocks|n_blocks|_blocks$", 2),
     (r"num_hidden_groups|inner_group_num", 1),
@@ -91,11 +92,13 @@ def _fields(config_class: type, default: Any) -> dict[str, Any]:
         if "__init__" in vars(base):
             names += inspect.signature(vars(base)["__init__"]).parameters
     skipped = {"self", "kwargs", "model_type", "sub_configs", "attribute_map"}
-    return {
-        name: getattr(default, name, None)
-        for name in dict.fromkeys(names)
-        if name not in skipped and not name.startswith("base_model")
-    }
+    made: dict[str, Any] = {}
+    for name in dict.fromkeys(names):
+        if name not in skipped and not name.startswith("base_model"):
+            # What differs from layer to layer is no field, and stays.
+            with contextlib.suppress(ValueError, RuntimeError):
+                made[name] = getattr(default, name, None)
+    return made
 
 
 def _small(name: str, value: Any) -> dict[str, Any]:

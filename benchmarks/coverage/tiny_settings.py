@@ -20,7 +20,7 @@ BATCH = 2
 
 CLASSES: dict[str, str] = {"funnel": "FunnelModel"}
 GAINS: dict[str, float] = dict.fromkeys(
-    ("detr", "fastspeech2_conformer", "mobilebert", "sam3"), 1.0
+    ("blip_2_qformer", "detr", "fastspeech2_conformer", "mobilebert", "sam3"), 1.0
 )
 
 
@@ -80,10 +80,12 @@ FIELDS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("informer", "autoformer", "time_series_transformer"), _SERIES),
     **dict.fromkeys(("codegen", "gptj"), {"rotary_dim": 8}),
     **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), {"head_dim": 16}),
+    **dict.fromkeys(("nemotron", "hunyuan_vl_text"), {"head_dim": 16, "num_key_value_heads": 2}),
     **dict.fromkeys(("esmc", "glm5_next_text"), {"num_key_value_heads": 4}),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "axk1", "axk2"), _ROUTED),
-    **dict.fromkeys(("kimi_k25", "minicpm3", "glm4_moe_lite", "glm_moe_dsa"), _ROUTED),
+    **dict.fromkeys(("dots1", "minicpm3", "glm4_moe_lite", "glm_moe_dsa"), _ROUTED),
     **dict.fromkeys(("detr", "conditional_detr", "dab-detr", "table-transformer"), _ONE_SCALE),
+    "kimi_k25": {"text_config": _ROUTED},
     "deformable_detr": _THREE_SCALES,
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
     "granitemoehybrid": {**_MAMBA, "layer_types": ["mamba", "attention"]},
@@ -92,6 +94,21 @@ FIELDS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "window_size": 8},
     "esm": {"vocab_size": 96, "mask_token_id": 3, "pad_token_id": 0},
     "funnel": {"block_sizes": [1, 1], "num_decoder_layers": 2, "block_repeats": [1, 1]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "gemma3n_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_kv_shared_layers": 0,
+        "activation_sparsity_pattern": [0.0, 0.0],
+    },
+    "gemma4_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_kv_shared_layers": 0,
+    },
+    "layoutlmv3": {"coordinate_size": 8, "shape_size": 16},
+    "lilt": {"hidden_size": 48},
+    "markuplm": {"max_xpath_tag_unit_embeddings": 256, "max_xpath_subs_unit_embeddings": 1024},
+    "sam2_hiera_det_model": {"hidden_size": 16},
+    "sam2_vision_model": {"backbone_config": {"hidden_size": 16}},
     "laguna": {"num_attention_heads_per_layer": [4, 4]},
     "decision_transformer": {"hidden_size": 64},
     "led": {"attention_window": [8, 8]},
@@ -143,6 +160,35 @@ def _queries(model: Model) -> dict[str, Tensor]:
     }
 
 
+def _patches(model: Model) -> dict[str, Tensor]:
+    side = model.config.patch_size
+    return {
+        "pixel_values": torch.randn(BATCH, 16, 3 * side * side),
+        "pixel_attention_mask": torch.ones(BATCH, 16).long(),
+        "spatial_shapes": torch.tensor([[4, 4], [2, 8]]),
+    }
+
+
+def _frames(model: Model) -> dict[str, Tensor]:
+    config = model.config
+    shape = (BATCH, config.num_frames, 3, config.image_size, config.image_size)
+    return {"pixel_values": torch.randn(shape)}
+
+
+def _history(model: Model) -> dict[str, Tensor]:
+    config = model.config
+    return {"past_values": torch.randn(BATCH, config.context_length, config.num_input_channels)}
+
+
+def _words_and_picture(model: Model) -> dict[str, Tensor]:
+    side = model.config.vision_config.image_size
+    return {
+        "input_ids": torch.randint(4, 88, (BATCH, 16)),
+        "attention_mask": torch.ones(BATCH, 16).long(),
+        "pixel_values": torch.randn(BATCH, 3, side, side),
+    }
+
+
 def _latents(model: Model) -> dict[str, Tensor]:
     return {
         "inputs": torch.randn(BATCH, 24, model.config.d_model),
@@ -157,6 +203,10 @@ def _image_of(side: int) -> Callable[[Model], dict[str, Tensor]]:
 INPUTS: dict[str, Callable[[nn.Module], dict[str, Tensor]]] = {
     **dict.fromkeys(("informer", "autoformer", "time_series_transformer"), _series),
     **dict.fromkeys(("blip_2_qformer", "instructblip_qformer"), _queries),
+    **dict.fromkeys(("videomae", "vivit", "timesformer"), _frames),
+    **dict.fromkeys(("patchtst", "patchtsmixer"), _history),
+    **dict.fromkeys(("owlvit", "owlv2", "align"), _words_and_picture),
+    "siglip2_vision_model": _patches,
     "decision_transformer": _decisions,
     "lxmert": _words_and_regions,
     "perceiver": _latents,
