@@ -7,6 +7,8 @@ is so.
 
 from __future__ import annotations
 
+import math
+
 import sympy
 from sympy.logic.boolalg import Boolean
 
@@ -22,6 +24,8 @@ MODERATE = 1e-4
 # exp(-150) is zero in float32, subnormals included.
 NEGLIGIBLE = 150.0
 LOWEST = sympy.Float(-3.4028234663852886e38)
+# What is no lower is rounded to it.
+BELOW_FLOAT32 = -3.4028235677973362e38
 
 
 class floored(sympy.Function):
@@ -189,6 +193,41 @@ def filled_by_score(expr: Expr, reach: float) -> bool:
         and killed(select, reach) != sympy.true
         for select in expr.atoms(where)
     )
+
+
+def may_be_minus_inf(fill: Expr) -> bool:
+    """Whether a fill may be -inf in float32, beside a score and biases of moderate size: the sum of
+    two of its lowest numbers is."""
+    return not _bounds(fill)[0] > BELOW_FLOAT32
+
+
+def _bounds(expr: Expr) -> tuple[float, float]:
+    """Of a fill, scores taken as 0, and what is read as a mask of 0 and 1."""
+    if expr.is_number:
+        return float(expr), float(expr)
+    if isinstance(expr, load):
+        return 0.0, 1.0
+    if isinstance(expr, floored):
+        return float(expr.args[1]), math.inf
+    if isinstance(expr, where):
+        a, b = map(_bounds, expr.args[1:])
+        return min(a[0], b[0]), max(a[1], b[1])
+    if isinstance(expr, (sympy.Min, sympy.Max)):
+        pick = min if isinstance(expr, sympy.Min) else max
+        parts = [_bounds(x) for x in expr.args]
+        return pick(x[0] for x in parts), pick(x[1] for x in parts)
+    if isinstance(expr, sympy.Add):
+        parts = [_bounds(x) for x in expr.args]
+        return sum(x[0] for x in parts), sum(x[1] for x in parts)
+    if isinstance(expr, sympy.Mul):
+        low = high = 1.0
+        for x in map(_bounds, expr.args):
+            corners = [a * b for a in (low, high) for b in x]
+            if any(map(math.isnan, corners)):
+                return -math.inf, math.inf
+            low, high = min(corners), max(corners)
+        return low, high
+    return (-math.inf, math.inf) if expr.has(sympy.oo, -sympy.oo) else (0.0, 0.0)
 
 
 def widest(fill: Expr) -> Expr:

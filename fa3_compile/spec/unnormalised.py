@@ -23,8 +23,10 @@ from fa3_compile.spec.value_bounds import as_extreme
 MOST_CONDITIONS = 8
 # Below float32's least normal number.
 NOTHING = 1e-38
-# The sum of a few thousand is beyond float32.
+# The sum of a few thousand is beyond float32, and that of a few beyond float16. Which sums overflow
+# is a matter of their order then, in eager too.
 HUGE = 1e35
+HUGE_IN_HALF = 4e3
 
 
 class InfiniteWeight(ValueError):
@@ -32,13 +34,13 @@ class InfiniteWeight(ValueError):
     a sum of some is."""
 
 
-def separate(expr: Expr) -> tuple[Expr, Boolean]:
+def separate(expr: Expr, huge: float = HUGE) -> tuple[Expr, Boolean]:
     """(the weight where the mask holds, the mask), the weight being 0 elsewhere.
 
-    InfiniteWeight where it is NaN or infinite for every finite s, or sums of it are.
+    InfiniteWeight where it is NaN or infinite for every finite s, or sums of it are: from `huge`.
     """
     expr = tidy(exact_at_one(merge_conditions(expr)))
-    mask = tidy_mask(sympy.Not(_zero(expr, MOST_CONDITIONS)))
+    mask = tidy_mask(sympy.Not(_zero(expr, MOST_CONDITIONS, huge)))
     return tidy(_where_holds(expr, mask)), mask
 
 
@@ -60,20 +62,20 @@ def _where_holds(expr: Expr, condition: Boolean) -> Expr:
         raise InfiniteWeight("a weight is nan") from error
 
 
-def _zero(expr: Expr, left: int) -> Boolean:
+def _zero(expr: Expr, left: int, huge: float) -> Boolean:
     """The condition, free of s and of random numbers, under which the expression is 0."""
     bias = _bias(expr) if left else None
     if bias is not None:
         select, fill, x = bias
-        hidden = _zero(_compared(expr, x, 0).xreplace({select: fill}), left - 1)
-        seen = _zero(_compared(expr, x, 1).xreplace({select: sympy.S.Zero}), left - 1)
+        hidden = _zero(_compared(expr, x, 0).xreplace({select: fill}), left - 1, huge)
+        seen = _zero(_compared(expr, x, 1).xreplace({select: sympy.S.Zero}), left - 1, huge)
         if hidden not in (sympy.true, seen):
             seen = sympy.And(seen, x > 0)
         return sympy.Or(sympy.And(hidden, x <= 0), sympy.And(seen, x <= 1))
     condition = _condition(expr) if left else None
     if condition is None:
         value = _absorbed(expr)
-        if value.has(sympy.nan, sympy.zoo, sympy.oo, -sympy.oo) or _overflows(value):
+        if value.has(sympy.nan, sympy.zoo, sympy.oo, -sympy.oo) or _overflows(value, huge):
             raise InfiniteWeight(f"a weight is {value}")
         return sympy.true if _vanishes(value) else sympy.false
     cases = []
@@ -81,7 +83,7 @@ def _zero(expr: Expr, left: int) -> Boolean:
         case = _where_holds(expr, known)
         if case == expr:
             return sympy.false
-        cases.append(sympy.And(known, _zero(case, left - 1)))
+        cases.append(sympy.And(known, _zero(case, left - 1, huge)))
     return sympy.Or(*cases)
 
 
@@ -123,10 +125,10 @@ def _absorbed(expr: Expr) -> Expr:
     return remade(expr, args)
 
 
-def _overflows(value: Expr) -> bool:
+def _overflows(value: Expr, huge: float) -> bool:
     """Whether a sum of such weights is infinite or NaN, in an order of summation or in another."""
     size = abs(value.as_coeff_Mul()[0])
-    return bool(size.is_comparable and size >= HUGE)
+    return bool(size.is_comparable and size >= huge)
 
 
 def _in_float32(fill: Expr) -> Expr:

@@ -350,3 +350,69 @@ def test_sum_kept_from_zero():
         specs(check(attention, *qkv())),
         """attention(score=0.25*s, mask=kv <= q - 1, dead=nan, sinks=[-13.815510557964274])""",
     )
+
+
+class TestTwoFillsAndZeros:
+    """Rows that are -inf everywhere become zeros, those that have finfo.min somewhere its mean."""
+
+    @staticmethod
+    def found(masked, keep, *, zeroed=True, **how):
+        def attention(q, k, v, keep):
+            weights = masked(scores_of(q, k), keep).softmax(-1)
+            return (weights.masked_fill(weights.isnan(), 0.0) if zeroed else weights) @ v
+
+        return specs(check(attention, *qkv(), keep, training=False, **how))
+
+    @staticmethod
+    def keep():
+        """Of the second batch no key, or few."""
+        keep = torch.ones(B, 1, 1, S)
+        keep[1, ..., 3:] = 0
+        return keep
+
+    def test_filled(self):
+        found = self.found(
+            lambda s, x: s.masked_fill(x == 0, LOWEST).masked_fill(hidden(), -INF), self.keep()
+        )
+        assert_expected_inline(
+            found,
+            """attention(score=where(load(0, b, 0, 0, kv) == 0, -3.4028234663852886e+38, 0.25*s), mask=kv <= q - 1, dead=zero, aux=[float])""",
+        )
+
+    def test_added(self):
+        def added(s, x):
+            return s + torch.where(hidden(), -INF, 0.0) + torch.where(x == 0, LOWEST, 0.0)
+
+        assert "dead=zero" in self.found(added, self.keep())
+        assert "dead=zero" in self.found(added, torch.zeros(B, 1, 1, S))
+        assert "dead=score" in self.found(added, self.keep(), zeroed=False)
+
+    def test_the_sum_of_two_lowest_numbers(self):
+        def added(s, x):
+            return s + torch.where(hidden(), LOWEST, 0.0) + torch.where(x == 0, LOWEST, 0.0)
+
+        assert "dead=zero" in self.found(added, torch.zeros(B, 1, 1, S))
+
+    def test_a_row_with_a_key_at_its_own_place_keeps_its_fill(self):
+        def added(s, x):
+            q, kv = queries_and_keys()
+            return s + torch.where(kv > q, -INF, 0.0) + torch.where(x == 0, LOWEST, 0.0)
+
+        assert "dead=score" in self.found(added, self.keep())
+
+    def test_float16_is_left(self):
+        found = self.found(
+            lambda s, x: s.masked_fill(x == 0, torch.finfo(s.dtype).min).masked_fill(
+                hidden(), -INF
+            ),
+            self.keep(),
+            dtype=torch.float16,
+        )
+        assert found.endswith("rows-of-fill")
+
+    def test_twice_the_lowest_number_is_infinite(self):
+        def attention(q, k, v, keep):
+            return ((scores_of(q, k) + (1 - keep) * LOWEST) * 2).softmax(-1) @ v
+
+        found = specs(check(attention, *qkv(), self.keep(), training=False))
+        assert found.endswith("not-a-number")

@@ -195,6 +195,17 @@ class TestMasks:
         report = check(attention, *qkv(), training=False, dtype=dtype)
         assert (specs(report) == "lift: infinite-weight") == is_left
 
+    @pytest.mark.parametrize(("fill", "is_left"), [(LOWEST, True), (-1e4, True), (-5.0, False)])
+    def test_sums_of_fills_beyond_float16_are_left(self, fill, is_left):
+        def attention(q, k, v):
+            q_at, kv_at = queries_and_keys()
+            decayed = scores(q, k) * torch.exp(-0.1 * (q_at - kv_at).abs()).to(q.dtype)
+            lowest = torch.finfo(q.dtype).min
+            return decayed.masked_fill(~causal(), max(fill, lowest)) @ v
+
+        report = check(attention, *qkv(), training=False, dtype=torch.float16)
+        assert (specs(report) == "lift: infinite-weight") == is_left
+
 
 class TestLinear:
     def test_causal(self):

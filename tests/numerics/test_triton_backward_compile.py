@@ -189,3 +189,23 @@ def test_float32_multiplies_without_tensor_cores(arch: int, dim: int, tmp_path: 
         assert spilled_bytes(kernel, arch, tmp_path) <= (0 if dim == 64 else 1024), name
         assert kernel.metadata.shared <= SHARED_MEMORY[divmod(arch, 10)]
         assert not re.search(r"mma\.|mma_", kernel.asm["ptx"])
+
+
+@pytest.mark.parametrize(
+    ("mask", "learned", "is_left"),
+    [
+        ("mask=load(1, b, kv), dead=nan", (True, False), True),
+        ("mask=load(1, b, kv), dead=zero", (True, False), False),
+        ("mask=load(1, b, kv), dead=nan", (False, False), False),
+        ("mask=kv <= q, dead=nan", (True, False), False),
+    ],
+)
+def test_gradients_of_what_weighs_rows_of_nan(mask, learned, is_left):
+    spec = AttentionSpec.parse(
+        f"attention(score=0.125*s, {mask}, weight=load(0, kv), aux=[float, bool])"
+    )
+    problem = Problem(
+        spec, torch.bfloat16, torch.device("cuda"), (9, 0), 2, 4, 4, 256, 256, 64, 64,
+        (torch.float32, torch.bool), True, learned,
+    )  # fmt: skip
+    assert ("rows without a key are NaN" in (supports_backward(problem) or "")) == is_left

@@ -237,7 +237,9 @@ def _run_as_eager_can(made: Recipe) -> None:
         # In float16 eager's -65504 absorbs a score, and twice that is -inf; ours is in float32.
         made.dtype = torch.bfloat16
     dead = made.dead
-    additive = made.how == "logarithm" or made.how.startswith("added") and made.fill == "-inf"
+    twice = made.combine == "twice" or made.captured in ADDITIVE
+    infinite = made.fill == "-inf" or made.fill == "finfo.min" and made.masks and twice
+    additive = made.how == "logarithm" or added and infinite
     additive = additive or made.plain and made.mutant == "renormalised weights"
     if made.use in OF_LSE and dead:
         made.use = ""  # of a row of fills eager's gradient is that of no logarithm

@@ -18,6 +18,7 @@ from fa3_compile.frontend.lift.captured import Captured, Seed, reads_infinite
 from fa3_compile.frontend.shadow.normalize import without_abs
 from fa3_compile.spec import unnormalised
 from fa3_compile.spec.expr import KV, Expr, Q, loads_in
+from fa3_compile.spec.fills import LOWEST, may_be_minus_inf
 from fa3_compile.spec.index import Ranges, is_nonnegative
 from fa3_compile.spec.normal_form import tidy
 from fa3_compile.spec.separate import Separated, in_float32, separate, unmasked, without_dead_rows
@@ -50,6 +51,15 @@ def read_fields(
     witnesses = [sympy.S.Zero, reading.key_length - 1]
     if is_nonnegative(reading.key_length - ranges[Q]):
         witnesses += [Q, Q + reading.key_length - ranges[Q]]
+    if how["dead_rows_zero"] and _loses_filled_rows(separated, witnesses):
+        if how["half_fill"]:
+            raise Decline(
+                "rows-of-fill",
+                at,
+                "Mask by one fill, -inf, or leave float16.",
+                message="a row of several fills may be -inf everywhere, and is zeros then",
+            )
+        separated = separate(score, **how, finite_fills=False)
     separated = in_float32(without_dead_rows(separated, witnesses))
     if softmax.less_logsumexp and _has_large_fill(separated):
         raise Decline(
@@ -78,8 +88,10 @@ def read_unnormalised(
 ) -> Fields:
     """As `read_fields`, of weights without a softmax: each is its score, and 0 where masked."""
     at = reading.skeleton.output
+    half = reading.term.softmax.scores.meta["val"].dtype == torch.float16
+    huge = unnormalised.HUGE_IN_HALF if half else unnormalised.HUGE
     try:
-        score, mask = unnormalised.separate(in_coordinates(reading.score))
+        score, mask = unnormalised.separate(in_coordinates(reading.score), huge)
     except unnormalised.InfiniteWeight as infinite:
         raise Decline(
             "infinite-weight",
@@ -124,7 +136,22 @@ def check_finite(fields: Fields, at: fx.Node) -> None:
 
 
 def _has_infinite_factor(expr: Expr | Boolean) -> bool:
-    return any(x.as_coeff_Mul()[0].is_infinite for x in expr.atoms(sympy.Mul))
+    """In float32, where twice its lowest number is infinite."""
+    return any(abs(x.as_coeff_Mul()[0]) > -LOWEST for x in expr.atoms(sympy.Mul))
+
+
+def _loses_filled_rows(separated: Separated, witnesses: list[Expr]) -> bool:
+    """Whether a row without a key may be -inf everywhere and not of fills that can be weighed.
+
+    witnesses  keys that exist for every query
+    """
+    fill = separated.fill
+    if fill is None:
+        return False
+    return all(
+        may_be_minus_inf(fill if key is None else tidy(fill.subs(KV, key)))
+        for key in (None, *witnesses)
+    )
 
 
 def _may_be_infinite(separated: Separated, loads: list[Captured | Seed]) -> bool:

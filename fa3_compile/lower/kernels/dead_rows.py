@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fa3_compile.lower.choose import Problem
 from fa3_compile.lower.kernels.triton_forward import may_have_dead_rows
 from fa3_compile.lower.printers import hoist
 from fa3_compile.lower.render.render_backward import fill_slope
 from fa3_compile.spec.attention import AttentionSpec
+from fa3_compile.spec.expr import loads_in
 
 
 def may_be_nan(spec: AttentionSpec, q_len: int, kv_len: int) -> bool:
@@ -18,6 +20,18 @@ def may_be_nan(spec: AttentionSpec, q_len: int, kv_len: int) -> bool:
     if spec.dead == "nan":
         return may_have_dead_rows(spec, q_len, kv_len)
     return spec.has_mask and hoist.may_be_minus_inf(spec.score)
+
+
+def loses_weights(problem: Problem) -> str | None:
+    """Why a kernel that looks at no row without a key has not all gradients: of a tensor that
+    weighs a row of NaN each is NaN. None where it has."""
+    spec = problem.spec
+    if spec.weight is None or not may_be_nan(spec, problem.q_len, problem.kv_len):
+        return None
+    wanted = {i for i, needs_grad in enumerate(problem.aux_needs_grad) if needs_grad}
+    if wanted & {x.tensor for x in loads_in(spec.weight)}:
+        return "rows without a key are NaN, and so are gradients of what weighs them"
+    return None
 
 
 def add_uniform_rows(

@@ -20,6 +20,7 @@ from fa3_compile.lower.binaries.build import load, source_of
 from fa3_compile.lower.bound import are_small, precision
 from fa3_compile.lower.choose import Gradients, KernelBuildError, Problem, reference
 from fa3_compile.lower.kernels import triton_forward as forward
+from fa3_compile.lower.kernels.dead_rows import loses_weights
 from fa3_compile.lower.kernels.sinks import sink_cotangents
 from fa3_compile.lower.kernels.triton_blocks import Lists, bind_lists
 from fa3_compile.lower.kernels.triton_captured import Gathered, Layout, chained
@@ -83,9 +84,7 @@ def supports_backward(problem: Problem) -> str | None:
     if is_wide(problem):
         return f"its gradients take head dims up to {WIDEST}, not {problem.dim}, {problem.v_dim}"
     wanted = tuple(i for i, n in enumerate(problem.aux_needs_grad) if n)
-    if reason := _unsupported(spec, wanted):
-        return reason
-    return None
+    return loses_weights(problem) or _unsupported(spec, wanted)
 
 
 @functools.lru_cache(maxsize=1024)
