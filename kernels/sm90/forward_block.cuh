@@ -12,9 +12,9 @@ namespace fa3 {
 // thread blocks, whose parts fa3/combine.cuh puts together. HeldQueries: products read queries from
 // registers, not from shared memory each time. Optimistic: weights are computed against the row
 // maximum of the blocks before, and again only where that turns out to have been too low.
-// DenseFirst: the dense input is what scores begin with, to which products add; the factor of these is
-// multiplied into the held queries. Ahead: columns of a block whose weights are computed while the
-// values of the block before are still multiplied.
+// DenseFirst: the dense input, which comes and goes with the keys, is what scores begin with, to which
+// products add; the factor of these is multiplied into the held queries. Ahead: columns of a block
+// whose weights are computed while the values of the block before are still multiplied.
 template <class DtypeT, int DimQK, int DimV, int BlockM_, int BlockN_, int Stages_,
           bool LongestFirst_, bool PingPong_, bool Packed_, bool SplitKV_,
           bool HeldQueries_, bool Optimistic_, bool DenseFirst_, int Ahead_>

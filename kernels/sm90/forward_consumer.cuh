@@ -41,6 +41,14 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
     mbarrier_wait(this->barrier(Base::kKFull + k.stage()), k.parity());
   }
 
+  // The same, and scores may be issued. What they begin with is unpacked before the warpgroup's turn,
+  // not in it: the fence keeps ptxas from moving it there.
+  FA3_DEVICE void begin_scores(Scores& s) const {
+    wait_k();
+    if constexpr (Config::kDenseFirst) this->begin_with_dense(s, k.stage());
+    wgmma_fence();
+  }
+
   FA3_DEVICE void wait_v() const {
     mbarrier_wait(this->barrier(Base::kVFull + v.stage()), v.parity());
   }
@@ -83,14 +91,13 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
     }
   }
 
-  // S = Q K^T of one key block, or S += that; left running.
+  // S = Q K^T of one key block, or S += that, behind begin_scores(); left running.
   FA3_DEVICE void issue_scores(Scores& s) const {
     constexpr bool add = Config::kDenseFirst;
     constexpr int panel_steps = QTile::kPanelColumns / 16;
     uint32_t a = QTile::Desc::low(shared + Base::kAtQ + q.stage() * QTile::kBytes +
                                       warpgroup * 64 * QTile::kSwizzle, 16);
     uint32_t b = KTile::Desc::low(shared + Base::kAtK + k.stage() * KTile::kBytes, 16);
-    wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
       int panel = i / panel_steps, inside = i % panel_steps * 32;
@@ -128,8 +135,7 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
   FA3_DEVICE void step(const Terms& t, int block, bool last) {
     Scores s;
     float base[2];
-    if constexpr (Config::kDenseFirst) this->begin_with_dense(s);
-    wait_k();
+    begin_scores(s);
     Turns::wait(warpgroup);
     issue_scores(s);
     wait_v();
@@ -176,8 +182,7 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
       issue_values();
       wait_q();
       take_queries();
-      if constexpr (Config::kDenseFirst) this->begin_with_dense(s);
-      wait_k();
+      begin_scores(s);
       issue_scores(s);
       Turns::pass(warpgroup);
       wgmma_wait<1>();
@@ -187,8 +192,7 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
     } else {
       wait_q();
       take_queries();
-      if constexpr (Config::kDenseFirst) this->begin_with_dense(s);
-      wait_k();
+      begin_scores(s);
       Turns::wait(warpgroup);
       issue_scores(s);
       Turns::pass(warpgroup);
@@ -210,7 +214,7 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
       Turns::wait(warpgroup);
       Turns::pass(warpgroup);
       release_k(i + 1 == count);
-      if constexpr (Variant::kDenseTile) {
+      if constexpr (Weigher::kDenseLast) {
         this->wait_dense();
         this->release_dense();
       }

@@ -22,10 +22,10 @@ struct ForwardProducer : ForwardBlock<Config, Variant> {
   }
 
   FA3_DEVICE void load_k(Pipe at, const TileCoord& tile, int kv_head, int block) const {
-    if constexpr (Config::kDenseFirst) load_dense(at, tile, block);
     mbarrier_wait(this->barrier(Base::kKEmpty + at.stage()), at.parity() ^ 1);
     uint32_t full = this->barrier(Base::kKFull + at.stage());
-    mbarrier_expect(full, KTile::kBytes);
+    mbarrier_expect(full, KTile::kBytes + (Config::kDenseFirst ? Base::kDenseBytes : 0));
+    if constexpr (Config::kDenseFirst) copy_dense(at, tile, block, full);
     KTile::load(shared + Base::kAtK + at.stage() * KTile::kBytes, p.k, full, kEvictLast,
                 block * kN, kv_head, tile.batch);
     if constexpr (Variant::kDenseTile && !Config::kDenseFirst) load_dense(at, tile, block);
@@ -35,6 +35,10 @@ struct ForwardProducer : ForwardBlock<Config, Variant> {
     mbarrier_wait(this->barrier(Base::kDenseEmpty + at.stage()), at.parity() ^ 1);
     uint32_t full = this->barrier(Base::kDenseFull + at.stage());
     mbarrier_expect(full, Base::kDenseBytes);
+    copy_dense(at, tile, block, full);
+  }
+
+  FA3_DEVICE void copy_dense(Pipe at, const TileCoord& tile, int block, uint32_t full) const {
     uint32_t dst = shared + Base::kAtDense + at.stage() * Base::kDenseBytes;
 #pragma unroll
     for (int i = 0; i < kN; i += i + 64 <= kN ? 64 : 16)

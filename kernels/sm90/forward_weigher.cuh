@@ -73,28 +73,27 @@ struct ForwardWeigher : ForwardBlock<Config, Variant> {
 
   // This thread's elements of the dense input, two of each row: in columns 8 j of both rows, then in
   // columns 8 (j + 1), for an even j.
-  FA3_DEVICE void dense_pairs(int j, uint32_t (&x)[4]) const {
+  FA3_DEVICE void dense_pairs(int stage, int j, uint32_t (&x)[4]) const {
     int row = warpgroup * 64 + threadIdx.x / 32 % 4 * 16 + lane % 16;
+    uint32_t from = shared + Base::kAtDense + stage * Base::kDenseBytes;
     if (j / 8 < Base::kDenseWhole) {
-      int column = j % 8 ^ lane / 16 ^ lane % 8;  // of 16 bytes, swizzled
-      load_tiles(x, shared + Base::kAtDense + dense.stage() * Base::kDenseBytes +
-                        j / 8 * Base::kDensePanelBytes + row * 128 + column * 16);
+      from += row * 128 + (lane / 16 ^ lane % 8) * 16;  // swizzled, which is the same sum for all j
+      load_tiles(x, (from ^ j % 8 * 16) + j / 8 * Base::kDensePanelBytes);
     } else {
       int column = lane / 16 ^ lane / 4 % 2;
-      load_tiles(x, shared + Base::kAtDense + dense.stage() * Base::kDenseBytes +
-                        j * 8 * Base::kM * 2 + row * 32 + column * 16);
+      load_tiles(x, from + j * 8 * Base::kM * 2 + row * 32 + column * 16);
     }
   }
 
   // Whether the score modifier takes the dense input. Scores that begin with it need none.
   static constexpr bool kDenseLast = Variant::kDenseTile && !Config::kDenseFirst;
 
-  FA3_DEVICE void begin_with_dense(Scores& s) {
+  // Of the stage that keys are in.
+  FA3_DEVICE void begin_with_dense(Scores& s, int stage) const {
     uint32_t pairs[4];
-    wait_dense();
 #pragma unroll
     for (int j = 0; j < kN / 8; ++j) {
-      if (j % 2 == 0) dense_pairs(j, pairs);
+      if (j % 2 == 0) dense_pairs(stage, j, pairs);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float2 tile = unpack<typename Variant::TileDtype>(pairs[j % 2 * 2 + r]);
@@ -102,7 +101,6 @@ struct ForwardWeigher : ForwardBlock<Config, Variant> {
         s[4 * j + 2 * r + 1] = tile.y;
       }
     }
-    release_dense();
   }
 
   // Whether row r sees the key kv, `column` columns from this thread's first.
@@ -136,7 +134,7 @@ struct ForwardWeigher : ForwardBlock<Config, Variant> {
     for (int j = 0; j < kN / 8; ++j) {
       float2 tile[2];
       if constexpr (kDenseLast) {
-        if (j % 2 == 0) dense_pairs(j, pairs);
+        if (j % 2 == 0) dense_pairs(dense.stage(), j, pairs);
 #pragma unroll
         for (int r = 0; r < 2; ++r)
           tile[r] = unpack<typename Variant::TileDtype>(pairs[j % 2 * 2 + r]);
