@@ -34,6 +34,21 @@ ROOTS_OF_POWERS = {
     "power of a root": lambda s: s.relu().sqrt() ** 4,
     "hypotenuse": lambda s: torch.hypot(s, torch.zeros(())),
 }
+SEEN = torch.arange(7)[:, None] >= torch.arange(7)
+# Eager's gradient is infinity times the mask's 0.
+MASKED_BY_A_FACTOR = {
+    "logarithm of exponentials": lambda s: (s.exp() * SEEN).log(),
+    "root of sizes": lambda s: ((s.abs() + 1) * SEEN).sqrt(),
+    "power of sizes": lambda s: ((s.abs() + 1) * SEEN) ** 0.7,
+    "root of a square": lambda s: ((s + 9) * SEEN.float()).square().sqrt(),
+    "quotient": lambda s: (1 / ((s.abs() + 1) * SEEN)).clamp(max=2),
+}
+MASKED_OTHERWISE = {
+    "selected": lambda s: torch.where(SEEN, s.exp(), 0.0).log(),
+    "filled": lambda s: s.exp().masked_fill(~SEEN, 0.0).log(),
+    "away from 0": lambda s: ((s.abs() + 1) * SEEN + 0.1).sqrt(),
+    "no root": lambda s: ((s.abs() + 1) * SEEN) ** 1.5,
+}
 CANCEL = {
     "times 0": lambda s, x: s + 0 * x,
     "less itself": lambda s, x: s + x - x,
@@ -76,6 +91,19 @@ def test_roots_of_powers(name: str) -> None:
     function = ROOTS_OF_POWERS[name]
     report = check(lambda q, k, v: function(q @ k.mT).softmax(-1) @ v, *qkv())
     assert specs(report) == "lift: not-pointwise"
+
+
+@pytest.mark.parametrize("name", MASKED_BY_A_FACTOR)
+def test_infinite_slopes_where_a_mask_multiplies(name: str) -> None:
+    function = MASKED_BY_A_FACTOR[name]
+    report = check(lambda q, k, v: function(q @ k.mT * 0.1).softmax(-1) @ v, *qkv())
+    assert specs(report) == "lift: not-pointwise"
+
+
+@pytest.mark.parametrize("name", MASKED_OTHERWISE)
+def test_slopes_where_a_mask_selects(name: str) -> None:
+    function = MASKED_OTHERWISE[name]
+    assert check(lambda q, k, v: function(q @ k.mT * 0.1).softmax(-1) @ v, *qkv()).fused
 
 
 @pytest.mark.parametrize("function", [lambda s: (s**2) ** 1.5, lambda s: (s**2 + 1).sqrt()])

@@ -12,6 +12,7 @@ from sympy.logic.boolalg import Boolean
 from fa3_compile.frontend.lift.elements.finite import (
     check_product,
     check_quotient,
+    check_slope,
     check_sum,
     may_be_infinite,
 )
@@ -81,6 +82,12 @@ def _(node, index, ctx: Lifter) -> Element:
         raise Opaque(node, "an infinite score times zero is NaN")
     found = through_where(_times, a, b)
     check_product(node, found, a, b, ctx)
+    if (
+        isinstance(found, where)
+        and 0 in found.args
+        and (S in found.free_symbols or loads_in(found))
+    ):
+        ctx.multiplied.add(found)
     return found
 
 
@@ -102,6 +109,7 @@ def _times(a: Expr, b: Expr) -> Expr:
 def _(node, index, ctx: Lifter) -> Element:
     a, b = (ctx.broadcast(x, index) for x in node.args[:2])
     _check_divisor(node, a, b, ctx)
+    check_slope(node, b, ctx)
     found = _divided(node, a, b)
     check_quotient(node, found, a, b)
     return found
@@ -161,7 +169,9 @@ def _(node, index, ctx: Lifter) -> Element:
 
 @element_of(aten.reciprocal.default)
 def _(node, index, ctx: Lifter) -> Element:
-    return 1 / ctx.broadcast(node.args[0], index)
+    x = ctx.broadcast(node.args[0], index)
+    check_slope(node, x, ctx)
+    return 1 / x
 
 
 @element_of(aten.abs.default)

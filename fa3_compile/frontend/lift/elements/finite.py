@@ -51,6 +51,14 @@ def check_quotient(node: fx.Node, found: Expr, a: Expr, b: Expr) -> None:
         raise Opaque(node, "what may be zero cancels in it")
 
 
+def check_slope(node: fx.Node, x: Expr, ctx: Lifter) -> None:
+    """`Opaque` where x is 0 because a mask multiplies something, and the function of it is
+    infinitely steep there: infinity times 0 is NaN in the gradient, which a select leaves out."""
+    for select in x.atoms(where) & ctx.multiplied:
+        if x.xreplace({select: sympy.S.Zero}) in (0, *NOT_FINITE):
+            raise Opaque(node, "the slope of what a mask multiplies is infinite")
+
+
 def _check_divisors(node: fx.Node, found: Expr, divisors: set[Expr]) -> None:
     """`Opaque` where one of these is divided by no more: x / x, or s / abs(s), is NaN at 0."""
     if not divisors <= _below(found):

@@ -8,6 +8,7 @@ import sympy
 import torch
 from torch import fx
 
+from fa3_compile.frontend.lift.elements.finite import check_slope
 from fa3_compile.frontend.lift.elements.pointwise import through_where
 from fa3_compile.frontend.lift.lift import (
     Cheaper,
@@ -32,12 +33,14 @@ def _(node, index, ctx: Lifter) -> Element:
         _transcendental(node, ctx, base, exponent)
     if exponent.is_Float and float(exponent).is_integer():
         exponent = sympy.Integer(int(exponent))
-    return _power(node, base, exponent)
+    return _power(node, base, exponent, ctx)
 
 
-def _power(node: fx.Node, base: Expr, exponent: Expr) -> Expr:
+def _power(node: fx.Node, base: Expr, exponent: Expr, ctx: Lifter) -> Expr:
     """base ** exponent; not where sympy takes a root and a power together: sqrt(s**2) and
     sqrt(s)**4 have the slope NaN at 0, infinity times 0, and abs(s) and s**2 have none such."""
+    if not (exponent.is_number and exponent >= 1):
+        check_slope(node, base, ctx)
     found = _not_undone(node, base, base**exponent, sympy.Pow)
     kept = {x.base for x in found.atoms(sympy.Pow)}
     for x in sympy.Mul.make_args(base):
@@ -149,6 +152,7 @@ UNARY = {
 }
 
 
+LOGARITHMS = (aten.log.default, aten.log2.default)
 INVERSES = {aten.exp.default: sympy.exp, aten.log.default: sympy.log}
 
 
@@ -158,6 +162,8 @@ def _(node, index, ctx: Lifter) -> Element:
         if x.is_number:
             return _of_number(node, x)
         _transcendental(node, ctx, x)
+        if node.target in LOGARITHMS:
+            check_slope(node, x, ctx)
         found = UNARY[node.target](x)
         inverse = INVERSES.get(node.target)
         return found if inverse is None else _not_undone(node, x, found, inverse)
@@ -178,7 +184,7 @@ def _(node, index, ctx: Lifter) -> Element:
         if x.is_number:
             return _of_number(node, x)
         _transcendental(node, ctx, x)
-        return _power(node, x, exponent)
+        return _power(node, x, exponent, ctx)
 
     return through_where(root, ctx.broadcast(node.args[0], index))
 
@@ -236,7 +242,7 @@ def _is_filled(x: Expr) -> bool:
 @element_of(aten.hypot.default)
 def _(node, index, ctx: Lifter) -> Element:
     a, b = (ctx.broadcast(x, index) for x in node.args)
-    return _power(node, a**2 + b**2, sympy.S.Half)
+    return _power(node, a**2 + b**2, sympy.S.Half, ctx)
 
 
 @element_of(aten.relu.default)
