@@ -19,11 +19,12 @@ def values() -> tuple[Tensor, Tensor]:
 
 
 def both(q, k, v):
+    k, v = k.tanh(), v.tanh()
     return F.linear((F.linear(q, k) / 4).softmax(-1), v.T)
 
 
 def with_bias(q, k, v, bias):
-    return torch.nn.functional.linear(weight=k, bias=bias, input=q).softmax(-1) @ v
+    return torch.nn.functional.linear(weight=k.sin(), bias=bias, input=q).softmax(-1) @ v
 
 
 class Reader(nn.Module):
@@ -77,7 +78,12 @@ def made_layers(x, w, u):
 
 
 def similarities(q, k, v):
-    return F.linear(q, k).log_softmax(-1), v
+    return F.linear(q, k.tanh()).log_softmax(-1), v
+
+
+def classifier(x, layer, table):
+    """Layers as a function is called with them."""
+    return F.linear(x, layer[:, :D]).softmax(-1) @ table
 
 
 @pytest.mark.parametrize(
@@ -86,8 +92,9 @@ def similarities(q, k, v):
         (Router(), (normal(2, S, D),)),
         (made_layers, (normal(S, D), normal(32, D, seed=1), normal(D, 32, seed=2))),
         (similarities, (normal(2, S, D), *values())),
+        (classifier, (normal(S, D), *values())),
     ],
-    ids=["router", "layers", "no product with V"],
+    ids=["router", "layers", "no product with V", "layers that are given"],
 )
 def test_what_is_no_attention(function, args):
     assert not check(function, *args).regions

@@ -1,8 +1,8 @@
 """`F.linear` of two activations, which is a product of queries and keys, or of weights and V.
 
 Nearly every other call of it is a layer, which the shadow takes as given. What tells them apart is
-that the second factor comes with the data, and that a softmax stands before or behind: a layer
-whose weights a network makes has none of its own.
+that the second factor is computed from the data, and that a softmax stands before or behind: a
+layer whose weights a network makes has none of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fa3_compile.frontend.dynamo.graph import (
     opaque_target,
     target_name,
 )
-from fa3_compile.frontend.dynamo.seeds import FAR, is_product
+from fa3_compile.frontend.dynamo.seeds import FAR, MOVEMENTS, is_product
 
 NAMES = ("input", "weight")
 
@@ -35,8 +35,19 @@ def mark_products(graph: fx.Graph) -> None:
             continue
         given = activations(graph) if given is None else given
         rows, weight = (*call.args, *(call.kwargs[x] for x in NAMES[len(call.args) :]))[:2]
-        if weight in given and (_meets(call, call, _readers) or _meets(call, rows, _sources)):
+        if weight not in given or not _is_computed(weight):
+            continue
+        if _meets(call, call, _readers) or _meets(call, rows, _sources):
             call.meta[IS_PRODUCT] = True
+
+
+def _is_computed(node: fx.Node) -> bool:
+    """Whether a value is made in the graph, and is not an input of it as it was given: as the
+    second factor of F.linear that may be the weights of a layer, which a function is called with.
+    """
+    while target_name(node) in MOVEMENTS and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node.op in ("call_function", "call_method")
 
 
 def _readers(node: fx.Node) -> Iterable[fx.Node]:
