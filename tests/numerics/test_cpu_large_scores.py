@@ -7,6 +7,16 @@ from fa3_compile.runtime import cpu_backward
 
 attention = torch.ops.fa3.attention
 
+LOWEST = torch.finfo(torch.float32).min
+
+
+def hidden(*fills):
+    """A bias [6, 7] whose row 2 has fills alone: the first for 3 keys, the second for 4."""
+    bias = torch.zeros(6, 7)
+    bias[2] = torch.tensor(fills).repeat_interleave(torch.tensor([3, 4]))
+    return bias
+
+
 LARGE = {
     "scaled": ("score=3e3*s", []),
     "one-hot": ("score=1e6*s", []),
@@ -17,11 +27,15 @@ LARGE = {
     "of a key": ("score=s + load(0, kv)", [-1e9 - 1e8 * torch.arange(7.0)]),
     "of rows without keys": ("score=s, mask=kv < q - 2, dead=score, fill=s - 1000.0", []),
     "of rows of a large fill": ("score=s, mask=kv < q - 2, dead=score, fill=s - 1e6", []),
+    "two masks that were added": ("score=s + load(0, q, kv)", [hidden(-float("inf"), LOWEST)]),
+    "a mask added twice": ("score=s + load(0, q, kv)", [hidden(LOWEST, LOWEST / 2)]),
+    "a mask that is added": ("score=s + load(0, q, kv)", [hidden(LOWEST, LOWEST)]),
     "two masks in one": ("score=s + load(0, kv) + load(1, q)", [-1e9 * torch.eye(7)[0], -1e9 * torch.eye(6)[2]]),
 }  # fmt: skip
 
 
-def gradients(text, aux, kernel, of_lse=0.0):
+def gradients(text, aux, kernel, of_lse: float | None = 0.0):
+    """Of q, k and v; None where nothing reads the LSE."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -30,7 +44,9 @@ def gradients(text, aux, kernel, of_lse=0.0):
     q, k, v = normal(2, 4, 6, 8), normal(2, 2, 7, 8), normal(2, 2, 7, 5)
     out, lse = attention(q, k, v, aux, [], f"attention({text}) #;kernels={kernel}")
     weight = torch.linspace(-1, 1, out.numel()).view(out.shape)
-    total = (out * weight).sum() + of_lse * (lse * weight[..., 0]).clamp(min=-1e12).sum()
+    total = (out * weight).sum()
+    if of_lse is not None:
+        total = total + of_lse * (lse * weight[..., 0]).clamp(min=-1e12).sum()
     return torch.autograd.grad(total, (q, k, v))
 
 
@@ -43,6 +59,14 @@ def test_gradients_are_eagers(name, of_lse):
     wanted = gradients(fields, aux, "reference", of_lse)
     for got, want in zip(found, wanted):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+
+
+def test_rows_of_one_fill_take_atens_kernel(monkeypatch):
+    monkeypatch.setattr(cpu_backward, "_by_kv_head", None)
+    fields = "score=s + load(0, q, kv), aux=[float]"
+    found = gradients(fields, [hidden(LOWEST, LOWEST)], "cpu", None)
+    wanted = gradients(fields, [hidden(LOWEST, LOWEST)], "reference", None)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_autocast_does_not_reach_them():

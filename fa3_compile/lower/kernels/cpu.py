@@ -243,6 +243,10 @@ class Cpu(Kernel):
         corrections = None
         if bias is not None:
             masked = lse < plan.all_masked
+            if plan.bias_may_mask:
+                # Keys that are hidden less than others have all of a row's weight.
+                alike = bias.amax(-1) == bias.amin(-1)
+                masked = masked & (alike if dlse is None else lse == float("-inf"))
             corrections = _masked_rows_backward(spec, plan, masked, dout, q, k, v, lse)
             dout = torch.where(masked.unsqueeze(-1), 0.0, dout)
             out = torch.where(masked.unsqueeze(-1), 0.0, out)
@@ -265,8 +269,8 @@ def _masked_rows_backward(
     v: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the rows in `masked` [B,H,Sq] add to dq, dk, dv, in float32; one product of [D, Skv]
-    and [Skv, Dv] a head.
+    """What the rows in `masked` [B,H,Sq], of one bias for all keys, add to dq, dk, dv, in float32;
+    one product of [D, Skv] and [Skv, Dv] a head.
 
     Their probabilities are 1/Skv: with p uniform, ds = a/Skv * (dout.v - dout.mean(v)) is linear
     in dout, and the sums over kv and q factor. A row of -inf has none ("zero") or NaN ("nan").
