@@ -41,6 +41,17 @@ class Reader(nn.Module):
         return self.out(weights @ self.values(memory))
 
 
+class Retrieval(nn.Module):
+    """Keys and values that a model is given, as it has parameters of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.queries = nn.Linear(D, D)
+
+    def forward(self, x, keys, values):
+        return F.linear((F.linear(self.queries(x), keys) / 4).softmax(-1), values.T)
+
+
 class Router(nn.Module):
     def __init__(self):
         super().__init__()
@@ -70,6 +81,10 @@ def test_in_half_precision():
 
 def test_learned_queries():
     assert specs(check(Reader(), values()[0])) == PLAIN
+
+
+def test_keys_that_a_model_is_given():
+    assert specs(check(Retrieval(), normal(2, S, D), *values())) == PLAIN
 
 
 def made_layers(x, w, u):

@@ -35,10 +35,16 @@ def mark_products(graph: fx.Graph) -> None:
             continue
         given = activations(graph) if given is None else given
         rows, weight = (*call.args, *(call.kwargs[x] for x in NAMES[len(call.args) :]))[:2]
-        if weight not in given or not _is_computed(weight):
+        if weight not in given or not (_is_computed(weight) or _has_parameters(graph, given)):
             continue
         if _meets(call, call, _readers) or _meets(call, rows, _sources):
             call.meta[IS_PRODUCT] = True
+
+
+def _has_parameters(graph: fx.Graph, given: set[fx.Node]) -> bool:
+    """Whether a model has parameters of its own, so that what it is given is data."""
+    inputs = (n for n in graph.nodes if n.op == "placeholder" and n not in given)
+    return any(isinstance(example_value(n), torch.nn.Parameter) for n in inputs)
 
 
 def _is_computed(node: fx.Node) -> bool:
