@@ -30,7 +30,7 @@ from fa3_compile.lower.dispatch import (
     wants_verification,
     widened,
 )
-from fa3_compile.runtime import cpu_backward  # noqa: F401, compiled code from a cache calls it
+from fa3_compile.runtime import cpu_backward, cpu_forward  # noqa: F401, called by cached code
 from fa3_compile.runtime.op import BackwardInputs, split_text
 
 log = logging.getLogger(__name__)

@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 from fa3_compile.lower.choose import Gradients, Kernel, Problem, register
 from fa3_compile.lower.printers.elements import Shape, elements
 from fa3_compile.runtime.cpu_backward import cpu_backward
+from fa3_compile.runtime.cpu_forward import FLASH, cpu_forward
 from fa3_compile.runtime.op import BackwardInputs
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.expr import KV, Boolean, Expr, Q, S, depends_on, load, loads_in, where
@@ -27,7 +28,6 @@ from fa3_compile.spec.fills import OUT_OF_REACH
 from fa3_compile.spec.mask_biases import bias_of
 
 CAUSAL = sympy.Le(KV, Q)
-FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 # With fewer keys and no mask the kernel gives zeros for a row of NaN (torch 2.13).
 WHOLE_VECTOR = 16
@@ -212,14 +212,11 @@ class Cpu(Kernel):
         if bias is None and not guard_or_false(problem.kv_len >= WHOLE_VECTOR):
             bias = q.new_zeros(1, 1, 1, 1, dtype=torch.float32)
         dim = max(problem.dim, problem.v_dim)
-        out, lse = FLASH(
-            _padded(q, dim),
-            _padded(k, dim),
-            _padded(v, dim),
-            is_causal=plan.causal,
-            attn_mask=bias,
-            scale=plan.scale,
-        )
+        padded = (_padded(q, dim), _padded(k, dim), _padded(v, dim))
+        if bias is not None and plan.mask != sympy.true and not plan.bias_may_mask:
+            out, lse = cpu_forward(*padded, bias, plan.causal, plan.scale)
+        else:
+            out, lse = FLASH(*padded, is_causal=plan.causal, attn_mask=bias, scale=plan.scale)
         out = out[..., : v.shape[-1]]
         if empty is None:
             return out, lse.contiguous()
