@@ -41,8 +41,8 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
     mbarrier_wait(this->barrier(Base::kKFull + k.stage()), k.parity());
   }
 
-  // The same, and scores may be issued. What they begin with is unpacked before the warpgroup's turn,
-  // not in it: the fence keeps ptxas from moving it there.
+  // The same, and scores may be issued. What they begin with is unpacked here, before the warpgroup's
+  // turn.
   FA3_DEVICE void begin_scores(Scores& s) const {
     wait_k();
     if constexpr (Config::kDenseFirst) this->begin_with_dense(s, k.stage());
