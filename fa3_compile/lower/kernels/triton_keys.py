@@ -45,6 +45,7 @@ def render_key(
         packed=config.packed,
         split=split,
         shared=shared,
+        natural=problem.dtype == torch.float32,
     )
 
 

@@ -33,6 +33,8 @@ class ForwardKey:
     split            the KV blocks of a tile are dealt to several programs; `attention_combine` puts
                      their parts together
     shared           V is the first columns of K, in the same memory
+    natural          float32 operands: scores stay as they are until the maximum is taken off, for
+                     a product with log2(e) before it rounds in the scores' own last digit
     """
 
     spec: AttentionSpec
@@ -47,6 +49,7 @@ class ForwardKey:
     packed: bool = False
     split: bool = False
     shared: bool = False
+    natural: bool = False
 
     @property
     def digest(self) -> str:
@@ -102,7 +105,8 @@ def render_forward(key: ForwardKey) -> str:
     """The kernel's source. UnprintableError where Triton has no text for an expression."""
     spec = key.spec
     writer = Writer(spec, key.fast_tanh)
-    logits = hoist.arrange(spec.score) if spec.normalized else hoist.plain(spec.score)
+    plain = key.natural or not spec.normalized
+    logits = hoist.plain(spec.score) if plain else hoist.arrange(spec.score)
     score = _piece(writer, logits.x, "score")
     shift = _piece(writer, logits.shift, "shift")
     mask = _piece(writer, spec.mask, "mask")
