@@ -133,7 +133,7 @@ class Lifter:
         self.zeroed: set[Expr] = set()
         # By number, the axis along which the rows of a softmax add up to 1: one of V's keys alone.
         self.adding_up: dict[int, int] = {}
-        # Products with a mask of 0 and 1, as selects: their gradient is multiplied by 0, not left out.
+        # Products with a mask of 0 and 1, as selects: their gradient is multiplied by 0.
         self.multiplied: set[where] = set()
         # What load(i, ...) reads, in order of i.
         self.loads: list[Captured | Seed] = [*loads]
