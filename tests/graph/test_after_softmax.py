@@ -213,7 +213,7 @@ class TestNearDropout:
     def test_of_whole_heads(self):
         assert_expected_inline(
             self.declined(lambda q, k, v: F.dropout2d(weights_of(q, k), 0.5) @ v),
-            """lift: not-pointwise""",
+            """lift: random-numbers""",
         )
 
     def test_alpha(self):

@@ -312,7 +312,7 @@ class TestAfter:
             return F.gumbel_softmax(scores_of(q, k), hard=hard) @ v
 
         assert_expected_inline(
-            declined(lambda *x: attention(*x, hard=False)), """lift: random-scores"""
+            declined(lambda *x: attention(*x, hard=False)), """lift: random-numbers"""
         )
         assert_expected_inline(
             declined(lambda *x: attention(*x, hard=True)), """lift: scores-selected"""

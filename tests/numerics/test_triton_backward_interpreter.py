@@ -122,7 +122,7 @@ CASES = [
     Case("dropout, softcap, a sink", f"score=5.0*tanh(0.05*s), mask={CAUSAL}, sinks=[load(1, 0, h, 0, 0)], weight={DROP}", aux=("seed", "slopes")),
     Case("dropout, dense bias", f"score=0.25*s + load(1, b, h, q, kv), weight={DROP}", aux=("seed", "bias")),
     Case("mask after the softmax", "score=0.25*s, weight=where(load(0, 0, 0, q, kv) != 0, 1, 0)", aux=("dense",)),
-    Case("gates after the softmax", f"score=0.25*s + load(1, b, q), mask={CAUSAL}, weight=load(0, b, h, q, kv)*load(1, b, q) + load(2, h)", TWO, aux=("bias", "rows", "heads")),
+    Case("gates after the softmax", f"score=0.25*s, mask={CAUSAL}, weight=load(0, b, h, q, kv)*load(1, b, q) + load(2, h)", TWO, aux=("bias", "rows", "heads")),
     Case("gate by key", f"score=0.25*s, mask={CAUSAL}, weight=load(0, b, kv)*{DROP.replace('load(0', 'load(1')}", TWO, aux=("keys", "seed")),
     Case("table", f"score=0.25*s + load(0, h, {BUCKET}), mask={CAUSAL}", TWO, aux=("relative",)),
     Case("table, split, bf16", f"score=0.25*s + load(0, h, {BUCKET})", (3, 2, 1, 21, 37, 16, 16), BF16, aux=("relative",), enough=99),

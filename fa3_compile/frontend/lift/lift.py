@@ -320,10 +320,10 @@ def declined(opaque: Opaque, shadow: Shadow) -> Decline:
         )
     if torch.Tag.nondeterministic_seeded in getattr(opaque.node.target, "tags", ()):
         return Decline(
-            "random-scores",
+            "random-numbers",
             holders[0] if holders else opaque.node,
-            "Draw them in a call of their own: scores + noise, with a tensor of noise, is fused.",
-            message="the call that makes the weights draws random numbers for the scores",
+            "Draw them in a call of their own: a tensor of noise, added or multiplied, is fused.",
+            message="the call that makes the weights draws random numbers of its own",
             stage="lift",
         )
     if marks_the_largest(opaque.node):
