@@ -52,10 +52,22 @@ def test_left_padding_beside_a_causal_mask(fill: float) -> None:
     assert [x.kernel for x in report.regions] == ["reference"]
 
 
-def test_two_masks_that_are_read() -> None:
-    rows = torch.zeros(LENGTH, 1).index_fill(0, torch.tensor([3]), LOWEST)
-    report = check(lambda s, keys, rows: s + keys + rows, padding(LOWEST), rows)
-    assert [x.kernel for x in report.regions] == ["reference"]
+@pytest.mark.parametrize("fill", [LOWEST, -1e30, -INF])
+def test_masks_that_are_added(fill: float) -> None:
+    """Nothing but a bias: it says which keys are hidden by more of them than others."""
+    rows = torch.zeros(LENGTH, 1).index_fill(0, torch.tensor([3]), fill)
+    seen = torch.zeros(LENGTH, LENGTH).masked_fill(causal(), fill)
+    for left in (rows, seen):
+        report = check(lambda s, keys, left: s + keys + left, padding(fill), left)
+        assert [x.kernel for x in report.regions] == ["cpu"]
+
+
+def test_masks_that_are_chosen_and_added() -> None:
+    padded, rows = padding(1.0) > 0, torch.arange(LENGTH)[:, None] == 3
+    report = check(
+        lambda s, x, y: s + torch.where(x, -1e9, 0.0) + torch.where(y, -1e9, 0.0), padded, rows
+    )
+    assert [x.kernel for x in report.regions] == ["cpu"]
 
 
 @pytest.mark.parametrize("fill", [LOWEST, -INF])

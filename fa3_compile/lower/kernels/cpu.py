@@ -52,10 +52,12 @@ def _may_hide(term: Expr) -> bool:
 
 def _weighs_some(spec: AttentionSpec, bias: Expr) -> bool:
     """Whether a row whose scores are all those of masked keys may still weigh some keys and not
-    others, of which the LSE does not hold how many: by a bias that hides keys beside a mask, or
-    beside another such bias; by a sum of masks, of which some keys have more than others."""
-    hiding = [x for x in sympy.Add.make_args(bias) if _may_hide(x)]
-    if hiding and (spec.has_mask or len(hiding) > 1 or len(loads_in(*hiding)) > 1):
+    others, of which neither the LSE nor the bias holds how many: by a bias that hides keys beside
+    a mask, by a sum of masks of which some keys have more than others. Without a mask the bias
+    says it all: where keys are not hidden alike, `cpu_backward` computes the softmax anew."""
+    if not spec.has_mask:
+        return False
+    if any(map(_may_hide, sympy.Add.make_args(bias))):
         return True
     found = (bias_of(x) for x in spec.score.atoms(where))
     masks = [loads_in(x) for c, x in filter(None, found) if c > -MASKED]
