@@ -2,6 +2,7 @@
 // memory, and what the rows of a tile are.
 #pragma once
 #include "fa3/block_map.cuh"
+#include "fa3/distance_table.cuh"
 #include "fa3/operand_tile.cuh"
 #include "fa3/tile_ring.cuh"
 
@@ -12,9 +13,9 @@ namespace fa3 {
 // thread blocks, whose parts fa3/combine.cuh puts together. HeldQueries: products read queries from
 // registers, not from shared memory each time. Optimistic: weights are computed against the row
 // maximum of the blocks before, and again only where that turns out to have been too low.
-// DenseFirst: the dense input, which comes and goes with the keys, is what scores begin with, to which
-// products add; the factor of these is multiplied into the held queries. Ahead: columns of a block
-// whose weights are computed while the values of the block before are still multiplied.
+// DenseFirst: the dense input, which comes and goes with the keys, or a table by kv - q is what scores
+// begin with, to which products add; their factor is multiplied into the held queries. Ahead: columns
+// of a block whose weights are computed while the values of the block before are still multiplied.
 template <class DtypeT, int DimQK, int DimV, int BlockM_, int BlockN_, int Stages_,
           bool LongestFirst_, bool PingPong_, bool Packed_, bool SplitKV_,
           bool HeldQueries_, bool Optimistic_, bool DenseFirst_, int Ahead_>
@@ -60,6 +61,7 @@ struct ForwardParams {
   float* partial_out;     // (splits, rows, DimV), where order.splits > 1
   float2* partial_state;  // (splits, rows): row maximum and row sum
   int64_t rows;           // batch * heads * queries
+  const float* table;     // of DistanceTable
   int heads, group;       // query heads, and those of a KV head
   int queries, keys;
   Packing packing;
@@ -100,8 +102,10 @@ struct ForwardBlock {
   static constexpr int kDenseBytes = Variant::kDenseTile ? 2 * kM * kN : 0;
   static_assert(!Variant::kDenseTile || !Config::kPacked, "a dense tile is of one head");
   using Params = ForwardParams<typename Variant::Aux, Variant::kDenseTile && kN % 64 != 0 ? 2 : 1>;
-  static_assert(!Config::kDenseFirst || (Variant::kDenseTile && Config::kHeldQueries),
-                "scores that begin with a dense tile");
+  static_assert(!Config::kDenseFirst ||
+                    (Variant::kDenseTile != Variant::kByDistance && Config::kHeldQueries),
+                "what scores begin with");
+  static_assert(Config::kDenseFirst || !Variant::kByDistance, "a table is what scores begin with");
 
   // A second query stage, where it fits, lets the next tile's queries load ahead.
   static constexpr int kSharedLimit = 232448;

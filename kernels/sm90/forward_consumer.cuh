@@ -41,11 +41,12 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
     mbarrier_wait(this->barrier(Base::kKFull + k.stage()), k.parity());
   }
 
-  // The same, and scores may be issued. What they begin with is unpacked here, before the warpgroup's
-  // turn.
-  FA3_DEVICE void begin_scores(Scores& s) const {
+  // The same, and scores may be issued. What they begin with is there before the warpgroup's turn; a
+  // table does not wait for the keys.
+  FA3_DEVICE void begin_scores(Scores& s, const Terms& t, int block) const {
+    if constexpr (Variant::kByDistance) this->begin_with_table(s, t, block);
     wait_k();
-    if constexpr (Config::kDenseFirst) this->begin_with_dense(s, k.stage());
+    if constexpr (Config::kDenseFirst && Variant::kDenseTile) this->begin_with_dense(s, k.stage());
     wgmma_fence();
   }
 
@@ -135,7 +136,7 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
   FA3_DEVICE void step(const Terms& t, int block, bool last) {
     Scores s;
     float base[2];
-    begin_scores(s);
+    begin_scores(s, t, block);
     Turns::wait(warpgroup);
     issue_scores(s);
     wait_v();
@@ -182,7 +183,7 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
       issue_values();
       wait_q();
       take_queries();
-      begin_scores(s);
+      begin_scores(s, t, block);
       issue_scores(s);
       Turns::pass(warpgroup);
       wgmma_wait<1>();
@@ -192,7 +193,7 @@ struct ForwardConsumer : ForwardWeigher<Config, Variant> {
     } else {
       wait_q();
       take_queries();
-      begin_scores(s);
+      begin_scores(s, t, block);
       Turns::wait(warpgroup);
       issue_scores(s);
       Turns::pass(warpgroup);

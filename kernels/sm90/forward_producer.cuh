@@ -24,11 +24,12 @@ struct ForwardProducer : ForwardBlock<Config, Variant> {
   FA3_DEVICE void load_k(Pipe at, const TileCoord& tile, int kv_head, int block) const {
     mbarrier_wait(this->barrier(Base::kKEmpty + at.stage()), at.parity() ^ 1);
     uint32_t full = this->barrier(Base::kKFull + at.stage());
-    mbarrier_expect(full, KTile::kBytes + (Config::kDenseFirst ? Base::kDenseBytes : 0));
-    if constexpr (Config::kDenseFirst) copy_dense(at, tile, block, full);
+    constexpr bool dense = Config::kDenseFirst && Variant::kDenseTile;
+    mbarrier_expect(full, KTile::kBytes + (dense ? Base::kDenseBytes : 0));
+    if constexpr (dense) copy_dense(at, tile, block, full);
     KTile::load(shared + Base::kAtK + at.stage() * KTile::kBytes, p.k, full, kEvictLast,
                 block * kN, kv_head, tile.batch);
-    if constexpr (Variant::kDenseTile && !Config::kDenseFirst) load_dense(at, tile, block);
+    if constexpr (Variant::kDenseTile && !dense) load_dense(at, tile, block);
   }
 
   FA3_DEVICE void load_dense(Pipe at, const TileCoord& tile, int block) const {

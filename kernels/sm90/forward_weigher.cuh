@@ -103,6 +103,30 @@ struct ForwardWeigher : ForwardBlock<Config, Variant> {
     }
   }
 
+  // The elements of this thread's second row are those of its first, eight columns further left.
+  FA3_DEVICE void begin_with_table(Scores& s, const Terms& t, int block) const {
+    const float* zero = p.table + DistanceTable<Variant>::zero(t.at[0], p.heads);
+    int least = 1 - p.queries, most = p.keys - 1;
+    int first = block * kN + 2 * (lane % 4) - t.q[0];
+    auto take = [&](auto from) {
+      float2 left = {from(-8), from(-7)};
+#pragma unroll
+      for (int j = 0; j < kN / 8; ++j) {
+        s[4 * j + 2] = left.x;
+        s[4 * j + 3] = left.y;
+        left = {from(8 * j), from(8 * j + 1)};
+        s[4 * j] = left.x;
+        s[4 * j + 1] = left.y;
+      }
+    };
+    if (__all_sync(~0u, first - 8 >= least && first + kN - 7 <= most)) {
+      const float* near = zero + first;
+      take([&](int i) { return ldg(near + i); });
+    } else {
+      take([&](int i) { return ldg(zero + min(max(first + i, least), most)); });
+    }
+  }
+
   // Whether row r sees the key kv, `column` columns from this thread's first.
   FA3_DEVICE static bool sees_element(const Terms& t, const MaskTerms& m, const auto& col, int r,
                                       int column, int kv, float extra) {

@@ -105,6 +105,16 @@ FORMS = [
          ("masked_bias",), lengths="long"),
     Form("row and key bias", "score=0.1*s + load(0, b, q) + load(1, b, kv)", ("rows", "keys")),
     Form("relative bias", "score=0.1*s + load(0, h, max(min(kv - q, 7), -7) + 7)", ("relative",)),
+    Form("relative bias, a table", "score=0.1*s + load(0, b, h, kv - q + Sq - 1)", ("table",)),
+    Form("relative bias, a table, causal",
+         f"score=0.1*s + load(0, q - kv + Skv - 1, h), mask={CAUSAL}", ("wide_table",)),
+    Form("relative bias, fills", "score=0.1*s + load(0, 0, h, kv - q + Sq - 1), mask=(q - kv <= 40)",
+         ("filled_table",)),
+    Form("relative bias of a curve",
+         f"score=0.1*s - {SLOPES}*log(1 + abs(kv - q)) + load(1, b)", ("slopes", "batches")),
+    Form("relative bias and a sink",
+         "score=0.1*s + load(0, h, max(min(kv - q, 7), -7) + 7), sinks=[load(1, 0, h, 0, 0)]",
+         ("relative", "slopes")),
     Form("temperature by row", "score=s*load(0, b, q)", ("rows",)),
     Form("decomposed", "score=0.1*s + load(0, b, h, q, floordiv(kv, 32))", ("decomposed",)),
     Form("key mask", "score=0.1*s, mask=load(0, b, 0, 0, kv) != 0, dead=zero", ("padding",)),
@@ -277,6 +287,19 @@ def captured(kind: str, shape: Shape, dtype: torch.dtype, generator) -> Tensor:
             return normal(b, kv)
         case "relative":
             return normal(h, 15)
+        case "table":
+            return normal(b, h, q + kv - 1).to(dtype)
+        case "wide_table":
+            return normal(q + kv - 1, h)
+        case "filled_table":
+            distance = torch.arange(1 - q, kv)
+            x = normal(1, h, q + kv - 1)
+            x[:, :, distance % 7 == 3] = float("-inf")
+            x[:, 1:2, distance < -9] = torch.finfo(dtype).min
+            x[:, 1:2, distance > 9] = torch.finfo(torch.float32).min
+            return x
+        case "batches":
+            return normal(b)
         case "decomposed":
             return normal(b, h, q, kv // 32 + 1).to(dtype)
         case "padding":

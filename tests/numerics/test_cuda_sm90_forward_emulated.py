@@ -39,7 +39,7 @@ from tests.numerics.test_cuda_variants import EXTREMES
 __all__ = ["launches"]
 
 FORWARD_HEADERS = (
-    "softmax", "finish_row", "forward_block", "forward_epilogue", "forward_weigher",
+    "softmax", "finish_row", "distance_table", "forward_block", "forward_epilogue", "forward_weigher",
     "forward_consumer", "forward_producer", "attention_fwd",
 )  # fmt: skip
 # Warpgroups take turns for speed alone.
@@ -60,6 +60,9 @@ def compiled(key: CudaKey, to: Path) -> Path:
     if key.map_kind:
         parts += [re.sub("fa3::", "", between(source, "using BlockMapKernel", 'extern "C"'))]
         parts += [ENTRY.format(name="block_map", kernel="BlockMapKernel")]
+    if key.by_distance:
+        parts += [re.sub("fa3::", "", between(source, "using DistanceTableKernel", 'extern "C"'))]
+        parts += [ENTRY.format(name="distance_table", kernel="DistanceTableKernel")]
     if "using DeadRowsKernel" in source:
         parts += [header("dead_rows"), "using DeadRowsKernel = DeadRows<Config, Variant>;"]
         parts += [ENTRY.format(name="dead_rows", kernel="DeadRowsKernel")]
@@ -81,6 +84,11 @@ CASES = [
     ("dense bias", (32, 32), (100, 200), 1, {"block_n": 80} | AHEAD),
     ("dense bias with -inf", (64, 64), (150, 136), 1, FIRST),
     ("dense bias, one batch", (64, 64), (130, 160), 2, {"block_n": 48} | FIRST),
+    ("relative bias", (64, 64), (150, 136), 1, FIRST),
+    ("relative bias, a table", (64, 64), (270, 330), 2, {"block_n": 80} | FIRST | AHEAD),
+    ("relative bias, a table, causal", (64, 64), (200, 136), 1, {"block_n": 48} | FIRST),
+    ("relative bias, fills", (64, 64), (150, 136), 1, FIRST),
+    ("relative bias of a curve", (64, 64), (70, 150), 1, {"block_n": 64} | FIRST),
     ("documents", (128, 128), (200, 200), 2, {"held_queries": True} | AHEAD),
     ("alibi both sides", (32, 32), (130, 200), 2, {"block_n": 32} | AHEAD),
     ("sink", (32, 32), (70, 70), 1, {"block_n": 16} | LATE),
@@ -184,6 +192,25 @@ def test_maxima_that_come_late(changes, dtype, tmp_path, monkeypatch, launches) 
     torch.testing.assert_close(
         lse[finite].double(), scores.logsumexp(-1)[finite], rtol=1e-4, atol=max(1e-3, rounding)
     )
+
+
+def test_rows_of_one_fill_of_a_table(tmp_path, monkeypatch, launches) -> None:
+    """Their LSE is the fill itself, from which gradients take the score, whatever the scale is."""
+    spec = AttentionSpec.parse("attention(score=0.1*s + load(0, h, kv - q + 69), aux=[float])")
+    fills = torch.tensor([torch.finfo(x).min for x in (BF16, torch.float32)] + [-1e9, -6e8])
+    table = fills[:, None].expand(4, 99)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 4, n, 64, generator=generator).to(BF16) for n in (70, 30, 30))
+    problem = Problem(spec, BF16, torch.device("cuda:0"), (9, 0), 1, 4, 4, 70, 30, 64, 64,
+                      aux_dtypes=(table.dtype,))  # fmt: skip
+    key = keys_of(problem, layout_of(spec, [table]))[0]
+    assert key.by_distance
+    key = replace(key, config=replace(key.config, block_n=32))
+    out, lse = ran(problem, key, (q, k, v, [table]), (), tmp_path, monkeypatch)
+    assert [x.name for x in launches] == ["distance_table", "attention_fwd"]
+    assert torch.equal(lse[0], fills[:, None].expand(4, 70))
+    mean = v.float().mean(2, keepdim=True).expand(out.shape)
+    torch.testing.assert_close(out.float(), mean, rtol=0.01, atol=0.01)
 
 
 def lister(key: CudaKey, to: Path) -> Path:

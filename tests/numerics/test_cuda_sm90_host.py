@@ -51,6 +51,7 @@ FORMS = {
     ),
     "documents": ("block_map attention_fwd", "block_map row_terms attention_bwd"),
     "dense bias": ("attention_fwd", "row_terms attention_bwd query_gradient nan_values"),
+    "relative bias": ("distance_table attention_fwd", "row_terms attention_bwd nan_values"),
     "dense mask": ("block_map attention_fwd", "block_map row_terms attention_bwd"),
     "sink": ("attention_fwd", "row_terms attention_bwd"),
     "dropout, causal": ("attention_fwd", "row_terms attention_bwd query_gradient"),

@@ -12,7 +12,13 @@ import pytest
 
 from fa3_compile.lower.binaries import build_nvrtc
 from fa3_compile.lower.render.render_cuda import CudaKey, render
-from fa3_compile.lower.tiles.config_sm90 import DENSE, Sm90Config, candidates, table
+from fa3_compile.lower.tiles.config_sm90 import (
+    DENSE,
+    Sm90Config,
+    candidates,
+    table,
+    table_first,
+)
 from fa3_compile.spec.attention import AttentionSpec
 from tests.numerics.sass import given_back_early, instructions
 
@@ -24,10 +30,13 @@ COLUMNS = {
     "masks": "score=0.1*s, mask=load(0, b, q) == load(0, b, kv), aux=[int]",
     "dense": "score=0.1*s + load(0, b, h, q, kv), aux=[float]",
     "dense rows": f"score=0.1*s + load(0, b, h, q, kv), {CAUSAL}, aux=[float]",
+    "table": "score=0.1*s + load(0, h, kv - q + Sq - 1), aux=[float]",
+    "table rows": f"score=0.1*s + load(0, h, kv - q + Sq - 1), {CAUSAL}, aux=[float]",
 }
 # What a column captures: C++ element types ("" for that of Q), axes of stride 1, the dense tile.
 CAPTURED = {"masks": (("int64_t",), ((2,),), None)}
 CAPTURED |= dict.fromkeys(("dense", "dense rows"), (("",), ((3,),), 0))
+CAPTURED |= dict.fromkeys(("table", "table rows"), (("",), ((1,),), None))
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,9 @@ class Shipped:
         spec = AttentionSpec.parse(f"attention({COLUMNS[self.column]})")
         elements, unit, tile = CAPTURED.get(self.column, ((), (), None))
         elements = tuple(x or self.dtype for x in elements)
-        return CudaKey(spec, self.dtype, self.dim, self.dim, self.config, elements, unit, tile)
+        by_distance = self.column.startswith("table")
+        rest = (self.config, elements, unit, tile, by_distance)
+        return CudaKey(spec, self.dtype, self.dim, self.dim, *rest)
 
     def __str__(self) -> str:
         c = self.config
@@ -56,6 +67,10 @@ def shipped() -> list[Shipped]:
     found: list[tuple[str, int, Sm90Config]] = []
     for dim in table():
         for column in COLUMNS:
+            if column.startswith("table"):
+                begins = table_first(dim, dim, 4096, masked=column == "table rows")
+                found += [(column, dim, begins)] if begins is not None else []
+                continue
             tiles = candidates(
                 dim, dim, 4096, masked=column not in ("full", "dense"),
                 plain=column in ("full", "rows"), dense_tile=column.startswith("dense"),

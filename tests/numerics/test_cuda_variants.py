@@ -117,7 +117,9 @@ void evaluate(const typename V::Aux* aux, int B, int H, int Sq, int Skv, const f
         float x = s[i];
         if (V::kAffine) x += V::slope(head) * float(kv - q);
         if (V::kScore) x = V::score(x, at, head, row, col, q, kv, tiles ? tiles[i] : 0.0f);
-        score[i] = x * (V::scale(head) / kLog2e) + shift;
+        float factor = V::scale(head) / kLog2e;
+        score[i] = x * factor + shift;
+        if (V::kByDistance) score[i] = V::kFactor * factor * s[i] + V::by_distance(at, kv - q);
         seen[i] = sees<V>(at, head, row, col, q, kv);
         fill[i] = V::fill(s[i], at, head, row, col, q, kv);
         weight[i] = weight_of<V>(at, head, row, col, q, kv);

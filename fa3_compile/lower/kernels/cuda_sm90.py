@@ -191,7 +191,8 @@ def bind(problem: Problem, q, k, v, aux, sizes, key: CudaKey | None = None) -> B
 def _tuned(problem: Problem, keys: Sequence[CudaKey], q, k, v, aux, sizes) -> CudaKey:
     """The key that is fastest on these tensors; `keys` are the table's. Raises KernelBuildError."""
     first, _ = _load(problem.spec, keys)
-    configs = [x.config for x in keys if x.tile == first.tile and x != first]
+    alike = [x for x in keys if (x.tile, x.by_distance) == (first.tile, first.by_distance)]
+    configs = [x.config for x in alike if x != first]
     if problem.autotune == "full":
         configs += variations(first.config, problem.dim, problem.v_dim, first.tile is not None)
     found = {x: replace(first, config=x) for x in (first.config, *configs)}

@@ -8,7 +8,7 @@ import struct
 
 from torch import Tensor
 
-from fa3_compile.lower.kernels.cuda_sm90_keys import mask_axes, processors
+from fa3_compile.lower.kernels.cuda_sm90_keys import mask_axes, processors, table_heads
 from fa3_compile.lower.kernels.cuda_sm90_parameters import (
     ListShape,
     Parameters,
@@ -20,7 +20,7 @@ from fa3_compile.lower.render.cuda_terms import fills_dead_rows, uniform_fill
 from fa3_compile.lower.render.render_cuda import CudaKey
 from fa3_compile.lower.tiles.config_sm90 import Packing, packing, panel_columns, split_count
 
-UNIFORM_ROWS, DEAD_ROWS, COMBINE_THREADS = 1024, 64, 128
+UNIFORM_ROWS, DEAD_ROWS, COMBINE_THREADS, TABLE_THREADS = 1024, 64, 128, 256
 # Blocks of the kernel for rows without a key, where it tells the host: they add to one counter.
 LARGEST_TELLING = 1024
 
@@ -65,6 +65,8 @@ class ForwardParameters(Parameters):
             self.listed_bytes = self.list_shape.bytes
             self.scratch(self.listed_bytes)
             found.append(self.block_map())
+        if self.key.by_distance:
+            found.append(self.distance_table())
         if self.splits > 1:
             self.part_states = self.scratch(8 * self.splits * self.rows)
             self.parts = self.scratch(4 * self.splits * self.rows * self.v.shape[3])
@@ -96,6 +98,17 @@ class ForwardParameters(Parameters):
 
     def block_map(self) -> Launch:
         return self.lists(self.map_kind, self.list_shape, (self.queries, self.keys))
+
+    # The table that scores begin with.
+
+    def distance_table(self) -> Launch:
+        heads, batches = table_heads(self.spec, self.heads, self.batch)
+        distances = self.queries + self.keys - 1
+        self.table = self.scratch(4 * batches * heads * distances)
+        content = struct.pack("Qiii4x", 0, self.heads, self.queries, self.keys)
+        grid = (-(-distances // TABLE_THREADS), heads, batches)
+        places: Places = [(0, "scratch", self.table)]
+        return self.launch("distance_table", grid, TABLE_THREADS, content, places)
 
     # The attention.
 
@@ -130,7 +143,9 @@ class ForwardParameters(Parameters):
         if self.splits > 1:
             places += [(len(content), "scratch", self.parts)]
             places += [(len(content) + 8, "scratch", self.part_states)]
-        content += struct.pack("QQq", 0, 0, self.rows)
+        if self.key.by_distance:
+            places += [(len(content) + 24, "scratch", self.table)]
+        content += struct.pack("QQqQ", 0, 0, self.rows, 0)
         content += struct.pack(
             "iiiiiiiiii", self.heads, self.group, self.queries, self.keys, self.packing.heads,
             self.packing.rows, self.packing.chunks, *broadcast, self._turn(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from fa3_compile.lower.binaries.remembered import remembered
 from fa3_compile.lower.choose import Problem
 from fa3_compile.lower.launch.launch_cuda import describable
+from fa3_compile.lower.render.cuda_distance import distance_term, scaling
 from fa3_compile.lower.render.cuda_terms import (
     arrange,
     capped,
@@ -23,7 +25,7 @@ from fa3_compile.lower.render.cuda_terms import (
 )
 from fa3_compile.lower.render.render import aux_parameters
 from fa3_compile.lower.render.render_cuda import CudaKey
-from fa3_compile.lower.tiles.config_sm90 import Sm90Config, candidates, smallest
+from fa3_compile.lower.tiles.config_sm90 import Sm90Config, candidates, smallest, table_first
 from fa3_compile.lower.tiles.pace_sm90 import microseconds, work_of
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
@@ -135,7 +137,7 @@ def keys_of(problem: Problem, layout: Layout) -> list[CudaKey]:
     spec = problem.spec
     # A packed tile walks the key blocks of all of its heads.
     group = 1 if mask_axes(spec)[1] else problem.group
-    keys = []
+    keys = _with_table(problem, layout)
     for tile in dict.fromkeys((layout.tile, None)):
         choose = functools.partial(
             candidates, problem.dim, problem.v_dim, problem.q_len, spec.has_mask, is_plain(spec),
@@ -148,6 +150,44 @@ def keys_of(problem: Problem, layout: Layout) -> list[CudaKey]:
             spec, problem.dtype, problem.dim, problem.v_dim, configs, layout, tile
         )
     return keys
+
+
+# Bytes of a table by kv - q, which is made in each call.
+LARGEST_TABLE = 2**26
+# Of scores that read or compute such a term for each element, beside those that begin with a table.
+ELEMENTWISE = 2.2
+
+
+def table_heads(spec: AttentionSpec, heads: int, batch: int) -> tuple[int, int]:
+    """(heads, batches) that have a table by kv - q of their own."""
+    term = distance_term(spec.score)
+    symbols = set() if term is None else term.free_symbols
+    return heads if E.H in symbols else 1, batch if E.B in symbols else 1
+
+
+def _with_table(problem: Problem, layout: Layout) -> list[CudaKey]:
+    """A kernel whose scores begin with a table by kv - q, where they may. Sinks know nothing of how
+    its scores are scaled."""
+    spec, dtype = problem.spec, DTYPES[problem.dtype]
+    if distance_term(spec.score) is None or asks_mask(spec) or spec.sinks:
+        return []
+    config = table_first(problem.dim, problem.v_dim, problem.q_len, spec.has_mask)
+    if config is None or not scaling(spec.score, dtype)[0]:
+        return []
+    own = math.prod(table_heads(spec, problem.heads, problem.batch))
+    if 4 * own * (problem.q_len + problem.kv_len) > LARGEST_TABLE:
+        return []
+    shape = (problem.batch * problem.heads, problem.q_len, problem.kv_len)
+    dealt = candidates(
+        problem.dim, problem.v_dim, problem.q_len, spec.has_mask, False, False, split=True
+    )
+    if all(shape) and dealt:
+        work = work_of(spec, *shape, max(problem.dim, problem.v_dim))
+        pace = functools.partial(microseconds, work=work, processors=processors(problem.device))
+        if pace(dealt[0]) * ELEMENTWISE < pace(config):
+            return []
+    rest = (config, layout.elements, layout.unit)
+    return [CudaKey(spec, dtype, problem.dim, problem.v_dim, *rest, by_distance=True)]
 
 
 def _may_begin_with(problem: Problem, tile: int | None) -> bool:

@@ -18,6 +18,7 @@ from fa3_compile.lower.printers import hoist
 from fa3_compile.lower.printers.cuda_placer import NUMBER, TILE, KernelPrinter, Member, Placer
 from fa3_compile.lower.printers.printer import Env, Session, Text
 from fa3_compile.lower.render import block_map
+from fa3_compile.lower.render.cuda_distance import distance_term, scaling
 from fa3_compile.lower.render.cuda_terms import (
     ABSORBING,
     Terms,
@@ -50,7 +51,7 @@ class VariantWriter:
     """Prints the members of Variant; collects what heads, rows and columns hold."""
 
     def __init__(self, key: CudaKey, factor: float = 0.0) -> None:
-        """factor  of s, where scores begin with the dense input"""
+        """factor  of Q, where scores begin with the dense input or a table"""
         self.key, self.spec, self.factor = key, key.spec, factor
         self.printer = KernelPrinter()
         self.aux = {x.tensor: x for x in aux_parameters(key.spec)}
@@ -78,8 +79,10 @@ class VariantWriter:
         return self.key.elements[tensor] if self.key.elements else "float"
 
     def variant(self) -> list[str]:
-        terms = arrange(self.spec.score)
-        body = [*self.score(terms), *self.mask(), *self.sinks(), *self.weight(), *self.fill()]
+        begin = (
+            self.distance_table() if self.key.by_distance else self.score(arrange(self.spec.score))
+        )
+        body = [*begin, *self.mask(), *self.sinks(), *self.weight(), *self.fill()]
         return [*self.structs(), *body]
 
     # The parts of the variant.
@@ -111,6 +114,22 @@ class VariantWriter:
         if self.factor:
             lines += [f"static constexpr float kFactor = {self.printer.number(self.factor)};"]
         return lines
+
+    def distance_table(self) -> list[str]:
+        """A score that begins with a table by kv - q."""
+        term = distance_term(self.spec.score)
+        assert term is not None
+        unit, _ = scaling(self.spec.score, self.key.dtype)
+        value = self.printer.to_float(self.text(term, hoist.ELEMENT)).body
+        own = {"kTableOfBatch": E.B, "kTableOfHead": E.H}
+        flags = {name: str(axis in term.free_symbols).lower() for name, axis in own.items()}
+        return [
+            *self.score(Terms(E.S, sympy.Float(unit), wide=True)),
+            "static constexpr bool kByDistance = true;",
+            f"static constexpr float kUnit = {self.printer.number(unit)};",
+            *(f"static constexpr bool {name} = {value};" for name, value in flags.items()),
+            method("float", "by_distance", "const At& at, int distance", value),
+        ]
 
     def mask(self) -> list[str]:
         dead = {"zero": "kZero", "nan": "kNan"}.get(self.spec.dead, "kFilled")

@@ -14,6 +14,7 @@ import jinja2
 
 from fa3_compile import resources
 from fa3_compile.lower.binaries.remembered import remembered
+from fa3_compile.lower.render.cuda_distance import scaling
 from fa3_compile.lower.render.cuda_terms import factor_beside, fills_dead_rows, map_kind
 from fa3_compile.lower.render.cuda_variant import VariantWriter
 from fa3_compile.lower.tiles.config_sm90 import Sm90Config
@@ -31,6 +32,7 @@ class CudaKey:
     elements       C++ element type of each captured tensor
     unit           for each captured tensor the axes whose stride is 1
     tile           the captured (q, kv) tensor of a 16-bit dtype that comes by TMA beside K
+    by_distance    scores begin with a table by kv - q, which is made before
     """
 
     spec: AttentionSpec
@@ -41,6 +43,7 @@ class CudaKey:
     elements: tuple[str, ...] = ()
     unit: tuple[tuple[int, ...], ...] = ()
     tile: int | None = None
+    by_distance: bool = False
 
     def source(self) -> str:
         """The kernel's text. UnprintableError where C++ has none for an expression."""
@@ -57,7 +60,9 @@ class CudaKey:
 
     @property
     def factor(self) -> float:
-        """Of s, where the score may begin with the dense input; else 0."""
+        """Of Q, where scores may begin with the dense input or a table; else 0."""
+        if self.by_distance:
+            return scaling(self.spec.score, self.dtype)[1]
         if self.tile is None:
             return 0.0
         tile = next(x for x in E.loads_in(self.spec.score) if x.tensor == self.tile)
@@ -67,7 +72,7 @@ class CudaKey:
     def digest(self) -> str:
         """Names the kernel on disk; other sources of ours give another name."""
         rest = (self.dtype, self.dim_qk, self.dim_v, self.config, self.elements, self.unit)
-        fields = (str(self.spec), rest, self.tile, resources.source_hash())
+        fields = (str(self.spec), rest, self.tile, self.by_distance, resources.source_hash())
         return hashlib.sha256(repr(fields).encode()).hexdigest()[:24]
 
 
@@ -88,6 +93,7 @@ def render(key: CudaKey) -> str:
         variant="\n".join(writer.variant()),
         block_map=key.map_kind,
         dead_rows=fills_dead_rows(key.spec) != "never",
+        by_distance=key.by_distance,
     )
     lines = (line.rstrip() for line in text.splitlines())
     return f"// {key.spec}\n" + "\n".join(lines) + "\n"

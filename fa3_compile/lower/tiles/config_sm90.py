@@ -35,8 +35,8 @@ class Sm90Config:
     held_queries   products read queries from registers, not from shared memory each time
     optimistic     weights are computed against the row maximum of the blocks before, and once more
                    where that was too low
-    dense_first    scores begin with the dense input, and held queries are multiplied beforehand by
-                   the factor of their products
+    dense_first    scores begin with the dense input or a table by kv - q, and held queries are
+                   multiplied beforehand by the factor of their products
     ahead          columns of a block whose optimistic weights are computed while the values of the
                    block before are still multiplied
     """
@@ -120,8 +120,16 @@ DENSE = {
 _BEGINS = Sm90Config(128, 128, held_queries=True, optimistic=True, dense_first=True)
 DENSE_FIRST: dict[int, dict[bool, Sm90Config]] = {  # by whether there is a mask
     64: {False: _BEGINS, True: _BEGINS},
-    128: {False: replace(_BEGINS, ahead=48), True: _BEGINS},
+    128: {False: replace(_BEGINS, ahead=48), True: replace(_BEGINS, ahead=32)},
 }
+
+
+def table_first(dim_qk: int, dim_v: int, q_len: int, masked: bool) -> Sm90Config | None:
+    """Where scores begin with a table by kv - q. Weights ahead gain nothing there."""
+    if q_len <= 64 or dim_v > 128 or not _BEGINS.fits(dim_qk, dim_v):
+        return None
+    return replace(_BEGINS, longest_first=masked)
+
 
 # For up to 64 queries, where loads bound: as many stages as fit, up to this many.
 FEW_QUERIES = "64x128 64x64 64x32"

@@ -17,7 +17,12 @@ FA3_DEVICE FinishedRow finish_row(const typename Variant::At& at, const auto& he
   float top = max * scale;
   float factor = 1.0f;
   bool dead = sum == 0.0f;
-  float lse = Variant::kWideScores ? max : top * kLn2;
+  float lse = top * kLn2;
+  if constexpr (Variant::kWideScores) {
+    // Between the largest that is divided by kUnit and the least that is not.
+    constexpr float kLimit = kHuge * (0.5f + 0.5f / Variant::kUnit);
+    lse = fabsf(max) < kLimit ? max * Variant::kUnit : max;
+  }
   if constexpr (Variant::kSink) {
     float sink = Variant::sink(at, head, row, q);
     if constexpr (Variant::kShift) sink -= Variant::shift(at, head, row, q);

@@ -22,6 +22,10 @@ struct KeyBounds {
 // keys, which fa3/dead_rows.cuh computes afterwards for the rows whose LSE is -inf.
 enum class Dead { kZero, kNan, kFilled };
 
+// From here on what a table adds is not divided by kUnit: it is a fill like -1e9, the next number to
+// which is 64 away, and the LSE of a row of it is the fill itself.
+constexpr float kHuge = 0x1p29f;
+
 template <class AuxT>
 struct Site {
   const AuxT& aux;  // captured tensors and their strides
@@ -58,7 +62,10 @@ struct PlainVariant {
   static constexpr Dead kDead = Dead::kZero;   // what a row gets that sees no key
   static constexpr bool kBlockMap = false;     // key blocks come from lists built at run time
   static constexpr bool kDenseTile = false;    // a dense (q, kv) input arrives by TMA beside K
-  static constexpr float kFactor = 1.0f;       // of s, where the score is the tile and kFactor * s
+  static constexpr bool kByDistance = false;   // by_distance() is what scores begin with, from a table
+  static constexpr bool kTableOfBatch = false, kTableOfHead = false;  // whether it differs there
+  static constexpr float kUnit = 1.0f;         // of such a score: it is kUnit * (kFactor * s + table)
+  static constexpr float kFactor = 1.0f;       // of Q, where scores begin with something
   static constexpr bool kWeight = false;       // weight() is a factor after the softmax
   static constexpr bool kUniform = false;      // weight() takes uniform(seed(), b, h, q, kv)
 
@@ -76,6 +83,7 @@ struct PlainVariant {
                               float tile) {
     return true;
   }
+  FA3_DEVICE static float by_distance(const At&, int distance) { return 0.0f; }  // kv - q
   FA3_DEVICE static int row_begin(const At&, const auto&, const auto&, int q) { return 0; }
   FA3_DEVICE static int row_end(const At& at, const auto&, const auto&, int q) { return at.keys; }
   // A part of the score that is the same for a whole row: weights do not depend on it, LSE does.
