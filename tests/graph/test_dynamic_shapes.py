@@ -480,6 +480,34 @@ attention(score=0.25*s, out_order=qbhd)""",
         )
 
 
+def test_a_share_of_the_length():
+    # An integer made by rounding has no formula in specs: it is a size of its own.
+    def attention(q, k, v):
+        kept, near = int(0.5 * k.size(2)), round(0.3 * k.size(2))
+        i = torch.arange(k.size(2))
+        band = (i[: q.size(2), None] - i[:kept]).abs() <= near
+        return attend(scores_of(q, k[:, :, :kept]).masked_fill(~band, -INF), v[:, :, :kept])
+
+    assert_expected_inline(
+        runs(attention, of_lengths(24, 17, 40)),
+        """attention(score=load(0)*s, mask=(kv <= n0 + q) & (kv >= q - n0), dead=nan, aux=[float])""",
+    )
+
+
+class LastKeys(nn.Module):
+    share = 0.3
+
+    def forward(self, q, k, v):
+        kept = int(self.share * k.size(2))
+        return attend(scores_of(q, k[:, :, -kept:]), v[:, :, -kept:])
+
+
+def test_a_float_of_the_model_in_a_size():
+    assert_expected_inline(
+        runs(LastKeys(), of_lengths(24, 17)), """attention(score=load(0)*s, aux=[float])"""
+    )
+
+
 def test_padding_by_a_length():
     # Transformer-XL's shift.
     def attention(q, k, v, places):

@@ -18,7 +18,6 @@ from fa3_compile.spec.index import quotient
 # Torch's own sympy functions, by class name since some are made on demand.
 MEANING = {
     "ToFloat": lambda x: x,
-    "TruncToInt": None,
     "FloorDiv": lambda a, b: _divided(a, b),
     "CleanDiv": lambda a, b: _divided(a, b),
     "CeilDiv": lambda a, b: -floordiv(-a, b),
@@ -57,11 +56,10 @@ SCALAR_OPERATORS = {
 }
 
 
-# What each symbol of a compilation is read as. Said once, since the ranges that the answer depends
-# on become narrower as the graph is rewritten.
-READ_AS: weakref.WeakKeyDictionary[ShapeEnv, dict[sympy.Symbol, sympy.Symbol]] = (
-    weakref.WeakKeyDictionary()
-)
+# What each symbol of a compilation is read as, and each integer that specs have no words for, such
+# as int(0.5 * length). Said once, since the ranges that the answer depends on become narrower as
+# the graph is rewritten.
+READ_AS: weakref.WeakKeyDictionary[ShapeEnv, dict[Expr, sympy.Symbol]] = weakref.WeakKeyDictionary()
 
 
 class UnknownScalar(Exception):
@@ -71,7 +69,7 @@ class UnknownScalar(Exception):
 def sym(value: Any) -> Expr:
     """An int, float, SymInt or SymFloat, or a scalar node of the shadow, as an expression.
 
-    `UnknownScalar` for symbols that are none of a size.
+    `UnknownScalar` for floats that are made of more than sizes.
     """
     if isinstance(value, fx.Node):
         value = value.meta["val"]
@@ -102,30 +100,38 @@ def _translated(expr: Expr, shape_env: ShapeEnv) -> Expr:
         return sym(float(expr))
     if not expr.args:
         return expr
-    args = [_translated(x, shape_env) for x in expr.args]
+    try:
+        return _function(expr, [_translated(x, shape_env) for x in expr.args])
+    except UnknownScalar:
+        if not (isinstance(expr, sympy.Function) and expr.is_integer):
+            raise
+        return _symbol(expr, shape_env)
+
+
+def _function(expr: Expr, args: list[Expr]) -> Expr:
     name = type(expr).__name__
-    if name in MEANING and MEANING[name] is not None:
+    if name in MEANING:
         return MEANING[name](*args)
-    if isinstance(expr, (sympy.Add, sympy.Mul, sympy.Pow)):
-        return expr.func(*args)
     if isinstance(expr, sympy.Function) and type(expr).__module__ == torch_sympy.__name__:
         raise UnknownScalar(f"{name} of a dynamic size")
     return expr.func(*args)
 
 
-def _symbol(symbol: sympy.Symbol, shape_env: ShapeEnv) -> sympy.Symbol:
-    """The symbol, as a positive one where its range says so.
+def _symbol(expr: Expr, shape_env: ShapeEnv) -> sympy.Symbol:
+    """The symbol, or one for an integer, as a positive one where its range says so.
 
     An int of the program has a symbol of unknown sign, and a size that is found to be equal to it
     has that symbol from then on: only the range still tells that it is one.
     """
     known = READ_AS.setdefault(shape_env, {})
-    if symbol not in known:
-        positive = symbol.is_positive is None and shape_env.bound_sympy(symbol).lower >= 1
-        known[symbol] = (
-            sympy.Symbol(symbol.name, integer=True, positive=True) if positive else symbol
+    if expr not in known:
+        positive = expr.is_positive is None and shape_env.bound_sympy(expr).lower >= 1
+        name = expr.name if isinstance(expr, sympy.Symbol) else f"int{len(known)}"
+        unchanged = isinstance(expr, sympy.Symbol) and not positive
+        known[expr] = (
+            expr if unchanged else sympy.Symbol(name, integer=True, positive=positive or None)
         )
-    return known[symbol]
+    return known[expr]
 
 
 def scalar(node: fx.Node, read) -> Expr:
