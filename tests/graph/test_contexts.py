@@ -112,6 +112,33 @@ class TestGradientModes:
             """attention(score=where(load(0, q, kv) != 0, 0.25*s, -9000000000000000.0), aux=[bool])""",
         )
 
+    @pytest.mark.parametrize("like", ["to", "type_as", "expand_as", "reshape_as", "view_as"])
+    def test_bias_made_like_the_scores(self, like):
+        # The scores are asked for their shape or type alone: nobody computes them once more.
+        def attention(q, k, v, bias):
+            s = scores_of(q, k)
+            return attend(s + getattr(bias.cumsum(-1), like)(s), v)
+
+        report = check(attention, *qkv(), normal(B, H, S, S))
+        assert len(report.fused) == 1 and not report.regions[0].hint, str(report)
+
+    def test_mask_of_the_type_of_the_queries(self):
+        # They have a gradient; what is only made of their type has none to lose.
+        def attention(q, k, v, keep):
+            return attend(scores_of(q, k) + keep.to(q).log(), v)
+
+        assert_expected_inline(
+            specs(check(attention, *qkv(), uniform(S, S) < 0.5)),
+            """attention(score=0.25*s, mask=load(0, q, kv) != 0, dead=nan, aux=[bool])""",
+        )
+
+    def test_bias_made_of_the_scores_like_another(self):
+        def attention(q, k, v, bias):
+            s = scores_of(q, k)
+            return attend(s + s.cumsum(-1).to(bias), v)
+
+        assert check(attention, *qkv(), normal(S)).fused == []
+
     def test_no_grad_around_the_weights(self):
         # The weights are constants for the gradient, and V is not.
         def attention(q, k, v):

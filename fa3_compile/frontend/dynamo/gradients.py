@@ -9,10 +9,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fa3_compile.frontend.dynamo.graph import example_value, target_name, unwrapped
-
-# Their results are constants whatever they are given.
-CREATION = ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
+from fa3_compile.frontend.dynamo.graph import example_value, target_name, unwrapped, values_read
 
 
 def stops(graph: fx.Graph) -> set[fx.Node]:
@@ -39,15 +36,10 @@ def _cuts_gradient(node: fx.Node, before: set[fx.Node]) -> bool:
     value = example_value(node)
     if node.op not in ("call_function", "call_method") or not _is_float(value):
         return False
-    if has_gradient(node) or _creates(node):
+    if has_gradient(node):
         return False
-    sources = [s for s in node.all_input_nodes if _is_float(example_value(s))]
+    sources = [s for s in values_read(node) if _is_float(example_value(s))]
     return any(_had_gradient(s, before) for s in sources)
-
-
-def _creates(node: fx.Node) -> bool:
-    name = target_name(node)
-    return name in CREATION or name.startswith("new_")
 
 
 def _had_gradient(node: fx.Node, stopped: set[fx.Node]) -> bool:
@@ -60,8 +52,8 @@ def _had_gradient(node: fx.Node, stopped: set[fx.Node]) -> bool:
         seen.add(current)
         if _is_float(example_value(current)) and has_gradient(current):
             return True
-        if target_name(current) != "detach" and not _creates(current):
-            stack.extend(s for s in current.all_input_nodes if len(seen) < 64 + len(stopped))
+        if target_name(current) != "detach":
+            stack.extend(s for s in values_read(current) if len(seen) < 64 + len(stopped))
     return False
 
 

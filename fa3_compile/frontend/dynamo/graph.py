@@ -24,7 +24,16 @@ OPAQUE_NAMES = frozenset(
     bernoulli rand randn randint rand_like randn_like normal grid_sample pad_sequence""".split()
 )
 
-# In the `meta` of a call of one of these that is a product of two activations after all.
+# Calls that ask a tensor for nothing but its shape, dtype and device.
+SHAPE_READERS = frozenset(
+    """size shape dim numel ndimension stride device dtype is_contiguous zeros_like ones_like
+    full_like empty_like rand_like randn_like randint_like new_zeros new_ones new_full new_empty
+    new_tensor""".split()
+)
+# Methods that ask their second tensor for nothing but these.
+LIKE_ANOTHER = frozenset("to type_as expand_as view_as reshape_as".split())
+
+# In the `meta` of a call of an opaque function that is a product of two activations after all.
 IS_PRODUCT = "fa3_product"
 
 
@@ -46,6 +55,16 @@ def operator_name(target: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -
 def example_value(node: fx.Node) -> Any:
     """Dynamo's fake value of a node, or None."""
     return node.meta.get("example_value")
+
+
+def values_read(node: fx.Node) -> list[fx.Node]:
+    """The inputs of which a node reads more than shape, dtype and device."""
+    name = target_name(node)
+    if name in SHAPE_READERS:
+        return []
+    if name in LIKE_ANOTHER and node.op == "call_method":
+        return [x for x in node.args[:1] if isinstance(x, fx.Node)]
+    return node.all_input_nodes
 
 
 @contextlib.contextmanager

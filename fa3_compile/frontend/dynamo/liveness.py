@@ -12,16 +12,10 @@ from fa3_compile.frontend.dynamo.graph import (
     example_value,
     operator_name,
     target_name,
+    values_read,
 )
 from fa3_compile.frontend.dynamo.mutations import is_mutation, writes_that_reach
 from fa3_compile.frontend.expand import flex
-
-# Calls that ask a tensor for nothing but its shape, dtype and device.
-SHAPE_READERS = frozenset(
-    """size shape dim numel ndimension stride device dtype is_contiguous zeros_like ones_like
-    full_like empty_like rand_like randn_like randint_like new_zeros new_ones new_full new_empty
-    new_tensor""".split()
-)
 
 
 def live_nodes(
@@ -29,10 +23,12 @@ def live_nodes(
     without: Sequence[fx.Node] = (),
     read: Sequence[fx.Node] = (),
     absorbed: Iterable[fx.Node] = (),
+    by_values: bool = False,
 ) -> set[fx.Node]:
     """What the outputs and side effects need, if `without` read `read` instead of their inputs.
 
-    absorbed  random nodes whose effect something else takes over
+    absorbed   random nodes whose effect something else takes over
+    by_values  what is asked for its shape alone is not needed
     """
     absorbed = {*absorbed}
     live: set[fx.Node] = set()
@@ -50,7 +46,7 @@ def live_nodes(
                 continue
             live.add(node)
             if node not in without:
-                stack.extend(node.all_input_nodes)
+                stack.extend(values_read(node) if by_values else node.all_input_nodes)
         stack = writes_that_reach(mutations, live)
         if not stack:
             return live
@@ -78,8 +74,7 @@ def depends_on_values(node: fx.Node, nodes: set[fx.Node]) -> bool:
         seen.add(current)
         if current in nodes:
             return True
-        if target_name(current) not in SHAPE_READERS:
-            stack.extend(current.all_input_nodes)
+        stack.extend(values_read(current))
     return False
 
 

@@ -10,7 +10,7 @@ from torch import fx
 from fa3_compile.errors import Decline
 from fa3_compile.frontend.dynamo import transforms
 from fa3_compile.frontend.dynamo.gradients import has_gradient
-from fa3_compile.frontend.dynamo.graph import opaque_target, target_name
+from fa3_compile.frontend.dynamo.graph import opaque_target, target_name, values_read
 from fa3_compile.frontend.dynamo.liveness import depends_on_values, live_nodes
 from fa3_compile.frontend.dynamo.mutations import overwrite
 from fa3_compile.frontend.expand import flex
@@ -50,7 +50,8 @@ def reads_of(region: Region) -> list[tuple[fx.Node, fx.Node]]:
 def hint(graph: fx.Graph, region: Region) -> str:
     """What the user of a rewritten region should know: weights that are computed once more."""
     present = {*graph.nodes}
-    found = _reader([n for n in region.interior if n in present], live_nodes(graph))
+    live = live_nodes(graph, by_values=True)
+    found = _reader([n for n in region.interior if n in present], live)
     if found is None:
         return ""
     held, reader = found
@@ -188,7 +189,8 @@ def _check_interior(graph: fx.Graph, regions: Sequence[Region]) -> None:
     dropouts = [x for region in regions for x in region.dropouts]
     statistics = [x.node for region in regions for x in region.statistics]
     interior = [n for n in {n: n for r in regions for n in r.interior} if n not in statistics]
-    live = live_nodes(graph, (regions[0].output, *statistics), read, dropouts)
+    without = (regions[0].output, *statistics)
+    live = live_nodes(graph, without, read, dropouts, by_values=True)
     for region in regions:
         region.statistics = [x for x in region.statistics if x.node in live]
     found = _reader(interior, live)
@@ -219,7 +221,8 @@ def _reader(interior: list[fx.Node], live: set[fx.Node]) -> tuple[fx.Node, fx.No
     inside = {*interior}
     for node in reversed(interior):
         if node in live:
-            outside = [u for u in node.users if u in live and u not in inside]
+            readers = [u for u in node.users if node in values_read(u)]
+            outside = [u for u in readers if u in live and u not in inside]
             if outside:
                 return node, outside[0]
     used = [n for n in interior if n in live]
