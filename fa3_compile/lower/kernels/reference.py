@@ -65,18 +65,26 @@ def _attention(spec, q, k, v, aux, sizes):
     for sink in sinks:
         top = torch.maximum(top, sink)
     top = torch.where(top == float("-inf"), 0.0, top).detach()
-    weight = torch.exp(x - top)
-    total = weight.sum(-1, keepdim=True)
+    total = torch.exp(x - top).sum(-1, keepdim=True)
     for sink in sinks:
         total = total + torch.exp(sink - top)
     empty = total == 0
     positive = torch.where(empty, 1.0, total)
-    p = weight / (positive if spec.dead == "zero" else total)
+    p = _softmax(x, sinks, empty if spec.dead == "zero" else None)
     if factor is not None:
         p = p * factor
     lse = torch.where(empty, float("-inf"), top + torch.log(positive)).squeeze(-1)
     out = torch.matmul(p.to(v.dtype).reshape(*rows, kv_len), v)
     return out.reshape(batch, heads, q_len, v.shape[3]), lse
+
+
+def _softmax(x: Tensor, sinks: Sequence[Tensor], zero: Tensor | None) -> Tensor:
+    """Eager's own operator, for its gradient's roundings; 0 in the rows of `zero`."""
+    if zero is not None:
+        x = torch.where(zero, 0.0, x)
+    columns = (x, *(sink.expand(*x.shape[:3], 1) for sink in sinks))
+    p = torch.softmax(torch.cat(columns, -1) if sinks else x, -1)[..., : x.shape[-1]]
+    return p if zero is None else torch.where(zero, 0.0, p)
 
 
 def _absorbs(score: sympy.Expr) -> bool:
