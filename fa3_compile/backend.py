@@ -28,14 +28,18 @@ def fa3(
     from torch._inductor.compile_fx import compile_fx
 
     from fa3_compile import report
+    from fa3_compile.frontend.rewrite.integer_divisors import integer_divisors_as_floats
     from fa3_compile.lower import inductor
     from fa3_compile.options import split
-    from fa3_compile.pipeline import rewrite_attention
+    from fa3_compile.pipeline import graphs, rewrite_attention
 
     ours, patches = split(options, mode)
     inductor.install()
     graph = report.enter_graph()
     rewrite_attention(gm, ours, graph, build=True)
+    for module in graphs(gm):
+        if integer_divisors_as_floats(module.graph):
+            module.recompile()
     try:
         return compile_fx(gm, list(example_inputs), config_patches=patches or None)
     except RestartAnalysis:

@@ -179,7 +179,7 @@ def _mode_patches(mode: str | None) -> dict[str, Any]:
     except RuntimeError as error:
         legal = sorted(list_mode_options())
         where = 'mode of torch.compile(..., backend="fa3")'
-        raise OptionError.unknown(mode or "", legal, where=where) from error
+        raise OptionError.unknown(str(mode), legal, where=where) from error
 
 
 def _checked_for_inductor(name: str, value: Any, where: str) -> Any:
@@ -188,6 +188,8 @@ def _checked_for_inductor(name: str, value: Any, where: str) -> Any:
 
     wanted = config.get_type(name)  # pyright: ignore[reportAttributeAccessIssue]
     if get_origin(wanted) is None and not isinstance(value, wanted):
-        takes = f"a {wanted.__name__}, as torch._inductor.config.{name} is"
+        kind = wanted.__name__
+        article = "an" if kind[0] in "aeiou" else "a"
+        takes = f"{article} {kind}, as torch._inductor.config.{name} is"
         raise OptionError.illegal(name, value, takes, where=where)
     return value

@@ -64,6 +64,11 @@ def test_unknown_mode_names_the_nearest():
         split(None, "max-autotun")
 
 
+def test_a_mode_that_is_no_text_is_named():
+    with pytest.raises(OptionError, match="unknown name '3'"):
+        split(None, 3)  # pyright: ignore[reportArgumentType]
+
+
 def test_environment_and_its_precedence(monkeypatch):
     monkeypatch.setenv("FA3_AUTOTUNE", "Quick")
     monkeypatch.setenv("FA3_KERNELS", "cpu, reference")

@@ -129,3 +129,18 @@ class TestModes:
         torch.compile(ours, backend=fa3, mode=mode)(batch()).backward()
         eager(batch()).backward()
         assert_same_gradients(ours, eager)
+
+
+def test_scores_divided_by_an_integer_train_where_they_are_left():
+    """Inductor's own pattern takes the integer for a length, of which it then finds no source."""
+
+    def attention(q, k, v):
+        return torch.softmax(q @ k.mT / 4, -1) @ v
+
+    ours, eager = ([x.requires_grad_() for x in inputs()] for _ in range(2))
+    became, out = through(attention, *ours, options={"fuel": 0})
+    assert became == ["fuel"]
+    out[..., 0].sum().backward()
+    attention(*eager)[..., 0].sum().backward()
+    for got, want in zip(ours, eager):
+        torch.testing.assert_close(got.grad, want.grad, atol=1e-5, rtol=1e-5)
