@@ -494,6 +494,20 @@ def test_a_share_of_the_length():
     )
 
 
+def test_a_mask_of_whole_blocks():
+    # 4 * (n // 4) is n, says the broadcast of mask and scores; 2 * (n // 2) below is not.
+    def blocks(q, k, v):
+        chosen = (torch.arange(k.size(2) // 4) % 2 == 0).repeat_interleave(4)
+        return attend(scores_of(q, k).masked_fill(chosen, -INF), v)
+
+    def halves(q, k, v):
+        even = 2 * (k.size(2) // 2)
+        return attend(scores_of(q, k)[..., :even], v[:, :, :even])
+
+    assert runs(blocks, of_lengths(24, 16, 40)).startswith("attention(score=load(0)*s, mask=")
+    assert runs(halves, of_lengths(17, 23)) == "detect: keys-apart"
+
+
 class LastKeys(nn.Module):
     share = 0.3
 

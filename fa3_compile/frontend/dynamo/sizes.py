@@ -11,6 +11,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy import functions as torch_sympy
+from torch.utils._sympy.functions import FloorDiv
 
 from fa3_compile.spec.expr import Expr, floordiv, mod
 from fa3_compile.spec.index import quotient
@@ -60,6 +61,8 @@ SCALAR_OPERATORS = {
 # as int(0.5 * length). Said once, since the ranges that the answer depends on become narrower as
 # the graph is rewritten.
 READ_AS: weakref.WeakKeyDictionary[ShapeEnv, dict[Expr, sympy.Symbol]] = weakref.WeakKeyDictionary()
+# Likewise, as guards are added, each size with divisions.
+EXACT: weakref.WeakKeyDictionary[ShapeEnv, dict[Expr, Expr]] = weakref.WeakKeyDictionary()
 
 
 class UnknownScalar(Exception):
@@ -74,7 +77,8 @@ def sym(value: Any) -> Expr:
     if isinstance(value, fx.Node):
         value = value.meta["val"]
     if isinstance(value, (torch.SymInt, torch.SymFloat)):
-        return _translated(value.node.expr, value.node.shape_env)
+        shape_env = value.node.shape_env
+        return _translated(_divided_exactly(value.node.expr, shape_env), shape_env)
     if isinstance(value, bool):
         return sympy.S.One if value else sympy.S.Zero
     if isinstance(value, float) and value.is_integer() and abs(value) < 1 << 24:
@@ -115,6 +119,23 @@ def _function(expr: Expr, args: list[Expr]) -> Expr:
     if isinstance(expr, sympy.Function) and type(expr).__module__ == torch_sympy.__name__:
         raise UnknownScalar(f"{name} of a dynamic size")
     return expr.func(*args)
+
+
+def _divided_exactly(expr: Expr, shape_env: ShapeEnv) -> Expr:
+    """2 * (n // 2) as n where a guard says that they are equal, as after a broadcast of both."""
+    known = EXACT.setdefault(shape_env, {})
+    divisions = expr.atoms(FloorDiv)
+    if not divisions or expr in divisions:
+        return expr
+    if expr not in known:
+        known[expr] = expr
+        for division in divisions:
+            whole, by = division.args
+            if shape_env._maybe_evaluate_static(sympy.Eq(whole, by * division)):
+                exact = sympy.expand(known[expr].xreplace({division: whole / by}))
+                if sympy.denom(sympy.together(exact)) == 1:
+                    known[expr] = exact
+    return known[expr]
 
 
 def _symbol(expr: Expr, shape_env: ShapeEnv) -> sympy.Symbol:
