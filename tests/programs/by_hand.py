@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tests.programs import layouts, parts
+from tests.programs import given, layouts, parts
 from tests.programs.choices import Choices
 from tests.programs.masks import HEADS, MASKS, positions
 from tests.programs.mutants import other_scores, other_weights
@@ -27,6 +27,7 @@ def by_hand(choices: Choices, device: str) -> Program:
     made, expected = recipe(choices, device)
     run = {name: getattr(made, name) for name in ("dtype", "dynamic", "training", "kernels")}
     arguments, project = layouts.layout(made.layout, made.sizes, made.seed)
+    arguments = _as_drawn(arguments, made)
     extra, capture = _captured(made)
     sinks: tuple[Tensor, ...] = ()
     if made.sink:
@@ -39,8 +40,18 @@ def by_hand(choices: Choices, device: str) -> Program:
     return Program(function, tensors, made.made_of(), expected, run)
 
 
+def _as_drawn(arguments: tuple[Tensor, ...], made: Recipe) -> tuple[Tensor, ...]:
+    """Q, K and V, or what they are made of, with the recipe's numbers; leaves, or frozen."""
+    plain = [x.detach() for x in arguments]
+    changed = parts.NUMBERS[made.numbers](*plain) if len(plain) > 1 else plain
+    frozen = {"Q": 1, "Q, K and V": len(plain)}.get(made.frozen, 0)
+    return tuple(x.clone().requires_grad_(i >= frozen) for i, x in enumerate(changed))
+
+
 def _captured(made: Recipe) -> tuple[tuple[Tensor, ...], Callable[..., Tensor]]:
     """(tensors, (scores, *tensors) -> scores)"""
+    if made.given:
+        return given.given(made.captured, made.sizes, made.seed)
     if made.expression is None:
         return parts.captured(made.captured, made.sizes, made.seed)
 

@@ -19,7 +19,7 @@ from tests.programs.program import Program
 
 # What the programs of a family have in common: all that their kernel is made for.
 KEPT = (
-    "spelling", "n", "dim", "masks", "how", "fill", "combine", "modifiers", "captured",
+    "spelling", "n", "dim", "masks", "how", "fill", "combine", "modifiers", "captured", "given",
     "expression", "scale",
     "softmax", "late", "sink", "after", "dtype", "training", "kernels",
     "attention", "attn_mask", "mask mods", "block", "score mod",

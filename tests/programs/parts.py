@@ -35,16 +35,34 @@ class Sizes:
 def sizes(choices: Choices, device: str, square: bool = False) -> Sizes:
     """On a GPU such that a kernel has several tiles; `square`: as many queries as keys."""
     on_gpu = device != "cpu"
-    n = choices.one_of("n", *((1, 9, 16, 130, 200, 300) if on_gpu else (1, 6, 9, 16)))
+    n = choices.one_of("n", *((1, 9, 16, 130, 200, 300) if on_gpu else (1, 5, 6, 9, 16)))
     others = (150, 260) if on_gpu else (7, 12)
     m = choices.one_of("m", *((n, *others, *others) if n == 1 else (n, n, *others)))
-    dim = choices.one_of("dim", *((8, 32, 64, 80, 128) if on_gpu else (8,)))
+    dim = choices.one_of("dim", *((8, 32, 64, 80, 128) if on_gpu else (8, 8, 5, 16)))
     return Sizes(m if square else n, m, dim, device)
 
 
 def normal(seed: int, *shape: int, device: str = "cpu") -> Tensor:
     """The same numbers on every device."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+# What is done to the numbers of Q, K and V before the program is given them.
+NUMBERS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "": lambda *qkv: qkv,
+    "small Q": lambda q, *others: (q * 1e-3, *others),
+    "K of zeros": lambda q, k, *others: (q, k * 0, *others),
+    "equal keys": lambda q, k, *others: (q, k.mean(-2, keepdim=True).expand_as(k), *others),
+    "K off zero": lambda q, k, *others: (q, k + 2, *others),
+    "V off zero": lambda q, k, *others: (q, k, *(x + 20 for x in others)),
+    "Q of one row of zeros": lambda q, *others: (_without_first(q), *others),
+}
+
+
+def _without_first(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[..., 0, :] = 0
+    return x
 
 
 FILLS = {

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tests.programs import layouts, parts
+from tests.programs import given, layouts, parts
 from tests.programs.choices import Choices
 from tests.programs.expressions import Expression, expression
 from tests.programs.masks import MASKS, positions
@@ -27,7 +27,7 @@ STATIC = ("flat batch", "strided", "cache that is written")
 ADDITIVE = ("additive padding", "added empty sequence", "two paddings")
 MAY_HIDE_ALL = ("padding", "empty sequence", *ADDITIVE, "random mask", "documents", "lengths")
 # Whose weights have other batches than the operator, or heads in another order.
-EXPRESSION = "expression"
+EXPRESSION, GIVEN = "expression", "given"
 OTHER_BATCHES = ("windows", "one batch of K", "no batch", "gqa tiled")
 BY_BATCH = (*MAY_HIDE_ALL, "bias", EXPRESSION)
 K_WRITTEN = "K written after the scores"
@@ -62,6 +62,8 @@ class Recipe:
     dynamic: bool | None
     training: bool
     kernels: tuple[str, ...] | None
+    numbers: str
+    frozen: str
 
     @property
     def on_gpu(self) -> bool:
@@ -73,9 +75,35 @@ class Recipe:
         return self.softmax in parts.UNNORMALISED
 
     @property
+    def given(self) -> str:
+        """What is done with a tensor of `given`, "" without one."""
+        return self.captured.split(" ", 2)[2] if self.captured.startswith(GIVEN) else ""
+
+    @property
+    def by_batch(self) -> bool:
+        """What it captures differs from batch to batch."""
+        return self.captured in BY_BATCH or self.captured.startswith(f"{GIVEN} b")
+
+    @property
+    def hides(self) -> bool:
+        """What it captures hides keys."""
+        return self.captured in MAY_HIDE_ALL or self.given in given.HIDING
+
+    @property
+    def adds_lowest(self) -> bool:
+        """What it captures adds finfo.min to scores."""
+        return self.captured in ADDITIVE or self.given == given.ADDITIVE
+
+    @property
+    def grows(self) -> bool:
+        """Scores may be many times the product."""
+        factors = ("temperature", EXPRESSION)
+        return "cube" in self.modifiers or self.captured in factors or self.given in given.FACTORS
+
+    @property
     def dead(self) -> bool:
         """There may be rows without a key."""
-        if self.captured in MAY_HIDE_ALL or self.masks and self.expression:
+        if self.captured in MAY_HIDE_ALL or self.masks and (self.expression or self.hides):
             return True
         return bool(self.masks) and self._masks_hide_rows()
 
@@ -97,7 +125,9 @@ class Recipe:
             "head dim": str(self.sizes.dim),
             "masks": masks if self.masks else "",
             "modifiers": " ".join(self.modifiers),
-            "captured": self.captured,
+            "captured": GIVEN if self.given else self.captured,
+            GIVEN: self.given,
+            "given axes": self.captured.split(" ")[1] if self.given else "",
             EXPRESSION: str(self.expression.text if self.expression else ""),
             "late": self.late,
             "scale": self.scale,
@@ -107,6 +137,8 @@ class Recipe:
             "use": self.use,
             "context": self.context,
             "mutant": self.mutant,
+            "numbers": self.numbers,
+            "frozen": self.frozen,
         }
 
 
@@ -140,7 +172,7 @@ def _drawn(choices: Choices, device: str) -> Recipe:
         fill=one_of("fill", *parts.FILLS),
         combine=one_of("combine", "and", "or", "twice"),
         modifiers=choices.up_to_two("modifiers", sorted(parts.MODIFIERS), unique=True),
-        captured=(captured := one_of("captured", *parts.CAPTURED, *[EXPRESSION] * 6)),
+        captured=(captured := _captured(choices)),
         expression=_expression(choices, sizes) if captured == EXPRESSION else None,
         scale=one_of("scale", *parts.SCALES),
         softmax=one_of("softmax", *parts.SOFTMAXES, "divided late", *parts.UNNORMALISED),
@@ -158,7 +190,14 @@ def _drawn(choices: Choices, device: str) -> Recipe:
         dynamic=one_of("dynamic", None, None, None, True) if layout not in STATIC else None,
         training=one_of("training", True, True, False),
         kernels=one_of("kernels", ("reference",), ("cpu", "reference")),
+        numbers=one_of("numbers", *[""] * 8, *parts.NUMBERS),
+        frozen=one_of("frozen", *[""] * 4, "Q", "Q, K and V"),
     )
+
+
+def _captured(choices: Choices) -> str:
+    name = choices.one_of("captured", *parts.CAPTURED, *[EXPRESSION] * 6, *[GIVEN] * 8)
+    return choices.one_of(GIVEN, *given.names()) if name == GIVEN else name
 
 
 def _expression(choices: Choices, sizes: parts.Sizes) -> Expression:
@@ -168,14 +207,14 @@ def _expression(choices: Choices, sizes: parts.Sizes) -> Expression:
 
 def _keep_finite(made: Recipe) -> None:
     """Parts in which eager overflows, or rounds everything off, are replaced."""
-    grows = "cube" in made.modifiers or made.captured in ("temperature", EXPRESSION)
+    grows = made.grows
     half = made.dtype is not None
     if made.how in parts.NEEDS_FINITE and made.fill == "-inf":
         made.fill = "finfo.min"  # 0 * -inf is NaN in eager, everywhere
-    if made.how == "both" and made.captured == "infinite bias":
+    if made.how == "both" and (made.captured == "infinite bias" or made.given in given.INFINITE):
         made.how = "where"  # the same
     if made.plain and made.mutant == "renormalised weights":
-        if half or made.captured in ("int32 ids", "slopes", EXPRESSION):
+        if half or made.given or made.captured in ("int32 ids", "slopes", EXPRESSION):
             made.mutant = ""  # 0 / 0, where all weights of a row vanish
     if made.softmax == "unshifted" and (half or made.on_gpu and grows):
         made.softmax = "by hand"  # exp overflows
@@ -186,6 +225,8 @@ def _keep_finite(made: Recipe) -> None:
         made.scale = "after"  # all weight on one key: docs/numerics.md
     if grows and half and made.after in ("key gate", "head gate", "dropout"):
         made.after = ""  # the same
+    if made.on_gpu and half and made.numbers == "V off zero":
+        made.numbers = ""  # dQ is the difference of large numbers: docs/numerics.md
     if made.scale == "none" and (made.sizes.dim > 8 or grows):
         # Scores beyond what a softmax without a maximum takes, and of which float32 rounds much off.
         made.scale = "after"
@@ -218,7 +259,7 @@ def _keep_apart(made: Recipe) -> None:
         made.of_scores = "operator"
     if made.layout == "no batch" and made.expression and made.how in parts.IN_PLACE:
         made.how = "where"  # the mask may have more axes than the scores
-    broadcast = made.layout == "mqa" or made.layout == "no batch" and made.captured in BY_BATCH
+    broadcast = made.layout == "mqa" or made.layout == "no batch" and made.by_batch
     if made.of_values in layouts.BATCHED and (broadcast or made.mutant == "mean of heads"):
         made.of_values = "operator"
     if made.context == "autocast" and made.dtype is not None:
@@ -231,13 +272,13 @@ def _run_as_eager_can(made: Recipe) -> None:
     """Where eager's numbers are others by its roundings or its NaN, parts and the run change."""
     added = made.how == "product" or made.how.startswith("added")
     changed = made.combine == "twice" or made.late or made.plain
-    several = made.masks and (changed or made.expression)
-    absorbed = made.captured in ADDITIVE or several and added
+    several = made.masks and (changed or made.expression or made.given)
+    absorbed = made.adds_lowest or several and added
     if made.dtype == torch.float16 and absorbed:
         # In float16 eager's -65504 absorbs a score, and twice that is -inf; ours is in float32.
         made.dtype = torch.bfloat16
     dead = made.dead
-    twice = made.combine == "twice" or made.captured in ADDITIVE
+    twice = made.combine == "twice" or made.adds_lowest
     infinite = made.fill == "-inf" or made.fill == "finfo.min" and made.masks and twice
     additive = made.how == "logarithm" or added and infinite
     additive = additive or made.plain and made.mutant == "renormalised weights"
@@ -276,7 +317,7 @@ def _either(made: Recipe) -> bool:
     return any(
         (
             # Batches that only the mask has: K and V are shared by rows of different masks.
-            layout == "no batch" and captured in BY_BATCH,
+            layout == "no batch" and made.by_batch,
             # Expressions may be too long, or of what no kernel computes.
             captured == EXPRESSION,
             # No key is seen at all, or there is but one.
@@ -286,13 +327,13 @@ def _either(made: Recipe) -> bool:
             # 0 * -inf is NaN, and fusing would lose that.
             made.how == "both"
             and made.masks
-            and captured in ("padding", "empty sequence", "lengths"),
+            and (captured in ("padding", "empty sequence", "lengths") or made.hides and made.given),
             # Eager does not normalise a row of one finite fill, spelled so.
             softmax == "logsumexp" and (made.masks or captured),
             made.context == "autocast",
             # A masked score is no small weight where it is multiplied by a decay, and silu(-inf)
             # is NaN.
-            softmax in ("retention", "silu") and (made.masks or captured in MAY_HIDE_ALL),
+            softmax in ("retention", "silu") and (made.masks or made.hides),
             # Sums are given for weights that nothing has changed.
             softmax == "relu of its sum" and made.after,
             # A factor between the product and the division is not looked through.
