@@ -31,7 +31,7 @@ NUMBERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "logarithm of a gate": lambda s, x: s + torch.sigmoid(x).log(),
     "softcap": lambda s, x: (x.abs() + 1) * torch.tanh(s / (x.abs() + 1)),
     "power": lambda s, x: torch.sign(s) * (s.abs() + 0.1) ** (x.abs().clamp(max=1) + 0.5),
-    "between": lambda s, x: torch.lerp(s, s.tanh(), torch.sigmoid(x)),
+    "between": lambda s, x: torch.lerp(s, s.tanh(), torch.sigmoid(x).to(s.dtype)),
     "least": lambda s, x: torch.maximum(s, x),
     "detached": lambda s, x: s + x.detach() - 0.3 * x,
 }
