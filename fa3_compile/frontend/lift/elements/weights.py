@@ -9,6 +9,7 @@ from torch import fx
 from fa3_compile.errors import Decline
 from fa3_compile.frontend.detect.weight_terms import beside_softmaxes, weight_terms
 from fa3_compile.frontend.lift.elements.finite import made_finite
+from fa3_compile.frontend.lift.elements.rows_without_keys import holds_without_keys
 from fa3_compile.frontend.lift.lift import (
     Element,
     Lifter,
@@ -28,15 +29,27 @@ aten = torch.ops.aten
 
 
 def without_nan(condition, a, b, index, ctx: Lifter) -> Element | None:
-    """where(isnan(p), 0, p) of the weights p: rows of -inf alone give zeros. So does p != p."""
-    if not isinstance(condition, fx.Node) or not _asks_nan(condition):
+    """where(isnan(p), 0, p) of the weights p: rows of -inf alone give zeros. So does p != p, and
+    a condition that says of the scores that the row has none but -inf."""
+    if not isinstance(condition, fx.Node):
         return None
-    if condition.args[0] is not b or ctx.operand(a, index) != 0:
-        return None
-    element = ctx.operand(b, index)
-    if is_weight(element):
-        ctx.zeroed |= element.atoms(prob)
-    return element
+    for weights, zeros, dead in ((b, a, True), (a, b, False)):
+        if isinstance(weights, fx.Node) and _says_dead(condition, weights) is dead:
+            if ctx.operand(zeros, index) != 0:
+                return None
+            element = ctx.operand(weights, index)
+            if is_weight(element):
+                ctx.zeroed |= element.atoms(prob)
+            return element
+    return None
+
+
+def _says_dead(condition: fx.Node, weights: fx.Node) -> bool | None:
+    """Whether a condition holds where the rows of weights are NaN, or (False) where they are not;
+    None: it says something else."""
+    if _asks_nan(condition):
+        return True if condition.args[0] is weights else None
+    return holds_without_keys(condition, weights)
 
 
 def _asks_nan(condition: fx.Node) -> bool:
