@@ -31,8 +31,9 @@ def problem_of(region: Region, options: Options | None = None) -> Problem:
     options = options or Options()
     layout = region.layout
     values = [example_value(x.source) for x in region.operands]
-    graded = torch.is_grad_enabled()
-    aux_needs_grad = tuple(x.needs_grad for x in region.loads)
+    needs_grad = any(x.needs_grad for x in (*region.loads, *region.factor_loads))
+    if torch.is_grad_enabled():
+        needs_grad = needs_grad or any(x.requires_grad for x in values)
     kv_heads = _hint(layout.total(layout.kv_heads), region)
     group = _hint(layout.total(layout.group), region)
     device = values[0].device
@@ -49,10 +50,9 @@ def problem_of(region: Region, options: Options | None = None) -> Problem:
         dim=_hint(region.width, region),
         v_dim=_hint(layout.total(layout.head_dim), region),
         aux_dtypes=tuple(read_as(x.dtype) for x in region.loads),
-        needs_grad=graded
-        and any(x.requires_grad for x in values)
-        or any(x.needs_grad for x in (*region.loads, *region.factor_loads)),
-        aux_needs_grad=aux_needs_grad,
+        needs_grad=needs_grad,
+        aux_needs_grad=tuple(x.needs_grad for x in region.loads),
+        wants_lse=needs_grad or bool(region.statistics),
         autotune=options.autotune,
         deterministic=options.deterministic or torch.are_deterministic_algorithms_enabled(),
     )

@@ -49,6 +49,7 @@ class BindingKernel(Kernel):
         key = (
             problem.spec,
             problem.autotune,
+            problem.wants_lse,
             precision(q.dtype),
             layout_key((q, k, v, *aux), sizes),
         )

@@ -24,7 +24,10 @@ class KernelBuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class Problem:
-    """One attention on one device; the lengths are hints where they are dynamic."""
+    """One attention on one device; the lengths are hints where they are dynamic.
+
+    wants_lse  whether anything reads the LSE, as gradients do
+    """
 
     spec: AttentionSpec
     dtype: torch.dtype
@@ -40,6 +43,7 @@ class Problem:
     aux_dtypes: tuple[torch.dtype, ...] = ()
     needs_grad: bool = False
     aux_needs_grad: tuple[bool, ...] = ()
+    wants_lse: bool = True
     # What the user asked of the kernels: see fa3_compile.options.
     autotune: str = "none"
     deterministic: bool = False

@@ -123,10 +123,10 @@ def is_direct(kernel: Kernel, options: Mapping[str, str], aux: Sequence[Tensor])
     return isinstance(kernel, BindingKernel) and not widens and not wants_verification(options)
 
 
-def bound(text: str, q, k, v, aux, sizes) -> Call | None:
+def bound(text: str, q, k, v, aux, sizes, lse: bool = True) -> Call | None:
     """What `forward` would call for these arguments and others of their layouts; None where it
-    has more to do than that."""
-    problem = make_problem(text, q, k, v, aux)
+    has more to do than that. `lse`: whether that is read."""
+    problem = replace(make_problem(text, q, k, v, aux), wants_lse=lse)
     options = split_text(text)[1]
     kernel = built(problem, allowed_kernels(options))
     if not is_direct(kernel, options, aux):

@@ -12,7 +12,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import operator
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,6 +66,7 @@ def _lower_attention(q, k, v, aux, sizes, text):
     """None to leave the call."""
     fake_q, fake_k, fake_v, fake_aux, fake_sizes, _ = _fake_arguments()
     problem = _problem(text, fake_q, fake_k, fake_v, fake_aux)
+    problem = replace(problem, wants_lse=_reads_lse())
     options = split_text(text)[1]
     kernel = built(problem, allowed_kernels(options))
     ran = {"kernel": kernel.name, "config": kernel.configuration(problem)}
@@ -141,6 +144,16 @@ def _fake_arguments() -> tuple[Any, ...]:
     node = V.graph.current_node
     values = torch.fx.map_arg(node.args, lambda x: x.meta["val"])
     return tuple(list(x) if isinstance(x, (list, tuple)) else x for x in values)
+
+
+def _reads_lse() -> bool:
+    """Whether anything reads the second output of the current node."""
+    from torch._inductor.virtualized import V
+
+    outputs = [x for x in V.graph.current_node.users if x.target is operator.getitem]
+    return len(outputs) < len(V.graph.current_node.users) or any(
+        x.args[1] == 1 and len(x.users) > 0 for x in outputs
+    )
 
 
 def _problem(text: str, q, k, v, aux, needs: Sequence[bool] = ()) -> Problem:

@@ -87,7 +87,7 @@ class Attention:
 
     def _bind(self, q, k, v, aux, sizes) -> Call:
         bound = importlib.import_module("fa3_compile.lower.dispatch").bound
-        return bound(self.text, q, k, v, aux, sizes) or self._operator(sizes)
+        return bound(self.text, q, k, v, aux, sizes, self.lse) or self._operator(sizes)
 
     def _operator(self, sizes: Sequence[int]) -> Call:
         def call(q, k, v, aux):

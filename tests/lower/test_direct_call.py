@@ -31,12 +31,16 @@ class Counting(BindingKernel):
     def __init__(self) -> None:
         super().__init__()
         self.binds = self.calls = 0
+        self.prepared: list[bool] = []  # whether the LSE is read, of each problem
 
     def supports(self, problem):
         return None
 
     def supports_backward(self, problem):
         return None
+
+    def prepare(self, problem):
+        self.prepared.append(problem.wants_lse)
 
     def bind(self, problem, q, k, v, aux, sizes):
         self.binds += 1
@@ -102,7 +106,19 @@ def test_dynamic_lengths_are_looked_up(family):
     for length in (24, 33, 24, 33):
         arguments = inputs(length)
         torch.testing.assert_close(compiled(*arguments), attention(*arguments))
-    assert family.binds == 3
+    assert family.binds == 5  # two for the operator, whose LSE may be read
+
+
+def test_the_kernel_is_told_whether_the_lse_is_read(family):
+    def both(q, k, v):
+        return torch.ops.fa3.attention(q, k, v, [], [], f"{SPEC} #;kernels=counting")
+
+    compiled = torch.compile(attention)
+    compiled(*inputs())
+    assert family.prepared == [False]  # as it is lowered, and when it is bound
+    compiled(*inputs(requires_grad=True))
+    torch.compile(both)(*inputs(batch=3))
+    assert family.prepared == [False, True, True]
 
 
 def test_gradients_go_directly_too(family):

@@ -334,3 +334,16 @@ def test_which_scores_may_begin_with_a_dense_bias(score, dtype, factor) -> None:
     spec = AttentionSpec.parse(f"attention(score={score}, aux=[float, float])")
     tile = tile_candidate(spec)
     assert tile is not None and factor_beside(spec.score, tile, dtype) == factor
+
+
+@pytest.mark.parametrize(
+    ("scale", "wants_lse", "begins"),
+    [(0.125, True, True), (0.125, False, True), (0.1, True, False), (0.1, False, True)],
+)
+def test_gradients_get_the_lse_of_queries_that_are_not_rounded(scale, wants_lse, begins) -> None:
+    spec = AttentionSpec.parse(f"attention(score={scale}*s + load(0, b, h, q, kv), aux=[float])")
+    bias = torch.empty(1, 4, 4096, 4096, dtype=torch.bfloat16, device="meta")
+    problem = Problem(spec, bias.dtype, torch.device("cuda:0"), (9, 0), 1, 4, 4, 4096, 4096, 128,
+                      128, aux_dtypes=(bias.dtype,), wants_lse=wants_lse)  # fmt: skip
+    found = keys_of(problem, layout_of(spec, [bias]))
+    assert found[0].tile == 0 and any(x.config.dense_first for x in found) == begins

@@ -191,11 +191,13 @@ def _with_table(problem: Problem, layout: Layout) -> list[CudaKey]:
 
 
 def _may_begin_with(problem: Problem, tile: int | None) -> bool:
-    """Whether the score may begin with the dense tensor."""
+    """Whether the score may begin with the dense tensor. Where Q is rounded for it, the LSE is not
+    the one that gradients need: it is off by what that makes of the mean of the keys."""
     load = tile_candidate(problem.spec)
     if tile is None or load is None:
         return False
-    return factor_beside(problem.spec.score, load, DTYPES[problem.dtype]) > 0
+    factor = factor_beside(problem.spec.score, load, DTYPES[problem.dtype])
+    return factor > 0 and (not problem.wants_lse or math.frexp(factor)[0] == 0.5)
 
 
 @functools.lru_cache(maxsize=1024)
