@@ -256,6 +256,26 @@ def test_temperature_in_a_logarithm():
     assert report == "attention(score=0.5*s)"
 
 
+def test_softmax_of_a_logarithm_of_the_softmax():
+    # The logsumexp of a row cancels; that of a column, or beside a sink, does not.
+    gate = normal(B, H, 1, S, seed=5)
+
+    def mixed(dim):
+        return lambda s: (F.log_softmax(s, dim) / 0.5 + F.logsigmoid(gate)).softmax(-1)
+
+    def by_hand(s):
+        e = (F.log_softmax(s, -1) + gate).exp()
+        return e / e.sum(-1, keepdim=True)
+
+    def with_sink(s):
+        return F.pad(F.log_softmax(s, -1) + gate, (0, 1)).softmax(-1)[..., :-1]
+
+    assert became(of_weights(mixed(-1))).startswith("attention(score=load(0, b, h, 0, kv) + 0.5*s")
+    assert became(of_weights(by_hand)).startswith("attention(score=load(0, b, h, 0, kv) + 0.25*s")
+    for near_miss in (mixed(-2), with_sink):
+        assert check(of_weights(near_miss), *qkv()).fused == []
+
+
 def test_power_of_a_softmax_is_none():
     report = check(of_weights(lambda s: (F.log_softmax(s, -1) * 0.5).exp()), *qkv())
     assert not any(r.fused for r in report.regions)

@@ -40,6 +40,8 @@ from fa3_compile.spec.index import Ranges, same, simplify_index
 
 aten = torch.ops.aten
 WIDE = (torch.float32, torch.float64)
+# What may be taken of the scores before the softmax of V's weights: a softmax, or its logarithm.
+INSIDE = (aten._softmax.default, aten._log_softmax.default)
 # The most columns beside the keys that a softmax may have: attention sinks.
 MOST_SINKS = 4
 
@@ -182,12 +184,12 @@ def _read(
     )
     statistics = [n for n in shadow.graph.nodes if row_statistic(n) and n in computed]
     lifter.special |= {n: _statistic(i) for i, n in enumerate(statistics)}
-    if softmax.by_hand:
-        inner = [n for n in shadow.graph.nodes if n.target is aten._softmax.default]
-        first = len(statistics)
-        lifter.special |= {
-            n: _softmax_inside(lifter, n, first + i) for i, n in enumerate(inner) if n in computed
-        }
+    inner = [n for n in shadow.graph.nodes if n.target in INSIDE and n in computed]
+    for i, n in enumerate(inner, start=len(statistics)):
+        if n.target is aten._log_softmax.default and softmax.normalizes:
+            lifter.special[n] = _less_row_statistic(lifter, n, i)
+        elif softmax.by_hand:
+            lifter.special[n] = _softmax_inside(lifter, n, i)
     products.lifter = lifter
     element = without_some(number(lifter.element(x, index)))
     if are_beside:
@@ -253,13 +255,19 @@ def _statistic(n: int):
 
 
 def _softmax_inside(lifter: Lifter, node: fx.Node, n: int):
-    """A softmax that is divided by its sum once more: exp(x - a statistic of the row)."""
+    """A softmax that is divided by its sum once more."""
+    logarithm_inside = _less_row_statistic(lifter, node, n)
+    return lambda index: sympy.exp(logarithm_inside(index))
+
+
+def _less_row_statistic(lifter: Lifter, node: fx.Node, n: int):
+    """The logarithm of a softmax: x less a statistic of the row."""
     scores = node.args[0]
     dim = int(node.args[1]) % scores.meta["val"].dim()
 
     def rule(index: Index) -> Expr:
         row = (*index[:dim], *index[dim + 1 :])
-        return sympy.exp(number(lifter.element(scores, index)) - row_stat(sympy.Integer(n), *row))
+        return number(lifter.element(scores, index)) - row_stat(sympy.Integer(n), *row)
 
     return rule
 
