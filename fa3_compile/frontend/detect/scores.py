@@ -186,8 +186,9 @@ def _read(
     lifter.special |= {n: _statistic(i) for i, n in enumerate(statistics)}
     inner = [n for n in shadow.graph.nodes if n.target in INSIDE and n in computed]
     for i, n in enumerate(inner, start=len(statistics)):
-        if n.target is aten._log_softmax.default and softmax.normalizes:
-            lifter.special[n] = _less_row_statistic(lifter, n, i)
+        if n.target is aten._log_softmax.default:
+            if softmax.normalizes:
+                lifter.special[n] = _less_row_statistic(lifter, n, i)
         elif softmax.by_hand:
             lifter.special[n] = _softmax_inside(lifter, n, i)
     products.lifter = lifter
