@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fa3_compile.lower.choose import Problem
+from fa3_compile.lower.kernels import cuda_sm90_keys
 from fa3_compile.lower.kernels.cuda_sm90_keys import keys_of, layout_of, table_heads
 from fa3_compile.lower.render.cuda_distance import distance_term, scaling
 from fa3_compile.spec.attention import AttentionSpec
@@ -72,6 +73,12 @@ def test_what_is_asked_of_each_element(score: str) -> None:
 )
 def test_where_they_do_not(options: dict) -> None:
     assert not any(x.by_distance for x in keys(TABLES[0], **options))
+
+
+def test_where_no_processor_waits(monkeypatch) -> None:
+    """As tests on a GPU ask for the tiles of long inputs."""
+    monkeypatch.setattr(cuda_sm90_keys, "processors", lambda device: 0)
+    assert keys(TABLES[0], lengths=(70, 2**16), heads=1)[0].by_distance
 
 
 def test_who_has_a_table_of_its_own() -> None:

@@ -181,7 +181,8 @@ def _with_table(problem: Problem, layout: Layout) -> list[CudaKey]:
     dealt = candidates(
         problem.dim, problem.v_dim, problem.q_len, spec.has_mask, False, False, split=True
     )
-    if all(shape) and dealt:
+    tiles = shape[0] * -(-problem.q_len // config.block_m)
+    if 0 < tiles <= MANY_TILES * processors(problem.device) and problem.kv_len and dealt:
         work = work_of(spec, *shape, max(problem.dim, problem.v_dim))
         pace = functools.partial(microseconds, work=work, processors=processors(problem.device))
         if pace(dealt[0]) * ELEMENTWISE < pace(config):
