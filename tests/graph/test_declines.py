@@ -72,6 +72,13 @@ class TestAxes:
 
         assert_expected_inline(declined(attention), """detect: softmax-axis""")
 
+    def test_values_of_all_heads_added_up(self):
+        def attention(q, k, v):
+            return torch.einsum("bhqk,bhkd->bqd", weights_of(q, k), v)
+
+        [region] = check(attention, *qkv()).regions
+        assert region.code == "softmax-axis" and "adds up several axes" in region.reason
+
     def test_weights_transposed(self):
         assert_expected_inline(
             declined(lambda q, k, v: weights_of(q, k).mT @ v), """detect: softmax-axis"""

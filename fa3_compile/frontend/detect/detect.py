@@ -331,15 +331,17 @@ class _Reader:
         others = [x for d, x in enumerate(at) if d != dim]
         summed = term.softmax.summed if term.softmax.by_hand else None
         several = summed is not None and len(summed.args[1]) > 1  # pyright: ignore
+        adds_up = any(depends_on(x, [KV]) for x in others)
         if (
             several
-            or any(depends_on(x, [KV]) for x in others)
+            or adds_up
             or depends_on(at[dim] - KV, self.ranges)
             or any(depends_on(x, column.free_symbols) for x in at)
         ):
             raise another_axis(
                 self._node(term.softmax.node),
                 several=several or depends_on(at[dim], [KV]),
+                adds_up=adds_up and not several and depends_on(at[dim], [KV]),
                 mixes=self._leads_to_v(shape_of(term.softmax.node)[dim]),
             )
         self._check_dropout(term, term.weight, at, column)

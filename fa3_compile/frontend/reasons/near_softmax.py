@@ -13,12 +13,21 @@ from fa3_compile.spec.fills import floored
 BLOCK_BY_BLOCK = "Write one softmax over all keys: its kernel goes through them block by block."
 
 
-def another_axis(at: fx.Node, *, several: bool, mixes: bool) -> Decline:
+def another_axis(at: fx.Node, *, several: bool, adds_up: bool, mixes: bool) -> Decline:
     """The decline of a softmax over another axis than the one that the product after it contracts.
 
     several  whether it runs over the contracted axis as well
+    adds_up  whether the product contracts another axis as well
     mixes    whether that product's result is itself a tensor of weights
     """
+    if adds_up:
+        return Decline(
+            "softmax-axis",
+            at,
+            "Weigh V by each head's own weights, and add up the results.",
+            message="the product with V adds up several axes of the weights, and the softmax runs "
+            "over one",
+        )
     if several:
         return Decline(
             "softmax-axis",
