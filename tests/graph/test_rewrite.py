@@ -213,6 +213,31 @@ def test_view_right_after_the_attention():
     assert specs(check(merged, q, k, v)) == "attention(score=0.25*s)"
 
 
+def test_queries_that_lie_side_by_side():
+    """V^T P^T is [.., d, q] in eager memory, which what follows may count on."""
+
+    def attention(q, k, v):
+        out = v.mT @ scores_of(q, k).softmax(-1).mT
+        return out.relu().view(B, -1), out.as_strided((B, S), (H * D * S, 1)) * out.stride(-2)
+
+    report = check(attention, *qkv())
+    assert len(report.fused) == 1
+    assert "contiguous" in targets(rewritten(attention, *qkv()))
+
+    def transposed(q, k, v):
+        return (v.mT @ scores_of(q, k).softmax(-1).mT).mT
+
+    assert "contiguous" not in targets(rewritten(transposed, *qkv()))
+
+
+def test_dimensions_that_are_taken_away_in_place():
+    def attention(q, k, v):
+        return attend(scores_of(q, k), v).squeeze_(0).relu()
+
+    report = check(attention, *(x[:1].detach() for x in qkv()), training=False)
+    assert len(report.fused) == 1
+
+
 def test_inputs_of_unusual_strides():
     q, k, v = (x.detach() for x in qkv(B, S, H, D))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))

@@ -285,7 +285,8 @@ def _kind(x: Captured | Seed) -> str:
 def _out_order(reading: Reading, layout: Layout, output: fx.Node) -> str:
     """The memory order in which the output needs no copy: as eager lays out its tensor."""
     value = example_value(output)
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, torch.Tensor) or value.dim() != len(reading.axes):
+        # Its dimensions are changed in place later, as by `squeeze_`.
         return "bhqd"
     letters = dict.fromkeys(layout.batch, "b")
     letters |= dict.fromkeys((*layout.kv_heads, *layout.group), "h")

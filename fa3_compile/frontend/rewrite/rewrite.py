@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fa3_compile.frontend.dynamo.gradients import has_gradient, learned_inputs
 from fa3_compile.frontend.dynamo.graph import example_value
@@ -57,6 +58,9 @@ def _replaced(graph: fx.Graph, regions: list[Region], texts: list[str]) -> dict[
                 none = emit.call("narrow", emit.call("flatten", learned), 0, 0, 0)
                 result = emit.function(operator.add, result, emit.call("sum", none))
         replacements[output] = result
+        for replaced, made in replacements.items():
+            if _loses_its_order(example_value(replaced), example_value(made)):
+                replacements[replaced] = emit.call("contiguous", made)
         if example_value(output).requires_grad:
             # The backward reads what the operator gave: a product does not keep its result.
             for replaced in written_later(replacements, emit.before.prev):
@@ -70,6 +74,15 @@ def _replaced(graph: fx.Graph, regions: list[Region], texts: list[str]) -> dict[
         made.meta.update(replaced.meta)
         replaced.replace_all_uses_with(made)
     return replacements
+
+
+def _loses_its_order(replaced: torch.Tensor, made: torch.Tensor) -> bool:
+    """Whether elements that lay side by side do not: the operator writes those of a head side by
+    side, and V^T P^T has queries there. What views it, or asks for its strides, counts on them."""
+    if not replaced.dim():
+        return False
+    first, then = (x.stride(-1) for x in (replaced, made))
+    return statically_known_true(first == 1) and not statically_known_true(then == 1)
 
 
 def _differentiates(regions: list[Region]) -> bool:
