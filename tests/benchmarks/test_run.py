@@ -97,6 +97,7 @@ def test_a_spent_budget_starts_nothing_and_says_what_is_left(run, capsys):
     assert "left: causal-B8-S2k-D64 forward" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_model_is_held_against_eager_and_timed(run, monkeypatch):
     small = {"n_embd": 32, "n_layer": 1, "n_head": 2}
     entry = LARGE["gpt2"]

@@ -145,7 +145,7 @@ def test_wheel_contents(checkout, distributions):
 
 def test_sdist_contents(checkout, distributions):
     sdist = one(distributions, "*.tar.gz")
-    assert sdist.stat().st_size < 2**20
+    assert sdist.stat().st_size < 3 * 2**19
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert data_files(checkout) <= names
