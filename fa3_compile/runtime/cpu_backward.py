@@ -12,7 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fa3_compile.runtime.cpu_forward import cpu_forward
+from fa3_compile.runtime.cpu_forward import (
+    as_declared,
+    cpu_forward,
+    each_kv_head,
+    heads_inside,
+    later_keys,
+)
 from fa3_compile.runtime.op import LIBRARY
 
 LIBRARY.define(
@@ -44,12 +50,7 @@ def _cpu_backward(dout, dlse, q, k, v, out, lse, bias, causal, scale):
 
 @torch.library.register_fake("fa3::cpu_backward", lib=LIBRARY)
 def _cpu_backward_fake(dout, dlse, q, k, v, out, lse, bias, causal, scale):
-    return _empty_like(q), _empty_like(k), _empty_like(v)
-
-
-def _empty_like(x: Tensor) -> Tensor:
-    """[B,H,S,D] with the memory of [B,S,H,D], which ATen's gradients have."""
-    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
+    return heads_inside(q), heads_inside(k), heads_inside(v)
 
 
 def _by_lse(dout, dlse, q, k, v, out, lse, bias, causal, scale):
@@ -67,7 +68,7 @@ def _by_lse(dout, dlse, q, k, v, out, lse, bias, causal, scale):
     dim = max(q.shape[-1], dout.shape[-1])
     padded = (F.pad(x, (0, dim - x.shape[-1])).contiguous() for x in (dout, q, k, v, out))
     grads = FLASH_BACKWARD(*padded, lse.contiguous(), 0.0, causal, attn_mask=bias, scale=scale)
-    return tuple(_as_declared(g, x) for g, x in zip(grads, (q, k, v)))
+    return tuple(as_declared(g, x) for g, x in zip(grads, (q, k, v)))
 
 
 def _mean_of_values(v: Tensor, out: Tensor) -> Tensor | None:
@@ -114,13 +115,6 @@ def _forward(q, k, v, bias, causal, scale) -> tuple[Tensor, Tensor]:
     return out[..., : v.shape[-1]], lse
 
 
-def _as_declared(grad: Tensor, x: Tensor) -> Tensor:
-    declared = _empty_like(x)
-    if grad.shape == x.shape and grad.stride() == declared.stride():
-        return grad
-    return declared.copy_(grad[..., : x.shape[-1]])
-
-
 def _with_lse(dout: Tensor, out: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor]:
     """dO and O with two columns more, for the LSE's gradient: dS = P (dP - delta + dLSE), and the
     kernel computes delta as the sum of dO * O. Where V's columns are zeros they change dP nowhere.
@@ -134,31 +128,26 @@ def _with_lse(dout: Tensor, out: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor]:
 
 def _by_kv_head(dout, dlse, q, k, v, out, lse, bias, causal, scale):
     """The softmax again, and its gradient as eager has it."""
-    batch, kv_heads, kv_len, _ = k.shape
-    heads, q_len = q.shape[1:3]
-    group = heads // kv_heads
-    dq, dk, dv = (_empty_like(x) for x in (q, k, v))
-    bias = None if bias is None else bias.expand(batch, heads, -1, -1)
-    hidden = torch.ones(q_len, kv_len, dtype=torch.bool).triu(1) if causal else None
-    for b in range(batch):
-        for kv_head in range(kv_heads):
-            member = b, slice(kv_head * group, (kv_head + 1) * group)
-            key, value = k[b, kv_head].float(), v[b, kv_head].float()
-            query, dvalue = q[member].float(), dout[member].float()
-            x = query @ key.mT * scale
-            if bias is not None:
-                x += bias[member]
-            if hidden is not None:
-                x.masked_fill_(hidden, float("-inf"))
-            p = torch.softmax(x, -1)
-            if bias is not None:
-                p.masked_fill_((x == float("-inf")).all(-1, keepdim=True), 0.0)
-            dp = dvalue @ value.mT
-            share = (p * dp).sum(-1, keepdim=True)
-            if dlse is not None:
-                share -= dlse[member].unsqueeze(-1)
-            ds = p * (dp - share) * scale
-            dq[member] = (ds @ key).to(q.dtype)
-            dk[b, kv_head] = (ds.mT @ query).sum(0).to(k.dtype)
-            dv[b, kv_head] = (p.mT @ dvalue).sum(0).to(v.dtype)
+    dq, dk, dv = (heads_inside(x) for x in (q, k, v))
+    bias = None if bias is None else bias.expand(*q.shape[:2], -1, -1)
+    later = later_keys(q, k) if causal else None
+    for kv_head, member in each_kv_head(q, k):
+        key, value = k[kv_head].float(), v[kv_head].float()
+        query, dvalue = q[member].float(), dout[member].float()
+        x = query @ key.mT * scale
+        if bias is not None:
+            x += bias[member]
+        if later is not None:
+            x.masked_fill_(later, float("-inf"))
+        p = torch.softmax(x, -1)
+        if bias is not None:
+            p.masked_fill_((x == float("-inf")).all(-1, keepdim=True), 0.0)
+        dp = dvalue @ value.mT
+        share = (p * dp).sum(-1, keepdim=True)
+        if dlse is not None:
+            share -= dlse[member].unsqueeze(-1)
+        ds = p * (dp - share) * scale
+        dq[member] = (ds @ key).to(q.dtype)
+        dk[kv_head] = (ds.mT @ query).sum(0).to(k.dtype)
+        dv[kv_head] = (p.mT @ dvalue).sum(0).to(v.dtype)
     return dq, dk, dv

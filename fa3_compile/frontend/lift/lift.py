@@ -306,6 +306,7 @@ def ancestors(node: fx.Node) -> Iterator[fx.Node]:
 def declined(opaque: Opaque, shadow: Shadow) -> Decline:
     """The decline that an element without an answer leads to."""
     holders = shadow.dynamo_of.get(opaque.node)
+    at = holders[0] if holders else opaque.node
     if isinstance(opaque, Overwritten) and holders:
         return written_between(holders[0], opaque.by)
     if holders and (call := selecting_call(holders[:1])):
@@ -313,7 +314,7 @@ def declined(opaque: Opaque, shadow: Shadow) -> Decline:
     if opaque.node.target is torch.ops.aten._softmax.default:
         return Decline(
             "not-pointwise",
-            holders[0] if holders else opaque.node,
+            at,
             "Take one softmax of the scores.",
             message="the scores are made of a softmax, and so each of its whole row",
             stage="lift",
@@ -321,7 +322,7 @@ def declined(opaque: Opaque, shadow: Shadow) -> Decline:
     if torch.Tag.nondeterministic_seeded in getattr(opaque.node.target, "tags", ()):
         return Decline(
             "random-numbers",
-            holders[0] if holders else opaque.node,
+            at,
             "Draw them in a call of their own: a tensor of noise, added or multiplied, is fused.",
             message="the call that makes the weights draws random numbers of its own",
             stage="lift",
@@ -329,14 +330,14 @@ def declined(opaque: Opaque, shadow: Shadow) -> Decline:
     if marks_the_largest(opaque.node):
         return Decline(
             "scores-selected",
-            holders[0] if holders else opaque.node,
+            at,
             ONE_HOT,
             message="the weights are 1 for the largest score of a row, and 0 for the others",
             stage="lift",
         )
     return Decline(
         "not-pointwise",
-        holders[0] if holders else opaque.node,
+        at,
         "Keep what lies between the two products to element-wise operations.",
         message=f"{_described(opaque.node)}: {opaque.why}",
         stage="lift",
