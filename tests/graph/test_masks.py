@@ -23,6 +23,7 @@ from tests.graph.inputs import (
     queries_and_keys,
     scores_of,
     slope_at_bound,
+    uniform,
 )
 
 CAUSAL = "attention(score=0.25*s, mask=kv <= q, dead=nan)"
@@ -524,6 +525,34 @@ def test_mask_that_multiplies_the_scores():
     assert_expected_inline(
         specs(check(attention, *qkv())), """attention(score=where(kv <= q, 0.25*s, 0))"""
     )
+
+
+@pytest.mark.parametrize(
+    "divided",
+    [
+        lambda s, t: s / t[:, None, None],
+        lambda s, t: s * (1 / t)[:, None, None],
+        lambda s, t: s / (t.abs()[:, None, None] * torch.arange(S) + 1),
+    ],
+)
+@pytest.mark.parametrize("weigh", [lambda s: s.softmax(-1), torch.sigmoid])
+def test_mask_that_multiplies_scores_with_a_temperature(divided, weigh):
+    def attention(q, k, v, t):
+        scores = divided(q @ k.mT, t) * triangle() + (1 - triangle()) * LOWEST
+        return weigh(scores) @ v
+
+    temperatures = uniform(H, seed=4).add_(3).requires_grad_()
+    assert "mask=kv <= q" in specs(check(attention, *qkv(), temperatures))
+
+
+def test_mask_that_multiplies_a_quotient_by_0():
+    # 0 / 0 is NaN for the keys that the mask hides, and so is all of their rows.
+    def attention(q, k, v, lengths):
+        hidden = (lengths == 0).float()
+        return attend(scores_of(q, k) / lengths * (1 - hidden) + hidden * LOWEST, v)
+
+    report = check(attention, *qkv(), torch.arange(S).float(), training=False)
+    assert specs(report) == "lift: not-pointwise"
 
 
 def test_zero_times_infinity():

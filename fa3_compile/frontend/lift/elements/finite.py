@@ -8,7 +8,7 @@ from torch import fx
 
 from fa3_compile.frontend.lift.captured import reads_infinite
 from fa3_compile.frontend.lift.lift import Lifter, Opaque
-from fa3_compile.spec.expr import Expr, S, load, loads_in, where
+from fa3_compile.spec.expr import KV, Expr, S, depends_on, load, loads_in, where
 from fa3_compile.spec.fills import LOWEST
 
 NOT_FINITE = (sympy.oo, -sympy.oo, sympy.nan, sympy.zoo)
@@ -61,8 +61,17 @@ def check_slope(node: fx.Node, x: Expr, ctx: Lifter) -> None:
 
 def _check_divisors(node: fx.Node, found: Expr, divisors: set[Expr]) -> None:
     """`Opaque` where one of these is divided by no more: x / x, or s / abs(s), is NaN at 0."""
-    if not divisors <= _below(found):
+    if not all(x.is_zero is False or _is_below(x, found) for x in divisors):
         raise Opaque(node, "what may be zero cancels in it")
+
+
+def _is_below(divisor: Expr, x: Expr) -> bool:
+    """Whether x is divided by it, but where a mask multiplies a quotient whose divisor is the
+    same for all keys of a row: a temperature of 0 is wrong for the keys that are left, too."""
+    if not isinstance(x, where):
+        return divisor in _below(x)
+    branches = [y for y in x.args[1:] if y != 0 or depends_on(divisor, [S, KV])]
+    return all(_is_below(divisor, y) for y in branches)
 
 
 def _below(x: Expr) -> set[Expr]:
