@@ -1,7 +1,7 @@
 """The attention cases of `benchmarks/run.py`: as eager code, and as FlexAttention says it.
 
 A `Variant` is the attention as a user writes it in PyTorch; a `Case` gives it a shape. Every case
-has B * Sq * H * D of one training step, B*S = 16384 tokens of H*D = 2048, except the six variants
+has B * Sq * H * D of one training step, B*S = 16384 tokens of H*D = 2048, except the variants
 (B2 H16 S8192 D128) and decoding (one query row against a long cache, 8 query heads a KV head).
 """
 
@@ -27,7 +27,7 @@ class Variant:
     score    (scores [B,H,Sq,Skv], q [Sq,1], kv [1,Skv], *captured) -> scores, or None
     seen     (q [Sq,1], kv [1,Skv], *captured) -> bool, broadcast to the scores, or None
     flex     (*captured) -> (score_mod, mask_mod) of FlexAttention
-    capture  (case, device) -> captured tensors, each [B or 1, H or 1, Sq or 1, Skv or 1]
+    capture  (case, device) -> captured tensors, each [B or 1, H or 1, ...]
     share    the share of the Sq x Skv pairs that the mask leaves, of (Sq, Skv)
     learned  the captured tensors are parameters: the backward gives their gradients too
     """
@@ -122,6 +122,14 @@ def _bias(case: Case, device: torch.device) -> tuple[Tensor, ...]:
     return (torch.randn(shape, device=device, generator=generator, dtype=dtype),)
 
 
+def _table(case: Case, device: torch.device) -> tuple[Tensor, ...]:
+    """A number for each head and distance kv - q."""
+    generator = torch.Generator(device).manual_seed(1)
+    distances = case.q_len + case.kv_len - 1
+    table = torch.randn(1, case.heads, 1, distances, device=device, generator=generator)
+    return (table.to(torch.bfloat16 if device.type == "cuda" else torch.float32),)
+
+
 def _documents(case: Case, device: torch.device) -> tuple[Tensor, ...]:
     at = torch.arange(case.kv_len, device=device) * DOCUMENTS // case.kv_len
     ids = at.expand(case.batch, -1).contiguous()
@@ -192,6 +200,16 @@ VARIANTS = (
         score=lambda s, q, kv, bias: s + bias,
         flex=lambda bias: (lambda s, b, h, q, kv: s + bias[0, h, q, kv], None),
         capture=_bias,
+        learned=True,
+    ),
+    Variant(
+        "table",
+        score=lambda s, q, kv, table: s + table[:, :, 0, kv - q + s.shape[-2] - 1],
+        flex=lambda table: (
+            lambda s, b, h, q, kv: s + table[0, h, 0, kv - q + table.shape[3] // 2],
+            None,
+        ),
+        capture=_table,
         learned=True,
     ),
     Variant(
