@@ -184,6 +184,30 @@ class TestLogSumExp:
         assert specs(check(attention, *qkv())) == PLAIN
         assert "logsumexp" not in graph_of(attention, *qkv())
 
+    @pytest.mark.parametrize("again", [False, True])
+    def test_taken_off_scores_that_are_kept(self, again):
+        # Both have the same roundings, so that weights near 1 are near 1.
+        def attention(q, k, v):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                s = (4 * (q @ k.mT)).float()
+                lse = s.logsumexp(-1, keepdim=True)
+                y = attend(s, v)
+                kept = (4 * (q @ k.mT)).float() if again else s
+            return y, (kept - lse).exp()
+
+        [region] = check(attention, *qkv()).regions
+        assert region.fused
+        assert "logsumexp" in graph_of(attention, *qkv())
+
+    def test_sum_of_weights_that_are_kept(self):
+        def attention(q, k, v):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                w = (4 * (q @ k.mT)).float().clamp(max=80).exp()
+                total = w.sum(-1, keepdim=True).clamp(min=1e-3)
+                return (w @ v).float() / total, w / total
+
+        check(attention, *qkv())
+
     def test_of_other_scores(self):
         def attention(q, k, v):
             return attend(scores_of(q, k), v), (2 * scores_of(q, k)).logsumexp(-1)

@@ -285,7 +285,10 @@ class _Reader:
         if scores.less_row_terms:
             return []
         nonnegative = is_nonnegative_weight(scores.score)
-        return statistics(self.shadow, term.softmax, term.at, self.sizes, nonnegative=nonnegative)
+        dots = [dot.node for dot in scores.dots]
+        return statistics(
+            self.shadow, term.softmax, term.at, self.sizes, dots, nonnegative=nonnegative
+        )
 
     def _split(self, indices) -> None:
         if found := find_split(indices, self.sizes):

@@ -2,11 +2,13 @@
 softmax, the sum of its weights.
 
 The operator returns it beside its output, so that flex_attention's `return_lse`, ring attention,
-a z-loss and gates of the LSE cost nothing.
+a z-loss and gates of the LSE cost nothing. Beside scores that the program keeps it is taken of
+those: exp(s - LSE) is as near as eager's only if both have the same roundings.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -15,7 +17,7 @@ from torch import fx
 
 from fa3_compile.frontend.detect.operands import is_movement, step_back
 from fa3_compile.frontend.lift.elements.movement import dimension
-from fa3_compile.frontend.lift.lift import Index, shape_of, sym
+from fa3_compile.frontend.lift.lift import Index, ancestors, descendants, shape_of, sym
 from fa3_compile.frontend.shadow.normalize import Softmax, without_abs
 from fa3_compile.frontend.shadow.same import same_value
 from fa3_compile.frontend.shadow.trace import Shadow
@@ -28,11 +30,15 @@ SCALES = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
 
 @dataclass
 class Lse:
-    """A Dynamo node that holds `factor` times the LSE or sum, its dimensions in atomic axes."""
+    """A Dynamo node that holds `factor` times the LSE or sum, its dimensions in atomic axes.
+
+    scores  the Dynamo nodes that hold what it is taken of, from the product on
+    """
 
     node: fx.Node
     dims: list[list[sympy.Symbol]]
     factor: float
+    scores: list[fx.Node]
 
 
 def statistics(
@@ -40,16 +46,20 @@ def statistics(
     softmax: Softmax,
     index: Index,
     sizes: dict[sympy.Symbol, Expr],
+    dots: Sequence[fx.Node],
     *,
     nonnegative: bool = False,
 ) -> list[Lse]:
     """Every holder of the logsumexp of what the softmax at `index` is taken of; without a softmax,
-    of the sum of the weights, whose sizes are the weights where they are `nonnegative`."""
+    of the sum of the weights, whose sizes are the weights where they are `nonnegative`.
+
+    dots  the products that the scores are made of
+    """
     scores, dim = softmax.scores, softmax.dim
     found = []
     for node in shadow.graph.nodes:
-        of = aten.logsumexp.default if softmax.normalizes else aten.sum.dim_IntList
-        if softmax.by_hand or node.target is not of:
+        target = aten.logsumexp.default if softmax.normalizes else aten.sum.dim_IntList
+        if softmax.by_hand or node.target is not target:
             continue
         reduced = without_abs(node.args[0]) if nonnegative else node.args[0]
         if not same_value(reduced, scores):
@@ -61,8 +71,16 @@ def statistics(
             rows.insert(dim, sympy.S.Zero)
         axes = [_atomic(x, sizes) for x in rows]
         if all(a is not None for a in axes):
-            found += [x for chain in _held(shadow, node) if (x := _seen(shadow, chain, axes))]
+            scores_of = _holders(shadow, node, dots)
+            seen = (_seen(shadow, chain, axes, scores_of) for chain in _held(shadow, node))
+            found += [x for x in seen if x is not None]
     return found
+
+
+def _holders(shadow: Shadow, node: fx.Node, dots: Sequence[fx.Node]) -> list[fx.Node]:
+    """The Dynamo nodes of what `node` is made of, from the products on."""
+    between = {*ancestors(node)} & descendants(dots) - {node}
+    return [holder for n in between for holder in shadow.dynamo_of.get(n, ())]
 
 
 def _held(shadow: Shadow, node: fx.Node) -> list[list[fx.Node]]:
@@ -80,7 +98,7 @@ def _held(shadow: Shadow, node: fx.Node) -> list[list[fx.Node]]:
     return found
 
 
-def _seen(shadow: Shadow, chain: list[fx.Node], axes: list) -> Lse | None:
+def _seen(shadow: Shadow, chain: list[fx.Node], axes: list, scores: list[fx.Node]) -> Lse | None:
     """The end of a chain, its dimensions in the LSE's axes; None where they are mixed."""
     end, factor = chain[-1], 1.0
     own = [sympy.Symbol(f"w{d}", integer=True, nonnegative=True) for d in range(len(shape_of(end)))]
@@ -98,7 +116,7 @@ def _seen(shadow: Shadow, chain: list[fx.Node], axes: list) -> Lse | None:
             dims[own.index(place)] = symbols
         elif place != 0 or symbols:
             return None
-    return Lse(shadow.dynamo_of[end][0], dims, factor)
+    return Lse(shadow.dynamo_of[end][0], dims, factor, scores)
 
 
 def _atomic(position: Expr, sizes: dict[sympy.Symbol, Expr]) -> list[sympy.Symbol] | None:

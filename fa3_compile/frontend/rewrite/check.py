@@ -18,6 +18,7 @@ from fa3_compile.frontend.lift.captured import Captured
 from fa3_compile.frontend.lift.lift import written_between
 from fa3_compile.frontend.reasons.selected_keys import selected, selecting_call
 from fa3_compile.frontend.region import Region
+from fa3_compile.frontend.rewrite.statistics import keep_statistics
 from fa3_compile.spec.expr import loads_in
 
 
@@ -44,7 +45,7 @@ def reads_of(region: Region) -> list[tuple[fx.Node, fx.Node]]:
     """(what is read, the node since which it holds the value) of a region's op."""
     loads = (*region.loads, *region.coefficient_loads, *region.factor_loads)
     captured = [x for x in loads if isinstance(x, Captured)]
-    return [*((x.source, x.since) for x in region.operands), *captured]
+    return [(x.source, x.since) for x in (*region.operands, *captured)]
 
 
 def hint(graph: fx.Graph, region: Region) -> str:
@@ -187,12 +188,9 @@ def _check_interior(graph: fx.Graph, regions: Sequence[Region]) -> None:
     """What else uses scores and weights computes them itself, if it gets the same values."""
     read = [source for region in regions for source, _ in reads_of(region)]
     dropouts = [x for region in regions for x in region.dropouts]
+    live = keep_statistics(graph, regions, read, dropouts)
     statistics = [x.node for region in regions for x in region.statistics]
     interior = [n for n in {n: n for r in regions for n in r.interior} if n not in statistics]
-    without = (regions[0].output, *statistics)
-    live = live_nodes(graph, without, read, dropouts, by_values=True)
-    for region in regions:
-        region.statistics = [x for x in region.statistics if x.node in live]
     found = _reader(interior, live)
     if found is None:
         return
