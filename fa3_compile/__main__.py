@@ -180,6 +180,9 @@ def _cache(parsed: argparse.Namespace) -> int:
 
 
 def _made(place: str) -> tuple[Any, Sequence[Any], Mapping[str, Any]]:
+    from fa3_compile import options
+
+    options.split()  # a wrong variable is said now, not from within torch.compile
     factory = _load(place)
     try:
         inspect.signature(factory).bind()

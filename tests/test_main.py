@@ -71,9 +71,12 @@ def test_env_names_the_gpu_and_its_driver(capsys, launches, monkeypatch):
     assert re.search("driver +CUDA 13.0\n", printed) and "the host, sm_90" in printed
 
 
-def test_a_wrong_option_in_the_environment_is_said_not_raised(capsys, monkeypatch):
+@pytest.mark.parametrize("command", ["env", "explain", "bench", "repro"])
+def test_a_wrong_option_in_the_environment_is_said_not_raised(
+    capsys, factory, monkeypatch, command
+):
     monkeypatch.setenv("FA3_AUTOTUNE", "fast")
-    assert main(["env"]) == 2
+    assert main([command, f"{factory}:make"] if command != "env" else [command]) == 2
     assert "'none', 'quick' or 'full'" in capsys.readouterr().err
 
 
