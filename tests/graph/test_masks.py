@@ -92,6 +92,7 @@ CAUSAL_MASKS = {
     "triu of -inf added": lambda s: s + torch.triu(torch.full((S, S), -INF), diagonal=1),
     "triu of finfo.min added": lambda s: s + torch.full((S, S), LOWEST).triu(1),
     "logarithm added": lambda s: s + triangle().log(),
+    "logarithm of a product": lambda s: s + (triangle() * (1 - upper().float())).log(),
     "1 - tril, times finfo.min": lambda s: s + (1.0 - triangle()) * torch.finfo(s.dtype).min,
     "subtracted": lambda s: s - 1e38 * upper().to(s.dtype),
     "torch's recipe": _torch_recipe,
@@ -514,6 +515,42 @@ def test_tree():
     assert_expected_inline(
         specs(check(attention, *qkv(), (torch.arange(S) - 1) // 2 % S)),
         """attention(score=0.25*s, mask=(load(0, q) == kv) | (load(0, where(load(0, q) < 0, load(0, q) + 24, load(0, q))) == kv) | (load(0, where(load(0, where(load(0, q) < 0, load(0, q) + 24, load(0, q))) < 0, load(0, where(load(0, q) < 0, load(0, q) + 24, load(0, q))) + 24, load(0, where(load(0, q) < 0, load(0, q) + 24, load(0, q))))) == kv) | (q == kv), dead=nan, aux=[int])""",
+    )
+
+
+LOGARITHMS_OF_MASKS = {
+    "product": (lambda x: x * triangle(), "(kv <= q) & (load(0, b, 0, 0, kv) != 0)"),
+    "difference": (lambda x: 1 - (1 - x) * upper(), "(kv <= q) | (load(0, b, 0, 0, kv) != 0)"),
+    "smaller": (lambda x: torch.minimum(x, triangle()), "(kv <= q) & (load(0, b, 0, 0, kv) != 0)"),
+    "clamped sum": (
+        lambda x: (x + triangle()).clamp(max=1),
+        "(kv <= q) | (load(0, b, 0, 0, kv) != 0)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOGARITHMS_OF_MASKS)
+def test_logarithm_of_masks(name):
+    of, mask = LOGARITHMS_OF_MASKS[name]
+
+    def attention(q, k, v, seen):
+        return attend(scores_of(q, k) + of(seen.float()).log(), v)
+
+    seen = chance(0.8, B, 1, 1, S)
+    spec = f"attention(score=0.25*s, mask={mask}, dead=nan, aux=[bool])"
+    assert specs(check(attention, *qkv(), seen)) == spec
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_logarithm_of_numbers_under_a_mask(learns):
+    # What is no mask is read, as the program computes it.
+    def attention(q, k, v, weights):
+        return attend(scores_of(q, k) + (weights * triangle()).log(), v)
+
+    weights = uniform(B, 1, 1, S).requires_grad_(learns)
+    assert_expected_inline(
+        specs(check(attention, *qkv(), weights)),
+        """attention(score=load(0, b, 0, q, kv) + 0.25*s, mask=kv <= q, dead=nan, aux=[float])""",
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from fa3_compile.frontend.lift.elements.finite import check_slope
-from fa3_compile.frontend.lift.elements.pointwise import through_where
+from fa3_compile.frontend.lift.elements.pointwise import by_cases, through_where
 from fa3_compile.frontend.lift.lift import (
     Cheaper,
     Element,
@@ -168,7 +168,35 @@ def _(node, index, ctx: Lifter) -> Element:
         inverse = INVERSES.get(node.target)
         return found if inverse is None else _not_undone(node, x, found, inverse)
 
-    return through_where(function, ctx.broadcast(node.args[0], index))
+    x = ctx.broadcast(node.args[0], index)
+    known = by_cases(lambda y: _of_number(node, y), x)
+    if known is not None:
+        return known
+    try:
+        return through_where(function, x)
+    except Cheaper as cheaper:
+        if node.target not in LOGARITHMS or not _is_masked(x):
+            raise
+        try:
+            return _below_a_mask(x, ctx.load(node, index))
+        except Opaque:
+            raise cheaper from None
+
+
+def _is_masked(x: Expr) -> bool:
+    """Whether it is 0 where a condition of positions holds."""
+    if not isinstance(x, where) or loads_in(x.args[0]):
+        return False
+    return 0 in x.args[1:] or any(map(_is_masked, x.args[1:]))
+
+
+def _below_a_mask(x: Expr, read: Element) -> Expr:
+    """The logarithm of x, which is `read`, but -inf where a mask of positions makes x 0: so it is
+    known which keys are hidden."""
+    if _is_masked(x):
+        condition, *branches = x.args
+        return where(condition, *(_below_a_mask(y, read) for y in branches))
+    return -sympy.oo if x == 0 else read
 
 
 def _of_number(node, x: Expr) -> Expr:

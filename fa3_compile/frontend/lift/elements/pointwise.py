@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import fx
 
 from fa3_compile.spec.expr import Expr, where
 
 aten = torch.ops.aten
+# Selects whose branches are followed together: each doubles them.
+MOST_SELECTS = 4
 
 
 def is_bool(node: fx.Node) -> bool:
@@ -35,3 +39,17 @@ def through_where(function, *args: Expr) -> Expr:
         ]
         return where(condition, *branches)
     return function(*args)
+
+
+def by_cases(function: Callable[[Expr], Expr], x: Expr, selects: int = MOST_SELECTS) -> Expr | None:
+    """function(x) as selects between numbers, where x has no other values: a product of masks of 0
+    and 1. None where it may be anything else."""
+    if x.is_number:
+        return function(x)
+    found = [y for y in x.atoms(where) if all(branch.is_number for branch in y.args[1:])]
+    if not found or not selects:
+        return None
+    select = min(found, key=str)
+    condition, *branches = select.args
+    cases = [by_cases(function, x.xreplace({select: y}), selects - 1) for y in branches]
+    return None if None in cases else where(condition, *cases)
