@@ -142,3 +142,37 @@ def test_bias_scaled_in_place_before():
 
     report = check(attention, *qkv(), uniform(S, S))
     assert specs(report) == "attention(score=load(0, q, kv) + 0.25*s, aux=[float])"
+
+
+def _into_zeros(s, p):
+    w = torch.zeros_like(s)
+    w[..., :5].copy_(p[..., :5])
+    return w
+
+
+# What follows reads the memory that was written, and not what the softmax returned.
+SOFTMAXES_WRITTEN = {
+    "copied over the scores": lambda s: (s.copy_(s.softmax(-1)), s)[1],
+    "out": lambda s: (torch.softmax(s, dim=-1, out=s), s)[1],
+    "copied over a view": lambda s: (s.view(-1, S).copy_(s.softmax(-1).view(-1, S)), s)[1],
+    "copied in part": lambda s: _into_zeros(s, s.softmax(-1)),
+}
+
+
+@pytest.mark.parametrize("name", SOFTMAXES_WRITTEN)
+def test_softmax_that_is_written(name):
+    def attention(q, k, v):
+        return SOFTMAXES_WRITTEN[name](q @ k.mT) @ v
+
+    [region] = check(attention, *(x.detach() for x in qkv()), training=False).regions
+    assert region.fused
+
+
+def test_product_with_values_that_is_written():
+    def attention(q, k, v):
+        out = torch.empty_like(v)
+        torch.matmul(scores_of(q, k).softmax(-1), v, out=out)
+        return out
+
+    [region] = check(attention, *(x.detach() for x in qkv()), training=False).regions
+    assert region.code == "output-unclear" and "out=" in region.reason

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import sympy
+import torch
 from torch import fx
 
 import fa3_compile.frontend.lift.elements  # noqa: F401  (registers the element rules)
@@ -308,12 +309,7 @@ class _Reader:
                 index = index[len(index) - len(shape_of(node)) :]
                 continue
             if not is_movement(node):
-                raise Decline(
-                    "output-unclear",
-                    self.skeleton.output,
-                    "Take the product with V as a whole before it is changed.",
-                    message="the output is not made of the product with V by views alone",
-                )
+                raise _not_held(self.shadow, self.skeleton)
             node, index = step_back(node, index, self.ranges)
         return index
 
@@ -374,3 +370,17 @@ def _mixed_radix(axes: list[sympy.Symbol], sizes) -> Expr:
     for axis in axes:
         position = position * sizes[axis] + axis
     return position
+
+
+def _not_held(shadow: Shadow, skeleton: Skeleton) -> Decline:
+    """The decline where no tensor of the program is the product with V, its elements moved."""
+    followers = shadow.users(skeleton.values)
+    while len(followers) == 1 and is_movement(followers[0]):
+        followers = shadow.users(followers[0])
+    if any(x.target is torch.ops.aten.copy.default for x in followers):
+        hint = "Use what the product returns."
+        message = "the product with V is written into another tensor, by out= or copy_()"
+    else:
+        hint = "Take the product with V as a whole before it is changed."
+        message = "the output is not made of the product with V by views alone"
+    return Decline("output-unclear", skeleton.output, hint, message=message)

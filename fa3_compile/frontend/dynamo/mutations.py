@@ -79,6 +79,20 @@ def writes_that_reach(mutations: Iterable[fx.Node], nodes: set[fx.Node]) -> list
     ]
 
 
+def readers_of_writes(node: fx.Node) -> list[fx.Node]:
+    """What comes after a call and uses memory that it writes to, through whatever view."""
+    written = mutated_nodes(node)
+    if not written:
+        return []
+    storages = {storage_of(x) for x in written} - {None}
+    found, later = [], node.next
+    while later.op != "root":
+        if any(x in written or storage_of(x) in storages for x in later.all_input_nodes):
+            found.append(later)
+        later = later.next
+    return found
+
+
 def overwrite(source: fx.Node, since: fx.Node, until: fx.Node) -> fx.Node | None:
     """The first write to the memory of `source` after `since` and before `until`, if there is one.
 

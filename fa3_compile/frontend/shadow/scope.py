@@ -15,7 +15,12 @@ from fa3_compile.frontend.dynamo.graph import (
     opaque_target,
     target_name,
 )
-from fa3_compile.frontend.dynamo.mutations import is_mutation, mutated_nodes, writes_that_reach
+from fa3_compile.frontend.dynamo.mutations import (
+    is_mutation,
+    mutated_nodes,
+    readers_of_writes,
+    writes_that_reach,
+)
 from fa3_compile.frontend.dynamo.seeds import seeds
 from fa3_compile.frontend.expand import flex
 
@@ -147,7 +152,8 @@ def relevant(graph: fx.Graph, scope: Scope) -> set[fx.Node]:
         if node in forward or node.op == "output":
             continue
         forward.add(node)
-        stack.extend(user for user in node.users if not scope.is_cut(user))
+        readers = [*node.users, *readers_of_writes(node)]
+        stack.extend(user for user in readers if not scope.is_cut(user))
     keep: set[fx.Node] = set()
     stack = list(forward)
     stack += [n for n in graph.nodes if _changes_mode(n)]
