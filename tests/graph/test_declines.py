@@ -110,6 +110,24 @@ class TestAxes:
             declined(lambda q, k, v: weights_of(q, k).roll(1, -1) @ v), """detect: softmax-axis"""
         )
 
+    def test_in_another_order(self):
+        # V's heads, rows and keys are not those that the scores are of.
+        def flipped(q, k, v):
+            return weights_of(q, k).flip(1) @ v
+
+        def rolled(q, k, v):
+            return attend(scores_of(q, k).roll(1, 2), v)
+
+        def indexed(q, k, v):
+            return weights_of(q, k)[:, torch.arange(H) ^ 1] @ v.flip(1)
+
+        def keys(q, k, v):
+            return weights_of(q, k).flip(-1) @ v
+
+        for function in (flipped, rolled, indexed, keys):
+            [region] = check(function, *qkv()).regions
+            assert "put in another order" in region.reason, region
+
     def test_values_of_a_few_keys(self):
         def attention(q, k, v):
             return weights_of(q, k)[..., : S // 2] @ v[..., : S // 2, :]
@@ -245,7 +263,8 @@ class TestBetween:
         assert_expected_inline(declined(before, *qkv(), normal(H, H)), """detect: product-axes""")
         assert_expected_inline(declined(after, *qkv(), normal(H, H)), """detect: softmax-axis""")
         assert "mixed" in check(after, *qkv(), normal(H, H)).regions[0].reason
-        declined(linear, *qkv(), normal(H, H))
+        assert "talking heads" in check(before, *qkv(), normal(H, H)).regions[0].reason
+        assert "mixes" in check(linear, *qkv(), normal(H, H)).regions[0].reason
 
     def test_largest_scores_only(self):
         def threshold(q, k, v):
@@ -304,7 +323,12 @@ class TestAfter:
         def attention(q, k, v):
             return F.log_softmax(scores_of(q, k), -1) @ v
 
-        assert_expected_inline(declined(attention), """lift: not-pointwise""")
+        def added_to(q, k, v, g):
+            # g.exp() may be infinite where a weight is too small for float32.
+            return (F.log_softmax(scores_of(q, k), -1) + g).exp() @ v
+
+        assert declined(attention) == "detect: softmax-result-changed"
+        assert declined(added_to, *qkv(), normal(S, S)) == "detect: softmax-result-changed"
 
     def test_gumbel_straight_through(self):
         def attention(q, k, v):

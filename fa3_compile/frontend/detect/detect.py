@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import sympy
-import torch
 from torch import fx
 
 import fa3_compile.frontend.lift.elements  # noqa: F401  (registers the element rules)
@@ -40,10 +39,11 @@ from fa3_compile.frontend.lift.lift import (
 )
 from fa3_compile.frontend.lift.placeholders import D
 from fa3_compile.frontend.reasons.near_softmax import another_axis
+from fa3_compile.frontend.reasons.unheld_output import not_held
 from fa3_compile.frontend.region import Operand, Pair, operands_of
 from fa3_compile.frontend.shadow.normalize import Softmax
 from fa3_compile.frontend.shadow.trace import Shadow
-from fa3_compile.spec.expr import KV, Expr, S, depends_on, loads_in, uniform
+from fa3_compile.spec.expr import KV, Expr, S, depends_on, loads_in, mod, uniform
 from fa3_compile.spec.index import quotient, same
 from fa3_compile.spec.unnormalised import is_nonnegative_weight
 
@@ -309,7 +309,7 @@ class _Reader:
                 index = index[len(index) - len(shape_of(node)) :]
                 continue
             if not is_movement(node):
-                raise _not_held(self.shadow, self.skeleton)
+                raise not_held(self.shadow, self.skeleton)
             node, index = step_back(node, index, self.ranges)
         return index
 
@@ -339,11 +339,17 @@ class _Reader:
         ):
             raise another_axis(
                 self._node(term.softmax.node),
+                reordered=not (several or adds_up) and self._reorders_keys(at[dim]),
                 several=several or depends_on(at[dim], [KV]),
                 adds_up=adds_up and not several and depends_on(at[dim], [KV]),
                 mixes=self._leads_to_v(shape_of(term.softmax.node)[dim]),
             )
         self._check_dropout(term, term.weight, at, column)
+
+    def _reorders_keys(self, place: Expr) -> bool:
+        """Whether keys are counted backwards, or from another than the first on around the end."""
+        around = any(same(x.args[1], self.ranges[KV]) for x in place.atoms(mod))
+        return place.free_symbols & {*self.ranges} == {KV} and (around or place.coeff(KV) == -1)
 
     def _leads_to_v(self, keys: Expr) -> bool:
         """Whether what is read as the output is weights of as many keys, which weigh another V."""
@@ -370,17 +376,3 @@ def _mixed_radix(axes: list[sympy.Symbol], sizes) -> Expr:
     for axis in axes:
         position = position * sizes[axis] + axis
     return position
-
-
-def _not_held(shadow: Shadow, skeleton: Skeleton) -> Decline:
-    """The decline where no tensor of the program is the product with V, its elements moved."""
-    followers = shadow.users(skeleton.values)
-    while len(followers) == 1 and is_movement(followers[0]):
-        followers = shadow.users(followers[0])
-    if any(x.target is torch.ops.aten.copy.default for x in followers):
-        hint = "Use what the product returns."
-        message = "the product with V is written into another tensor, by out= or copy_()"
-    else:
-        hint = "Take the product with V as a whole before it is changed."
-        message = "the output is not made of the product with V by views alone"
-    return Decline("output-unclear", skeleton.output, hint, message=message)

@@ -202,6 +202,14 @@ class OperandFinder:
                 "Compute it in a call of its own: an einsum of two tensors before that of scores.",
                 message="an operand is itself a product, made by the call that makes the scores",
             )
+        if best is None and any(map(_puts_in_order, index)):
+            raise Decline(
+                "operand-unclear",
+                self.holder(node),
+                "Put queries and keys in that order before their product, or the output after it.",
+                message="scores or weights are put in another order of heads, rows or batches "
+                "before they weigh V, as by flip, roll or an index",
+            )
         if best is None:
             raise Decline(
                 "operand-unclear",
@@ -210,3 +218,9 @@ class OperandFinder:
                 message="an operand cannot be seen as [batch, heads, length, head dim] by views",
             )
         return best
+
+
+def _puts_in_order(i: Expr) -> bool:
+    """Whether a place is another than the axes count: backwards, around the end, or read."""
+    terms = (x for x in sympy.Add.make_args(i) if x.free_symbols)
+    return bool(i.atoms(sympy.Function)) or any(x.could_extract_minus_sign() for x in terms)

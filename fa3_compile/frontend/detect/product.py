@@ -16,6 +16,7 @@ from fa3_compile.frontend.lift.lift import Index, Lifter, Opaque, shape_of, sym
 from fa3_compile.frontend.lift.placeholders import D
 from fa3_compile.frontend.shadow.trace import SIZES
 from fa3_compile.spec.expr import KV, Expr, S, depends_on
+from fa3_compile.spec.index import same
 
 aten = torch.ops.aten
 PLAIN = (aten.bmm.default, aten.mm.default)
@@ -151,9 +152,28 @@ class Products:
         if not all(dot.is_dot for dot in self.dots):
             if len(self.dots) > 1:
                 raise several_elements()
+            if any(_mixes_scores(dot) for dot in self.dots):
+                raise Decline(
+                    "product-axes",
+                    at,
+                    "Mix heads after the product with V; heads that are mixed before the softmax "
+                    "have no fused kernel.",
+                    message="the scores of several heads are mixed by a product before the "
+                    "softmax, so that each weight is made of every head's (talking heads)",
+                )
             raise Decline(
                 "product-axes",
                 at,
                 "One side of the product has to be indexed by the key alone.",
                 message="the product before the softmax is not indexed by query and key",
             )
+
+
+def _mixes_scores(dot: Dot) -> bool:
+    """Whether a product is none of queries and keys, but of scores: one of its sides has them as
+    rows, query and key together, and is as large as the product that it is made of."""
+    of_keys = [x for x in dot.index[-2:] if depends_on(x, [KV])]
+    if len(of_keys) != 1 or len(of_keys[0].free_symbols) < 2:
+        return False
+    sides = [(x, before) for x in sides_of(dot.node) for before in products_before(x)]
+    return any(same(sympy.Mul(*shape_of(x)), sympy.Mul(*shape_of(y))) for x, y in sides)

@@ -13,13 +13,24 @@ from fa3_compile.spec.fills import floored
 BLOCK_BY_BLOCK = "Write one softmax over all keys: its kernel goes through them block by block."
 
 
-def another_axis(at: fx.Node, *, several: bool, adds_up: bool, mixes: bool) -> Decline:
+def another_axis(
+    at: fx.Node, *, reordered: bool, several: bool, adds_up: bool, mixes: bool
+) -> Decline:
     """The decline of a softmax over another axis than the one that the product after it contracts.
 
-    several  whether it runs over the contracted axis as well
-    adds_up  whether the product contracts another axis as well
-    mixes    whether that product's result is itself a tensor of weights
+    reordered  whether it is that axis, but for the order of the keys
+    several    whether it runs over the contracted axis as well
+    adds_up    whether the product contracts another axis as well
+    mixes      whether that product's result is itself a tensor of weights
     """
+    if reordered:
+        return Decline(
+            "softmax-axis",
+            at,
+            "Put the keys and V in one order before both products.",
+            message="the weights' keys are put in another order before they meet V, as by flip or "
+            "roll",
+        )
     if adds_up:
         return Decline(
             "softmax-axis",

@@ -66,6 +66,8 @@ def _by_a_call(shadow: Shadow, scores: fx.Node) -> Decline | None:
             return Decline("opaque-scores", call, DISTANCES, message=why)
         if made_of_a_product(call.all_input_nodes, scores.meta["val"].shape):
             why = f"{target_name(call)} of the scores is not element-wise"
+            if target_name(call) in LAYERS[:3]:
+                why += ": it mixes those of several heads or keys"
             return Decline("opaque-scores", call, KEEP, message=why)
     return None
 

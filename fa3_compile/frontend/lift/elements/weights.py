@@ -129,6 +129,19 @@ def _(node, index, ctx: Lifter) -> Element:
     return element * dropout_weight(ctx.seed(node), float(node.args[1]))
 
 
+@element_of(aten._log_softmax.default)
+def _(node, index, ctx: Lifter) -> Element:
+    if node in ctx.inside and ctx.weighs:
+        raise Decline(
+            "softmax-result-changed",
+            None,
+            "Multiply instead: softmax(s) * g.exp() is exp(log_softmax(s) + g).",
+            message="V is weighed by the logarithm of a softmax, or by what is made of that by "
+            "more than its exponential",
+        )
+    raise Opaque(node, "it is computed of a whole row")
+
+
 @element_of(aten.nan_to_num.default)
 def _(node, index, ctx: Lifter) -> Element:
     x = ctx.operand(node.args[0], index)
