@@ -111,6 +111,8 @@ CASES = {
     "order": Case("score=0.3*s, out_order=bqhd"),
     "one-query": Case("score=0.3*s, mask=kv <= q + Skv - Sq, dead=nan", shape=(3, 4, 4, 1, 17)),
     "by-head-and-row": Case("score=0.1*h*s + 0.2*q - 0.1*b*kv", cpu=False),
+    "steps-of-scores": Case("score=0.3*s + where(s > 0.5, 1, 0)", cpu=False),
+    "steps-by-key": Case("score=0.3*s + where(kv > 5, 1, 0)"),
     "constant": Case("score=2.0, mask=kv <= q, dead=nan", cpu=False, grads=False),
     "nothing": Case("score=s, mask=False, dead=zero"),
     "sigmoid": Case(
