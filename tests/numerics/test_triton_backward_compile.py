@@ -32,6 +32,7 @@ from tests.numerics.test_triton_compile import (  # noqa: E402
 )
 
 RELATIVE = "attention(score=0.125*s + load(0, h, kv - q + 99), aux=[float])"
+BUCKETS = "attention(score=0.125*s + load(0, max(min(kv - q, 7), -7) + 7, h), aux=[float])"
 # Bytes of spills that the fastest measured tile of Hopper has, by head dim; and what another version
 # than Triton 3.7 makes of the same tiles.
 SPILLS = {(90, 128): 128, (90, 192): 300, (90, 256): 1200}
@@ -131,6 +132,15 @@ def test_a_table_s_gradient_compiles() -> None:
     asked = problem(RELATIVE, 64, 80)
     kernel = compiled(asked, "dense0", table_configs(asked).queries, (0,))
     assert "mma.sync" in kernel.asm["ptx"] and "atom" not in kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_what_keys_share(arch: int, tmp_path: Path) -> None:
+    """The sums of dS and P that make its gradient sum to what it should."""
+    asked = replace(problem(BUCKETS, 64, arch), aux_needs_grad=(True,))
+    kernel = compiled(asked, "query_blocks", table_configs(asked).queries, (0,))
+    assert "ds_sum" in render_key(asked, (0,)).source()
+    assert spilled_bytes(kernel, arch, tmp_path) == 0
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -42,7 +42,7 @@ FORMS = {
         "block_lists attention_forward",
         "row_terms block_lists key_blocks block_lists query_blocks",
     ),
-    "relative bias": ("attention_forward", "row_terms dense0"),
+    "relative bias": ("attention_forward", "row_terms query_blocks dense0"),
 }
 # A small tile is built in a quarter of the time of those that run.
 TILE = TritonConfig(16, 16, 4, 1)

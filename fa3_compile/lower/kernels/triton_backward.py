@@ -49,6 +49,7 @@ from fa3_compile.lower.tiles.tune_backward import Configs, table_configs
 from fa3_compile.runtime.op import BackwardInputs
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
+from fa3_compile.spec.shared_loads import keys_share
 
 log = logging.getLogger(__name__)
 
@@ -270,7 +271,7 @@ def bind(problem: Problem, configs: Configs, given: BackwardInputs) -> dict[str,
         plan.append(("row_terms", ROW_TERMS if q.element_size() == 2 else configs.queries, queries))
     if wanted.kv or key_sums(spec, wanted.aux):
         plan.append(("key_blocks", configs.keys, keys))
-    if wanted.q or row_sums(spec, wanted.aux):
+    if wanted.q or row_sums(spec, wanted.aux) or keys_share(spec, wanted.aux):
         plan.append(("query_blocks", configs.queries, queries))
     built = functools.partial(bind_kernel, tensors=tensors, integers=integers, constants=constants)
     found: dict[str, Launched] = {}
@@ -294,7 +295,7 @@ def bind(problem: Problem, configs: Configs, given: BackwardInputs) -> dict[str,
             _bind_dense, getattr(module, name), name, x, spec, shape, tuple(sizes), tensors,
             integers, constants,
         )  # fmt: skip
-        found[name] = first_that_builds(bind_dense, configs.queries)
+        found[name] = first_that_builds(bind_dense, configs.dense or configs.queries)
     if wanted.kv or wanted.q:
         if (dead_rows := bind_dead_rows(spec, tensors)) is not None:
             found["dead_rows"] = dead_rows

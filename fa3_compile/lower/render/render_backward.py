@@ -23,6 +23,7 @@ from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
 from fa3_compile.spec.blocks import kv_bounds, kv_full_bounds, q_bounds, q_full_bounds
 from fa3_compile.spec.derivative import derivative
+from fa3_compile.spec.shared_loads import keys_share
 
 FIRST, LAST = sympy.symbols("first_of_tile last_of_tile", integer=True, nonnegative=True)
 
@@ -70,9 +71,9 @@ class Slopes:
         return self.score, self.weight, self.fill
 
 
-def gradient_text(by_score: str, by_weight: str) -> str:
+def gradient_text(by_score: str, by_weight: str, ds: str = "ds") -> str:
     """The gradient of an element in terms of `ds` and `dw`; "0.0" is no slope."""
-    terms = [("ds", by_score), ("dw", by_weight)]
+    terms = [(ds, by_score), ("dw", by_weight)]
     terms = [n if f in ("1", "1.0") else f"{n} * ({f})" for n, f in terms if f not in ("0", "0.0")]
     return " + ".join(terms)
 
@@ -83,12 +84,15 @@ class Sum:
 
     name  of the sum in the kernel; its float32 tensor is `<name>_ptr`, [B, H, Sq] or [B, H, Skv]
     fill  its gradient in rows without a key, "" for none
+    share, fill_share  the two with P for dS
     """
 
     name: str
     element: E.load
     gradient: str
     fill: str
+    share: str
+    fill_share: str
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,11 @@ class Side:
 
 @dataclass(frozen=True)
 class Rendered(Common):
-    """The fields that the template prints."""
+    """The fields that the template prints.
+
+    balanced  what a row's dS sums to beyond what it should, as O and the LSE are rounded, is taken
+              off the gradients of captured tensors, P of it for each key: see spec/shared_loads.py
+    """
 
     rows: Side
     columns: Side
@@ -160,6 +168,7 @@ class Rendered(Common):
     fill_rows: bool
     norm: bool
     renormalised: bool
+    balanced: bool
     sinks: list[str]
     lists: str
 
@@ -178,7 +187,8 @@ def render_backward(key: BackwardKey) -> str:
     by_key = {x: found[x] for x in key_sums(spec, key.wanted)}
     by_both = {x: found[x] for x in dense_loads(spec, key.wanted)}
     row_side, dense = rows.side(logits, factor, slope, by_row, "row_sum", by_both)
-    _, sinks = rows.block(spec.sinks if has_norm(key) else (), "sink")
+    balanced = keys_share(spec, key.wanted)
+    _, sinks = rows.block(spec.sinks if has_norm(key) or balanced else (), "sink")
     column_side, _ = columns.side(logits, factor, slope, by_key, "key_sum")
     rendered = Rendered(
         **common(key, logits, rows),
@@ -193,6 +203,7 @@ def render_backward(key: BackwardKey) -> str:
         fill_rows=has_fill_rows(spec),
         norm=has_norm(key),
         renormalised=key.renormalised,
+        balanced=balanced,
         sinks=sinks,
         lists=owner(spec) if key.lists else "",
     )
@@ -229,10 +240,13 @@ class _Writer(Writer):
             exprs = [self.spec.fill, derivative(self.spec.fill, E.S) / factor]
             exprs += [y.fill for y in every]
             fill_loop, [fill, fill_slope, *by_fill] = self.block(exprs, "f")
-        by_fill = map(gradient_text, by_fill, by_weight)
-        texts = [*zip(map(gradient_text, by_score, by_weight), by_fill)]
+        texts = [
+            [gradient_text(y, w) for y in (x, fill)]
+            + [gradient_text(y, "0.0", "p") for y in (x, fill)]
+            for x, w, fill in zip(by_score, by_weight, by_fill)
+        ]
         sums = [Sum(f"{name}{i}", e, *texts[i]) for i, e in enumerate(summed)]
-        found = [self.dense(i, e, *texts[len(summed) + i]) for i, e in enumerate(dense)]
+        found = [self.dense(i, e, *texts[len(summed) + i][:2]) for i, e in enumerate(dense)]
         bounds, length = (kv_bounds, kv_full_bounds), E.SKV
         if self.streamed == "q":
             bounds, length = (q_bounds, q_full_bounds), E.SQ

@@ -1,7 +1,7 @@
 """The shipped tile configurations of the Triton backward.
 
 `keys` is the kernel that owns a KV block and writes dK and dV, `queries` the one that owns a
-query block and writes dQ.
+query block and writes dQ, `dense` those that write gradients of tensors of queries and keys.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from fa3_compile.lower.printers.hoist import ELEMENT, level
 from fa3_compile.lower.tiles.config import TritonConfig, bits, head_class, nearest_arch
 from fa3_compile.lower.tiles.tune_forward import ROW
 from fa3_compile.spec.expr import loads_in
+from fa3_compile.spec.shared_loads import keys_share
 
 C = TritonConfig
 
@@ -23,6 +24,7 @@ class Configs:
 
     keys: TritonConfig
     queries: TritonConfig
+    dense: TritonConfig | None = None  # as queries
 
 
 # (arch, head class) -> for 16 bits. On sm_90 the fastest measured of about ten each, causal at
@@ -52,8 +54,8 @@ TABLE: dict[tuple[tuple[int, int], int], Configs] = {
 TABLE |= {((12, 0), d): x for (arch, d), x in list(TABLE.items()) if arch == (8, 9)}
 # A tile of a captured tensor beside those of the score, P and dP.
 DENSE_KEYS = {((9, 0), 96): C(32, 128, 8, 2), ((9, 0), 128): C(32, 128, 8, 2)}
-# The numbers of dropout beside them.
-WEIGHTED_QUERIES = {((9, 0), 64): C(64, 64, 4, 3)}
+# The numbers of dropout beside them, or a row's sums of dS and P: without, 780 bytes are spilled.
+SMALLER_QUERIES = {((9, 0), 64): C(64, 64, 4, 3)}
 # float32 multiplies without tensor cores ("ieee"): small tiles, the same everywhere.
 FLOAT32 = {
     64: Configs(C(32, 32, 8, 1), C(32, 32, 8, 1)),
@@ -71,7 +73,11 @@ def table_configs(problem: Problem) -> Configs:
     arch = nearest_arch(problem.capability or (8, 0))
     row = ROW.get(arch, arch), head_class(problem)
     configs = TABLE[row]
+    queries = SMALLER_QUERIES.get(row, configs.queries)
+    wanted = [i for i, needs_grad in enumerate(problem.aux_needs_grad) if needs_grad]
     if problem.spec.weight is not None:
-        configs = replace(configs, queries=WEIGHTED_QUERIES.get(row, configs.queries))
+        configs = replace(configs, queries=queries)
+    elif keys_share(problem.spec, wanted):
+        configs = replace(configs, queries=queries, dense=configs.queries)
     dense = any(level(x) == ELEMENT for x in loads_in(problem.spec.score))
     return replace(configs, keys=DENSE_KEYS[row]) if dense and row in DENSE_KEYS else configs
