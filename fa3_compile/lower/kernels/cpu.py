@@ -148,7 +148,7 @@ def _linear(expr: Expr, what: str) -> tuple[float, Expr]:
     slope = expr.diff(S)
     bias = expr.subs(S, 0)
     # A select by the score itself, s + where(s > 0, 1, 0), has the slope of a line and is none.
-    selects = any(depends_on(x.args[0], [S]) for x in expr.atoms(where))
+    selects = any(S in x.args[0].free_symbols for x in expr.atoms(where))
     if selects or not slope.is_number or slope.has(sympy.Derivative, sympy.Subs):
         raise Unsupported(f"the {what} is not a constant times s plus a bias: {expr}")
     return float(slope), bias
