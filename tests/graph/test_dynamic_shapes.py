@@ -464,6 +464,17 @@ def test_head_dim_that_is_an_int_of_the_program_near_miss():
         assert found == "detect: softmax-axis"
 
 
+def test_channels_divided_by_heads():
+    def attention(q, k, v):
+        b, n, c = q.shape
+        q, k, v = (x.reshape(b, n, H, c // H).transpose(1, 2) for x in (q, k, v))
+        return attend(scores_of(q, k), v).transpose(1, 2).reshape(b, n, c)
+
+    [region] = check(attention, *qkv(B, S, 4 * D), dynamic=True).regions
+    assert "dynamic size" in region.reason
+    assert check(attention, *qkv(B, S, 4 * D), dynamic=False).fused
+
+
 def test_lengths_that_are_computed():
     # One split by numbers that are read from a tensor, which is no input of the graph.
     def attention(q, k, v, lengths):

@@ -38,12 +38,12 @@ from fa3_compile.frontend.lift.lift import (
     shape_of,
 )
 from fa3_compile.frontend.lift.placeholders import D
-from fa3_compile.frontend.reasons.near_softmax import another_axis
+from fa3_compile.frontend.reasons.near_softmax import another_axis, split_by_a_size
 from fa3_compile.frontend.reasons.unheld_output import not_held
 from fa3_compile.frontend.region import Operand, Pair, operands_of
 from fa3_compile.frontend.shadow.normalize import Softmax
 from fa3_compile.frontend.shadow.trace import Shadow
-from fa3_compile.spec.expr import KV, Expr, S, depends_on, loads_in, mod, uniform
+from fa3_compile.spec.expr import KV, Expr, S, depends_on, floordiv, loads_in, mod, uniform
 from fa3_compile.spec.index import quotient, same
 from fa3_compile.spec.unnormalised import is_nonnegative_weight
 
@@ -337,6 +337,8 @@ class _Reader:
             or depends_on(at[dim] - KV, self.ranges)
             or any(depends_on(x, column.free_symbols) for x in at)
         ):
+            if any(not x.args[1].is_Integer for i in at for x in i.atoms(floordiv, mod)):
+                raise split_by_a_size(self._node(term.softmax.node))
             raise another_axis(
                 self._node(term.softmax.node),
                 reordered=not (several or adds_up) and self._reorders_keys(at[dim]),

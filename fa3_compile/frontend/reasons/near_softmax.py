@@ -61,6 +61,18 @@ def another_axis(
     )
 
 
+def split_by_a_size(at: fx.Node) -> Decline:
+    """The decline of heads that are an axis split by what is known only when it runs."""
+    return Decline(
+        "axes-unclear",
+        at,
+        "Keep the number of channels fixed: torch._dynamo.mark_static(x, -1), or a head dimension "
+        "that is a number.",
+        message="heads are channels divided by a dynamic size, so that the axes of the product "
+        "with V cannot be told apart",
+    )
+
+
 def of_its_row(score: Expr, at: fx.Node) -> Decline:
     """The decline of a score that has a maximum or a logsumexp in it."""
     if any(x.has(row_stat) for kind in (sympy.Max, floored) for x in score.atoms(kind)):
