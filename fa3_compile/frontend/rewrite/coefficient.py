@@ -95,6 +95,21 @@ def with_beside(
     return emit.function(operator.add, out, emit.call("flatten", added, 1, 2))
 
 
+def about_its_mean(emit: Emitter, region: Region, value: fx.Node) -> fx.Node:
+    """V [B, Hkv, Skv, Dv] less its mean over the keys, where what stands beside the softmax takes
+    off each row what the softmax adds up to: (softmax - 1/n) V is the same of any V - c, and two
+    large products that cancel where c is left in."""
+    spec, constant = region.spec, not E.depends_on(region.beside, E.COORDINATES)
+    adds_up = spec.normalized and spec.weight is None and not spec.sinks and spec.dead != "zero"
+    if not (constant and adds_up) or region.rows != sympy.true or len(region.pairs) > 1:
+        return value
+    total = sympy.expand(region.coefficient + region.beside * region.key_length)
+    if region.beside == 0 or not total.is_number or abs(total) > 1e-12:
+        return value
+    mean = emit.call("mean", emit.call("detach", value), -2, True)
+    return emit.function(operator.sub, value, emit.call("nan_to_num", mean, 0.0, 0.0, 0.0))
+
+
 def scaled_queries(
     emit: Emitter, region: Region, queries: fx.Node, factor: Expr, device: torch.device
 ) -> fx.Node:

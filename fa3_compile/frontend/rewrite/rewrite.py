@@ -16,7 +16,12 @@ from fa3_compile.frontend.lift.captured import Captured
 from fa3_compile.frontend.lift.lift import ancestors
 from fa3_compile.frontend.region import Operand, Region
 from fa3_compile.frontend.rewrite.check import place_of, reads_of
-from fa3_compile.frontend.rewrite.coefficient import coefficient, scaled_queries, with_beside
+from fa3_compile.frontend.rewrite.coefficient import (
+    about_its_mean,
+    coefficient,
+    scaled_queries,
+    with_beside,
+)
 from fa3_compile.frontend.rewrite.emit import Emitter
 from fa3_compile.spec.expr import KV, load, where
 
@@ -110,6 +115,7 @@ def _attention(
         written = written_later(sources, emit.before.prev)
         operands = [(s, emit.call("clone", x) if s in written else x) for s, x in operands]
     q, k, v, *aux = (x for _, x in operands)
+    v = about_its_mean(emit, region, v)
     numbers = [emit.size(size) for size in region.sizes]
     pair = emit.function(torch.ops.fa3.attention.default, q, k, v, aux, numbers, text)
     out = with_beside(emit, region, coefficient(emit, region, pair, device), v, device)
