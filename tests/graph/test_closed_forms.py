@@ -75,15 +75,15 @@ def test_t5():
     assert_expected_inline(
         forms(report_of("t5", "none")),
         """\
-bias: load(0, q, kv, h) + s
-bias + causal: load(0, q, kv, h) + s where kv <= q
+bias: load(0, h, kv - q + 23) + s
+bias + causal: load(0, h, kv - q + 16) + s where kv <= q
 plain: s""",
     )
     assert_expected_inline(
         forms(report_of("t5")),
         """\
-bias + per-key mask: load(0, q, kv, h) + s where load(1, b, kv) != 0
-bias + causal + per-key mask: load(0, q, kv, h) + s where (kv <= q) & (load(1, b, kv) != 0)
+bias + per-key mask: load(0, h, kv - q + 23) + s where load(1, b, kv) != 0
+bias + causal + per-key mask: load(0, h, kv - q + 16) + s where (kv <= q) & (load(1, b, kv) != 0)
 per-key mask: s where load(0, b, kv) != 0""",
     )
 

@@ -180,11 +180,11 @@ def test_functions_that_are_undefined_where_they_are_masked():
 
     assert_expected_inline(
         modified(square_root),
-        """attention(score=0.25*s - load(0, q, kv), mask=kv <= q, dead=nan, aux=[float])""",
+        """attention(score=0.25*s - load(0, kv - q + 23), mask=kv <= q, dead=nan, aux=[float])""",
     )
     assert_expected_inline(
         modified(logarithm),
-        """attention(score=0.25*s - load(0, q, kv), mask=kv <= q, dead=nan, aux=[float])""",
+        """attention(score=0.25*s - load(0, kv - q + 23), mask=kv <= q, dead=nan, aux=[float])""",
     )
 
 
@@ -391,7 +391,7 @@ def test_t5():
 
     assert_expected_inline(
         specs(check(attention, *qkv(), normal(8, H))),
-        """attention(score=load(0, q, kv, h) + s, aux=[float])""",
+        """attention(score=load(0, h, kv - q + 23) + s, aux=[float])""",
     )
 
 

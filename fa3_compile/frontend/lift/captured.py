@@ -12,11 +12,29 @@ from fa3_compile.frontend.dynamo.graph import example_value, may_be_infinite
 from fa3_compile.spec.expr import load
 
 
+class Diagonals(NamedTuple):
+    """A tensor that is the same along the diagonals of two of its dimensions, and along `idle`
+    ones. What is read of it has neither: its first column, from the end, and behind it its first
+    row are the last dimension, element 0 of which is the lowest of column - row."""
+
+    row: int
+    column: int
+    idle: tuple[int, ...]
+
+
 class Captured(NamedTuple):
-    """What a load reads: a Dynamo node, and the node since which it holds the value."""
+    """What a load reads: a Dynamo node, and the node since which it holds the value.
+
+    diagonals  if it is read as a vector by the distance
+    places     what is read so, [distances]: the tensor's rows along `dim`, which are gathered from
+               there and become its last dimension
+    """
 
     source: fx.Node
     since: fx.Node
+    diagonals: Diagonals | None = None
+    places: Captured | None = None
+    dim: int = 0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -44,6 +62,12 @@ class Seed(NamedTuple):
     @property
     def needs_grad(self) -> bool:
         return False
+
+
+def is_by_distance(read: load, loads: Sequence[Captured | Seed]) -> bool:
+    """Whether what is read is a tensor that is the same along its diagonals."""
+    source = loads[read.tensor]
+    return isinstance(source, Captured) and source.diagonals is not None
 
 
 def reads_infinite(read: Sequence[load], loads: Sequence[Captured | Seed]) -> bool:

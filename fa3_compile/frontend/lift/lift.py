@@ -193,15 +193,18 @@ class Lifter:
 
     def load(self, node: fx.Node, index: Index) -> Element:
         """The element as a read of the Dynamo node that holds this value."""
+        from fa3_compile.frontend.lift.diagonals import by_distance
+
         if node in self.inside:
             raise Opaque(node, "it is computed from the attention's own products")
         holders = self.shadow.dynamo_of.get(node)
         if not holders:
             raise Opaque(node, "its value is not a tensor of the program")
         source = Captured(holders[0], self.shadow.since[node, holders[0]])
-        written = self.read_at and overwrite(*source, until=self.read_at)
+        written = self.read_at and overwrite(source.source, source.since, until=self.read_at)
         if written:
             raise Overwritten(node, written)
+        source, index = by_distance(source, node, index, self)
         if source not in self.loads:
             self.loads.append(source)
         value = load(self.loads.index(source), *index)

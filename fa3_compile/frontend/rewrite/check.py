@@ -45,7 +45,8 @@ def reads_of(region: Region) -> list[tuple[fx.Node, fx.Node]]:
     """(what is read, the node since which it holds the value) of a region's op."""
     loads = (*region.loads, *region.coefficient_loads, *region.factor_loads)
     captured = [x for x in loads if isinstance(x, Captured)]
-    return [(x.source, x.since) for x in (*region.operands, *captured)]
+    places = [x.places for x in captured if x.places is not None]
+    return [(x.source, x.since) for x in (*region.operands, *captured, *places)]
 
 
 def hint(graph: fx.Graph, region: Region) -> str:

@@ -19,7 +19,7 @@ from fa3_compile.frontend.dynamo.graph import (
     target_name,
     unwrapped,
 )
-from fa3_compile.frontend.lift.captured import Captured, Seed
+from fa3_compile.frontend.lift.captured import Captured, Diagonals, Seed
 from fa3_compile.frontend.lift.lift import sym
 from fa3_compile.frontend.lift.placeholders import D
 from fa3_compile.frontend.region import Layout, Operand, Region
@@ -110,6 +110,15 @@ class Emitter:
             if x not in self.seeds:
                 self.seeds[x] = self.seed(x, device)
             return self.seeds[x]
+        if x.diagonals is not None:
+            vector = self._by_distance(x, x.diagonals)
+            same = example_value(vector).device == device
+            return vector if same else self.call("to", vector, device)
+        if x.places is not None:
+            at = self.captured(x.places, device)
+            table = self.captured(Captured(x.source, x.since), device)
+            rows = self.function(operator.getitem, table, (*[slice(None)] * x.dim, at))
+            return self.call("contiguous", self.call("movedim", rows, x.dim, -1))
         value = example_value(x.source)
         number = _changing_float(x.source)
         if number is not None:
@@ -125,6 +134,35 @@ class Emitter:
             f"Move it to {device}.",
             message=f"{x.source} is on {value.device}, q on {device}",
         )
+
+    def _by_distance(self, x: Captured, diagonals: Diagonals) -> fx.Node:
+        """What is read of a tensor that is the same along its diagonals: made once for all that
+        read it, where the tensor is."""
+        name = f"{x.source} since {x.since}, {diagonals}"
+        order = {node: i for i, node in enumerate(self.graph.nodes)}
+        for node in order:
+            if node.meta.get("by_distance") == name:
+                return node
+        i, j, idle = diagonals
+        with self.graph.inserting_before(max(x[:2], key=order.__getitem__).next):
+            held = x.source
+            for d in sorted(idle, reverse=True):
+                held = self.call("select", held, d, 0)
+            held = self.call(
+                "movedim", held, [d - sum(k < d for k in idle) for d in (i, j)], [-2, -1]
+            )
+            rows, columns = (self.call("size", held, d) for d in (-2, -1))
+            device = example_value(held).device
+            last = self.function(operator.sub, rows, 1)
+            at = self.function(
+                torch.arange, self.function(operator.add, last, columns), device=device
+            )
+            after = self.function(operator.sub, at, last)
+            places = [self.call("clamp", self.call("neg", after), 0), self.call("clamp", after, 0)]
+            # One gather, into which Inductor writes what the tensor is made of.
+            vector = self.function(operator.getitem, held, (..., *places))
+        vector.meta["by_distance"] = name
+        return vector
 
     def seed(self, seed: Seed, device: torch.device) -> fx.Node:
         """An int64 [1], drawn where the program drew its dropout."""

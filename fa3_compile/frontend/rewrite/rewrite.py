@@ -105,6 +105,8 @@ def _attention(
     valued = _valued(region)
     for i, x in enumerate(region.loads):
         read = emit.captured(x, device)
+        if isinstance(x, Captured) and (x.diagonals or x.places):
+            x = region.loads[i] = Captured(read, read)
         held_constant = i not in valued and example_value(read).requires_grad
         operands.append(
             (getattr(x, "source", None), emit.call("detach", read) if held_constant else read)
@@ -188,6 +190,6 @@ def follow_replacements(region: Region, replaced: dict[fx.Node, fx.Node]) -> Non
         operand.source = replaced.get(operand.source, operand.source)
     for loads in (region.loads, region.coefficient_loads, region.factor_loads):
         loads[:] = [
-            Captured(replaced.get(x.source, x.source), x.since) if isinstance(x, Captured) else x
+            x._replace(source=replaced.get(x.source, x.source)) if isinstance(x, Captured) else x
             for x in loads
         ]

@@ -8,18 +8,21 @@ program has it in memory; a score_mod's is not.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import sympy
 import torch
 from sympy import And
 from sympy.logic.boolalg import Boolean
 from torch import fx
 
-from fa3_compile.frontend.lift.captured import Captured
+from fa3_compile.frontend.lift.captured import Captured, is_by_distance
 from fa3_compile.frontend.lift.elements.casts import cast
 from fa3_compile.frontend.lift.elements.movement import dimension, read_inside
 from fa3_compile.frontend.lift.lift import (
     Cheaper,
     Element,
+    Index,
     Lifter,
     Opaque,
     element_of,
@@ -34,21 +37,45 @@ from fa3_compile.spec.index import bounds, is_nonnegative, within
 aten = torch.ops.aten
 
 
-def place(node, at: Expr, size: Expr, ctx: Lifter) -> Expr:
-    """A gather's position, negative ones counted from the end."""
+def place(node, at: Expr, ctx: Lifter, from_end: Expr | None = None) -> Expr:
+    """A gather's position. Negative ones are counted from the end, if that is given; in the places
+    of other gathers there are none."""
     inner = at.atoms(load)
     held = bool(ctx.shadow.dynamo_of.get(node))
-    if len({symbol for x in inner for symbol in x.free_symbols}) > 1:
+    if len({y for x in inner if not is_by_distance(x, ctx.loads) for y in x.free_symbols}) > 1:
         if held or not ctx.computes:
             raise Cheaper(node, "places that are read for every element")
     elif inner and not held and not ctx.computes:
         raise Cheaper(node, "places that are read")
     limits = bounds(at, ctx.ranges)
-    if limits is not None and is_nonnegative(limits[0]):
+    if from_end is None or limits is not None and is_nonnegative(limits[0]):
         return at
     if at.is_number:
-        return at + size if at < 0 else at
-    return where(at < 0, at + size, at)
+        return at + from_end if at < 0 else at
+    return where(at < 0, at + from_end, at)
+
+
+def positions(node: fx.Node, index: Index, ctx: Lifter) -> Expr:
+    """An element of the places that are gathered from. Where a part of it is read by the distance,
+    all of it is, if it can be."""
+    at = number(ctx.element(node, index))
+    if not any(is_by_distance(x, ctx.loads) for x in at.atoms(load)):
+        return at
+    try:
+        whole = number(ctx.load(node, index))
+    except Opaque:
+        return at
+    return whole if all(is_by_distance(x, ctx.loads) for x in whole.atoms(load)) else at
+
+
+def _gathered(node, source: fx.Node, at: Sequence[Expr], ctx: Lifter) -> Element:
+    """What is read there: not, for every query and key, from a row for each query."""
+    for i, x in enumerate(at):
+        others = {symbol for y in (*at[:i], *at[i + 1 :]) for symbol in y.free_symbols}
+        for y in x.atoms(load):
+            if is_by_distance(y, ctx.loads) and y.free_symbols & others:
+                raise Cheaper(node, "places that are read for every element")
+    return ctx.element(source, at)
 
 
 @element_of(aten.index.Tensor, aten._unsafe_index.Tensor)
@@ -73,9 +100,9 @@ def _(node, index, ctx: Lifter) -> Element:
         if p is None:
             moved.append(rest.pop(0))
         else:
-            at = number(ctx.element(p, gathered[rank - p.meta["val"].dim() :]))
-            moved.append(place(node, at, shape[d], ctx))
-    return ctx.element(source, moved)
+            at = positions(p, gathered[rank - p.meta["val"].dim() :], ctx)
+            moved.append(place(node, at, ctx, from_end=shape[d]))
+    return _gathered(node, source, moved, ctx)
 
 
 def _needs_grad(node: fx.Node, ctx: Lifter) -> bool:
@@ -88,18 +115,18 @@ def _(node, index, ctx: Lifter) -> Element:
     weight, places, padding, by_frequency, *_ = (*node.args, *(-1, False)[len(node.args) - 2 :])
     if (padding >= 0 or by_frequency) and _needs_grad(weight, ctx):
         raise Opaque(node, "a table whose gradient leaves rows out, or weighs them")
-    at = number(ctx.element(places, index[:-1]))
-    return ctx.element(weight, (place(node, at, shape_of(weight)[0], ctx), index[-1]))
+    at = positions(places, index[:-1], ctx)
+    return ctx.element(weight, (place(node, at, ctx), index[-1]))
 
 
 @element_of(aten.gather.default)
 def _(node, index, ctx: Lifter) -> Element:
     source, d, places = node.args[:3]
     d = dimension(d, len(index))
-    at = number(ctx.element(places, index))
+    at = positions(places, index, ctx)
     moved = [*index]
-    moved[d] = place(node, at, shape_of(source)[d], ctx)
-    return ctx.element(source, moved)
+    moved[d] = place(node, at, ctx)
+    return _gathered(node, source, moved, ctx)
 
 
 @element_of(aten.index_select.default)
@@ -107,9 +134,7 @@ def _(node, index, ctx: Lifter) -> Element:
     source, d, places = node.args
     d = dimension(d, len(index))
     at = number(ctx.element(places, (index[d],)))
-    return ctx.element(
-        source, (*index[:d], place(node, at, shape_of(source)[d], ctx), *index[d + 1 :])
-    )
+    return ctx.element(source, (*index[:d], place(node, at, ctx), *index[d + 1 :]))
 
 
 @element_of(aten.copy.default)

@@ -101,19 +101,21 @@ def _(node, index, ctx: Lifter) -> Element:
 
 @element_of(aten.slice.Tensor)
 def _(node, index, ctx: Lifter) -> Element:
-    source, d, start, _, step = _slice_arguments(node)
+    source, d, start, stop, step = slice_arguments(node)
     moved = list(index)
     size = shape_of(source)[d]
     start = sym(start)
     if start.is_Integer and size.is_Integer:
         start = min(max(start + size if start < 0 else start, sympy.S.Zero), size)
+    elif (stop, step) == (MAX_SLICE, 1):
+        start = size - shape_of(node)[d]  # the last so many
     elif not is_nonnegative(start):
         raise Opaque(node, "a slice that begins at an unknown place")
     moved[d] = start + sym(step) * moved[d]
     return ctx.element(source, moved)
 
 
-def _slice_arguments(node: fx.Node):
+def slice_arguments(node: fx.Node):
     source, d, start, stop, step = (*node.args, *[None] * (5 - len(node.args)))
     rank = len(source.meta["val"].shape)
     values = [x.meta["val"] if isinstance(x, fx.Node) else x for x in (start, stop, step)]
