@@ -37,10 +37,10 @@ __all__ = ["launches", "triton_driver"]
 
 # What a form launches, forward and backward.
 FORMS = {
-    "causal": ("attention_forward", "row_terms key_blocks query_blocks"),
+    "causal": ("attention_forward", "row_terms query_blocks key_blocks"),
     "documents": (
         "block_lists attention_forward",
-        "row_terms block_lists key_blocks block_lists query_blocks",
+        "row_terms block_lists query_blocks block_lists key_blocks",
     ),
     "relative bias": ("attention_forward", "row_terms query_blocks dense0"),
 }

@@ -269,10 +269,10 @@ def bind(problem: Problem, configs: Configs, given: BackwardInputs) -> dict[str,
     if spec.normalized:
         # With two products in it, it has the registers of a walk over keys.
         plan.append(("row_terms", ROW_TERMS if q.element_size() == 2 else configs.queries, queries))
-    if wanted.kv or key_sums(spec, wanted.aux):
-        plan.append(("key_blocks", configs.keys, keys))
     if wanted.q or row_sums(spec, wanted.aux) or keys_share(spec, wanted.aux):
         plan.append(("query_blocks", configs.queries, queries))
+    if wanted.kv or key_sums(spec, wanted.aux):
+        plan.append(("key_blocks", configs.keys, keys))
     built = functools.partial(bind_kernel, tensors=tensors, integers=integers, constants=constants)
     found: dict[str, Launched] = {}
     for name, config, grid in plan:
