@@ -218,7 +218,7 @@ class TestLinear:
         # Sun et al. 2023, equation 5.
         assert_expected_inline(
             specs(check(lambda q, k, v: (q @ k.mT * decay()) @ v, *qkv())),
-            """attention(normalize=none, score=load(0, h, q, kv)*s, mask=kv <= q, aux=[float])""",
+            """attention(normalize=none, score=load(0, h, kv - q + 23)*s, mask=kv <= q, aux=[float])""",
         )
 
     def test_decay_that_is_an_exponential_is_computed(self):
