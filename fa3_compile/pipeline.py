@@ -26,6 +26,7 @@ from fa3_compile.frontend.dynamo.linear import mark_products
 from fa3_compile.frontend.dynamo.liveness import remove_dead
 from fa3_compile.frontend.expand import flex
 from fa3_compile.frontend.expand.einsum import expand_products
+from fa3_compile.frontend.expand.encoder_layer import expand_encoder_layers
 from fa3_compile.frontend.expand.flex_captures import detach_captures
 from fa3_compile.frontend.expand.multi_head_attention import expand_calls
 from fa3_compile.frontend.layout import layout
@@ -92,7 +93,8 @@ def _rewrite_graph(
     build: bool,
     outputs: Outputs,
 ) -> int:
-    expanded = expand_calls(gm.graph) + expand_products(gm.graph) + detach_captures(gm)
+    expanded = expand_calls(gm.graph) + expand_encoder_layers(gm.graph)
+    expanded += expand_products(gm.graph) + detach_captures(gm)
     mark_products(gm.graph)
     shadow = trace.shadow(gm)
     entries: list[tuple[RegionReport, Region | None, fx.Node | None]] = []

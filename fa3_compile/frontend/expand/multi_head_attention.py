@@ -1,6 +1,6 @@
 """`F.multi_head_attention_forward` written out in the Dynamo graph.
 
-`nn.MultiheadAttention` and `nn.TransformerEncoderLayer` reach Dynamo as one call with its
+`nn.MultiheadAttention` and the layers of `nn.Transformer` reach Dynamo as one call with its
 projections inside, so that Q, K and V are no nodes of the graph. The call is replaced by the plain
 operations that its source consists of; those are what the other stages read.
 """
@@ -16,13 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import guard_scalar
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-from fa3_compile.frontend.dynamo.graph import computing_fakes, example_value
+from fa3_compile.frontend.dynamo.graph import example_value
 from fa3_compile.frontend.dynamo.mutations import is_mutation
-from fa3_compile.frontend.dynamo.sizes import sym
-from fa3_compile.frontend.rewrite.emit import Emitter
+from fa3_compile.frontend.expand.write_out import is_node, write_out
 
 # Keys and values given in place of their projections: nothing in torch.nn does that.
 RARE = ("static_k", "static_v")
@@ -44,7 +42,7 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
     given = bound.arguments
     if not given["training"]:
         given["dropout_p"] = 0.0
-    elif _is_node(given["dropout_p"]):
+    elif is_node(given["dropout_p"]):
         # PyTorch compiles the probability of a dropout in, and so do we.
         given["dropout_p"] = guard_scalar(example_value(given["dropout_p"]))
     return given
@@ -54,7 +52,7 @@ def _expandable(node: fx.Node) -> bool:
     given = _arguments(node)
     outputs = [u for u in node.users if u.target is operator.getitem and u.args[1] == 0]
     others = [u for u in node.users if u not in outputs and _is_read(u)]
-    values = [example_value(x) for x in tree_leaves(list(given.values())) if _is_node(x)]
+    values = [example_value(x) for x in tree_leaves(list(given.values())) if is_node(x)]
     drops = given["dropout_p"] > 0
     return (
         bool(outputs)
@@ -69,23 +67,8 @@ def _is_read(node: fx.Node) -> bool:
     return any(u.op == "output" or is_mutation(u) or _is_read(u) for u in node.users)
 
 
-def _is_node(x) -> bool:
-    return isinstance(x, fx.Node)
-
-
 def _expand(graph: fx.Graph, node: fx.Node) -> None:
-    given = _arguments(node)
-    fakes = tree_map(lambda x: example_value(x) if _is_node(x) else x, given)
-    tensors = [v for v in tree_leaves(list(fakes.values())) if isinstance(v, torch.Tensor)]
-    nodes = {
-        id(fakes[name]): x for name, x in given.items() if _is_node(x) and fakes[name] is not None
-    }
-    fake_mode = tensors[0].fake_mode  # pyright: ignore
-    with graph.inserting_before(node), computing_fakes(fake_mode):
-        recorder = _Recorder(Emitter(graph, node, tensors[0]), nodes)
-        with recorder:
-            results = multi_head_attention(fakes)
-        made = [recorder.nodes[id(x)] if x is not None else None for x in results]
+    made = write_out(graph, node, _arguments(node), multi_head_attention)
     for user in list(node.users):
         taken = user.args[1] if user.target is operator.getitem else None
         replacement = made[taken] if isinstance(taken, int) else None
@@ -100,42 +83,6 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
     for user in list(node.users):
         _erase(graph, user)
     graph.erase_node(node)
-
-
-class _Recorder(TorchFunctionMode):
-    """Writes every torch call made under it into a graph, with its fake value."""
-
-    def __init__(self, emit: Emitter, nodes: dict[int, fx.Node]):
-        super().__init__()
-        self.emit, self.graph, self.nodes, self.like = emit, emit.graph, nodes, emit.before
-        # Ids stay unique only while their tensors live.
-        self.alive: list[Any] = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        value = func(*args, **kwargs)
-        if not any(isinstance(x, torch.Tensor) for x in tree_leaves(value)):
-            return value
-        at, named = tree_map(self._node, (list(args), kwargs))
-        if getattr(torch.Tensor, func.__name__, None) is func:
-            node = self.graph.call_method(func.__name__, tuple(at), named)
-        else:
-            node = self.graph.call_function(func, tuple(at), named)
-        node.meta.update(stack_trace=self.like.meta.get("stack_trace"), example_value=value)
-        self.alive.append(value)
-        if isinstance(value, torch.Tensor):
-            self.nodes[id(value)] = node
-        else:
-            for i, part in enumerate(value):
-                item = self.graph.call_function(operator.getitem, (node, i))
-                item.meta.update(node.meta, example_value=part)
-                self.nodes[id(part)] = item
-        return value
-
-    def _node(self, x):
-        if isinstance(x, torch.SymInt):
-            return self.emit.size(sym(x))
-        return self.nodes[id(x)] if isinstance(x, torch.Tensor) else x
 
 
 def multi_head_attention(given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
