@@ -4,6 +4,7 @@
 #   make lint    ruff and pyright
 #   make docs    the documentation, into site/
 #   make check   lint, docs and test, as CI does
+#   make install what all of them need
 #   make format  let ruff rewrite the files
 PYTHON ?= python3
 PYTEST ?= -n auto --dist loadgroup -m "not slow"
@@ -12,7 +13,7 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-.PHONY: demo test lint docs check format clean
+.PHONY: demo test lint docs check install format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/test.stamp
@@ -31,24 +32,31 @@ docs: $(VENV)/docs.stamp
 
 check: lint docs test
 
+install: $(VENV)/dev.stamp $(VENV)/docs.stamp
+
 format: $(VENV)/dev.stamp
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
+
+# Python compiles what it imports, when it does, and keeps that: most of torch and transformers it
+# never does. The builds after the first find hatchling there.
+unexport PYTHONDONTWRITEBYTECODE
+INSTALL := $(PIP) install --no-compile -c constraints.txt
 
 # torch goes first and alone: named exactly, pip takes a local CPU wheel where one is offered; any
 # looser requirement may take the newest release and its gigabytes of CUDA packages instead.
 $(VENV)/test.stamp: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -c constraints.txt $(TORCH)
-	$(PIP) install -c constraints.txt -e '.[test]'
+	$(INSTALL) $(TORCH)
+	$(INSTALL) -e '.[test]'
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/test.stamp
-	$(PIP) install -c constraints.txt -e '.[dev]'
+	$(INSTALL) --no-build-isolation -e '.[dev]'
 	touch $@
 
 $(VENV)/docs.stamp: $(VENV)/test.stamp
-	$(PIP) install -c constraints.txt -e '.[docs]'
+	$(INSTALL) --no-build-isolation -e '.[docs]'
 	touch $@
 
 clean:
