@@ -215,6 +215,19 @@ def test_arithmetic():
     )
 
 
+def test_a_copy_into_other_strides():
+    """PyTorch's own lerp of transposed scores ends in one."""
+
+    def attention(q, k, v, between):
+        s = (k @ q.mT).mT * SCALE
+        return attend(torch.lerp(s, s + 4, between), v)
+
+    assert_expected_inline(
+        specs(check(attention, *qkv(), uniform(S, S) / 2)),
+        """attention(score=4*load(0, q, kv) + 0.25*s, aux=[float])""",
+    )
+
+
 def test_dot_product_of_unit_vectors():
     def attention(q, k, v):
         return attend(F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * 10, v)

@@ -39,6 +39,7 @@ MOVEMENT = frozenset(
         aten.select.int,
         aten.repeat.default,
         aten.clone.default,
+        torch.ops.prims.copy_strided.default,
         aten.alias.default,
         aten.detach.default,
         aten.contiguous.default,

@@ -117,6 +117,7 @@ def rounded(x: Expr, dtype: torch.dtype) -> Expr:
 
 @element_of(
     aten.clone.default,
+    torch.ops.prims.copy_strided.default,
     aten.alias.default,
     aten.detach.default,
     aten.lift_fresh_copy.default,
