@@ -51,6 +51,9 @@ def test_masks(name):
     assert "mask=" in specs(report) and read in specs(report)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.13", reason="with such lengths Dynamo leaves it out of the graph"
+)
 def test_lengths_that_change():
     assert inference(layer(), dynamic=True).fused
 
