@@ -15,10 +15,11 @@ import torch
 from hypothesis import given, settings
 
 from fa3_compile.lower.printers.cuda_placer import KernelPrinter
-from fa3_compile.lower.printers.printer import Env, Session, Text, UnprintableError
+from fa3_compile.lower.printers.printer import Env, Session, UnprintableError
 from fa3_compile.lower.printers.printer_cuda import CudaPrinter
 from fa3_compile.lower.printers.printer_torch import TorchPrinter
 from fa3_compile.lower.printers.printer_triton import TritonPrinter
+from fa3_compile.lower.printers.text import Text
 from fa3_compile.spec.expr import trunc
 from fa3_compile.spec.text import parse
 from tests.spec.by_hand import evaluate, indices, masks, scores
@@ -102,6 +103,23 @@ def test_shared_subexpressions_get_a_variable():
     assert results[1] == "u0 < 3"
 
 
+def test_a_scale_of_several_functions_of_the_score_is_multiplied_last():
+    """Compilers make fma(0.1, x, -0.1*y) of 0.1*x - 0.1*y, which is not 0 where x is y."""
+
+    def printed(formula: str) -> str:
+        return CudaPrinter().print(parse(formula), ENV)
+
+    assert printed("0.1*s - 0.1*abs(s) + q") == "0.1f*(s - fabsf(s)) + float(q)"
+    assert printed("-0.1*abs(s) - 0.1*exp(s) + q") == "float(q) - 0.1f*(fabsf(s) + expf(s))"
+    assert printed("(2*s - 2*abs(s))*exp(s)") == "(2.0f*(s - fabsf(s)))*expf(s)"
+    # Not where the sum may be infinite and the terms are not, nor what is no function of s.
+    assert printed("0.1*s + 0.1*where(s > 0, -3e38, s)") == (
+        "0.1f*s + 0.1f*((s > 0.0f) ? -3e+38f : s)"
+    )
+    assert printed("0.1*s + 0.1*load(0, q)") == "0.1f*s + 0.1f*float(A0[q])"
+    assert printed("0.1*s + 0.2*abs(s)") == "0.1f*s + 0.2f*fabsf(s)"
+
+
 def test_what_a_language_lacks_is_named():
     with pytest.raises(UnprintableError, match="lgamma"):
         TorchPrinter().print(sympy.Function("lgamma")(sympy.Symbol("s", real=True)))
@@ -171,6 +189,7 @@ FORMULAS = [
     "where(bitwise_and(q, left_shift(1, mod(kv, 8))) != 0, s, mod(right_shift(q, b), 2))",
     "0.5*(q - kv) - q*q*kv",
     "0.3*(q - kv) + 0.7*(kv - Skv) - 2*s - 1",
+    "0.3*(q - kv) - 0.3*abs(s) + 0.3*s - 0.7*tanh(s) - 0.7*s + 1",
     "-0.3*q - 0.3*kv - s",
     "1 - 2*q + 3*kv - Skv + Sq",
     # The digits of small numbers.

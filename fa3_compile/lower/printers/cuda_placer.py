@@ -9,8 +9,8 @@ import sympy
 
 from fa3_compile.lower.printers import hoist
 from fa3_compile.lower.printers.formulas import with_small_digits
-from fa3_compile.lower.printers.printer import Text
 from fa3_compile.lower.printers.printer_cuda import CudaPrinter
+from fa3_compile.lower.printers.text import Text
 from fa3_compile.spec import expr as E
 
 

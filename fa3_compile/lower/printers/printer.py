@@ -14,20 +14,29 @@ as in Python everywhere.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import sympy
 
 from fa3_compile.lower.printers.shared_parts import shared_parts
+from fa3_compile.lower.printers.text import (
+    ADD,
+    ATOM,
+    LOW,
+    MUL,
+    Text,
+    negated,
+    sign_strength,
+    sum_of,
+)
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.mask_biases import bias_of
 
-# Binding strength of a printed piece; an operand weaker than its operator gets parentheses.
-LOW, ADD, MUL, ATOM = range(4)
-
 OPERATORS = {"and": " & ", "or": " | "}  # of torch and Triton
 LARGEST_PRODUCT = 16  # integer powers up to here are written as products
+LARGEST_SUMMED = 1e30  # numbers up to here may be added before they are scaled
 
 
 class UnprintableError(TypeError):
@@ -47,20 +56,6 @@ class Env:
     names: Mapping[str, str] = field(default_factory=dict)
     load: Callable[[E.load, list[str]], str] | None = None
     aux: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class Text:
-    """A printed piece."""
-
-    body: str
-    kind: str
-    strength: int = ATOM
-    literal: bool = False
-
-    def at(self, strength: int) -> str:
-        """The text as an operand of an operator of that strength."""
-        return self.body if self.strength >= strength else f"({self.body})"
 
 
 class Printer:
@@ -191,9 +186,9 @@ class Session:
     def constant(self, expr) -> Text:
         if expr.is_Integer:
             body = str(int(expr))
-            return Text(body, "int", _sign_strength(body), True)
+            return Text(body, "int", sign_strength(body), True)
         body = self.to.number(float(expr))
-        return Text(body, "float", _sign_strength(body), True)
+        return Text(body, "float", sign_strength(body), True)
 
     def _BooleanTrue(self, expr) -> Text:
         return Text(self.to.TRUE, "bool")
@@ -222,8 +217,11 @@ class Session:
 
     def _Add(self, expr) -> Text:
         """Integers are summed exactly before they meet a float: `0.3*(kv - q)`, which sympy
-        stores as `0.3*kv - 0.3*q`, is one product again."""
+        stores as `0.3*kv - 0.3*q`, is one product again. So is a scale of several functions of s,
+        which cancel as in the program then: of 0.3*x - 0.3*y a compiler makes
+        fma(0.3, x, -0.3*y), which is the rounding of 0.3*y where x is y."""
         exact: dict[sympy.Expr, list[tuple[bool, Text]]] = {}
+        scaled: dict[sympy.Expr, list[tuple[bool, Text]]] = {x: [] for x in _common_scales(expr)}
         terms: list[tuple[bool, Text]] = []
         for term in expr.args:
             coefficient, rest = term.as_coeff_Mul()
@@ -234,18 +232,24 @@ class Session:
                 exact.setdefault(sympy.S.One if scale.is_Integer else scale, []).append(
                     (negative, x)
                 )
+            elif scale in scaled and _may_be_summed(rest):
+                scaled[scale].append((negative, self.to.to_float(self.text(rest))))
             else:
                 terms.append((negative, self.text(scale * rest)))
-        sums = {scale: _sum(found, "int") for scale, found in exact.items()}
+        terms += [self.times(scale, found, "float") for scale, found in scaled.items() if found]
+        sums = {scale: sum_of(found, "int") for scale, found in exact.items()}
         if not terms and list(sums) == [1]:
             return sums[sympy.S.One]
-        for scale, found in exact.items():
-            negative = all(x[0] for x in found)
-            x = self.to.to_float(_sum([(not negative and n, x) for n, x in found], "int"))
-            if scale != 1:
-                x = Text(f"{self.to.number(float(scale))}*{x.at(ATOM)}", "float", MUL)
-            terms.append((negative, x))
-        return _sum(terms, "float")
+        terms += [self.times(scale, found, "int") for scale, found in exact.items()]
+        return sum_of(terms, "float")
+
+    def times(self, scale, terms: list[tuple[bool, Text]], kind: str) -> tuple[bool, Text]:
+        """A positive scale times a sum, as (whether it has a minus sign, the float without it)."""
+        negative = all(x[0] for x in terms)
+        x = self.to.to_float(sum_of([(not negative and n, x) for n, x in terms], kind))
+        if scale != 1:
+            x = Text(f"{self.to.number(float(scale))}*{x.at(ATOM)}", "float", MUL)
+        return negative, x
 
     def _Mul(self, expr) -> Text:
         coefficient, product = expr.as_coeff_Mul()
@@ -269,7 +273,7 @@ class Session:
             body = "*".join([args[0].at(MUL), *(x.at(ATOM) for x in args[1:])])
         kind = "int" if args and all(x.kind == "int" for x in args) else "float"
         strength = ADD if minus or body[0] == "-" else MUL
-        return Text(_negated(Text(body, kind, MUL)) if minus else body, kind, strength)
+        return Text(negated(Text(body, kind, MUL)) if minus else body, kind, strength)
 
     def _Pow(self, expr) -> Text:
         base, exponent = expr.base, expr.exp
@@ -367,33 +371,17 @@ class Session:
         return self.to.unary(name, self.text(expr.args[0]))
 
 
+def _common_scales(total) -> list[sympy.Expr]:
+    """What several functions of s are multiplied by in a sum."""
+    terms = [x.as_coeff_Mul() for x in total.args]
+    counted = Counter(abs(scale) for scale, x in terms if _may_be_summed(x))
+    return [x for x, count in counted.items() if count > 1 and x != 1 and x.is_finite]
+
+
+def _may_be_summed(x: sympy.Expr) -> bool:
+    """Whether it is a function of s, and nowhere so large that a sum of several overflows."""
+    largest = max((abs(n) for n in x.atoms(sympy.Number)), default=sympy.S.Zero)
+    return E.S in x.free_symbols and bool(largest < LARGEST_SUMMED)
+
+
 _FUNCTION_NAMES = {"ceiling": "ceil", "round_half_even": "round"}
-
-
-def _sign_strength(body: str) -> int:
-    return ADD if body.startswith("-") else ATOM
-
-
-def _negated(x: Text) -> str:
-    """Minus x. In Python -a // b and -a % b are (-a) // b and (-a) % b."""
-    rounds = x.kind == "int" and ("//" in x.body or "%" in x.body)
-    return f"-{x.at(ATOM if rounds else MUL)}"
-
-
-def _sum(terms: list[tuple[bool, Text]], kind: str) -> Text:
-    if len(terms) == 1 and terms[0][1].literal:
-        [(negative, x)] = terms
-        return Text(f"-{x.body}", kind, ADD, True) if negative else x
-    terms = sorted(terms, key=lambda x: x[0])  # a positive term first, where there is one
-    body = ""
-    for negative, x in terms:
-        if body:
-            body += f" {'-' if negative else '+'} {x.at(MUL)}"
-        else:
-            body = _negated(x) if negative else x.at(ADD)
-    return Text(body, kind, ADD)
-
-
-def python_mod(a: Text, b: Text) -> str:
-    """The sign of the divisor, whichever way the language's `%` rounds."""
-    return f"({a.at(MUL)} % {b.at(ATOM)} + {b.at(ADD)}) % {b.at(ATOM)}"

@@ -13,15 +13,8 @@ from fa3_compile.lower.printers.formulas import (
     with_precise_tanh,
     with_small_digits,
 )
-from fa3_compile.lower.printers.printer import (
-    ADD,
-    ATOM,
-    LOW,
-    MUL,
-    Printer,
-    Text,
-    python_mod,
-)
+from fa3_compile.lower.printers.printer import Printer
+from fa3_compile.lower.printers.text import ADD, ATOM, LOW, MUL, Text, python_mod
 from fa3_compile.spec import expr as E
 
 

@@ -7,7 +7,8 @@ import math
 import sympy
 
 from fa3_compile.lower.printers.formulas import with_small_digits
-from fa3_compile.lower.printers.printer import ATOM, LOW, MUL, OPERATORS, Printer, Text
+from fa3_compile.lower.printers.printer import OPERATORS, Printer
+from fa3_compile.lower.printers.text import ATOM, LOW, MUL, Text
 
 
 class TorchPrinter(Printer):

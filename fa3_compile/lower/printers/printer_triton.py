@@ -16,16 +16,8 @@ from fa3_compile.lower.printers.formulas import (
     with_precise_tanh,
     with_small_digits,
 )
-from fa3_compile.lower.printers.printer import (
-    ADD,
-    ATOM,
-    LOW,
-    MUL,
-    OPERATORS,
-    Printer,
-    Text,
-    python_mod,
-)
+from fa3_compile.lower.printers.printer import OPERATORS, Printer
+from fa3_compile.lower.printers.text import ADD, ATOM, LOW, MUL, Text, python_mod
 from fa3_compile.spec import expr as E
 
 

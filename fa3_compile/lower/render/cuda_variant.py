@@ -16,7 +16,8 @@ import sympy
 
 from fa3_compile.lower.printers import hoist
 from fa3_compile.lower.printers.cuda_placer import NUMBER, TILE, KernelPrinter, Member, Placer
-from fa3_compile.lower.printers.printer import Env, Session, Text
+from fa3_compile.lower.printers.printer import Env, Session
+from fa3_compile.lower.printers.text import Text
 from fa3_compile.lower.render import block_map
 from fa3_compile.lower.render.cuda_distance import distance_term, scaling
 from fa3_compile.lower.render.cuda_terms import (

@@ -15,8 +15,9 @@ import sympy
 
 from fa3_compile import resources
 from fa3_compile.lower.printers import hoist
-from fa3_compile.lower.printers.printer import LOW, Env, Session, Text
+from fa3_compile.lower.printers.printer import Env, Session
 from fa3_compile.lower.printers.printer_triton import TritonPrinter
+from fa3_compile.lower.printers.text import LOW, Text
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
 

@@ -14,8 +14,8 @@ from types import MappingProxyType
 import sympy
 
 from fa3_compile.lower.printers import hoist
-from fa3_compile.lower.printers.printer import Text
 from fa3_compile.lower.printers.shared_parts import shared_parts
+from fa3_compile.lower.printers.text import Text
 from fa3_compile.lower.render import render
 from fa3_compile.lower.render.render import Common, Writer, common
 from fa3_compile.lower.render.render_blocks import owner
