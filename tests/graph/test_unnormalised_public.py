@@ -86,7 +86,7 @@ def test_gated_attention_unit():
 def test_retention():
     assert_expected_inline(
         specs(check(Retention(rows=False), normal(B, S, 32))),
-        """attention(normalize=none, score=0.25*load(0, h, q, kv)*pow(load(1, h, q, 0), -1)*s, aux=[float, float], out_order=bqhd)""",
+        """attention(normalize=none, score=0.25*load(0, h, kv - q + 23)*pow(load(1, h, q, 0), -1)*s, aux=[float, float], out_order=bqhd)""",
     )
 
 
