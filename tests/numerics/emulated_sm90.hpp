@@ -1,18 +1,19 @@
-// What the Hopper kernels use of CUDA, on the CPU: a thread for each of a block's threads, warps and
+// What the Hopper kernels use of CUDA, on the CPU: a fiber for each of a block's threads, warps and
 // warpgroups as barriers, shared memory as an array, and the tensor cores, the copy engine and
-// mbarriers as their documentation has them. Blocks run one after the other.
+// mbarriers as their documentation has them. Blocks run one after the other, and of the fibers one
+// at a time, in another order in each round.
 #pragma once
-#include <atomic>
-#include <barrier>
+#include <ucontext.h>
+
+#include <algorithm>
 #include <cmath>
-#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <memory>
-#include <mutex>
-#include <thread>
+#include <random>
 #include <vector>
 
 struct int2 { int x, y; };
@@ -27,30 +28,93 @@ inline float __fsub_rn(float x, float y) { return x - y; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 namespace emulated {
+inline unsigned thread;
+
+// The threads of a block. One that waits lets the others run; where all of them wait, that is an
+// error.
+struct Fibers {
+  static constexpr size_t kStack = 1 << 18;
+  std::vector<ucontext_t> contexts;
+  std::vector<std::unique_ptr<char[]>> stacks;
+  std::vector<bool> done;
+  ucontext_t scheduler;
+  std::function<void()> body;
+  bool moved;  // somebody did more than wait
+
+  void run(int threads, std::function<void()> what);
+  void leave() { swapcontext(&contexts[thread], &scheduler); }
+};
+inline Fibers* fibers;
+
+inline void enter() {
+  fibers->body();
+  fibers->done[thread] = fibers->moved = true;
+}
+
+inline void Fibers::run(int threads, std::function<void()> what) {
+  body = std::move(what);
+  contexts.resize(threads), stacks.resize(threads), done.assign(threads, false);
+  fibers = this;
+  for (int t = 0; t < threads; ++t) {
+    stacks[t].reset(new char[kStack]);
+    getcontext(&contexts[t]);
+    contexts[t].uc_stack.ss_sp = stacks[t].get();
+    contexts[t].uc_stack.ss_size = kStack;
+    contexts[t].uc_link = &scheduler;
+    makecontext(&contexts[t], enter, 0);
+  }
+  std::vector<int> left(threads);
+  for (int t = 0; t < threads; ++t) left[t] = t;
+  std::minstd_rand random;
+  while (!left.empty()) {
+    moved = false;
+    for (int t : left) {
+      thread = t;
+      swapcontext(&scheduler, &contexts[t]);
+    }
+    left.erase(std::remove_if(left.begin(), left.end(), [&](int t) { return done[t]; }),
+               left.end());
+    if (!moved) std::printf("every thread waits\n"), std::abort();
+    std::shuffle(left.begin(), left.end(), random);
+  }
+}
+
+template <class F> void wait_until(F condition) {
+  while (!condition()) fibers->leave();
+  fibers->moved = true;
+}
+
+struct Gate {
+  explicit Gate(int threads) : threads(threads) {}
+  int threads, arrived = 0;
+  unsigned turn = 0;
+  void arrive_and_wait() {
+    unsigned mine = turn;
+    if (++arrived == threads) arrived = 0, ++turn;
+    wait_until([&] { return turn != mine; });
+  }
+};
+
 struct Warp {
-  std::barrier<> gate{32};
+  Gate gate{32};
   unsigned long long slots[32];
 };
 struct Pending { int arrivals, count; long long bytes; int phase; };
 struct Block {
   explicit Block(int threads) : gate(threads), warps(threads / 32), groups((threads + 127) / 128) {
     for (auto& x : warps) x = std::make_unique<Warp>();
-    for (auto& x : groups) x = std::make_unique<std::barrier<>>(threads < 128 ? threads : 128);
+    for (auto& x : groups) x = std::make_unique<Gate>(threads < 128 ? threads : 128);
   }
-  std::barrier<> gate;
+  Gate gate;
   std::vector<std::unique_ptr<Warp>> warps;
-  std::vector<std::unique_ptr<std::barrier<>>> groups;
-  std::mutex lock;
-  std::condition_variable flipped;  // the phase of one of the barriers
+  std::vector<std::unique_ptr<Gate>> groups;
   std::map<unsigned, Pending> barriers;
   unsigned registers[512][4];  // A operands on their way to other lanes
-  std::atomic<int> votes{0}, ors{0};
+  int ors = 0;
 };
 inline Block* block;
 inline char memory_base[1 << 18];
-inline thread_local unsigned thread;
 inline dim3_ block_at, grid_of;
-inline std::mutex global_lock;
 inline Warp& warp() { return *block->warps[thread / 32]; }
 
 template <class F>
@@ -129,7 +193,6 @@ inline int reduced(int x, bool least) {
 inline int __reduce_min_sync(unsigned, int x) { return reduced(x, true); }
 inline int __reduce_max_sync(unsigned, int x) { return reduced(x, false); }
 inline int atomicAdd(int* p, int x) {
-  std::lock_guard hold(emulated::global_lock);
   int old = *p;
   *p += x;
   return old;
@@ -191,13 +254,11 @@ inline float ldg(const Fp16* p) { return value_of<Fp16>(p->bits); }
 inline void settle(emulated::Pending& x) {
   if (x.arrivals == 0 && x.bytes == 0) {
     x.arrivals = x.count, x.phase ^= 1;
-    emulated::block->flipped.notify_all();
   }
 }
 inline void mbarrier_init(uint32_t b, int n) { emulated::block->barriers[b] = {n, n, 0, 0}; }
 inline void mbarrier_init_fence() {}
 inline void mbarrier_change(uint32_t b, int arrivals, long long bytes) {
-  std::lock_guard hold(emulated::block->lock);
   auto& x = emulated::block->barriers.at(b);
   x.arrivals -= arrivals;
   x.bytes += bytes;
@@ -207,10 +268,8 @@ inline void mbarrier_change(uint32_t b, int arrivals, long long bytes) {
 inline void mbarrier_arrive(uint32_t b) { mbarrier_change(b, 1, 0); }
 inline void mbarrier_expect(uint32_t b, int bytes) { mbarrier_change(b, 1, bytes); }
 inline void mbarrier_wait(uint32_t b, uint32_t parity) {
-  std::unique_lock hold(emulated::block->lock);
-  emulated::block->flipped.wait(hold, [&] {
-    return emulated::block->barriers.at(b).phase != static_cast<int>(parity);
-  });
+  auto& x = emulated::block->barriers.at(b);
+  emulated::wait_until([&] { return x.phase != static_cast<int>(parity); });
 }
 template <int Stages> struct PipelineState {
   uint32_t passed = 0;
@@ -258,7 +317,6 @@ inline void bulk_load(uint32_t dst, const void* from, int bytes, uint32_t barrie
 using StoreDtype = DTYPE;
 template <bool Add>
 void tma_store(const TensorMap& m, uint32_t from, int d, int row, int head, int batch) {
-  std::lock_guard hold(emulated::global_lock);
   over_box(m, from, d, row, head, batch, [](uint32_t at, unsigned short* to) {
     if (!to) return;
     unsigned short x = at_shared<unsigned short>(at);
@@ -292,7 +350,7 @@ struct Operand {
                         2 * (n % width), row_bytes);
   }
 };
-inline std::barrier<>& warpgroup() { return *emulated::block->groups[emulated::thread / 128]; }
+inline emulated::Gate& warpgroup() { return *emulated::block->groups[emulated::thread / 128]; }
 template <class D, int N> struct Wgmma {
   template <class A, class B>
   static void multiply(float (&d)[N / 2], A a, B b, bool add) {
@@ -391,7 +449,6 @@ inline void discard(const float* line) {
   const_cast<float*>(line)[0] = const_cast<float*>(line)[31] = nan();
 }
 inline void add_global(float* to, float a, float b, float c, float d, uint64_t = 0) {
-  std::lock_guard hold(emulated::global_lock);
   to[0] += a, to[1] += b, to[2] += c, to[3] += d;
 }
 
@@ -401,7 +458,7 @@ inline void fence_gpu() {}
 inline void count(int* counter) { atomicAdd(counter, 1); }
 inline void fence_proxy_async_global() {}
 inline void await(int* counter, int count) {
-  while (atomicAdd(counter, 0) < count) std::this_thread::yield();
+  emulated::wait_until([&] { return *counter >= count; });
 }
 }  // namespace fa3
 
@@ -418,12 +475,6 @@ void launch(const void* params, unsigned x, unsigned y, unsigned z, int threads)
         emulated::block_at = {i, j, k};
         // Whatever was in shared memory may be there: NaN.
         std::memset(emulated::memory_base, 0xff, sizeof emulated::memory_base);
-        std::vector<std::thread> all;
-        for (int t = 0; t < threads; ++t)
-          all.emplace_back([&, t] {
-            emulated::thread = t;
-            Kernel::run(aligned);
-          });
-        for (auto& t : all) t.join();
+        emulated::Fibers().run(threads, [&] { Kernel::run(aligned); });
       }
 }
