@@ -70,6 +70,7 @@ CASES = [
     Case("alibi by key", f"score=0.25*s + {SLOPES}*kv, mask={CAUSAL}", aux=("slopes",), dtype=F16),
     Case("alibi both sides", f"score=0.25*s - {SLOPES}*abs(q - kv)", aux=("slopes",), dtype=F16),
     Case("alibi, Dv 80", f"score=0.25*s + {SLOPES}*(kv - q)", (1, 2, 1, 9, 20, 24, 80), BF16, ("slopes",)),
+    Case("relu(x) - 0.5 x, large", "score=max(20.0*s + load(0, b, h, q, kv), 0) - 10.0*s - 0.5*load(0, b, h, q, kv)", aux=("bias",)),
     Case("dense bias", "score=0.25*s + load(0, b, h, q, kv)", aux=("bias",), dtype=F16),
     Case("dense bias with -inf", "score=0.25*s + load(0, b, h, q, kv)", aux=("lost_bias",)),
     Case("row and key bias", "score=0.25*s + load(0, b, q) + load(1, b, kv)", aux=("rows", "keys"), dtype=F16),

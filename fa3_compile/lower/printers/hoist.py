@@ -15,6 +15,7 @@ import sympy
 from sympy.logic.boolalg import Boolean, BooleanAtom
 
 from fa3_compile.lower.printers.formulas import expm1, log1p, precise_tanh
+from fa3_compile.lower.printers.whole_sums import whole, with_whole_sums
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.mask_biases import bias_of
 
@@ -68,6 +69,7 @@ def arrange(score: E.Expr) -> Logits:
     """
     if may_be_huge(score):
         return plain(score)
+    score = with_whole_sums(score)
     terms = [y * LOG2E for x in sympy.Add.make_args(score) for y in distributed(x)]
     per_key = {c: t for t in terms if (c := coefficient_of(t, E.KV)) is not None}
     per_query = {c: t for t in terms if (c := coefficient_of(t, E.Q)) is not None}
@@ -95,7 +97,7 @@ def arrange(score: E.Expr) -> Logits:
 
 def plain(score: E.Expr) -> Logits:
     """The score as it is, in natural-log units."""
-    return Logits(score, sympy.S.Zero, 1.0, log2=False)
+    return Logits(with_whole_sums(score), sympy.S.Zero, 1.0, log2=False)
 
 
 def distributed(term: E.Expr) -> list[E.Expr]:
@@ -187,6 +189,8 @@ class Hoister:
             return self._biased(expr, *bias)
         if isinstance(expr, (sympy.Add, sympy.Mul, sympy.And, sympy.Or, sympy.Max, sympy.Min)):
             return self._grouped(expr)
+        if isinstance(expr, whole):
+            return self._argument(expr.args[0])
         if isinstance(expr, (log1p, expm1, precise_tanh)) and level(expr) == ELEMENT:
             return expr.func(self._argument(expr.args[0]))
         placed = expr.func(*map(self.place, expr.args))
@@ -195,7 +199,7 @@ class Hoister:
         return placed
 
     def _argument(self, x: Any) -> Any:
-        """The argument of a series, whose text has it nine times and more."""
+        """What is computed once: the argument of a series, say, whose text has it nine times."""
         placed = self.place(x)
         return placed if placed.is_Symbol else self._named(x, placed)
 
