@@ -85,6 +85,15 @@ def graphs(gm: fx.GraphModule) -> list[fx.GraphModule]:
     return [m for m in gm.modules() if isinstance(m, fx.GraphModule) and m not in mods]
 
 
+def expand(gm: fx.GraphModule) -> int:
+    """Writes out the calls that hold more than one product, so that there is a node for each, and
+    marks the layers that are products of two activations; returns how many calls were changed."""
+    count = expand_calls(gm.graph) + expand_encoder_layers(gm.graph)
+    count += expand_products(gm.graph) + detach_captures(gm)
+    mark_products(gm.graph)
+    return count
+
+
 def _rewrite_graph(
     gm: fx.GraphModule,
     options: Options,
@@ -93,9 +102,7 @@ def _rewrite_graph(
     build: bool,
     outputs: Outputs,
 ) -> int:
-    expanded = expand_calls(gm.graph) + expand_encoder_layers(gm.graph)
-    expanded += expand_products(gm.graph) + detach_captures(gm)
-    mark_products(gm.graph)
+    expanded = expand(gm)
     shadow = trace.shadow(gm)
     entries: list[tuple[RegionReport, Region | None, fx.Node | None]] = []
     hidden: tuple[Decline, ...] = ()

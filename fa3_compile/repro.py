@@ -24,8 +24,6 @@ from fa3_compile.explaining import explain_with
 from fa3_compile.frontend.detect import skeletons
 from fa3_compile.frontend.dynamo.graph import example_value, opaque_target, storage_of
 from fa3_compile.frontend.dynamo.mutations import is_mutation, mutated_nodes
-from fa3_compile.frontend.expand.encoder_layer import expand_encoder_layers
-from fa3_compile.frontend.expand.multi_head_attention import expand_calls
 from fa3_compile.frontend.shadow import trace
 from fa3_compile.report import RegionReport, Report
 
@@ -97,8 +95,7 @@ def _sources(gm: fx.GraphModule) -> dict[fx.Node, str | Fa3Error]:
     """The source of the function that computes each output that attention may have."""
     found: dict[fx.Node, str | Fa3Error] = {}
     for module in pipeline.graphs(gm):
-        expand_calls(module.graph)
-        expand_encoder_layers(module.graph)
+        pipeline.expand(module)
         shadow = trace.shadow(module)
         for skeleton in skeletons.skeletons(shadow) if shadow is not None else ():
             try:

@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fa3_compile.__main__ import main
@@ -97,6 +98,22 @@ def test_regions_are_numbered_as_explain_numbers_them():
         made = repro(model, inputs, region=number, options=options)
         assert made.faithful and made.region == report.regions[number]
         assert own in made.script
+
+
+def a_projection_in_the_same_einsum(q, k, v):
+    weights = torch.einsum("bhqd,bhkd->bhqk", q, k).softmax(-1)
+    return torch.einsum("bhqk,bhkd,hde->bqe", weights, v, q[0].mT @ k[0])
+
+
+def keys_as_the_weight_of_a_linear(q, k, v):
+    return F.linear(q[0, 0], k[0, 0] + v[0, 0]).cumsum(-1).softmax(-1) @ v[0, 0]
+
+
+@pytest.mark.parametrize("model", [a_projection_in_the_same_einsum, keys_as_the_weight_of_a_linear])
+def test_products_that_are_no_calls_of_their_own_are_cut_out(model):
+    made = repro(model, [torch.randn(1, 2, 6, 8) for _ in range(3)], region=0)
+    assert made.faithful
+    assert "einsum" in made.script or "linear(" in made.script
 
 
 def written_in_between(q, k, v):

@@ -559,6 +559,15 @@ class TestNoAttention:
         mixed = check(lambda q, k, v: scores(q, k).sigmoid().flip(0) @ v, *qkv())
         assert mixed.fused == []
 
+    @pytest.mark.parametrize("parts", ["chunk", "unbind"])
+    def test_weights_that_are_given(self, parts):
+        def shared(x, w, weights):
+            y = x @ w
+            v = y.chunk(3, -1)[2] if parts == "chunk" else y.unflatten(-1, (3, D)).unbind(-2)[2]
+            return weights.softmax(-1) @ v
+
+        assert specs(check(shared, normal(S, D), normal(D, 3 * D), normal(S, S))) == ""
+
     def test_values_made_of_the_weights(self):
         def attention(q, k, v):
             w = scores(q, k).sigmoid()

@@ -84,6 +84,12 @@ def is_movement(node: fx.Node) -> bool:
     return node.target in MOVEMENT
 
 
+def moved(node: fx.Node) -> fx.Node:
+    """The tensor whose elements a movement moves."""
+    source = node.args[0].args[0] if node.target is operator.getitem else node.args[0]
+    return source  # pyright: ignore[reportReturnType]
+
+
 def step_back(node: fx.Node, index: Sequence[Expr], ranges: Ranges) -> tuple[fx.Node, Index]:
     """Where element [index] of a movement's result lies in its source."""
     step = _Step(ranges)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fa3_compile.frontend.detect.operands import is_movement
+from fa3_compile.frontend.detect.operands import is_movement, moved
 from fa3_compile.frontend.detect.product import PRODUCTS, products_before, sides_of
 from fa3_compile.frontend.dynamo.activations import activations
 from fa3_compile.frontend.lift.lift import ancestors, shape_of
@@ -55,5 +55,5 @@ class PlainWeights:
 def _unmoved(side: fx.Node) -> fx.Node:
     """A side of a product before its elements were moved or cast."""
     while is_movement(side) or side.target is aten._to_copy.default:
-        side = side.args[0]  # pyright: ignore[reportAssignmentType]
+        side = moved(side) if is_movement(side) else side.args[0]  # pyright: ignore
     return side

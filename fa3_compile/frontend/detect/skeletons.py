@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from fa3_compile.errors import Decline
-from fa3_compile.frontend.detect.operands import is_movement
+from fa3_compile.frontend.detect.operands import is_movement, moved
 from fa3_compile.frontend.detect.plain_weights import PlainWeights
 from fa3_compile.frontend.detect.product import PRODUCTS, products_before, sides_of
 from fa3_compile.frontend.dynamo.mutations import is_mutation
@@ -144,7 +144,7 @@ def _sums_and_addends(node: fx.Node, among: set[fx.Node]) -> tuple[set[fx.Node],
             sums.add(current)
             stack += added(current)
         elif is_movement(current):
-            stack.append(current.args[0])  # pyright: ignore
+            stack.append(moved(current))
         elif current in among:
             found.insert(0, current)
         else:
@@ -157,7 +157,7 @@ def _product_divided(softmax: Softmax) -> fx.Node | None:
     assert softmax.division is not None
     node = softmax.division.top
     while is_movement(node):
-        node = node.args[0]
+        node = moved(node)
     if node.target not in PRODUCTS or not products_before(softmax.scores):
         return None
     reached = descendants([softmax.node])
