@@ -338,6 +338,32 @@ class TestMasks:
         report = check(attention, *qkv(), chance(0.3, B, S), training=False)
         assert specs(report) == "lift: mask-after-softmax"
 
+    @pytest.mark.parametrize("fill", [-1e9, LOWEST], ids=str)
+    def test_filled_by_numbers_before(self, fill):
+        """A row whose every key has the fill is a mean before, and zeros after."""
+
+        def attention(q, k, v, hidden, bias):
+            p = (scores_of(q, k) + bias).masked_fill(hidden.bool(), fill).softmax(-1)
+            return p.masked_fill(hidden.bool(), 0.0) @ v
+
+        hidden = chance(0.3, B, 1, S, S).float()
+        hidden[0, :, :2] = 1
+        bias = normal(H, S, S).detach()
+        # A bias of -inf leaves the row its filled keys, which are no NaN.
+        bias[:, 3] = -INF
+        report = check(attention, *(x.detach() for x in qkv()), hidden, bias, training=False)
+        assert "weight=where(load(0, b, 0, q, kv) == 0, 1, 0)" in specs(report)
+        assert report.fused
+
+    def test_filled_by_numbers_beside_rows_of_nan(self):
+        def attention(q, k, v, padding):
+            scores = scores_of(q, k).masked_fill(padding[:, None, None], -1e9)
+            p = scores.masked_fill(nothing_but_itself(), -INF).softmax(-1)
+            return p.masked_fill(padding[:, None, None], 0.0) @ v
+
+        report = check(attention, *qkv(), chance(0.3, B, S), training=False)
+        assert specs(report) == "lift: mask-after-softmax"
+
     @pytest.mark.parametrize("bias", ["table", "product", "given"])
     def test_rows_without_keys_beside_a_bias(self, bias):
         """As WeNet's conformers have it: a position term, -inf before the softmax, 0 after it."""
@@ -517,6 +543,84 @@ attention(score=0.25*s, mask=kv <= q, dead=nan)""",
             return (s.softmax(-1) - s.softmax(-2)) @ v
 
         assert not any(r.fused for r in check(attention, *qkv()).regions)
+
+
+class TestOtherWeightsAdded:
+    """A softmax and a function of the same scores without one, as Adapt-or-Perish restores images
+    by: each is an attention of its own."""
+
+    def test_dense_and_sparse(self):
+        def attention(q, k, v, w, bias):
+            s = scores_of(q, k) + bias
+            dense, sparse = s.softmax(-1), s.relu() ** 2
+            first, second = w[0].exp() / w.exp().sum(), w[1].exp() / w.exp().sum()
+            return (dense * first + sparse * second) @ v
+
+        report = check(attention, *qkv(), normal(2), normal(H, S, S))
+        assert_expected_inline(
+            "\n".join(r.spec.split(", score")[0] for r in report.regions),
+            """\
+attention(score=load(0, h, q, kv) + 0.25*s, aux=[float])
+attention(normalize=none""",
+        )
+
+    def test_masked_and_halved_by_a_row_factor(self):
+        def attention(q, k, v, gate):
+            s = scores_of(q, k)
+            p = s.masked_fill(future(), -INF).softmax(-1) - s.sigmoid().masked_fill(future(), 0)
+            return (gate * p) @ v
+
+        report = check(attention, *qkv(), uniform(H, S, 1))
+        assert_expected_inline(
+            specs(report),
+            """\
+attention(score=0.25*s, mask=kv <= q, dead=nan)
+attention(normalize=none, score=sigmoid(0.25*s), mask=kv <= q)""",
+        )
+
+    def test_dropout_of_the_sum(self):
+        # Both lose the same elements.
+        def made(drop):
+            def attention(q, k, v):
+                s = scores_of(q, k)
+                return drop(s.softmax(-1) + s.relu(), 0.25) @ v
+
+            return attention
+
+        assert [r.fused for r in check_dropout(made, *qkv()).regions] == [True, True]
+
+    def test_factors_of_the_sum(self):
+        def attention(q, k, v, mask, gate):
+            s = scores_of(q, k)
+            return ((s.softmax(-1) + s.relu()) * gate).masked_fill(mask < 0, 0) @ v
+
+        report = check(attention, *qkv(), normal(S, S), uniform(S))
+        assert [r.fused for r in report.regions] == [True, True]
+
+    def test_two_softmaxes_and_other_weights(self):
+        def attention(q, k, v):
+            (q1, q2), (k1, k2) = q.chunk(2, -1), k.chunk(2, -1)
+            s = scores_of(q1, k1)
+            return (s.softmax(-1) - 0.3 * weights_of(q2, k2) + s.tanh()) @ v
+
+        assert [r.fused for r in check(attention, *qkv()).regions] == [True, True, True]
+
+    @pytest.mark.parametrize("other", [lambda s: s.cumsum(-1), lambda s: s.softmax(-2).sqrt()])
+    def test_weights_that_are_no_function_of_a_score(self, other):
+        def attention(q, k, v):
+            s = scores_of(q, k)
+            return (s.softmax(-1) + other(s)) @ v
+
+        [region] = check(attention, *qkv()).regions
+        assert not region.fused and region.code == "softmax-result-changed"
+
+    def test_scores_themselves(self):
+        def attention(q, k, v):
+            s = scores_of(q, k)
+            return (s.softmax(-1) + s) @ v
+
+        [region] = check(attention, *qkv()).regions
+        assert not region.fused
 
 
 def test_scale_is_not_lost_where_one_factor_is_a_sum():

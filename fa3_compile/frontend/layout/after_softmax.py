@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import sympy
 from sympy.logic.boolalg import Boolean
@@ -18,7 +19,12 @@ from fa3_compile.spec.separate import Separated
 
 
 def merged(
-    separated: Separated, *, weight: Expr, kept: Boolean, may_lose_rows: bool, at: fx.Node
+    separated: Separated,
+    *,
+    weight: Expr,
+    kept: Boolean,
+    may_be_infinite: Callable[[Expr], bool],
+    at: fx.Node,
 ) -> tuple[Separated, Expr, Boolean]:
     """(the fields of the spec, its weight, which rows of the output stay: the others are 0) for
     weights that are 0 where `kept` does not hold.
@@ -27,9 +33,11 @@ def merged(
     the softmax, zeros after the fill if that is of the same mask. `Decline` at `at` where a row
     of NaN may be filled in part, which a factor cannot say.
 
-    may_lose_rows: whether all visible scores of a row may be -inf.
+    may_be_infinite: whether something that an expression reads, or has in it, may be -inf. Then all
+    visible scores of a row may be.
     """
     kept = tidy_mask(kept)
+    may_lose_rows = may_be_infinite(separated.score)
     separated, kept = _rows_filled(separated, kept, may_lose_rows)
     if separated.dead == "score":
         multiplied, weight = _conditions(weight)
@@ -38,7 +46,8 @@ def merged(
             separated = dataclasses.replace(separated, dead="zero", fill=None)
             return separated, tidy(weight), sympy.true
         return separated, tidy(weight * where(kept, 1, 0)), sympy.true
-    if kept == sympy.true or separated.certain or separated.dead == "zero":
+    whole = kept == sympy.true or separated.certain or separated.dead == "zero"
+    if whole or _finite_where_filled(separated, kept, may_be_infinite):
         weight = _where_masked(weight * where(kept, 1, 0), separated.mask)
         return separated, weight, sympy.true
     weight = _where_masked(weight, separated.mask)
@@ -57,6 +66,19 @@ def merged(
             message="a row without keys is NaN after the softmax, and then filled in part",
         )
     return separated, weight, rows
+
+
+def _finite_where_filled(
+    separated: Separated, kept: Boolean, may_be_infinite: Callable[[Expr], bool]
+) -> bool:
+    """Whether keys whose weights are filled have a score, and a finite one, as -1e9 is: then no row
+    of NaN has any of them."""
+    for condition in _conjuncts(kept):
+        filled = frozenset(_conjuncts(tidy_mask(sympy.Not(condition))))
+        seen = _conjuncts(separated.mask) - {sympy.true} <= filled
+        if not seen or may_be_infinite(assuming(separated.score, filled)):
+            return False
+    return True
 
 
 def _rows_filled(

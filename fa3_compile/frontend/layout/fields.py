@@ -17,7 +17,7 @@ from fa3_compile.frontend.layout import after_softmax
 from fa3_compile.frontend.lift.captured import Captured, Seed, reads_infinite
 from fa3_compile.frontend.shadow.normalize import without_abs
 from fa3_compile.spec import unnormalised
-from fa3_compile.spec.expr import KV, Expr, Q, loads_in
+from fa3_compile.spec.expr import KV, Expr, Q, load, loads_in
 from fa3_compile.spec.fills import LOWEST, may_be_minus_inf
 from fa3_compile.spec.index import Ranges, is_nonnegative
 from fa3_compile.spec.normal_form import tidy
@@ -76,8 +76,9 @@ def read_fields(
         separated,
         weight=in_coordinates(reading.term.weight),
         kept=in_coordinates(reading.term.kept),
-        may_lose_rows=separated.score.has(sympy.oo, -sympy.oo)
-        or reads_infinite(loads_in(separated.score), reading.loads),
+        may_be_infinite=lambda x: (
+            x.has(sympy.oo, -sympy.oo) or reads_infinite(_loads_as_values(x), reading.loads)
+        ),
         at=at,
     )
     return separated, weight, rows, sinks
@@ -160,6 +161,13 @@ def _may_be_infinite(separated: Separated, loads: list[Captured | Seed]) -> bool
     above = {x.lhs for x in conditions if isinstance(x, (sympy.Gt, sympy.Ge))}
     keyed = [x for x in loads_in(separated.score) if KV in x.free_symbols and x not in above]
     return reads_infinite(keyed, loads)
+
+
+def _loads_as_values(expr: Expr) -> list[load]:
+    """The loads of an expression that are (part of) its value: those of conditions are not."""
+    if isinstance(expr, load):
+        return [expr]
+    return [x for y in expr.args if not isinstance(y, Boolean) for x in _loads_as_values(y)]
 
 
 def _has_large_fill(separated: Separated) -> bool:
