@@ -99,7 +99,8 @@ def read(shadow: Shadow, skeleton: Skeleton, *, joins: bool) -> list[Reading]:
     first: Decline | None = None
     alone = [[s] for s in reversed(skeleton.softmaxes)]
     together = [skeleton.softmaxes] if len(alone) > 1 else []
-    for softmaxes in (*together, *alone, *([x] for x in skeleton.plain)):
+    mixed = [[*skeleton.softmaxes, *skeleton.added]] if skeleton.added else []
+    for softmaxes in (*together, *alone, *([x] for x in skeleton.plain), *mixed):
         try:
             return _read(shadow, skeleton, softmaxes, joins)
         except Decline as decline:
@@ -186,7 +187,9 @@ class _Reader:
             scores = read_scores(
                 self.shadow, term, key_length, self.ranges, self._node, first.weights, self.joins
             )
+            self._check_apart(first.weights, scores)
             if not term.softmax.normalizes:
+                scores.score = term.merge_into(scores.score)
                 for dot in scores.dots:
                     self._check_dropout(term, scores.score, dot.index, first.column)
             finder = OperandFinder(
@@ -229,12 +232,16 @@ class _Reader:
         )
         alone = len(parts) == 1 and self.divided_at is None and not made_of_them
         if any(x.beside != 0 for x in parts) and not alone:
-            raise Decline(
-                "softmax-result-changed",
-                self.skeleton.output,
-                "Weigh V by each of what is added up alone, and add the results.",
-                message=f"V is weighted by a softmax and by {beside}",
-            )
+            raise _added_to_softmax(self.skeleton, beside)
+
+    def _check_apart(self, parts: Weights, scores: Scores) -> None:
+        """What stands beside the softmaxes is taken as the program has it, and not made of their
+        scores, which nothing computes then."""
+        computed = descendants(dot.node for dot in scores.dots)
+        read = (parts.loads[x.tensor] for x in loads_in(parts.beside))
+        holders = (self.shadow.aten_of.get(x.source) for x in read if isinstance(x, Captured))
+        if any(x in computed for x in holders):
+            raise _added_to_softmax(self.skeleton, parts.beside)
 
     def _part(self, product: fx.Node, index: Index) -> Part:
         """The product with V, or with a part of it, read at [index]."""
@@ -371,6 +378,15 @@ class _Reader:
                 "Expand the weights before their dropout.",
                 message="several heads share one dropout of their weights",
             )
+
+
+def _added_to_softmax(skeleton: Skeleton, beside: Expr) -> Decline:
+    return Decline(
+        "softmax-result-changed",
+        skeleton.output,
+        "Weigh V by each of what is added up alone, and add the results.",
+        message=f"V is weighted by a softmax and by {beside}",
+    )
 
 
 def _mixed_radix(axes: list[sympy.Symbol], sizes) -> Expr:

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import fx
 
 from fa3_compile.frontend.detect.operands import is_movement, moved
 from fa3_compile.frontend.detect.product import PRODUCTS, products_before, sides_of
 from fa3_compile.frontend.dynamo.activations import activations
-from fa3_compile.frontend.lift.lift import ancestors, shape_of
+from fa3_compile.frontend.lift.lift import ancestors, descendants, shape_of
 from fa3_compile.frontend.shadow.normalize import Softmax, unnormalised
+from fa3_compile.frontend.shadow.operators import DROPOUT
 from fa3_compile.frontend.shadow.trace import Shadow
 
 aten = torch.ops.aten
+ADDING_UP = (aten.add.Tensor, aten.sub.Tensor)
+# What a sum of weights may still meet on its way to V.
+CARRYING = (
+    aten.mul.Tensor,
+    aten.div.Tensor,
+    aten.where.self,
+    aten._to_copy.default,
+    DROPOUT,
+)
 
 
 class PlainWeights:
@@ -34,6 +46,22 @@ class PlainWeights:
         if not sides or not all(map(self._comes_with_data, (left, right, *before))):
             return []
         return [weights for side in sides for weights in unnormalised(_unmoved(side))]
+
+    def added_to(self, softmaxes: Sequence[Softmax], product: fx.Node) -> list[Softmax]:
+        """What is added to the softmaxes on a side of a product, and is a function of a product
+        as well: a * softmax(x) + b * relu(x)."""
+        reached = descendants(s.node for s in softmaxes)
+        found, stack = [], [side for side in sides_of(product) if side in reached]
+        while stack:
+            node = stack.pop()
+            addends = [x for x in node.args[:2] if isinstance(x, fx.Node)]
+            if is_movement(node) or node.target in CARRYING:
+                stack += [x for x in node.all_input_nodes if x in reached]
+            elif node.target in ADDING_UP and len(addends) == 2:
+                stack += [x for x in addends if x in reached]
+                rest = [_unmoved(x) for x in addends if x not in reached]
+                found += [x for x in rest if x.target not in PRODUCTS and products_before(x)]
+        return [weights for node in found for weights in unnormalised(node)[:1]]
 
     def _weighs(self, side: fx.Node, axis: int) -> bool:
         """Whether a side, contracted along `axis`, is a changed product of queries and keys."""

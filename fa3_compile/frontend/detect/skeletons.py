@@ -38,6 +38,7 @@ class Skeleton:
     nearest  whether it is the first product after one of them; only then is it worth saying why
              it is no attention
     plain    its weights without a softmax, where what looked like one written by hand is none
+    added    weights without a softmax that the softmaxes are added to
     """
 
     softmaxes: list[Softmax]
@@ -45,6 +46,7 @@ class Skeleton:
     output: fx.Node
     nearest: bool
     plain: list[Softmax] = field(default_factory=list)
+    added: list[Softmax] = field(default_factory=list)
     # Where V is in parts: the sum of its products with them, and these, of which `values` is one.
     total: fx.Node | None = None
     parts: list[fx.Node] = field(default_factory=list)
@@ -104,7 +106,8 @@ def skeletons(shadow: Shadow) -> Iterator[Skeleton]:
             output = next(iter(shadow.dynamo_of.get(of[-1].node, ())), None)
         if output is not None:
             weights = plain.get(product, []) if last is product else []
-            yield Skeleton(of, product, output, is_nearest, weights)
+            beside = finder.added_to(of, product) if of[0].normalizes and last is product else []
+            yield Skeleton(of, product, output, is_nearest, weights, beside)
 
 
 def sums_of_products(

@@ -41,6 +41,13 @@ class Term:
     # Where the product with V is divided by the rows' sums, if that comes after it.
     divided_at: Index | None = None
 
+    def merge_into(self, score: Expr) -> Expr:
+        """What weights without a softmax are, given what they were before their factors, which
+        are none of the term's then."""
+        merged = where(self.kept, score * self.weight, 0)
+        self.weight, self.kept = sympy.S.One, sympy.true
+        return merged
+
 
 @dataclass
 class Weights:
