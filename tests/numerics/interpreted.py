@@ -78,6 +78,10 @@ def captured(name: str, shape: tuple[int, ...]) -> torch.Tensor:
             return torch.randn(batch, kv_len)
         case "relative":
             return torch.randn(heads, 15)
+        case "distances":
+            return torch.randn(heads, q_len + kv_len - 1)
+        case "distances of all":
+            return torch.randn(q_len + kv_len - 1)
         case "turned_relative":
             return torch.randn(15, heads)
         case "index":

@@ -55,7 +55,7 @@ def compiled(asked: Problem, name: str, config: TritonConfig, wanted: tuple[int,
         "HAS_DLSE": False,
         "BLOCK_Q": config.block_q,
         "BLOCK_KV": config.block_kv,
-        "PLACE": "own" if asked.spec != AttentionSpec.parse(RELATIVE) else "diagonals",
+        "PLACE": "own",
         "PRECISION": "tf32" if asked.dtype.itemsize == 2 else "ieee",
     }
     constants, signature, attributes = {}, {}, {}
@@ -128,10 +128,19 @@ def test_rows_without_a_key(arch: int, tmp_path: Path) -> None:
         assert found.metadata.shared <= SHARED_MEMORY[divmod(arch, 10)]
 
 
-def test_a_table_s_gradient_compiles() -> None:
-    asked = problem(RELATIVE, 64, 80)
-    kernel = compiled(asked, "dense0", table_configs(asked).queries, (0,))
-    assert "mma.sync" in kernel.asm["ptx"] and "atom" not in kernel.asm["ptx"]
+@pytest.mark.parametrize(("arch", "dim"), [(80, 64), (90, 64), (90, 128), (100, 128)])
+def test_what_depends_on_the_distance(arch: int, dim: int, tmp_path: Path) -> None:
+    """It is summed in registers, whose rows are moved by a column once, at the end."""
+    asked = problem(RELATIVE, dim, arch)
+    config = table_configs(asked).diagonals
+    kernel = compiled(asked, "dense0", config, (0,))
+    assert spilled_bytes(kernel, arch, tmp_path) <= 64
+    assert kernel.metadata.shared <= SHARED_MEMORY[divmod(arch, 10)]
+    assert "atom" not in kernel.asm["ptx"]
+    products = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch]
+    assert products in kernel.asm["ptx"]
+    stores = re.findall(r"st\.global", kernel.asm["ptx"])
+    assert len(stores) <= config.block_q * config.block_kv // (32 * config.num_warps)
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])

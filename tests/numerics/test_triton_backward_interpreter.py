@@ -129,6 +129,11 @@ CASES = [
     Case("table", f"score=0.25*s + load(0, h, {BUCKET}), mask={CAUSAL}", TWO, aux=("relative",)),
     Case("table, split, bf16", f"score=0.25*s + load(0, h, {BUCKET})", (3, 2, 1, 21, 37, 16, 16), BF16, aux=("relative",), enough=99),
     Case("table, in chunks", f"score=0.25*s + load(0, h, {BUCKET})", TWO, aux=("relative",), scratch=16 * 4 * 53),
+    Case("by distance, wide queries, window, bf16", f"score=0.25*s + load(0, h, kv - q + 39), mask={WINDOW}", (2, 4, 2, 40, 70, 16, 16), BF16, ("distances",), block=(32, 16)),
+    Case("by distance, wide keys, window, more queries", f"score=0.25*s + load(0, h, kv - q + 69), mask={WINDOW}, dead=zero", (1, 2, 1, 70, 23, 16, 16), aux=("distances",), dlse=True, block=(16, 32)),
+    Case("by distance, in chunks", "score=0.25*s + load(0, h, q - kv + 36)", (2, 2, 1, 50, 37, 16, 16), aux=("distances",), scratch=4),
+    Case("by distance alone, documents, dropout, a sink, split", f"score=0.25*s + load(0, kv - q + 49), mask=(load(1, b, q) == load(1, b, kv)) & {CAUSAL}, sinks=[0.0], weight={DROP.replace('load(0', 'load(2')}", (2, 2, 1, 50, 50, 16, 16), aux=("distances of all", "documents", "seed"), enough=99),
+    Case("by distance, a fill of it, all dead", f"score=0.25*s + load(0, h, kv - q + 39), mask={WINDOW}, dead=score, fill=load(0, h, kv - q + 39) - 99.0", LONG, aux=("distances",), block=(32, 16)),
     Case("table of T5", f"score=0.25*s + load(0, {BUCKET}, h)*load(1, h)", TWO, aux=("turned_relative", "heads")),
     Case("table of Swin", "score=0.25*s + load(0, load(1, q, kv), h)", (3, 2, 2, 16, 16, 16, 16), aux=("turned_relative", "index"), enough=99),
     Case("table of Swin, in chunks", "score=0.25*s + load(0, load(1, q, kv), h)", (2, 2, 2, 33, 30, 16, 16), aux=("turned_relative", "index"), scratch=16 * 4 * 30),
@@ -241,7 +246,7 @@ def test_matches_float64(case: Case, interpreted: Interpreter) -> None:
 def run(case: Case) -> dict:
     from fa3_compile.lower.choose import Problem
     from fa3_compile.lower.kernels import triton_backward as ours
-    from fa3_compile.lower.kernels import triton_captured
+    from fa3_compile.lower.kernels import triton_captured, triton_diagonals
     from fa3_compile.lower.kernels.reference import attention, attention_backward
     from fa3_compile.lower.render import render_blocks
     from fa3_compile.lower.tiles.config import TritonConfig
@@ -250,6 +255,7 @@ def run(case: Case) -> dict:
 
     render_blocks.WORTHWHILE = 0 if case.lists else 2**20
     triton_captured.SCRATCH, triton_captured.ENOUGH_PROGRAMS = case.scratch, case.enough
+    triton_diagonals.ENOUGH_BANDS = case.enough
     torch.manual_seed(0)
     spec = parsed(case.spec, case.aux)
     batch, heads, kv_heads, q_len, kv_len, dim, v_dim = case.shape

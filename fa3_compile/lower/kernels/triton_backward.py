@@ -25,6 +25,7 @@ from fa3_compile.lower.kernels.sinks import sink_cotangents
 from fa3_compile.lower.kernels.triton_blocks import Lists, bind_lists
 from fa3_compile.lower.kernels.triton_captured import Gathered, Layout, chained
 from fa3_compile.lower.kernels.triton_dead_rows import bind_dead_rows, lose_rows
+from fa3_compile.lower.kernels.triton_diagonals import DiagonalSums, bind_diagonals
 from fa3_compile.lower.kernels.triton_launch import (
     Launch,
     bind_kernel,
@@ -39,6 +40,7 @@ from fa3_compile.lower.render.render_backward import (
     BackwardKey,
     dense_loads,
     has_norm,
+    is_diagonal,
     is_plain,
     key_sums,
     row_sums,
@@ -98,7 +100,7 @@ def _unsupported(spec: AttentionSpec, wanted: tuple[int, ...]) -> str | None:
 
 
 # What runs on tensors by the names of kernels' parameters.
-Launched = Launch | Gathered | Lists | UniformRows
+Launched = Launch | Gathered | DiagonalSums | Lists | UniformRows
 _launches: dict[tuple, dict[str, Launched] | None] = {}
 
 
@@ -292,10 +294,10 @@ def bind(problem: Problem, configs: Configs, given: BackwardInputs) -> dict[str,
     for i, x in enumerate(dense_loads(spec, wanted.aux)):
         name = f"dense{i}"
         bind_dense = functools.partial(
-            _bind_dense, getattr(module, name), name, x, spec, shape, tuple(sizes), tensors,
-            integers, constants,
+            bind_diagonals if is_diagonal(x) else _bind_dense, getattr(module, name), name, x, spec,
+            shape, tuple(sizes), tensors, integers, constants,
         )  # fmt: skip
-        found[name] = first_that_builds(bind_dense, configs.dense or configs.queries)
+        found[name] = first_that_builds(bind_dense, dense_config(configs, x))
     if wanted.kv or wanted.q:
         if (dead_rows := bind_dead_rows(spec, tensors)) is not None:
             found["dead_rows"] = dead_rows
@@ -304,7 +306,7 @@ def bind(problem: Problem, configs: Configs, given: BackwardInputs) -> dict[str,
 
 def _bind_dense(
     kernel, name: str, x: E.load, spec, shape: Shape, sizes, tensors, integers, constants, config
-) -> Launch | Gathered | Lists:
+) -> Launch | Gathered:
     layout = Layout(x, shape, config.block_q, config.block_kv)
     extents = layout.extents(spec)
     if extents[0].place != "own":  # any float32 tensor: the scratch memory is made for each run
@@ -319,6 +321,11 @@ def _bind_dense(
     if extents[0].place == "own":
         return launches[0]
     return Gathered(name, layout, spec, sizes, tuple(zip(extents, launches)))
+
+
+def dense_config(configs: Configs, x: E.load) -> TritonConfig:
+    """The tile of the kernel that writes the gradient of a load of queries and keys."""
+    return configs.diagonals if is_diagonal(x) else configs.dense or configs.queries
 
 
 def render_key(problem: Problem, wanted: tuple[int, ...], lists: bool = False) -> BackwardKey:

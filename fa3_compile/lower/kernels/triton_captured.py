@@ -1,9 +1,9 @@
 """Gradients of captured tensors, from what the Triton backward's kernels leave of dS.
 
 A load that lacks an axis comes as a float32 sum over it; one that has an element of its own for
-each query and key is written by its kernel. Any other, such as a table by relative position,
-comes as dS in a float32 buffer of at most SCRATCH bytes at a time, summed over the axes that the
-load does not have, and along diagonals where the load has no more than kv - q; what is left is
+each query and key is written by its kernel; what has no more than kv - q comes as sums along
+diagonals (triton_diagonals.py). Any other, such as Swin's table, comes as dS in a float32 buffer of
+at most SCRATCH bytes at a time, summed over the axes that the load does not have; what is left is
 torch's own gradient of the index. No atomics: every sum has the same order each time.
 """
 
@@ -12,7 +12,6 @@ torch's own gradient of the index. No atomics: every sum has the same order each
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from fa3_compile.lower.nested_autograd import gradients
 from fa3_compile.lower.printers.elements import Shape, elements
-from fa3_compile.lower.render.render_backward import is_diagonal, is_plain
+from fa3_compile.lower.render.render_backward import is_plain
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
 
@@ -51,13 +50,11 @@ class Extent:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The lengths that a dense kernel's work depends on, and its tile."""
+class Axes:
+    """Which of the batch and the heads a load has (outers), and which its gradient sums over."""
 
     element: E.load
     shape: Shape
-    block_q: int
-    block_kv: int
 
     @property
     def outers(self) -> int:
@@ -69,8 +66,20 @@ class Layout:
     def inners(self) -> int:
         return self.shape.batch * self.shape.heads // self.outers
 
-    def columns(self, place: str, rows: int) -> int:
-        return self.shape.kv_len + (rows - 1 if place == "diagonals" else 0)
+    def outer_lengths(self, outer: int | None) -> tuple[int, int]:
+        """Batch and heads that are covered, of one outer or of all."""
+        symbols = self.element.free_symbols
+        if outer is not None:
+            return 1, 1
+        return self.shape.batch if E.B in symbols else 1, self.shape.heads if E.H in symbols else 1
+
+
+@dataclass(frozen=True)
+class Layout(Axes):
+    """The lengths that a dense kernel's work depends on, and its tile."""
+
+    block_q: int
+    block_kv: int
 
     def programs(self, extent: Extent) -> int:
         tiles = -(-extent.rows // self.block_q) * -(-self.shape.kv_len // self.block_kv)
@@ -78,7 +87,7 @@ class Layout:
 
     def integers(self, extent: Extent) -> dict[str, int]:
         """The kernel's parameters for an extent."""
-        columns = self.columns(extent.place, extent.rows)
+        columns = self.shape.kv_len
         outers = self.outers if extent.outer is None else 1
         return {
             "first_tile": extent.first_row // self.block_q,
@@ -86,7 +95,6 @@ class Layout:
             "first_outer": extent.outer or 0,
             "outers": outers,
             "per_split": -(-self.inners // extent.splits),
-            "skew": extent.first_row + extent.rows - 1,
             "row_stride": columns,
             "outer_stride": columns * extent.rows,
             "split_stride": columns * extent.rows * outers,
@@ -101,18 +109,14 @@ class Layout:
         splits = -(-self.inners // -(-self.inners // splits))  # none of them empty
         if is_plain(spec, self.element) and splits == 1:
             return [everything]
-        place = "diagonals" if is_diagonal(self.element) else "rows"
-        whole = Extent(place, None, 0, self.shape.q_len, splits)
+        whole = Extent("rows", None, 0, self.shape.q_len, splits)
         if self._bytes(whole) <= SCRATCH:
             return [whole]
-        places, keys = SCRATCH // 4, self.shape.kv_len
-        rows = places // keys
-        if place == "diagonals":  # rows * (rows + keys) places
-            rows = (math.isqrt(keys * keys + 4 * places) - keys) // 2
+        rows = SCRATCH // 4 // self.shape.kv_len
         rows = min(max(rows // self.block_q, 1) * self.block_q, self.shape.q_len)
         starts = range(0, self.shape.q_len, rows)
         return [
-            Extent(place, outer, start, min(rows, self.shape.q_len - start), 1)
+            Extent("rows", outer, start, min(rows, self.shape.q_len - start), 1)
             for outer in range(self.outers)
             for start in starts
         ]
@@ -136,42 +140,19 @@ class Gathered:
     launches: Sequence[tuple[Extent, Callable[[Mapping[str, Tensor]], None]]]
 
     def __call__(self, tensors: dict[str, Tensor]) -> None:
-        x, shape = self.layout.element, self.layout.shape
+        x = self.layout.element
         aux = [tensors[f"aux{i}"] for i in range(len(self.spec.aux))]
         device = tensors["q_ptr"].device
         total = torch.zeros(aux[x.tensor].shape, dtype=torch.float32, device=device)
-        diagonals = None
         for extent, launch in self.launches:
-            found = self._run(extent, launch, tensors)
-            if extent.place == "rows":
-                total += self._of_rows(found, extent, aux)
-                continue
-            if diagonals is None:
-                lengths = (*self._outer_lengths(None), 1, shape.q_len + shape.kv_len - 1)
-                diagonals = torch.zeros(lengths, dtype=torch.float32, device=device)
-            sums = found.sum(2, keepdim=True)
-            start = shape.q_len - extent.first_row - extent.rows
-            at = diagonals.view(-1, 1, diagonals.shape[3])
-            at = at if extent.outer is None else at[extent.outer : extent.outer + 1]
-            at[..., start : start + sums.shape[3]] += sums.view(-1, 1, sums.shape[3])
-        if diagonals is not None:
-            total += self._of_diagonals(diagonals, aux)
+            total += self._of_rows(self._run(extent, launch, tensors), extent, aux)
         tensors[f"{self.name}_grad"] = total
-
-    def _outer_lengths(self, outer: int | None) -> tuple[int, int]:
-        symbols, shape = self.layout.element.free_symbols, self.layout.shape
-        if outer is not None:
-            return 1, 1
-        return shape.batch if E.B in symbols else 1, shape.heads if E.H in symbols else 1
 
     def _run(self, extent: Extent, launch, tensors: Mapping[str, Tensor]) -> Tensor:
         """dS [B|1, H|1, rows, columns] of an extent."""
-        lengths = (*self._outer_lengths(extent.outer), extent.rows)
-        columns = self.layout.columns(extent.place, extent.rows)
-        # Only diagonals leave places that no tile writes to.
-        make = torch.zeros if extent.place == "diagonals" else torch.empty
+        lengths = (*self.layout.outer_lengths(extent.outer), extent.rows, self.layout.shape.kv_len)
         device = tensors["q_ptr"].device
-        scratch = make((extent.splits, *lengths, columns), dtype=torch.float32, device=device)
+        scratch = torch.empty((extent.splits, *lengths), dtype=torch.float32, device=device)
         launch({**tensors, f"{self.name}_ptr": scratch})
         return scratch[0] if extent.splits == 1 else scratch.sum(0)
 
@@ -184,31 +165,28 @@ class Gathered:
         lengths = self.layout.shape
         at |= {E.SQ: sympy.Integer(lengths.q_len), E.SKV: sympy.Integer(lengths.kv_len)}
         moved = x.xreplace(at)
-        found, moved = _compressed(found, moved, self.spec, aux, self.sizes)
+        found, moved = compressed(found, moved, self.spec, aux, self.sizes)
         return chained([(moved, found)], self.spec, Shape(*found.shape), x.tensor, aux, self.sizes)
 
-    def _of_diagonals(self, diagonals: Tensor, aux: Sequence[Tensor]) -> Tensor:
-        x, shape = self.layout.element, self.layout.shape
-        at = {E.Q: sympy.S.Zero, E.KV: E.KV - (shape.q_len - 1)}
-        at |= {E.SQ: sympy.Integer(shape.q_len), E.SKV: sympy.Integer(shape.kv_len)}
-        parts = [(x.xreplace(at), diagonals)]
-        return chained(parts, self.spec, Shape(*diagonals.shape), x.tensor, aux, self.sizes)
 
-
-def _compressed(found: Tensor, x: E.load, spec, aux, sizes) -> tuple[Tensor, E.load]:
+def compressed(found: Tensor, x: E.load, spec, aux, sizes) -> tuple[Tensor, E.load]:
     """dS with the keys that share an element summed, where one index of the load is made of kv
-    alone and the others have none: [.., Sq, Skv] @ [Skv, places], instead of a scatter."""
+    alone and the others have none: [.., Sq, Skv] @ [Skv, places], instead of a scatter,
+    which torch does key by key where many share one."""
     by_key = [d for d, i in enumerate(x.index) if E.KV in i.free_symbols]
     if len(by_key) != 1 or x.index[by_key[0]] == E.KV:
         return found, x
     [d] = by_key
     index = x.index[d]
     places = aux[x.tensor].shape[d]
-    if E.loads_in(index) or index.free_symbols & {E.B, E.H, E.Q} or places >= found.shape[3]:
+    keys = found.shape[3]
+    if E.loads_in(index) or index.free_symbols & {E.B, E.H, E.Q}:
         return found, x
-    shape = Shape(1, 1, 1, found.shape[3])
+    if places >= keys or places * keys > SCRATCH // 16:  # bytes of int64, and of float32
+        return found, x
+    shape = Shape(1, 1, 1, keys)
     [at] = elements([index], spec, shape, None, aux, sizes, torch.float32, found.device)
-    at = at.expand(1, 1, 1, found.shape[3]).reshape(-1).clamp(0, places - 1)
+    at = at.expand(1, 1, 1, keys).reshape(-1).clamp(0, places - 1)
     summed = found @ F.one_hot(at, places).to(torch.float32)
     return summed, E.load(x.args[0], *(E.KV if i == d else y for i, y in enumerate(x.index)))
 

@@ -1,7 +1,8 @@
 """The shipped tile configurations of the Triton backward.
 
 `keys` is the kernel that owns a KV block and writes dK and dV, `queries` the one that owns a
-query block and writes dQ, `dense` those that write gradients of tensors of queries and keys.
+query block and writes dQ, `dense` those that write gradients of tensors of queries and keys, of
+which `diagonals` add up what lies on the same ones.
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ class Configs:
     keys: TritonConfig
     queries: TritonConfig
     dense: TritonConfig | None = None  # as queries
+    along: TritonConfig | None = None  # of diagonals; as queries
+
+    @property
+    def diagonals(self) -> TritonConfig:
+        return self.along or self.queries
 
 
 # (arch, head class) -> for 16 bits. On sm_90 the fastest measured of about ten each, causal at
@@ -52,6 +58,28 @@ TABLE: dict[tuple[tuple[int, int], int], Configs] = {
     ((10, 0), 256): Configs(C(32, 64, 8, 1), C(64, 32, 8, 1)),
 }
 TABLE |= {((12, 0), d): x for (arch, d), x in list(TABLE.items()) if arch == (8, 9)}
+# For `diagonals`: what spills least (at most 76 bytes). A sum of a tile's size is kept beside the
+# score and dP.
+ALONG: dict[tuple[tuple[int, int], int], TritonConfig] = {
+    ((8, 0), 64): C(64, 32, 4, 2),
+    ((8, 0), 96): C(64, 32, 4, 2),
+    ((8, 0), 128): C(64, 32, 4, 2),
+    ((8, 0), 192): C(64, 32, 4, 1),
+    ((8, 0), 256): C(64, 32, 8, 1),
+    ((9, 0), 64): C(64, 64, 4, 2),
+    ((9, 0), 96): C(64, 64, 8, 2),
+    ((9, 0), 128): C(64, 64, 8, 2),
+    ((9, 0), 192): C(64, 64, 8, 2),
+    ((9, 0), 256): C(64, 64, 8, 1),
+    ((10, 0), 64): C(64, 64, 8, 2),
+    ((10, 0), 96): C(128, 64, 8, 1),
+    ((10, 0), 128): C(128, 64, 8, 1),
+    ((10, 0), 192): C(128, 64, 8, 1),
+    ((10, 0), 256): C(64, 32, 8, 1),
+}
+ALONG |= {
+    (x, d): tile for (arch, d), tile in ALONG.items() if arch == (8, 0) for x in ((8, 9), (12, 0))
+}
 # A tile of a captured tensor beside those of the score, P and dP.
 DENSE_KEYS = {((9, 0), 96): C(32, 128, 8, 2), ((9, 0), 128): C(32, 128, 8, 2)}
 # The numbers of dropout beside them, or a row's sums of dS and P: without, 780 bytes are spilled.
@@ -72,7 +100,7 @@ def table_configs(problem: Problem) -> Configs:
         return FLOAT32[head_class(problem)]
     arch = nearest_arch(problem.capability or (8, 0))
     row = ROW.get(arch, arch), head_class(problem)
-    configs = TABLE[row]
+    configs = replace(TABLE[row], along=ALONG[row])
     queries = SMALLER_QUERIES.get(row, configs.queries)
     wanted = [i for i, needs_grad in enumerate(problem.aux_needs_grad) if needs_grad]
     if problem.spec.weight is not None:
