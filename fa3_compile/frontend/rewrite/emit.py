@@ -13,6 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from fa3_compile.errors import Decline
 from fa3_compile.frontend.detect.logsumexp import Lse
+from fa3_compile.frontend.dynamo.gradients import has_gradient
 from fa3_compile.frontend.dynamo.graph import (
     computing_fakes,
     example_value,
@@ -117,7 +118,13 @@ class Emitter:
         if x.places is not None:
             at = self.captured(x.places, device)
             table = self.captured(Captured(x.source, x.since), device)
+            kept = example_value(table).dtype
+            # Most distances share a row; its gradient would be added up in 16 bits, by atomics that
+            # wait for each other.
+            is_wide = not has_gradient(table) or kept not in (torch.float16, torch.bfloat16)
+            table = table if is_wide else self.call("to", table, torch.float32)
             rows = self.function(operator.getitem, table, (*[slice(None)] * x.dim, at))
+            rows = rows if is_wide else self.call("to", rows, kept)
             return self.call("contiguous", self.call("movedim", rows, x.dim, -1))
         value = example_value(x.source)
         number = _changing_float(x.source)
