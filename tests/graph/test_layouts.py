@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
@@ -234,6 +235,29 @@ def test_keys_of_one_batch_element_for_all():
     assert_expected_inline(
         fused(plain, q, normal(H, S, D), normal(H, S, D)), """attention(score=0.25*s)"""
     )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_one_table_of_queries_for_all_batches(dynamic):
+    """PyTorch makes one matrix product of it, whose rows are the keys of all batches."""
+
+    def matmul(table, k, v, hidden):
+        scores = (table @ k.mT).masked_fill(hidden, -INF)
+        return scores.softmax(-1) @ v
+
+    def einsum(table, k, v, hidden):
+        scores = torch.einsum("bnd,qd->bqn", k.tanh(), table).masked_fill(hidden, -INF)
+        return torch.einsum("bqn,bnd->bqd", scores.softmax(-1), v)
+
+    def keys_before_queries(table, k, v, hidden):
+        scores = (k @ table.T).masked_fill(hidden.mT, -INF)
+        return scores.softmax(1).mT @ v
+
+    table, (k, v) = normal(5, D, seed=7), qkv(B, S, D)[1:]
+    hidden = torch.arange(S).view(1, 1, S) >= torch.tensor([S, 9]).view(B, 1, 1)
+    for function in (matmul, einsum, keys_before_queries):
+        (spec,) = specs(check(function, table, k, v, hidden, dynamic=dynamic)).splitlines()
+        assert spec.startswith("attention(score=s, mask=load(0, b, ")
 
 
 def test_keys_permuted():

@@ -180,12 +180,13 @@ class _Reader:
         first = found[0]
         self._check_beside([x.weights for x in found])
         self.ranges[KV] = key_length = sum((x.keys for x in found), sympy.S.Zero)
+        batches = {a for i in first.batch for a in i.free_symbols}
         readings = []
         for term in first.weights.terms:
             term.divided_at = self.divided_at
             self._check_axis(term, first.column)
             scores = read_scores(
-                self.shadow, term, key_length, self.ranges, self._node, first.weights, self.joins
+                self.shadow, term, batches, self.ranges, self._node, first.weights, self.joins
             )
             self._check_apart(first.weights, scores)
             if not term.softmax.normalizes:

@@ -75,10 +75,16 @@ def several_elements() -> Decline:
 
 @dataclass(frozen=True)
 class Dot:
-    """One element of a product, as the scores read it."""
+    """One element of a product, as the scores read it.
+
+    A matrix product may have the keys of every batch as rows of one side, one batch behind the
+    other, as `matmul(queries, keys)` does of one table of queries: `keys_of_batch` is how many of
+    them are one batch's.
+    """
 
     node: fx.Node
     index: Index
+    keys_of_batch: Expr | None = None
 
     @property
     def width(self) -> Expr:
@@ -88,13 +94,16 @@ class Dot:
     @property
     def keys(self) -> Expr:
         """How many keys the product has."""
+        if self.keys_of_batch is not None:
+            return self.keys_of_batch
         return shape_of(self.node)[-2 if depends_on(self.index[-2], [KV]) else -1]
 
     @property
     def is_dot(self) -> bool:
         """Whether it is of one query and one key."""
         keys = [x for x in self.index[-2:] if depends_on(x, [KV])]
-        return keys == [KV] and not any(depends_on(x, [KV]) for x in self.index[:-2])
+        alone = keys == [KV] or self.keys_of_batch is not None
+        return alone and not any(depends_on(x, [KV]) for x in self.index[:-2])
 
     def sides(self, d: Expr = D):
         """((Q node, its index), (K node, its index)) with d the place on the contracted axis."""
@@ -102,17 +111,19 @@ class Dot:
         *batch, row, column = self.index
         queries = (left, (*batch, row, d))
         keys = (right, (*batch, d, column))
-        return (keys, queries) if row == KV else (queries, keys)
+        return (keys, queries) if depends_on(row, [KV]) else (queries, keys)
 
 
 class Products:
     """Candidates for Q K^T, and where each is read: the element rules of their nodes.
 
     The first read of the first node is `s`; every other read has a symbol of its own.
+
+    batches  the axes of the product with V that are not its rows or columns
     """
 
-    def __init__(self, nodes: Sequence[fx.Node]):
-        self.nodes = [*nodes]
+    def __init__(self, nodes: Sequence[fx.Node], batches: set[sympy.Symbol]):
+        self.nodes, self.batches = [*nodes], batches
         self.lifter: Lifter | None = None
         self.dots: dict[Dot, sympy.Symbol] = {}
 
@@ -123,11 +134,24 @@ class Products:
 
     def _element(self, node: fx.Node, index: Index) -> Expr:
         beta, alpha = factors_of(node, self.lifter)
-        scaled = alpha * self._symbol(Dot(node, index))
+        scaled = alpha * self._symbol(Dot(node, index, self._keys_of_batch(index)))
         if beta == 0:
             return scaled
         assert self.lifter is not None
         return beta * self.lifter.broadcast(node.args[0], index) + scaled
+
+    def _keys_of_batch(self, index: Index) -> Expr | None:
+        """How many keys a batch has, where `index` is of a row or column for each batch and key."""
+        *batch, row, column = index
+        keyed = [x for x in (row, column) if depends_on(x, [KV])]
+        if any(x.free_symbols for x in batch) or len(keyed) != 1 or keyed[0] == KV:
+            return None
+        assert self.lifter is not None
+        ranges = self.lifter.ranges
+        first = sympy.expand(keyed[0] - KV)
+        others = first.free_symbols & {*ranges}
+        from_zero = first.subs(dict.fromkeys(others, 0)) == 0
+        return ranges[KV] if from_zero and others <= self.batches else None
 
     def _symbol(self, dot: Dot) -> sympy.Symbol:
         if dot not in self.dots:

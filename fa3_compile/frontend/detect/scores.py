@@ -68,7 +68,7 @@ class Scores:
 def read_scores(
     shadow: Shadow,
     term: Term,
-    key_length: Expr,
+    batches: set[sympy.Symbol],
     ranges: Ranges,
     holder: Callable[[fx.Node], fx.Node],
     weights: Weights,
@@ -76,15 +76,19 @@ def read_scores(
 ) -> Scores:
     """The scores that one term of V's weights is a softmax of. `Decline` where they are none.
 
+    batches  the axes of the product with V that are not its rows or columns
     holder   the Dynamo node that stands for a shadow node
     weights  what was read between the softmax and V, whose loads come first
     joins    whether a sum of products is one; else all but one of them are biases
     """
     softmax = term.softmax
-    index, extra = _positions(softmax, term.at, key_length, holder)
+    index, extra = _positions(softmax, term.at, ranges[KV], holder)
 
     def read(nodes: list[fx.Node], are_beside: bool = False) -> Scores:
-        return _read(shadow, term, nodes, index, extra, ranges, holder, weights, joins, are_beside)
+        products = Products(nodes, batches)
+        return _read(
+            shadow, term, products, index, extra, ranges, holder, weights, joins, are_beside
+        )
 
     return _around_a_product(softmax, holder, read, shadow, joins)
 
@@ -159,7 +163,7 @@ def _positions(softmax: Softmax, at: Index, key_length: Expr, holder) -> tuple[I
 def _read(
     shadow: Shadow,
     term: Term,
-    nodes: list[fx.Node],
+    products: Products,
     index: Index,
     extra: list[Expr],
     ranges: Ranges,
@@ -168,9 +172,8 @@ def _read(
     joins: bool,
     are_beside: bool,
 ) -> Scores:
-    softmax = term.softmax
+    softmax, nodes = term.softmax, products.nodes
     x, dim = softmax.scores, softmax.dim
-    products = Products(nodes)
     computed = descendants(nodes)
     lifter = Lifter(
         shadow,
@@ -197,7 +200,7 @@ def _read(
         dots = beside.side_by_side(element, products, ranges)
         element = element.xreplace(dict.fromkeys(products.dots.values(), S))
     elif len(nodes) > 1 and (biases := products.biases()):
-        alone = [n for n in nodes if n not in biases]
+        alone = Products([n for n in nodes if n not in biases], products.batches)
         return _read(shadow, term, alone, index, extra, ranges, holder, weights, joins, False)
     else:
         products.check(holder(nodes[0]))
