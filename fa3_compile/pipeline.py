@@ -23,7 +23,7 @@ from fa3_compile.errors import Decline, InternalError
 from fa3_compile.frontend.detect import detect, joined
 from fa3_compile.frontend.detect.skeletons import Skeleton, skeletons
 from fa3_compile.frontend.dynamo.linear import mark_products
-from fa3_compile.frontend.dynamo.liveness import remove_dead
+from fa3_compile.frontend.dynamo.liveness import live_nodes, remove_dead
 from fa3_compile.frontend.expand import flex
 from fa3_compile.frontend.expand.einsum import expand_products
 from fa3_compile.frontend.expand.encoder_layer import expand_encoder_layers
@@ -151,9 +151,10 @@ def _rewrite_graph(
         remove_dead(gm.graph, [node for region in rewritten for node in region.dropouts])
         gm.graph.lint()
         gm.recompile()
+    live = live_nodes(gm.graph, by_values=True) if rewritten else set()
     for entry, region, output in entries:
         if region is not None:
-            said = [check.hint(gm.graph, region), joined.hint(region), *hints(region.spec)]
+            said = [check.hint(region, live), joined.hint(region), *hints(region.spec)]
             entry = dataclasses.replace(entry, hint=" ".join(x for x in said if x))
             mask_tensors.keep(gm, region, entry)
         report.record(entry)

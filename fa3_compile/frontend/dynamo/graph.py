@@ -39,11 +39,16 @@ IS_PRODUCT = "fa3_product"
 
 def target_name(node: fx.Node) -> str:
     """The function's or method's bare name."""
-    if isinstance(node.target, str):
-        return node.target
-    if isinstance(node.target, torch._ops.OpOverload):
-        return operator_name(node.target)[1]
-    return getattr(node.target, "__name__", str(node.target))
+    return name_of(node.target)
+
+
+def name_of(target: Any) -> str:
+    """The bare name of what a node calls."""
+    if isinstance(target, str):
+        return target
+    if isinstance(target, torch._ops.OpOverload):
+        return operator_name(target)[1]
+    return getattr(target, "__name__", None) or str(target)
 
 
 def operator_name(target: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> list[str]:

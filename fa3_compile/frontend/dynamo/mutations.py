@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fa3_compile.frontend.dynamo.graph import flat_nodes, storage_of, target_name
+from fa3_compile.frontend.dynamo.graph import flat_nodes, name_of, storage_of, target_name
 
 INPLACE_OPERATORS = frozenset(
     {
@@ -55,7 +55,9 @@ def mutated_nodes(node: fx.Node) -> list[fx.Node]:
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return _written_by_bodies(node)
     if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-        return _written_by_schema(node)
+        return _written_by_schema(node) if _may_write(node.target) else []
+    if not (_may_write(node.target) or "out" in node.kwargs or "inplace" in node.kwargs):
+        return []
     parameters = _parameters(node.target)
     given = {**dict(zip(parameters, node.args)), **node.kwargs}
     if given.get("out") is not None:
@@ -121,6 +123,18 @@ def written_later(nodes: Iterable[fx.Node], since: fx.Node) -> set[fx.Node]:
 
 def _is_inplace_name(name: str) -> bool:
     return name.endswith("_") and not name.endswith("__")
+
+
+@functools.cache
+def _may_write(target: Any) -> bool:
+    """Whether any call of a function or operator writes, but for those that are asked to by name.
+    Asked of every node of a graph, for every attention in it."""
+    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        overloads = [target] if isinstance(target, torch._ops.OpOverload) else _overloads(target)
+        written = (a.alias_info for x in overloads for a in x._schema.arguments)
+        return any(x is not None and x.is_write for x in written)
+    by_name = target in INPLACE_OPERATORS or _is_inplace_name(name_of(target))
+    return by_name or not {"out", "inplace"}.isdisjoint(_parameters(target))
 
 
 def _written_by_schema(node: fx.Node) -> list[fx.Node]:

@@ -67,13 +67,14 @@ def spans(graph: fx.Graph) -> list[Span]:
     found: list[Span] = []
     depth = 0
     for node in graph.nodes:
-        if enters(node):
+        bounds = is_transform(node)
+        if bounds and enters(node):
             if depth == 0:
                 found.append(Span([]))
             depth += 1
         if depth:
             found[-1].nodes.append(node)
-        depth -= leaves(node)
+        depth -= bounds and leaves(node)
     return found
 
 

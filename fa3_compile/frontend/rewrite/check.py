@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import fx
 
 from fa3_compile.errors import Decline
 from fa3_compile.frontend.dynamo import transforms
 from fa3_compile.frontend.dynamo.gradients import has_gradient
 from fa3_compile.frontend.dynamo.graph import opaque_target, target_name, values_read
-from fa3_compile.frontend.dynamo.liveness import depends_on_values, live_nodes
+from fa3_compile.frontend.dynamo.liveness import depends_on_values
 from fa3_compile.frontend.dynamo.mutations import overwrite
 from fa3_compile.frontend.expand import flex
 from fa3_compile.frontend.lift.captured import Captured
@@ -20,6 +21,12 @@ from fa3_compile.frontend.reasons.selected_keys import selected, selecting_call
 from fa3_compile.frontend.region import Region
 from fa3_compile.frontend.rewrite.statistics import keep_statistics
 from fa3_compile.spec.expr import loads_in
+
+# What enters and leaves one in Dynamo's graph.
+INFERENCE_MODES = (
+    torch.autograd.grad_mode._enter_inference_mode,
+    torch.autograd.grad_mode._exit_inference_mode,
+)
 
 
 def check(graph: fx.Graph, regions: Sequence[Region]) -> None:
@@ -49,11 +56,12 @@ def reads_of(region: Region) -> list[tuple[fx.Node, fx.Node]]:
     return [(x.source, x.since) for x in (*region.operands, *captured, *places)]
 
 
-def hint(graph: fx.Graph, region: Region) -> str:
-    """What the user of a rewritten region should know: weights that are computed once more."""
-    present = {*graph.nodes}
-    live = live_nodes(graph, by_values=True)
-    found = _reader([n for n in region.interior if n in present], live)
+def hint(region: Region, live: set[fx.Node]) -> str:
+    """What the user of a rewritten region should know: weights that are computed once more.
+
+    live  what the rewritten graph needs, and not for its shape alone
+    """
+    found = _reader(region.interior, live)
     if found is None:
         return ""
     held, reader = found
@@ -68,12 +76,11 @@ def place_of(graph: fx.Graph, regions: Sequence[Region]) -> fx.Node:
 
     Statistics that are used before the op can stand are left to the program.
     """
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    late = _misplaced(graph, regions, order)
+    late = _misplaced(graph, regions)
     if late is not None and any(region.statistics for region in regions):
         for region in regions:
             region.statistics = []
-        late = _misplaced(graph, regions, order)
+        late = _misplaced(graph, regions)
     if late is not None:
         raise Decline(
             "order",
@@ -81,44 +88,46 @@ def place_of(graph: fx.Graph, regions: Sequence[Region]) -> fx.Node:
             "Leave vmap after the attention as a whole.",
             message="a part of the attention is used before the whole can be computed",
         )
-    return _place(graph, regions, order)
+    return _place(graph, regions)
 
 
-def _place(graph: fx.Graph, regions: Sequence[Region], order: dict[fx.Node, int]) -> fx.Node:
+def _place(graph: fx.Graph, regions: Sequence[Region]) -> fx.Node:
     replaced = _replaced(regions)
     around = [span for span in transforms.spans(graph) if any(n in span.nodes for n in replaced)]
     if around:
         return around[-1].nodes[-1].next
-    return min(replaced, key=order.__getitem__)
+    return min(replaced)
 
 
 def _replaced(regions: Sequence[Region]) -> list[fx.Node]:
     return [regions[0].output, *(x.node for region in regions for x in region.statistics)]
 
 
-def _misplaced(
-    graph: fx.Graph, regions: Sequence[Region], order: dict[fx.Node, int]
-) -> fx.Node | None:
+def _misplaced(graph: fx.Graph, regions: Sequence[Region]) -> fx.Node | None:
     """Something that is made too late for the op, or used too early; None if all is well."""
-    place = order[_place(graph, regions, order)]
+    place = _place(graph, regions)
     for region in regions:
         for _, since in reads_of(region):
-            if order[since] >= place:
+            if not since < place:
                 return since
     users = [u for n in _replaced(regions) for u in n.users]
-    return next((u for u in users if order[u] < place), None)
+    return next((u for u in users if u < place), None)
 
 
 def _check_inference_mode(output: fx.Node) -> None:
     """AOTAutograd cannot take a view inside an inference mode of the program's own, and the op's
     operands are views: the compilation would fail, and all later ones of the process."""
+    switches = [
+        node
+        for target in INFERENCE_MODES
+        for node in output.graph.find_nodes(op="call_function", target=target)
+        if node < output
+    ]
     modes: list[bool] = []
-    for node in output.graph.nodes:
-        if node is output:
-            break
-        if target_name(node) == "_enter_inference_mode":
+    for node in sorted(switches):
+        if node.target is INFERENCE_MODES[0]:
             modes.append(bool(node.args[0]))
-        elif target_name(node) == "_exit_inference_mode":
+        else:
             modes.pop()
     if modes and modes[-1]:
         raise Decline(

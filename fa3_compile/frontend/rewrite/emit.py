@@ -146,12 +146,11 @@ class Emitter:
         """What is read of a tensor that is the same along its diagonals: made once for all that
         read it, where the tensor is."""
         name = f"{x.source} since {x.since}, {diagonals}"
-        order = {node: i for i, node in enumerate(self.graph.nodes)}
-        for node in order:
+        for node in self.graph.nodes:
             if node.meta.get("by_distance") == name:
                 return node
         i, j, idle = diagonals
-        with self.graph.inserting_before(max(x[:2], key=order.__getitem__).next):
+        with self.graph.inserting_before(max(x.source, x.since).next):
             held = x.source
             for d in sorted(idle, reverse=True):
                 held = self.call("select", held, d, 0)
@@ -173,8 +172,7 @@ class Emitter:
 
     def seed(self, seed: Seed, device: torch.device) -> fx.Node:
         """An int64 [1], drawn where the program drew its dropout."""
-        before = {n: i for i, n in enumerate(self.graph.nodes)}
-        early = seed.dropout is not None and before[seed.dropout] < before[self.before]
+        early = seed.dropout is not None and seed.dropout < self.before
         with self.graph.inserting_before(seed.dropout if early else self.before):
             drawn = self.function(torch.randint, MOST_SEEDS, (1,), dtype=torch.int64, device=device)
         # Otherwise the partitioner may draw another one in the backward, where a memory budget

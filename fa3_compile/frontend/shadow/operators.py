@@ -1,6 +1,5 @@
 """The operators that stand in the shadow for what aten has no word for.
 
-MARK     which Dynamo node holds a value, by number
 STOP     a constant for the gradient, whatever it is made of
 UNKNOWN  what a call that is not looked into has written over a value
 DROPOUT  a dropout that is not decomposed
@@ -11,18 +10,16 @@ from __future__ import annotations
 import torch
 
 LIBRARY = torch.library.Library("fa3_shadow", "DEF")
-LIBRARY.define("mark(Tensor x, int index) -> Tensor")
 LIBRARY.define("stop(Tensor x) -> Tensor")
 LIBRARY.define("unknown(Tensor x) -> Tensor")
 LIBRARY.define("dropout(Tensor x, float p) -> Tensor")
 
-for _name in ("mark", "stop", "unknown", "dropout"):
+for _name in ("stop", "unknown", "dropout"):
     LIBRARY.impl(_name, lambda x, *_: x.clone(), "CompositeExplicitAutograd")
     torch.library.register_fake(
         f"fa3_shadow::{_name}", lambda x, *_: torch.empty_like(x), lib=LIBRARY
     )
 
-MARK = torch.ops.fa3_shadow.mark.default
 STOP = torch.ops.fa3_shadow.stop.default
 UNKNOWN = torch.ops.fa3_shadow.unknown.default
 DROPOUT = torch.ops.fa3_shadow.dropout.default

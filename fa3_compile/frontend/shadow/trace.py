@@ -2,7 +2,7 @@
 
 The Dynamo graph speaks methods, functions, in-place operators and autocast regions; its shadow
 says the same in one small functional vocabulary. Every Dynamo node's value is followed into the
-shadow by a marker operator, so that what is found there can be spliced into the graph that
+shadow, as one of its outputs, so that what is found there can be spliced into the graph that
 Dynamo gave. Nothing here changes that graph.
 """
 
@@ -19,7 +19,7 @@ import torch
 from torch import fx
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import dispatch_functionalize
+from torch._subclasses.functional_tensor import FunctionalTensor, dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import rebind_unbacked
 from torch.utils._pytree import key_get
@@ -37,7 +37,7 @@ from fa3_compile.frontend.dynamo.mutations import is_mutation, mutated_nodes
 from fa3_compile.frontend.dynamo.seeds import seeds
 from fa3_compile.frontend.expand import flex
 from fa3_compile.frontend.expand.spell_out import SPELLED_OUT
-from fa3_compile.frontend.shadow.operators import MARK, STOP, UNKNOWN
+from fa3_compile.frontend.shadow.operators import STOP, UNKNOWN
 from fa3_compile.frontend.shadow.scope import Scope, is_subclass, relevant
 
 log = logging.getLogger(__name__)
@@ -82,8 +82,8 @@ class Shadow:
     declined: list[Decline] = field(default_factory=list)
 
     def users(self, node: fx.Node) -> list[fx.Node]:
-        """The readers of a shadow node's elements: markers and questions of sizes left out."""
-        return [user for user in node.users if user.target not in (MARK, *SIZES)]
+        """The readers of a shadow node's elements: questions of sizes left out."""
+        return [user for user in node.users if user.target not in SIZES]
 
 
 def shadow(gm: fx.GraphModule) -> Shadow | None:
@@ -190,20 +190,24 @@ def _analysis_only(fake_mode) -> Iterator[None]:
 
 @dataclass
 class _Marks:
-    """What MARK's numbers stand for."""
+    """Which Dynamo nodes hold the outputs of the shadow."""
 
-    # (a Dynamo node, the node since which it holds the marked value)
-    held: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
-    # The numbers of values that are part of a Dynamo node, and held by none.
-    within: set[int] = field(default_factory=set)
+    # (a Dynamo node, the node since which it holds the output, whether that is only a part of it)
+    held: list[tuple[fx.Node, fx.Node, bool]] = field(default_factory=list)
     made: list[torch.Tensor] = field(default_factory=list)
 
     def add(self, value: torch.Tensor, holder: fx.Node, at: fx.Node, *, within=False) -> None:
         inner = unwrapped(value)
-        if within or inner is not value:
-            self.within.add(len(self.held))
-        self.made.append(MARK(inner, len(self.held)))
-        self.held.append((holder, at))
+        self.made.append(_as_it_is_now(inner))
+        self.held.append((holder, at, within or inner is not value))
+
+
+def _as_it_is_now(value: torch.Tensor) -> torch.Tensor:
+    """The value that functionalisation has for a tensor, which later writes leave as it is."""
+    if not isinstance(value, FunctionalTensor):
+        return value
+    torch._sync(value)  # pyright: ignore[reportPrivateImportUsage]
+    return torch._from_functional_tensor(value.elem)  # pyright: ignore
 
 
 class _Reader(fx.Interpreter):
@@ -296,14 +300,13 @@ def _connect(
     within: dict[fx.Node, fx.Node] = {}
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     held = [(aten, dynamo, dynamo) for dynamo, aten in zip(cuts, placeholders, strict=True)]
-    for node in graph.nodes:
-        if node.target is not MARK:
-            continue
-        aten, number = node.args
-        if number in marks.within:
-            within.setdefault(aten, marks.held[number][0])
+    output = graph.output_node()
+    for aten, (dynamo, at, is_part) in zip(output.args[0], marks.held, strict=True):
+        if is_part:
+            within.setdefault(aten, dynamo)
         else:
-            held.append((aten, *marks.held[number]))
+            held.append((aten, dynamo, at))
+    output.args = ((),)  # no reader of them
     order = {node: i for i, node in enumerate(cuts[0].graph.nodes)} if cuts else {}
     for aten, dynamo, at in sorted(held, key=lambda x: (order.get(x[2], 0), order.get(x[1], 0))):
         aten_of.setdefault(dynamo, aten)
