@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -337,6 +339,59 @@ class TestMasks:
 
         report = check(attention, *qkv(), chance(0.3, B, S), training=False)
         assert specs(report) == "lift: mask-after-softmax"
+
+    def test_padding_before_and_after_beside_a_mask_of_rows(self):
+        """As flash-attention's own reference: a window counted from the end of each sequence, rows
+        without a key in it are zeros, and so are padded queries."""
+
+        def attention(q, k, v, queries, keys, window):
+            s = scores_of(q, k).masked_fill(~keys[:, None, None], -INF)
+            rows, columns = queries_and_keys(20, S)
+            ends = (x.sum(-1)[:, None, None, None] for x in (keys, queries))
+            last = rows + next(ends) - next(ends)
+            hidden = (columns > last) | (columns < last - window)
+            p = s.masked_fill(hidden, -INF).softmax(-1)
+            p = p.masked_fill(~queries[:, None, :, None], 0.0).masked_fill(
+                ~keys[:, None, None], 0.0
+            )
+            return p.masked_fill(hidden.all(-1, keepdim=True), 0.0) @ v
+
+        queries, keys = (torch.arange(n) < torch.tensor([[n - 7], [n]]) for n in (20, S))
+        keys[0] = False
+        q, k, v = normal(B, H, 20, D), *qkv()[1:]
+        for window in (S, 4):
+            report = check(attention, q, k, v, queries, keys, window)
+            assert "dead=zero" in specs(report) and "weight" not in specs(report)
+
+    def test_rows_of_nan_beside_a_sequence_of_padding(self):
+        def attention(q, k, v, keys, hidden):
+            s = scores_of(q, k).masked_fill(~keys, -INF).masked_fill(hidden, -INF)
+            return s.softmax(-1).masked_fill(~keys, 0.0) @ v
+
+        inputs = [x.detach() for x in qkv()]
+        keys = torch.arange(S) >= torch.tensor([3, S]).view(B, 1, 1, 1)
+        # Queries 0 to 2 see padding alone: NaN, but where all is padding, and filled.
+        report = check(attention, *inputs, keys, future(), training=False)
+        assert_expected_inline(
+            specs(report),
+            """attention(score=0.25*s, mask=(load(0, b, 0, 0, kv) != 0) & (load(1, q, kv) == 0), dead=zero, aux=[bool, bool])""",
+        )
+        # Whether a row of these keeps a key takes a mask of queries and keys.
+        keys = chance(0.3, S, S)
+        report = check(attention, *inputs, keys, future(), training=False)
+        assert specs(report) == "lift: mask-after-softmax"
+
+    @pytest.mark.parametrize("rest", ["dropped", "padded"])
+    def test_a_row_without_a_key_keeps_none(self, rest):
+        def attention(q, k, v, keys, kept):
+            p = scores_of(q, k).masked_fill(~keys, -INF).softmax(-1)
+            return p.masked_fill(~keys, 0.0).masked_fill(~kept, 0.0) @ v
+
+        keys = chance(0.5, B, 1, 1, S)
+        keys[1] = False
+        kept = chance(0.7, B, H, S, S) if rest == "dropped" else chance(0.7, B, 1, S, 1)
+        report = check(attention, *(x.detach() for x in qkv()), keys, kept, training=False)
+        assert re.search(r"mask=load\(\d, b, 0, 0, kv\) != 0, dead=zero", specs(report))
 
     @pytest.mark.parametrize("fill", [-1e9, LOWEST], ids=str)
     def test_filled_by_numbers_before(self, fill):

@@ -11,8 +11,8 @@ from torch import fx
 
 from fa3_compile.errors import Decline
 from fa3_compile.frontend.lift.lift import truth
-from fa3_compile.frontend.lift.placeholders import some, without_some
-from fa3_compile.spec.expr import KV, Expr, depends_on, where
+from fa3_compile.frontend.lift.placeholders import ANY_KEY, over_keys, some, without_some
+from fa3_compile.spec.expr import KV, Expr, Q, depends_on, where
 from fa3_compile.spec.normal_form import tidy, tidy_mask
 from fa3_compile.spec.selects import assuming
 from fa3_compile.spec.separate import Separated
@@ -30,8 +30,8 @@ def merged(
     weights that are 0 where `kept` does not hold.
 
     The weight of a masked key is 0 already, but for rows without a key: NaN or a mean of all in
-    the softmax, zeros after the fill if that is of the same mask. `Decline` at `at` where a row
-    of NaN may be filled in part, which a factor cannot say.
+    the softmax, zeros after the fill if no key is left. `Decline` at `at` where a row of NaN may be
+    filled in part, which a factor cannot say.
 
     may_be_infinite: whether something that an expression reads, or has in it, may be -inf. Then all
     visible scores of a row may be.
@@ -50,15 +50,17 @@ def merged(
     if whole or _finite_where_filled(separated, kept, may_be_infinite):
         weight = _where_masked(weight * where(kept, 1, 0), separated.mask)
         return separated, weight, sympy.true
-    weight = _where_masked(weight, separated.mask)
     rows = sympy.And(*(x for x in _conjuncts(kept) if not depends_on(x, [KV])))
+    keys = sympy.And(*(_conjuncts(kept) - _conjuncts(rows)))
+    others = sympy.And(*(_conjuncts(keys) - _conjuncts(separated.mask)))
+    weight = _where_masked(weight * where(others, 1, 0), separated.mask)
     if not may_lose_rows:
-        filled = dataclasses.replace(separated, dead="zero")
-        if _conjuncts(kept) == _conjuncts(separated.mask):
-            return filled, weight, sympy.true
-        if _conjuncts(kept) - _conjuncts(rows) == _conjuncts(separated.mask):
-            return filled, weight, rows
-    if rows != kept:
+        if _conjuncts(separated.mask) <= _conjuncts(keys):
+            # A row without a key keeps none.
+            return dataclasses.replace(separated, dead="zero"), weight, rows
+        if keys != sympy.true and others == sympy.true and not depends_on(keys, [Q]):
+            return separated, weight, tidy_mask(sympy.And(rows, _any(keys)))
+    if keys != sympy.true:
         raise Decline(
             "mask-after-softmax",
             at,
@@ -79,6 +81,11 @@ def _finite_where_filled(
         if not seen or may_be_infinite(assuming(separated.score, filled)):
             return False
     return True
+
+
+def _any(keys: Boolean) -> Boolean:
+    """Whether a condition holds for some key."""
+    return sympy.Ne(over_keys(where(keys.subs(KV, ANY_KEY), 1, 0)), 0)
 
 
 def _rows_filled(
