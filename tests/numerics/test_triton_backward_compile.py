@@ -80,7 +80,7 @@ def compiled(asked: Problem, name: str, config: TritonConfig, wanted: tuple[int,
         return triton.compile(
             ASTSource(kernel, signature, constants, attributes),
             target=GPUTarget("cuda", 10 * major + minor, 32),
-            options=config.options,
+            options=config.options(asked.dtype),
         )
 
 

@@ -132,7 +132,7 @@ def compiled(
         return triton.compile(
             ASTSource(kernel, signature, constants, attributes),
             target=GPUTarget("cuda", 10 * major + minor, 32),
-            options=config.options,
+            options=config.options(asked.dtype),
         )
 
 
@@ -287,6 +287,17 @@ def test_conditional_rescaling_compiles(arch: int, tmp_path) -> None:
 def test_float32_uses_no_tensor_cores(dim: int, tmp_path) -> None:
     ptx = check(problem(CAUSAL, dim, 80, torch.float32), 80, tmp_path)
     assert "mma" not in ptx.replace("fma", "")
+
+
+def test_float32_scores_have_the_roundings_of_eager() -> None:
+    """200*s - max is two roundings, as there; the products of Q and K are one each, as cuBLAS's."""
+    asked = problem("attention(score=200.0*s)", 64, 90, torch.float32)
+    config = tune_forward.table_config(asked)
+    ptx = compiled(asked, config).asm["ptx"]
+    products = config.block_q * config.block_kv * 2 * 64
+    assert ptx.count("fma.rn.f32") == products // (32 * config.num_warps)
+    half = problem("attention(score=200.0*s)", 64, 90)
+    assert "fma.rn.f32" in compiled(half, tune_forward.table_config(half)).asm["ptx"]
 
 
 def test_full_blocks_have_no_mask() -> None:

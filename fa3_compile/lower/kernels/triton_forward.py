@@ -327,7 +327,7 @@ def bind_config(problem: Problem, config: TritonConfig, q, k, v, aux, sizes) -> 
     if interpreted():
 
         def interpret(tensors: Sequence[Tensor]) -> None:
-            kernel[grid](*tensors, *integers, *constants, **config.options)
+            kernel[grid](*tensors, *integers, *constants, **config.options(q.dtype))
 
         return Bound(config, chosen, in_order(lists, parts, chosen, interpret))
 
@@ -335,7 +335,7 @@ def bind_config(problem: Problem, config: TritonConfig, q, k, v, aux, sizes) -> 
     tensors += [torch.empty(1, dtype=torch.int32, device=q.device)] * (2 * (lists is not None))
     tensors += [lse.new_empty(1)] * (2 * (parts is not None))
     arguments = [*tensors, *integers, *constants]
-    compiled, runner = built(kernel, config, grid, q.device, arguments)
+    compiled, runner = built(kernel, config, grid, q, arguments)
     found = direct(compiled, grid[0], dict(zip(kernel.arg_names, arguments)))
     launch = on_tensors(found, compiled, runner, grid[0], q.device, (*integers, *constants))
     launch = in_order(lists, parts, chosen, launch)
@@ -343,12 +343,13 @@ def bind_config(problem: Problem, config: TritonConfig, q, k, v, aux, sizes) -> 
     return Bound(config, chosen, launch, compiled.n_spills, launches)
 
 
-def built(kernel, config: TritonConfig, grid, device: torch.device, arguments) -> tuple[Any, Any]:
+def built(kernel, config: TritonConfig, grid, q: Tensor, arguments) -> tuple[Any, Any]:
     """Triton's CompiledKernel for such arguments, and what launches it. Raises KernelBuildError."""
+    options = config.options(q.dtype)
     try:
-        major, minor = torch.cuda.get_device_capability(device)
-        with torch.cuda.device(device), beside_captures(), sound_assembler(10 * major + minor):
-            compiled = kernel.warmup(*arguments, grid=grid, **config.options)
+        major, minor = torch.cuda.get_device_capability(q.device)
+        with torch.cuda.device(q.device), beside_captures(), sound_assembler(10 * major + minor):
+            compiled = kernel.warmup(*arguments, grid=grid, **options)
             return compiled, compiled[grid]
     except Exception as error:
         raise KernelBuildError(f"{kernel.__name__} {config} does not build: {error}") from error

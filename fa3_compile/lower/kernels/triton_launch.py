@@ -86,11 +86,12 @@ def bind_kernel(kernel, config: TritonConfig, programs: int, tensors, integers, 
     pointers = tuple(x for x in names if x in tensors)
     arguments = tuple(values[x] for x in names if x not in tensors)
     grid = (programs, 1, 1)
+    q = tensors["q_ptr"]
     if forward.interpreted():
-        return Launch(pointers, lambda xs: kernel[grid](*xs, *arguments, **config.options))
-    device = tensors["q_ptr"].device
+        options = config.options(q.dtype)
+        return Launch(pointers, lambda xs: kernel[grid](*xs, *arguments, **options))
     like = [tensors[x] for x in pointers]
-    compiled, runner = forward.built(kernel, config, grid, device, [*like, *arguments])
+    compiled, runner = forward.built(kernel, config, grid, q, [*like, *arguments])
     launch = direct(compiled, programs, values)
-    run = on_tensors(launch, compiled, runner, programs, device, arguments)
+    run = on_tensors(launch, compiled, runner, programs, q.device, arguments)
     return Launch(pointers, run, compiled.n_spills, launch)

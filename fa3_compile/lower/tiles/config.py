@@ -51,12 +51,18 @@ class TritonConfig:
     lazy_rescale: bool = False
     packed: bool = False
 
-    @property
-    def options(self) -> dict[str, int]:
-        """What Triton is told beside the arguments. Without contraction to FMA, which Triton 3.10
-        is to have by default, the softmax's exponents would take two instructions each."""
+    def options(self, dtype: torch.dtype) -> dict[str, int]:
+        """What Triton is told beside the arguments, for operands of this dtype.
+
+        In half precision products and sums are contracted to FMA, as Triton 3.10 no longer does by
+        default: without, the softmax's exponents would take two instructions each. In float32
+        they are not (`tl.dot` has its own): scores of hundreds have the digits that eager's have,
+        where 200*s - max in one rounding put a row with a near tie three times as far from
+        float64 as eager is.
+        """
+        fused = dtype != torch.float32
         stages = self.num_stages
-        return {"num_warps": self.num_warps, "num_stages": stages, "enable_fp_fusion": True}
+        return {"num_warps": self.num_warps, "num_stages": stages, "enable_fp_fusion": fused}
 
     def shared_memory(self, problem: Problem) -> int:
         """Bytes of shared memory, estimated from above: Q, and each stage of K and V."""
