@@ -26,7 +26,7 @@ from fa3_compile.lower.binaries.build_nvrtc import (
 from fa3_compile.lower.binaries.remembered import remembered
 from fa3_compile.lower.bound import BindingKernel
 from fa3_compile.lower.choose import Gradients, KernelBuildError, Problem, register
-from fa3_compile.lower.kernels import cuda_sm90_backward as backward
+from fa3_compile.lower.kernels import cuda_sm90_backward_captured as backward
 from fa3_compile.lower.kernels.cuda_sm90_forward_parameters import ForwardParameters
 from fa3_compile.lower.kernels.cuda_sm90_keys import (
     DTYPES,
