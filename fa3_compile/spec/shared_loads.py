@@ -15,7 +15,7 @@ from fa3_compile.spec.attention import AttentionSpec
 def keys_share(spec: AttentionSpec, wanted: Collection[int]) -> bool:
     """Whether keys of a row share an element that has a gradient through their scores' softmax;
     `wanted` are the captured tensors with a gradient."""
-    if not spec.normalized:
+    if not wanted or not spec.normalized:
         return False
     scores = (spec.score,) if spec.fill is None else (spec.score, spec.fill)
     return any(x.tensor in wanted and not is_one_a_key(x) for x in E.loads_in(*scores))

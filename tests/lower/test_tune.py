@@ -66,6 +66,7 @@ def test_the_fastest_is_measured_once_and_kept():
         {"heads": 80},
         {"dtype": torch.float16},
         {"autotune": "full"},
+        {"wants_lse": False},
         {"spec": AttentionSpec.parse("attention(score=0.125*s)")},
     ],
     ids=str,

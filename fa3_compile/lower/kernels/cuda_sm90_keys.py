@@ -178,14 +178,14 @@ def _with_table(problem: Problem, layout: Layout) -> list[CudaKey]:
     if 4 * own * (problem.q_len + problem.kv_len) > LARGEST_TABLE:
         return []
     shape = (problem.batch * problem.heads, problem.q_len, problem.kv_len)
-    dealt = candidates(
-        problem.dim, problem.v_dim, problem.q_len, spec.has_mask, False, False, split=True
-    )
     tiles = shape[0] * -(-problem.q_len // config.block_m)
-    if 0 < tiles <= MANY_TILES * processors(problem.device) and problem.kv_len and dealt:
+    if 0 < tiles <= MANY_TILES * processors(problem.device) and problem.kv_len:
+        dealt = candidates(
+            problem.dim, problem.v_dim, problem.q_len, spec.has_mask, False, False, split=True
+        )
         work = work_of(spec, *shape, max(problem.dim, problem.v_dim))
         pace = functools.partial(microseconds, work=work, processors=processors(problem.device))
-        if pace(dealt[0]) * ELEMENTWISE < pace(config):
+        if dealt and pace(dealt[0]) * ELEMENTWISE < pace(config):
             return []
     rest = (config, layout.elements, layout.unit)
     return [CudaKey(spec, dtype, problem.dim, problem.v_dim, *rest, by_distance=True)]

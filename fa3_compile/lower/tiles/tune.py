@@ -98,8 +98,10 @@ def _key(problem: Problem, family: str, compiler: str) -> str:
     shape = (problem.dim, problem.v_dim, bucket(problem.q_len), bucket(problem.kv_len))
     heads = (bucket(problem.batch * problem.heads), problem.group)
     fields = (str(problem.spec), str(problem.dtype), problem.aux_dtypes, shape, heads, device)
-    sources = (family, compiler, problem.autotune, resources.source_hash())
-    return hashlib.sha256(repr((fields, sources)).encode()).hexdigest()[:24]
+    # Some tiles are for calls alone whose LSE nobody reads.
+    asked = (problem.autotune, problem.wants_lse)
+    sources = (family, compiler, resources.source_hash())
+    return hashlib.sha256(repr((fields, asked, sources)).encode()).hexdigest()[:24]
 
 
 def _record(problem: Problem, family: str, best, times: dict) -> str:
