@@ -122,7 +122,7 @@ def test_rows_without_a_key(arch: int, tmp_path: Path) -> None:
             found = triton.compile(
                 ASTSource(kernel, dict(zip(kernel.arg_names, kinds)), constants, aligned),
                 target=GPUTarget("cuda", arch, 32),
-                options=triton_uniform_rows.CONFIG.options,
+                options=triton_uniform_rows.CONFIG.options(torch.bfloat16),
             )
         assert spilled_bytes(found, arch, tmp_path) == 0, kernel.__name__
         assert found.metadata.shared <= SHARED_MEMORY[divmod(arch, 10)]
