@@ -10,6 +10,7 @@ from torch import fx
 
 from fa3_compile.frontend.lift.elements.movement import dimension
 from fa3_compile.frontend.shadow.operators import STOP
+from fa3_compile.frontend.shadow.safe_softmax import hides, is_zero, made_finite, unmasked
 from fa3_compile.frontend.shadow.same import same_value
 from fa3_compile.frontend.shadow.trace import SIZES, Shadow
 
@@ -107,8 +108,9 @@ def _by_hand(node: fx.Node) -> Softmax | None:
     """e / (e.sum(dim) + rest), or e times the reciprocal of that."""
     for top, bottom in _quotients(node):
         for summed in _sums_of_exponentials(bottom):
-            if same_value(without_abs(summed.args[0]), top):
-                return Softmax(node, top, _summed_dim(summed), divisor=bottom, summed=summed)
+            zeros = _rows_become_zeros(top, bottom, summed)
+            if same_value(without_abs(summed.args[0]), top) and zeros is not None:
+                return Softmax(node, top, _summed_dim(summed), zeros, bottom, summed)
     return None
 
 
@@ -138,8 +140,22 @@ def divided_late(shadow: Shadow) -> list[Softmax]:
             for summed in _sums_of_exponentials(bottom):
                 e = summed.args[0]
                 dim, division = _summed_dim(summed), Division(node, top)
-                found.append(Softmax(e, e, dim, False, bottom, summed, division))
+                zeros = _rows_become_zeros(e, bottom, summed)
+                if zeros is not None:
+                    found.append(Softmax(e, e, dim, zeros, bottom, summed, division))
     return found
+
+
+def _rows_become_zeros(e: fx.Node, divisor: fx.Node, summed: fx.Node) -> bool | None:
+    """Whether rows of a softmax by hand whose scores are all -inf are 0 over something else; None
+    where they are over something unknown."""
+    x, _, _ = unmasked(e)
+    if not _is(x, aten.exp.default) or not _is(x.args[0], aten.sub.Tensor):
+        return False
+    if made_finite(_undetached(unexpanded(x.args[0].args[1])[0])) is None:
+        return False
+    zero = is_zero(divisor, summed)
+    return None if zero is None else not zero
 
 
 def _quotients(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
@@ -217,10 +233,13 @@ def _is(node, target) -> bool:
 
 def row_statistic(node: fx.Node) -> bool:
     """Whether the node is a maximum or a logsumexp, which is finite where any score is. It may be
-    detached: a softmax does not depend on what is taken off a whole row, nor does its gradient."""
+    detached: a softmax does not depend on what is taken off a whole row, nor does its gradient. It
+    may be made finite elsewhere too."""
     node = _undetached(node)
     if not isinstance(node, fx.Node):
         return False
+    if (inner := made_finite(node)) is not None:
+        return row_statistic(unexpanded(inner)[0])
     if node.target in (aten.amax.default, aten.max.default, aten.logsumexp.default):
         return True
     taken = node.target is operator.getitem and node.args[1] == 0
@@ -228,14 +247,25 @@ def row_statistic(node: fx.Node) -> bool:
 
 
 def largest_is_one(softmax: Softmax) -> bool:
-    """Whether a softmax by hand divides exp(x - x.max(dim)): each sum is then at least 1."""
-    if not _is(softmax.scores, aten.exp.default) or not _is(
-        softmax.scores.args[0], aten.sub.Tensor
-    ):
+    """Whether a softmax by hand divides exp(x - x.max(dim)): each sum is then at least 1, or, of a
+    maximum that is made finite, 0 in a row without keys."""
+    e, condition, holds = unmasked(softmax.scores)
+    if not _is(e, aten.exp.default) or not _is(e.args[0], aten.sub.Tensor):
         return False
-    x, shift = softmax.scores.args[0].args[:2]
+    x, shift = e.args[0].args[:2]
     statistic = _undetached(unexpanded(shift)[0])
+    if (inner := made_finite(statistic)) is not None:
+        statistic = _undetached(unexpanded(inner)[0])
+    if condition is not None and (inner is None or not hides(x, condition, holds)):
+        return False
     if not row_statistic(statistic) or statistic.target is aten.logsumexp.default:
         return False
     reduced = statistic.args[0] if statistic.target is operator.getitem else statistic
-    return same_value(reduced.args[0], x)
+    return same_value(reduced.args[0], x) and _dims(reduced) == [softmax.dim]
+
+
+def _dims(reduced: fx.Node) -> list[int]:
+    """The dimensions that a maximum is of; none of the maximum of all elements."""
+    x, *dims = reduced.args[:2]
+    dims = dims[0] if dims and isinstance(dims[0], (list, tuple)) else dims
+    return [dimension(d, x.meta["val"].dim()) for d in dims]

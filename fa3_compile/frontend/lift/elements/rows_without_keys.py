@@ -52,11 +52,11 @@ def _said_of_rows(condition: Any) -> tuple[fx.Node, int, bool] | None:
         node = node.args[0]
     every = node.target is aten.all.dim
     if every or node.target is aten.any.dim:
-        inner = _is_infinite(node.args[0])
+        inner = is_infinite(node.args[0])
         if inner is None or inner[1] is not every:
             return None
         return _uncast(inner[0]), node.args[1], holds == every
-    of_largest = _is_infinite(node)
+    of_largest = is_infinite(node)
     if of_largest is None:
         return None
     largest, infinite = of_largest
@@ -69,7 +69,7 @@ def _said_of_rows(condition: Any) -> tuple[fx.Node, int, bool] | None:
     return (_uncast(largest.args[0]), dims[0], holds == infinite) if len(dims) == 1 else None
 
 
-def _is_infinite(node: Any) -> tuple[fx.Node, bool] | None:
+def is_infinite(node: Any) -> tuple[fx.Node, bool] | None:
     """(x, True) of `x == -inf`, (x, False) of `x != -inf`. No score is +inf, or its row is NaN."""
     holds = True
     while node.target in NOT:
