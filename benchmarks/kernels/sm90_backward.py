@@ -21,7 +21,6 @@ import math
 import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,9 +34,9 @@ from benchmarks.kernels.sm90_forward import (
     OUT,
     TOKENS,
     WIDTH,
-    WORKERS,
     Check,
     Timed,
+    build_all,
     interleaved,
     made,
     problem_of,
@@ -114,14 +113,6 @@ def build(check: Check) -> tuple[Check, str, float]:
     return check, said, time.perf_counter() - start
 
 
-def build_all(todo: list[Check]) -> dict[Check, str]:
-    start = time.perf_counter()
-    with ProcessPoolExecutor(WORKERS) as pool:
-        results = list(pool.map(build, todo, chunksize=1))
-    print(f"built {len(results)} in {time.perf_counter() - start:.0f} s", flush=True)
-    return {check: said for check, said, _ in results}
-
-
 def compare(found, exact, eager) -> tuple[str | None, float]:
     """What is wrong, and the largest error as a share of what is allowed."""
     wrong, worst = [], 0.0
@@ -159,7 +150,7 @@ def check_all(wanted: list[str]) -> None:
     """Against float64, beside the reference's own error in the same dtype."""
     kernel = CudaSm90()
     todo = checks(wanted)
-    built = build_all(todo)
+    built = build_all(todo, build)
     rows, failed, declined = [], 0, 0
     for check in todo:
         wrong, worst = None, 0.0
@@ -271,7 +262,7 @@ def run_all(words: list[str]) -> None:
 def main() -> None:
     mode, wanted = (sys.argv[1:] + [""])[0], sys.argv[2:]
     if mode == "compile":
-        for check, said in build_all(checks(wanted)).items():
+        for check, said in build_all(checks(wanted), build).items():
             print(check.form, check.dtype, *check.dims, said)
     elif mode == "check":
         check_all(wanted)

@@ -3,7 +3,7 @@
     python benchmarks/kernels/triton_backward.py check             numerics, in worker processes
     python benchmarks/kernels/triton_backward.py time --budget 60  against cuDNN and FlexAttention
 
-The cases are those of triton_forward.py; times are medians in TFLOP/s of the work the mask leaves.
+The cases are those of triton_cases.py; times are medians in TFLOP/s of the work the mask leaves.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels import triton_forward as dev
-from benchmarks.kernels.triton_forward import Case, Runner
+from benchmarks.kernels.triton_cases import Case
+from benchmarks.kernels.triton_forward import Runner
 from fa3_compile.lower.choose import Problem
 from fa3_compile.lower.kernels import triton_backward, triton_forward
 from fa3_compile.lower.kernels.reference import attention_backward
