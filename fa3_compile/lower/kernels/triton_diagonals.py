@@ -123,9 +123,33 @@ class DiagonalSums:
         x, shape = self.bands.element, self.bands.shape
         at = {E.Q: sympy.S.Zero, E.KV: E.KV - (shape.q_len - 1)}
         at |= {E.SQ: sympy.Integer(shape.q_len), E.SKV: sympy.Integer(shape.kv_len)}
-        sums, moved = compressed(sums, x.xreplace(at), self.spec, aux, self.sizes)
+        moved = x.xreplace(at)
+        if (placed := in_place(sums, moved, aux[x.tensor])) is not None:
+            return placed
+        sums, moved = compressed(sums, moved, self.spec, aux, self.sizes)
         parts = [(moved, sums)]
         return chained(parts, self.spec, Shape(*sums.shape), x.tensor, aux, self.sizes)
+
+
+def in_place(sums: Tensor, x: E.load, tensor: Tensor) -> Tensor | None:
+    """The tensor's gradient where the load takes a part of it as it is, [B|1, H|1, 1, diagonals];
+    torch's own gradient of an index sorts the places. None for any other load."""
+    total = torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device)
+    part, axes = total, []
+    for d, i in reversed(list(enumerate(x.index))):
+        axis = {E.B: 0, E.H: 1}.get(i, 3)
+        first = sympy.S.Zero if axis < 3 else i - E.KV
+        if i.is_Integer and i < part.shape[d]:
+            part = part.select(d, int(i))
+            continue
+        if not first.is_Integer or first < 0 or first + sums.shape[axis] > part.shape[d]:
+            return None
+        part = part.narrow(d, int(first), sums.shape[axis])
+        axes.insert(0, axis)
+    if len(set(axes)) < len(axes):
+        return None
+    part.copy_(sums.permute(*axes, *(a for a in range(4) if a not in axes)).view(part.shape))
+    return total
 
 
 def bind_diagonals(
