@@ -367,6 +367,13 @@ def test_one_head_and_one_sequence():
 def test_head_dimension_of_one():
     assert_expected_inline(fused(plain, *qkv(B, H, S, 1)), """attention(score=0.25*s)""")
 
+    def features(q, k, v):
+        # Each feature attends to all features, as in a GAN's discriminator without pixels.
+        return torch.bmm(v, torch.bmm(q, k).softmax(-1).mT)
+
+    inputs = normal(B, S, 1), normal(B, 1, S, seed=2), normal(B, 1, S, seed=3)
+    assert fused(features, *inputs) == "attention(score=s, out_order=bqhd)"
+
 
 def test_empty_batch():
     def attention(q, k, v):

@@ -127,8 +127,8 @@ class OperandFinder:
     def _pair(self, search: _Search, dot: Dot) -> Pair:
         """The queries and keys of a product. What it contracts as one axis and they have as
         several, points and coordinates or rows and features, is split."""
-        place: Expr = D
         contracted = {D: dot.width}
+        place: Expr = sympy.S.Zero if dot.width == 1 else D
         while True:
             self.ranges |= contracted
             (queries, at), (keys, key_at) = dot.sides(place)
