@@ -48,7 +48,7 @@ def problem_of(region: Region, options: Options | None = None) -> Problem:
         q_len=_hint(layout.total(layout.query), region),
         kv_len=_hint(region.key_length, region),
         dim=_hint(region.width, region),
-        v_dim=_hint(layout.total(layout.head_dim), region),
+        v_dim=_hint(layout.total(layout.head_dim), region) + region.columns_of_ones,
         aux_dtypes=tuple(read_as(x.dtype) for x in region.loads),
         needs_grad=needs_grad,
         aux_needs_grad=tuple(x.needs_grad for x in region.loads),
@@ -67,7 +67,11 @@ def kernel_for(region: Region, options: Options) -> Choice:
     if choice.kernel is None:
         shown = {n: r for n, r in choice.reasons.items() if n != "reference"} or choice.reasons
         reasons = "; ".join(f"{name}: {reason}" for name, reason in shown.items())
-        hint = "Change what a sentence names, or allow other families: options={'kernels': ...}."
+        hint = (
+            "Change what a sentence names: the device, the dtype, a size, the form of the scores."
+        )
+        if options.kernels is not None:
+            hint += " Or allow other families: options={'kernels': ...}."
         raise Decline("no-kernel", region.output, hint, message=reasons)
     return choice
 
@@ -84,10 +88,18 @@ def check_joined(region: Region) -> None:
 
 def check_beside(region: Region) -> None:
     """`Decline` where keys or values of several tensors are put side by side, and are larger than
-    the scores."""
+    the scores; so where V is copied, to have columns of ones."""
+    problem = problem_of(region)
     if region.pairs[0].key.behind or region.value.behind:
-        problem = problem_of(region)
         _check_copied(region, problem.kv_heads * problem.kv_len * problem.dim, problem)
+    if region.columns_of_ones and problem.kv_heads * problem.v_dim > problem.heads * problem.q_len:
+        raise Decline(
+            "values-copied",
+            region.output,
+            NOTHING,
+            message="queries are so few that a copy of V, for the sums of rows that weights are "
+            "divided by, is larger than the scores",
+        )
 
 
 def _check_copied(region: Region, copied: int, problem: Problem) -> None:

@@ -137,6 +137,12 @@ class Region:
         return bool(self.statistics) or ROW_SUM in self.coefficient.free_symbols
 
     @property
+    def columns_of_ones(self) -> int:
+        """How many columns of ones V gets, the first of which gives the sums of rows that a softmax
+        and factors after it make; as many as kernels want it to have."""
+        return 8 if self.spec.normalized and ROW_SUM in self.coefficient.free_symbols else 0
+
+    @property
     def operands(self) -> list[Operand]:
         """The queries and keys of every pair, and V, part by part."""
         return operands_of(self.pairs, self.value)

@@ -230,12 +230,12 @@ class TestBetween:
             ("row-statistic", "Write one softmax over all key")
         }
 
-    def test_softmax_mixed_with_other_weights_of_its_scores(self):
+    def test_softmax_mixed_with_sums_of_its_scores(self):
         def attention(q, k, v):
             scores = scores_of(q, k)
-            return (scores.softmax(-1) + scores.relu()) @ v
+            return (scores.softmax(-1) + scores.cumsum(-1)) @ v
 
-        assert_expected_inline(declined(attention), """check: scores-read""")
+        assert_expected_inline(declined(attention), """detect: softmax-result-changed""")
 
     def test_layer_norm(self):
         def attention(q, k, v):

@@ -8,7 +8,7 @@ import sympy
 from sympy.logic.boolalg import Boolean
 
 from fa3_compile.frontend.lift.placeholders import prob
-from fa3_compile.spec.expr import Expr, where
+from fa3_compile.spec.expr import KV, Expr, depends_on, uniform, where
 
 Factored = tuple[Expr, Boolean, prob | None]
 
@@ -22,6 +22,13 @@ def weight_terms(element: Expr) -> list[Factored] | None:
 def beside_softmaxes(terms: Sequence[Factored]) -> Expr:
     """The sum of the terms that have no softmax."""
     return sympy.Add(*(where(kept, x, 0) for x, kept, which in terms if which is None))
+
+
+def apart(factor: Expr) -> tuple[Expr, Expr]:
+    """(the factors free of the key, the others)."""
+    factors = sympy.Mul.make_args(factor)
+    outside = [x for x in factors if not depends_on(x, [KV]) and not x.has(uniform)]
+    return sympy.Mul(*outside), sympy.Mul(*(x for x in factors if x not in outside))
 
 
 def _terms(element: Expr, factor: Expr, kept: Boolean) -> list[Factored] | None:

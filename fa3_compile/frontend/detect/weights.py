@@ -16,13 +16,19 @@ from sympy.logic.boolalg import Boolean
 from torch import fx
 
 from fa3_compile.errors import Decline
-from fa3_compile.frontend.detect.weight_terms import beside_softmaxes, weight_terms
+from fa3_compile.frontend.detect.weight_terms import apart, beside_softmaxes, weight_terms
 from fa3_compile.frontend.lift.captured import Captured, Seed
 from fa3_compile.frontend.lift.lift import Index, Lifter, number, shape_of
-from fa3_compile.frontend.lift.placeholders import ROW_SUM, prob, row_total, without_some
+from fa3_compile.frontend.lift.placeholders import (
+    ROW_SUM,
+    prob,
+    row_total,
+    weighed_total,
+    without_some,
+)
 from fa3_compile.frontend.shadow.normalize import Softmax
 from fa3_compile.frontend.shadow.trace import Shadow
-from fa3_compile.spec.expr import KV, Expr, depends_on, uniform, where
+from fa3_compile.spec.expr import KV, Expr, uniform, where
 from fa3_compile.spec.index import Ranges, same
 
 
@@ -112,22 +118,35 @@ def weights(
         softmax = softmaxes[int(which.args[0])]
         kept = sympy.Or(*(k for _, k in parts))
         factor = parts[0][0] if len(parts) == 1 else sympy.Add(*(where(k, f, 0) for f, k in parts))
-        coefficient, weight = _apart(without_some(sympy.sympify(factor)))
-        if not softmax.normalizes:
+        coefficient, weight = apart(without_some(sympy.sympify(factor)))
+        if softmax.normalizes:
+            own = weighed_total.of(weight, kept, which)
+            coefficient = coefficient.xreplace({own: ROW_SUM})
+            _check_no_total([coefficient, weight, kept, beside], at)
+        else:
             kept = without_some(kept)
             softmax = replace(softmax, dim=_keys_at(which.args[1:], at))
             coefficient = _of_own_row(coefficient, softmax, which.args[1:])
             changed = weight != 1 or kept != sympy.true
             if softmax.summed and (coefficient.has(row_total) or changed):
-                raise Decline(
-                    "row-sums",
-                    at,
-                    "Divide each row of weights by its own sum over the keys.",
-                    message="weights are divided by the sums of other weights, or of other rows",
-                )
+                raise _other_sums(at)
         zeroed = which in lifter.zeroed
         terms.append(Term(softmax, which.args[1:], coefficient, weight, kept, zeroed))
     return Weights(terms, without_some(beside), lifter.loads, lifter.dropouts, read_at, dtype)
+
+
+def _check_no_total(parts: Sequence[Expr | Boolean], at: fx.Node) -> None:
+    if any(x.has(weighed_total) for x in parts):
+        raise _other_sums(at)
+
+
+def _other_sums(at: fx.Node) -> Decline:
+    return Decline(
+        "row-sums",
+        at,
+        "Divide each row of weights by its own sum over the keys.",
+        message="weights are divided by the sums of other weights, or of other rows",
+    )
 
 
 def _row_sum(index: Index) -> Expr:
@@ -160,10 +179,3 @@ def _of_own_row(coefficient: Expr, softmax: Softmax, at: Index) -> Expr:
 
 def _element_of(n: int):
     return lambda index: prob(sympy.Integer(n), *index)
-
-
-def _apart(factor: Expr) -> tuple[Expr, Expr]:
-    """(the factors free of the key, the others)."""
-    factors = sympy.Mul.make_args(factor)
-    outside = [x for x in factors if not depends_on(x, [KV]) and not x.has(uniform)]
-    return sympy.Mul(*outside), sympy.Mul(*(x for x in factors if x not in outside))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sympy
 
+from fa3_compile.spec.expr import KV, where
+
 # The contracted axis of Q K^T.
 D = sympy.Symbol("d", integer=True, nonnegative=True)
 
@@ -47,6 +49,18 @@ class over_keys(sympy.Function):
 
     nargs = 1
     is_real = True
+
+
+class weighed_total(sympy.Function):
+    """`weighed_total(x, n, *index)`: the sum over every key, which is ANY_KEY in it, of
+    x * prob(n, *index): what a row adds up to after its softmax, where that is not 1."""
+
+    is_real = True
+
+    @classmethod
+    def of(cls, x, kept, p):
+        """Of factors x where `kept` holds, as they depend on the key KV."""
+        return cls(*(y.xreplace({KV: ANY_KEY}) for y in (where(kept, x, 0), *p.args)))
 
 
 class some(sympy.Function):

@@ -64,7 +64,19 @@ def coefficient(emit: Emitter, region: Region, pair: fx.Node, device: torch.devi
     rows stay, in out's dtype."""
     out = emit.function(operator.getitem, pair, 0)
     writer = _Writer(emit, region, region.coefficient_loads, device, pair)
-    out = _times(emit, out, region.coefficient, writer)
+    if not region.columns_of_ones:
+        out = _times(emit, out, region.coefficient, writer)
+        return _rows_kept(emit, region, out, pair, writer)
+    # The program has filled rows before it adds up what is in them.
+    out = _rows_kept(emit, region, out, pair, writer)
+    width = emit.size(region.layout.total(region.layout.head_dim))
+    writer.sums = emit.call("narrow", out, -1, width, 1)
+    return _times(emit, emit.call("narrow", out, -1, 0, width), region.coefficient, writer)
+
+
+def _rows_kept(
+    emit: Emitter, region: Region, out: fx.Node, pair: fx.Node, writer: _Writer
+) -> fx.Node:
     if region.rows == sympy.true:
         return out
     if region.nan_rows:
@@ -129,7 +141,10 @@ class _Writer:
     """Writes an expression as tensors that broadcast against [B, H, Sq, Skv].
 
     pair  the op's outputs: out, and the sums of rows [B, H, Sq] that an expression may have
+    sums  those sums [B, H, Sq, 1], where they are columns of out
     """
+
+    sums: fx.Node | None = None
 
     def __init__(
         self,
@@ -162,6 +177,8 @@ class _Writer:
             return self._tensor(float(expr), self.float)
         if expr in self.lengths:
             return self._position(expr)
+        if expr == ROW_SUM and self.sums is not None:
+            return self.emit.call("to", self.sums, self.float)
         if expr == ROW_SUM:
             return self.emit.call(
                 "unsqueeze", self.emit.function(operator.getitem, self.pair, 1), 3

@@ -119,7 +119,9 @@ def _attention(
     q, k, v, *aux = (x for _, x in operands)
     v = about_its_mean(emit, region, v)
     numbers = [emit.size(size) for size in region.sizes]
-    pair = emit.function(torch.ops.fa3.attention.default, q, k, v, aux, numbers, text)
+    ones = (v, (0, region.columns_of_ones), "constant", 1.0)
+    wide = emit.function(torch.nn.functional.pad, *ones) if region.columns_of_ones else v
+    pair = emit.function(torch.ops.fa3.attention.default, q, k, wide, aux, numbers, text)
     out = with_beside(emit, region, coefficient(emit, region, pair, device), v, device)
     replacements |= {x.node: emit.statistic(pair, x, region) for x in region.statistics}
     return emit.output(out, region)

@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from fa3_compile.errors import Decline
-from fa3_compile.frontend.detect.weight_terms import beside_softmaxes, weight_terms
+from fa3_compile.frontend.detect.weight_terms import apart, beside_softmaxes, weight_terms
 from fa3_compile.frontend.lift.elements.finite import made_finite
 from fa3_compile.frontend.lift.elements.rows_without_keys import holds_without_keys
 from fa3_compile.frontend.lift.lift import (
@@ -19,7 +19,13 @@ from fa3_compile.frontend.lift.lift import (
     shape_of,
     sym,
 )
-from fa3_compile.frontend.lift.placeholders import ANY_KEY, over_keys, prob
+from fa3_compile.frontend.lift.placeholders import (
+    ANY_KEY,
+    over_keys,
+    prob,
+    weighed_total,
+    without_some,
+)
 from fa3_compile.frontend.shadow.operators import DROPOUT, STOP
 from fa3_compile.spec.expr import KV, Expr, depends_on, load, uniform, where
 from fa3_compile.spec.forms import dropout_weight
@@ -84,7 +90,8 @@ def _(node, index, ctx: Lifter) -> Element:
 
 @element_of(aten.sum.dim_IntList)
 def _(node, index, ctx: Lifter) -> Element:
-    """The sum of a row of weights: that of a softmax is 1."""
+    """The sum of a row of weights: that of a softmax is 1, and that of one with factors is the
+    output for V of ones."""
     weights, dims, *kept = node.args
     if not ctx.adding_up or node not in ctx.inside or len(dims) != 1:
         raise Opaque(node, "it is computed from the attention's own products")
@@ -103,10 +110,14 @@ def _(node, index, ctx: Lifter) -> Element:
         along = ctx.adding_up.get(int(which.args[0]))
         others = (x for i, x in enumerate(at) if i != along)
         plain = seen == sympy.true and not depends_on(factor, [KV]) and not factor.has(uniform)
-        whole = along is not None and at[along] == KV and which not in ctx.zeroed
-        if not plain or not whole or any(depends_on(x, [KV]) for x in others):
+        whole = along is not None and at[along] == KV
+        if factor.has(uniform) or not whole or any(depends_on(x, [KV]) for x in others):
             raise Opaque(node, "it adds up changed weights")
-        found += factor
+        if plain and which not in ctx.zeroed:
+            found += factor
+        else:
+            outside, inside = apart(without_some(factor))
+            found += outside * weighed_total.of(inside, seen, which)
     return found
 
 
