@@ -214,41 +214,78 @@ def refusals() -> list[Refusal]:
     found = set()
     for file in sorted(PACKAGE.rglob("*.py")):
         where = file.relative_to(PACKAGE).as_posix()
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-                if node.func.id == "Decline" and node.args:
-                    found |= set(_refusals(node, where))
+        for call, names in _declines(ast.parse(file.read_text()).body, {}):
+            found |= set(_refusals(call, names, where))
     return sorted(found)
 
 
-def _refusals(call: ast.Call, where: str) -> Iterator[Refusal]:
+# What names may stand for: the expressions that were assigned to each.
+Names = dict[str, list[ast.expr]]
+
+
+def _declines(block: list[ast.stmt], names: Names) -> Iterator[tuple[ast.Call, Names]]:
+    """Every call of Decline, and the names that it may use."""
+    names = dict(names)
+    for statement in block:
+        for child in ast.iter_child_nodes(statement):
+            for call in ast.walk(child) if isinstance(child, ast.expr) else ():
+                if isinstance(call, ast.Call) and isinstance(call.func, ast.Name):
+                    if call.func.id == "Decline" and call.args:
+                        yield call, names
+        inner = [getattr(statement, name, []) for name in ("body", "orelse", "finalbody")]
+        for part in (*inner, *(x.body for x in getattr(statement, "handlers", ()))):
+            yield from _declines(part, names)
+        if isinstance(statement, ast.Assign):
+            names |= dict(_assigned(statement))
+        elif not isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+            for node in ast.walk(statement):
+                for name, values in _assigned(node):
+                    names[name] = [*names.get(name, []), *values]
+
+
+def _assigned(node: ast.AST) -> Iterator[tuple[str, list[ast.expr]]]:
+    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+        yield node.targets[0].id, [node.value]
+
+
+def _refusals(call: ast.Call, names: Names, where: str) -> Iterator[Refusal]:
     keywords = {keyword.arg: keyword.value for keyword in call.keywords}
-    hint = call.args[2] if len(call.args) > 2 else keywords.get("hint")
-    for code in _texts(call.args[0]):
+    message = keywords.get("message")
+    hints = [*_texts(call.args[2] if len(call.args) > 2 else keywords.get("hint"), names)]
+    for code in _texts(call.args[0], names):
         if re.fullmatch(r"[a-z][a-z-]*", code):
-            said = next(_texts(keywords.get("message")), code.replace("-", " "))
-            yield Refusal(code, said, next(_texts(hint), ""), where)
+            said = [*_texts(message, names)] or [code.replace("-", " ")]
+            if message is not None and not [*_texts(message, names)]:
+                said[0] += f": {{{ast.unparse(message)}}}"
+            # Of one branch each, or one for all.
+            apart = hints if len(hints) == len(said) else hints[:1] * len(said)
+            for i, sentence in enumerate(said):
+                yield Refusal(code, sentence, apart[i] if apart else "", where)
 
 
-def _texts(node: ast.expr | None) -> Iterator[str]:
-    """The texts that an expression may be: constants, formatted ones, either branch of a choice."""
+def _texts(node: ast.expr | None, names: Names) -> Iterator[str]:
+    """The texts that an expression may be: constants, formatted ones, either branch of a choice,
+    what a name was assigned."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         yield node.value
     elif isinstance(node, ast.JoinedStr):
-        yield "".join(_piece(part) for part in node.values)
+        yield "".join(_piece(part, names) for part in node.values)
     elif isinstance(node, ast.IfExp):
-        yield from _texts(node.body)
-        yield from _texts(node.orelse)
+        yield from _texts(node.body, names)
+        yield from _texts(node.orelse, names)
     elif isinstance(node, ast.BinOp):
-        yield "".join(_piece(part) for part in (node.left, node.right))
+        yield "".join(_piece(part, names) for part in (node.left, node.right))
+    elif isinstance(node, ast.Name):
+        for value in names.get(node.id, ()):
+            yield from _texts(value, {k: v for k, v in names.items() if k != node.id})
 
 
-def _piece(node: ast.expr) -> str:
+def _piece(node: ast.expr, names: Names) -> str:
     if isinstance(node, ast.Constant):
         return str(node.value)
-    if isinstance(node, ast.FormattedValue):
-        return "{" + ast.unparse(node.value) + "}"
-    return "{" + ast.unparse(node) + "}"
+    value = node.value if isinstance(node, ast.FormattedValue) else node
+    texts = [*_texts(value, names)] if isinstance(value, ast.Name) else []
+    return texts[0] if len(texts) == 1 else "{" + ast.unparse(value) + "}"
 
 
 def main(folder: str) -> None:

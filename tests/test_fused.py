@@ -9,6 +9,7 @@ import torch
 from expecttest import assert_expected_inline
 from torch import nn
 
+import fa3_compile
 from fa3_compile.testing import assert_fused, assert_matches_eager, snapshot
 
 ROOT = Path(__file__).parents[1]
@@ -80,6 +81,15 @@ def test_what_only_a_gpu_kernel_takes_passes_without_a_gpu():
     if not torch.cuda.is_available():
         with pytest.raises(AssertionError, match="no-kernel"):
             assert_fused(capped, *inputs, options={"kernels": "cpu"})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has a kernel for it")
+@pytest.mark.parametrize("options", [None, {"kernels": "cpu"}], ids=str)
+def test_other_families_are_advised_where_some_were_left_out(options):
+    inputs = [torch.randn(1, 2, 12, 16) for _ in range(3)]
+    [region] = fa3_compile.explain(capped, *inputs, options=options).regions
+    assert region.code == "no-kernel" and "the form of the scores" in region.hint
+    assert ("allow other families" in region.hint) == (options is not None)
 
 
 def test_a_snapshot_has_one_line_for_regions_that_are_alike():
