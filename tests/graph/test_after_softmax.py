@@ -436,9 +436,14 @@ class TestMasks:
 
         padding = torch.arange(S) >= torch.tensor([S, 0]).view(B, 1, 1, 1)
         given = normal(H, S, S).detach()
+        # Such a row is NaN, but where all keys are padding, and filled.
+        given[:, 3] = -INF
         inputs = [x.detach() for x in qkv()]
         report = check(Attention(), *inputs, padding, given, training=bias != "given")
-        # A bias that is given may be -inf at every key that is seen: NaN, which is not filled.
+        assert "dead=zero" in specs(report)
+        # Whether a row of these keeps a key takes a mask of queries and keys.
+        hidden = padding | chance(0.3, S, S)
+        report = check(Attention(), *inputs, hidden, given, training=bias != "given")
         assert ("dead=zero" in specs(report)) == (bias != "given")
         assert (specs(report) == "lift: mask-after-softmax") == (bias == "given")
 

@@ -54,12 +54,11 @@ def merged(
     keys = sympy.And(*(_conjuncts(kept) - _conjuncts(rows)))
     others = sympy.And(*(_conjuncts(keys) - _conjuncts(separated.mask)))
     weight = _where_masked(weight * where(others, 1, 0), separated.mask)
-    if not may_lose_rows:
-        if _conjuncts(separated.mask) <= _conjuncts(keys):
-            # A row without a key keeps none.
-            return dataclasses.replace(separated, dead="zero"), weight, rows
-        if keys != sympy.true and others == sympy.true and not depends_on(keys, [Q]):
-            return separated, weight, tidy_mask(sympy.And(rows, _any(keys)))
+    if not may_lose_rows and _conjuncts(separated.mask) <= _conjuncts(keys):
+        # A row without a key keeps none.
+        return dataclasses.replace(separated, dead="zero"), weight, rows
+    if keys != sympy.true and others == sympy.true and not depends_on(keys, [Q]):
+        return separated, weight, tidy_mask(sympy.And(rows, _any(keys)))
     if keys != sympy.true:
         raise Decline(
             "mask-after-softmax",
