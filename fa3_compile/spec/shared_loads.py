@@ -4,6 +4,7 @@ temperatures, tables by distance. Its gradient is a sum of those keys' dS, which
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 
 import sympy
@@ -15,7 +16,12 @@ from fa3_compile.spec.attention import AttentionSpec
 def keys_share(spec: AttentionSpec, wanted: Collection[int]) -> bool:
     """Whether keys of a row share an element that has a gradient through their scores' softmax;
     `wanted` are the captured tensors with a gradient."""
-    if not wanted or not spec.normalized:
+    return bool(wanted) and _keys_share(spec, frozenset(wanted))
+
+
+@functools.lru_cache(maxsize=1024)  # asked in each call of a backward
+def _keys_share(spec: AttentionSpec, wanted: frozenset[int]) -> bool:
+    if not spec.normalized:
         return False
     scores = (spec.score,) if spec.fill is None else (spec.score, spec.fill)
     return any(x.tensor in wanted and not is_one_a_key(x) for x in E.loads_in(*scores))

@@ -7,6 +7,7 @@ of the loop's body; only what truly needs both is computed per element.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -120,6 +121,7 @@ def coefficient_of(term: E.Expr, symbol: sympy.Symbol) -> E.Expr | None:
 LARGE = 3e4
 
 
+@functools.lru_cache(maxsize=1024)
 def may_be_huge(score: E.Expr) -> bool:
     """Whether a score can be so large that its LSE does not hold the logarithm of a sum, up to
     float32's limits: masks given as large negative biases or as fills, of whole heads too."""

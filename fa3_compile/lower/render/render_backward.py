@@ -7,6 +7,7 @@ loop over query blocks.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -315,6 +316,7 @@ def fill_slope(spec: AttentionSpec) -> float | None:
     return float(slope) if absorbs and slope.is_number else None
 
 
+@functools.lru_cache(maxsize=1024)
 def has_fill_rows(spec: AttentionSpec) -> bool:
     """Whether the kernels compute the rows without a key themselves: their weights differ, or
     share the row with a sink."""
@@ -330,6 +332,7 @@ def has_norm(key: BackwardKey) -> bool:
     return key.renormalised or hoist.may_be_huge(key.spec.score) or has_fill_rows(key.spec)
 
 
+@functools.lru_cache(maxsize=1024)
 def is_plain(spec: AttentionSpec, x: E.load) -> bool:
     """Whether each element of the captured tensor is one element (b, h, q, kv) of this load,
     and nothing else."""
@@ -338,6 +341,7 @@ def is_plain(spec: AttentionSpec, x: E.load) -> bool:
     return distinct and sum(y.tensor == x.tensor for y in E.loads_in(*spec.expressions)) == 1
 
 
+@functools.lru_cache(maxsize=1024)
 def is_diagonal(x: E.load) -> bool:
     """Whether q and kv occur only as their distance, so that a diagonal shares an element."""
     distance = sympy.Symbol("distance", integer=True)
@@ -362,8 +366,14 @@ def dense_loads(spec: AttentionSpec, wanted: Sequence[int]) -> list[E.load]:
     return _found(spec, wanted, (hoist.ELEMENT,))
 
 
-def slopes(spec: AttentionSpec, wanted: Sequence[int]) -> dict[E.load, Slopes]:
+def slopes(spec: AttentionSpec, wanted: Sequence[int]) -> Mapping[E.load, Slopes]:
     """The loads of the wanted tensors that have a gradient."""
+    return _slopes(spec, tuple(wanted))
+
+
+# It is asked several times in each call of a backward, and takes 0.2 to 1 ms.
+@functools.lru_cache(maxsize=1024)
+def _slopes(spec: AttentionSpec, wanted: tuple[int, ...]) -> Mapping[E.load, Slopes]:
     fill = spec.fill if has_fill_rows(spec) else None
     exprs = [sympy.S.Zero if x is None else x for x in (spec.score, spec.weight, fill)]
     found = {}
@@ -375,4 +385,11 @@ def slopes(spec: AttentionSpec, wanted: Sequence[int]) -> dict[E.load, Slopes]:
 
 
 def _found(spec: AttentionSpec, wanted: Sequence[int], levels: tuple[int, ...]) -> list[E.load]:
-    return [x for x in slopes(spec, wanted) if hoist.level(x) in levels]
+    return list(_of_levels(spec, tuple(wanted), levels))
+
+
+@functools.lru_cache(maxsize=1024)
+def _of_levels(
+    spec: AttentionSpec, wanted: tuple[int, ...], levels: tuple[int, ...]
+) -> list[E.load]:
+    return [x for x in _slopes(spec, wanted) if hoist.level(x) in levels]
