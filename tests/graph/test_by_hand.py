@@ -317,6 +317,19 @@ def test_maximum_times_a_number():
     assert specs(check(attention, *qkv())).startswith("attention(score=0.25*s")
 
 
+@pytest.mark.parametrize("fill", [-math.inf, -1e9])
+def test_maximum_times_a_number_beside_padding_and_a_bias(fill):
+    # WavLM and BEATs. Where the fill is a number, it has no maximum taken off.
+    def attention(q, k, v, padding, bias):
+        scores = scores_of(q, k) / 32
+        scores = (scores - scores.amax(-1, keepdim=True)) * 32
+        return attend(scores.masked_fill(padding[:, None, None], fill) + bias, v)
+
+    padding = torch.arange(S) >= torch.tensor([S, 9]).view(B, 1)
+    report = check(attention, *qkv(), padding, normal(H, S, S))
+    assert bool(report.fused) == (fill == -math.inf)
+
+
 @pytest.mark.parametrize("value", [LOWEST, -1e9])
 def test_rows_of_fill_less_their_logsumexp(value):
     def attention(q, k, v, keep):
