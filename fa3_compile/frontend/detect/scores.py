@@ -185,9 +185,9 @@ def _read(
         loads=weights.loads,
         read_at=weights.read_at,
     )
-    statistics = [n for n in shadow.graph.nodes if row_statistic(n) and n in computed]
+    statistics = [n for n in shadow.graph.nodes if n in computed and row_statistic(n)]
     lifter.special |= {n: _statistic(i) for i, n in enumerate(statistics)}
-    inner = [n for n in shadow.graph.nodes if n.target in INSIDE and n in computed]
+    inner = [n for n in shadow.graph.nodes if n in computed and n.target in INSIDE]
     for i, n in enumerate(inner, start=len(statistics)):
         if n.target is aten._log_softmax.default:
             if softmax.normalizes:
