@@ -283,6 +283,25 @@ class TestRowSums:
         report = check(lambda q, k, v: self.SIZES[name](scores(q, k).tril()) @ v, *qkv())
         assert len(report.fused) == 1
 
+    HELD = {
+        "before": lambda w: w / w.detach().sum(-1, keepdim=True).abs().clamp(min=1),
+        "of sizes": lambda w: w / w.relu().detach().abs().sum(-1, keepdim=True).clamp(min=1),
+        "sizes held": lambda w: w / w.abs().detach().sum(-1, keepdim=True).clamp(min=1),
+    }
+
+    @pytest.mark.parametrize("name", HELD)
+    def test_sums_that_are_constant_to_the_gradient(self, name):
+        """As torchscale's retention divides; sizes of weights of both signs are no sum of them."""
+        report = check(lambda q, k, v: self.HELD[name](scores(q, k).tril()) @ v, *qkv())
+        assert bool(report.fused) == (name == "before")
+
+    def test_sizes_of_weights_of_one_sign_that_are_constant_to_the_gradient(self):
+        def attention(q, k, v):
+            w = F.relu(scores(q, k)) ** 2
+            return (w / w.abs().detach().sum(-1, keepdim=True).clamp(min=1)) @ v
+
+        assert len(check(attention, *qkv()).fused) == 1
+
     def test_rows_of_zeros(self):
         # 0 / 0 is NaN in both.
         def attention(q, k, v):

@@ -21,12 +21,13 @@ from fa3_compile.frontend.lift.captured import Captured, Seed
 from fa3_compile.frontend.lift.lift import Index, Lifter, number, shape_of
 from fa3_compile.frontend.lift.placeholders import (
     ROW_SUM,
+    held,
     prob,
     row_total,
     weighed_total,
     without_some,
 )
-from fa3_compile.frontend.shadow.normalize import Softmax
+from fa3_compile.frontend.shadow.normalize import Softmax, added_up
 from fa3_compile.frontend.shadow.trace import Shadow
 from fa3_compile.spec.expr import KV, Expr, uniform, where
 from fa3_compile.spec.index import Ranges, same
@@ -174,7 +175,10 @@ def _of_own_row(coefficient: Expr, softmax: Softmax, at: Index) -> Expr:
     kept = [sympy.S.Zero] if len(softmax.summed.args) > 2 and softmax.summed.args[2] else []
     own = row_total(*at[:dim], *kept, *at[dim + 1 :])
     dims = [int(d) % len(at) for d in softmax.summed.args[1]]  # pyright: ignore
-    return coefficient.xreplace({own: ROW_SUM}) if dims == [dim] else coefficient
+    if dims != [dim]:
+        return coefficient
+    constant = added_up(softmax.summed).constant
+    return coefficient.xreplace({own: held(ROW_SUM) if constant else ROW_SUM})
 
 
 def _element_of(n: int):

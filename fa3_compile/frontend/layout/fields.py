@@ -15,7 +15,7 @@ from fa3_compile.frontend.detect.product import sides_of
 from fa3_compile.frontend.dynamo.sizes import hint
 from fa3_compile.frontend.layout import after_softmax
 from fa3_compile.frontend.lift.captured import Captured, Seed, reads_infinite
-from fa3_compile.frontend.shadow.normalize import without_abs
+from fa3_compile.frontend.shadow.normalize import added_up
 from fa3_compile.spec import unnormalised
 from fa3_compile.spec.expr import KV, Expr, Q, load, loads_in
 from fa3_compile.spec.fills import LOWEST, may_be_minus_inf
@@ -101,8 +101,11 @@ def read_unnormalised(
             message=f"{infinite} where a mask is",
         ) from infinite
     summed = reading.term.softmax.summed
-    sizes = summed is not None and without_abs(summed.args[0]) is not summed.args[0]
-    if sizes and not unnormalised.is_nonnegative_weight(score):
+    if (
+        summed is not None
+        and added_up(summed).sizes
+        and not unnormalised.is_nonnegative_weight(score)
+    ):
         raise Decline(
             "row-sums",
             at,

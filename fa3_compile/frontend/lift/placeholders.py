@@ -26,6 +26,13 @@ class row_stat(sympy.Function):
 ROW_SUM = sympy.Symbol("row_sum", real=True)
 
 
+class held(sympy.Function):
+    """`held(x)`: x, which is constant to the gradient."""
+
+    nargs = 1
+    is_real = True
+
+
 class total(sympy.Function):
     """`total(*index)`: the sum of exponentials by which a softmax written by hand divides."""
 

@@ -15,7 +15,7 @@ from fa3_compile.errors import Decline
 from fa3_compile.frontend.dynamo.graph import example_value
 from fa3_compile.frontend.lift.captured import Captured, Seed
 from fa3_compile.frontend.lift.lift import sym
-from fa3_compile.frontend.lift.placeholders import ANY_KEY, ROW_SUM, over_keys
+from fa3_compile.frontend.lift.placeholders import ANY_KEY, ROW_SUM, held, over_keys
 from fa3_compile.frontend.region import Region
 from fa3_compile.frontend.rewrite.emit import Emitter
 from fa3_compile.spec import expr as E
@@ -187,6 +187,8 @@ class _Writer:
             return self._tensor(self.emit.size(expr))
         if isinstance(expr, E.load):
             return self._load(expr)
+        if isinstance(expr, held):
+            return self.emit.call("detach", self.write(expr.args[0]))
         if isinstance(expr, over_keys):
             return self.emit.call("sum", self.write(expr.args[0]), -1, True)
         if isinstance(expr, sympy.Pow):

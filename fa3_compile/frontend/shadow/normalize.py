@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import fx
@@ -16,6 +17,8 @@ from fa3_compile.frontend.shadow.trace import SIZES, Shadow
 
 aten = torch.ops.aten
 EXPONENTIALS = (aten.exp.default, aten.exp2.default, aten._softmax.default)
+# What `detach` leaves in a shadow.
+CONSTANT = (STOP, aten.detach.default, aten.alias.default)
 # How far a normaliser's sum and its exponentials are looked for.
 NEAR = 16
 
@@ -120,9 +123,27 @@ def unnormalised(node: fx.Node) -> list[Softmax]:
     if node.target in (aten.div.Tensor, aten.mul.Tensor):
         for top, bottom in _quotients(node):
             for x in _behind(bottom):
-                if x.target is aten.sum.dim_IntList and same_value(without_abs(x.args[0]), top):
+                if x.target is aten.sum.dim_IntList and same_value(added_up(x).weights, top):
                     found.append(Softmax(top, top, -1, summed=x, normalizes=False))
     return found
+
+
+class AddedUp(NamedTuple):
+    """What a sum is of: weights, or their sizes, perhaps as constants to the gradient."""
+
+    weights: fx.Node
+    sizes: bool
+    constant: bool
+
+
+def added_up(summed: fx.Node) -> AddedUp:
+    """What a sum of a row's weights is of."""
+    passed, node = [], summed.args[0]
+    while isinstance(node, fx.Node) and node.target in (*CONSTANT, aten.abs.default):
+        passed.append(node.target)
+        node = node.args[0]
+    assert isinstance(node, fx.Node)
+    return AddedUp(node, aten.abs.default in passed, STOP in passed)
 
 
 def without_abs(node: fx.Node) -> fx.Node:
