@@ -178,6 +178,32 @@ def test_half_precision_with_scores_in_float32(dtype):
     assert specs(check(attention, *qkv(dtype=dtype))) == PLAIN
 
 
+SCALED = {
+    "number": lambda v: v * 1.25,
+    "of each head": lambda v: v * torch.arange(1, H + 1)[:, None, None],
+    "of each key": lambda v: v / torch.arange(1, S + 1)[:, None],
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_half_precision_with_values_scaled_in_float32(name):
+    """V is no tensor of 16 bits then, and Q and K are read in float32 as well."""
+
+    def attention(q, k, v):
+        return attend(scores_of(q.float(), k.float()), SCALED[name](v.float())).to(q.dtype)
+
+    assert specs(check(attention, *qkv(dtype=torch.bfloat16))) == PLAIN
+
+
+def test_half_precision_cast_to_that_of_the_values():
+    def attention(q, k, v):
+        return attend(scores_of(q.float(), k.float()), v)
+
+    q, k, v = qkv()
+    q, k = (x.detach().bfloat16().requires_grad_() for x in (q, k))
+    assert specs(check(attention, q, k, v)) == PLAIN
+
+
 class Heads(nn.Module):
     """Projections around, as in most models."""
 

@@ -13,7 +13,7 @@ from torch import fx
 from fa3_compile.errors import Decline
 from fa3_compile.frontend.detect import beside
 from fa3_compile.frontend.detect.joined import check_factor
-from fa3_compile.frontend.detect.operands import Place, origins, view_of
+from fa3_compile.frontend.detect.operands import Place, keys_as_one, origins, view_of
 from fa3_compile.frontend.detect.product import PRODUCTS, Dot
 from fa3_compile.frontend.detect.scores import Scores
 from fa3_compile.frontend.dynamo.mutations import overwrite
@@ -91,8 +91,8 @@ class OperandFinder:
     def find(
         self, scores: Scores, values: Sequence[tuple[fx.Node, Index, Expr]], dtype: torch.dtype
     ) -> tuple[list[Pair], Operand, Expr]:
-        """(the queries and keys of every product, V, the factor that their scales put on s), with
-        V in the dtype of the output if that can be had. Scales of several products stay on their
+        """(the queries and keys of every product, V, the factor that their scales put on s), in the
+        dtype of the output if that can be had of all. Scales of several products stay on their
         operands. `values` are the parts of V, what they are read at, and how many keys each has."""
         found: list[Pair] = []
         value: Operand | None = None
@@ -107,7 +107,7 @@ class OperandFinder:
             search = replace(search, scales=len(scores.dots) == 1)
             found = [self._with_keys(x.keys, self._pair, search, x) for x in scores.dots]
             total = sympy.Mul(*(x.place.factor for p in found for x in (p.query, p.key)))
-            if value.dtype == dtype:
+            if {value.dtype, *(x.dtype for p in found for x in (p.query, p.key))} == {dtype}:
                 break
         assert value is not None
         for pair, factor, dot in zip(found, scores.factors, scores.dots, strict=True):
@@ -175,7 +175,8 @@ class OperandFinder:
             lost = overwrite(source, since, until=self.output) is not None
             if best and lost and not best_lost:
                 continue
-            if any(depends_on(x, self.ranges) for i in place.index for x in i.atoms(floordiv, mod)):
+            at, _, _ = keys_as_one(place, self.ranges)
+            if any(depends_on(x, self.ranges) for i in at for x in i.atoms(floordiv, mod)):
                 # K and V of grouped heads: read unexpanded once the heads' axis is split.
                 deeper = Operand(source, since, place, None)
                 continue
