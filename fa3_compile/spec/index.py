@@ -222,9 +222,13 @@ def _recombined(total: Expr) -> Expr:
         if not isinstance(rest, mod):
             continue
         x, b = rest.args
-        whole = scale * b * floordiv(x, b)
-        if whole in total.args:
-            return _again(total - term - whole + scale * x)
+        quotients = [floordiv(x, b)]
+        if isinstance(x, floordiv) and x.args[1].is_positive and b.is_positive:
+            # As it is once it is simplified.
+            quotients.append(floordiv(x.args[0], x.args[1] * b))
+        for whole in (scale * b * quotient for quotient in quotients):
+            if whole in total.args:
+                return _again(total - term - whole + scale * x)
     return total
 
 

@@ -562,3 +562,61 @@ def queries_of(function, *args):
     torch._dynamo.reset()
     torch.compile(function, backend=backend)(*args)
     return found
+
+
+class TestKeysInRowsAndColumns:
+    """Keys on several axes of one product, which are one axis of the weights: GMA's optical flow
+    has b h x y d and b h u v d, and V in the order of a convolution."""
+
+    X, Y = 4, 6
+
+    def pixels(self, *, seed):
+        return normal(B, H * D, self.X, self.Y, seed=seed)
+
+    def heads(self, x):
+        return x.unflatten(1, (H, D)).permute(0, 1, 3, 4, 2)
+
+    @pytest.mark.parametrize("output", ["pixels", "a sequence"])
+    def test_pictures(self, output):
+        def attention(q, k, v):
+            s = torch.einsum("bhxyd,bhuvd->bhxyuv", self.heads(q) * SCALE, self.heads(k))
+            p = s.flatten(4).flatten(2, 3).softmax(-1)
+            out = p @ self.heads(v).flatten(2, 3)
+            if output == "a sequence":
+                return out
+            return out.unflatten(2, (self.X, self.Y)).permute(0, 1, 4, 2, 3).flatten(1, 2)
+
+        report = check(attention, *(self.pixels(seed=i) for i in (1, 2, 3)))
+        assert specs(report) == "attention(score=0.25*s)"
+
+    def test_videos_masked_by_frames(self):
+        def attention(q, k, v, hidden):
+            s = torch.einsum("bhnd,bhtuvd->bhntuv", q, k)
+            s = s.masked_fill(hidden[:, None, None, :, None, None], -INF)
+            return s.flatten(3).softmax(-1) @ v.flatten(2, 4)
+
+        keys = normal(B, H, 2, 3, 4, D, seed=2), normal(B, H, 2, 3, 4, D, seed=3)
+        hidden = torch.tensor([[False, False], [False, True]])
+        report = check(attention, normal(B, H, 5, D), *keys, hidden)
+        assert_expected_inline(
+            specs(report),
+            """attention(score=s, mask=load(0, b, floordiv(kv, 12)) == 0, dead=nan, aux=[bool])""",
+        )
+
+    def test_dynamic_sizes(self):
+        def attention(q, k, v):
+            s = torch.einsum("bhnd,bhuvd->bhnuv", q, k).flatten(3)
+            return s.softmax(-1) @ v
+
+        made = normal(B, H, 5, D), normal(B, H, 4, 6, D, seed=2), normal(B, H, 24, D, seed=3)
+        check(attention, *made, dynamic=True)
+
+    def test_columns_first(self):
+        """Weights in the order of columns are none of a view of the keys."""
+
+        def attention(q, k, v):
+            s = torch.einsum("bhnd,bhuvd->bhnvu", q, k).flatten(3)
+            return s.softmax(-1) @ v
+
+        made = normal(B, H, 5, D), normal(B, H, 4, 6, D, seed=2), normal(B, H, 24, D, seed=3)
+        check(attention, *made)

@@ -17,8 +17,8 @@ from torch import fx
 from fa3_compile.errors import Decline
 from fa3_compile.frontend.lift.lift import RULES, Index, Lifter, Opaque, shape_of, sym
 from fa3_compile.frontend.shadow.same import same_value
-from fa3_compile.spec.expr import Expr, depends_on
-from fa3_compile.spec.index import Ranges, quotient, same
+from fa3_compile.spec.expr import KV, Expr, depends_on, floordiv, mod
+from fa3_compile.spec.index import Ranges, quotient, same, simplify_index
 
 aten = torch.ops.aten
 
@@ -193,11 +193,14 @@ class View:
 
     splits: (dimension, inner size) unflattenings in order; then for every resulting dimension
     either ("axis", Axis, start or None) or ("select", position).
+    merged: the first and the last of the dimensions that are one before that, as keys are that lie
+    in rows and columns; `shape` has them as one.
     """
 
     shape: list[Expr]
     splits: list[tuple[int, list[Expr]]]
     parts: list[tuple]
+    merged: tuple[int, int] | None = None
 
 
 def view_of(place: Place, sizes: Ranges) -> View | None:
@@ -206,7 +209,8 @@ def view_of(place: Place, sizes: Ranges) -> View | None:
     splits: list[tuple[int, list[Expr]]] = []
     parts: list[tuple] = []
     seen: set[sympy.Symbol] = set()
-    for size, position in zip(shape_of(place.node), place.index, strict=True):
+    index, shape, merged = keys_as_one(place, sizes)
+    for size, position in zip(shape, index, strict=True):
         pieces = _pieces(sympy.expand(position), size, sizes)
         if pieces is None:
             return None
@@ -217,7 +221,25 @@ def view_of(place: Place, sizes: Ranges) -> View | None:
         if len(pieces) > 1:
             splits.append((len(parts), [n for n, _ in pieces]))
         parts += [part for _, part in pieces]
-    return View(shape_of(place.node), splits, parts)
+    return View(shape, splits, parts, merged)
+
+
+def keys_as_one(place: Place, sizes: Ranges) -> tuple[Index, list[Expr], tuple[int, int] | None]:
+    """(index, shape, dimensions that were merged): a place whose keys run along dimensions side by
+    side, as pixels do along rows and columns, with these as one."""
+    index, shape = place.index, [*shape_of(place.node)]
+    dims = [d for d, i in enumerate(index) if i.atoms(floordiv, mod) and depends_on(i, [KV])]
+    if not dims or dims != [*range(dims[0], dims[-1] + 1)]:
+        return index, shape, None
+    first, last = dims[0], dims[-1]
+    position, size = sympy.S.Zero, sympy.S.One
+    for d in dims:
+        position, size = position * shape[d] + index[d], size * shape[d]
+    position = simplify_index(sympy.expand(position), sizes)
+    if position.atoms(floordiv, mod):
+        return index, shape, None
+    shape[first : last + 1] = [size]
+    return (*index[:first], position, *index[last + 1 :]), shape, (first, last)
 
 
 def _pieces(position: Expr, size: Expr, sizes: Ranges) -> list[tuple[Expr, tuple]] | None:

@@ -193,6 +193,8 @@ class Emitter:
         view = operand.view
         if operand.place.cast is not None:
             x = self.call("to", x, operand.place.cast)
+        if view.merged is not None:
+            x = self.call("flatten", x, *view.merged)
         for dim, shape in reversed(view.splits):
             # Splits are recorded by their place in `parts`; later ones first keeps places valid.
             x = self.call("unflatten", x, _dim_before(view, dim), [self.size(n) for n in shape])
