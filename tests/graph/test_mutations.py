@@ -176,3 +176,19 @@ def test_product_with_values_that_is_written():
 
     [region] = check(attention, *(x.detach() for x in qkv()), training=False).regions
     assert region.code == "output-unclear" and "out=" in region.reason
+
+
+@pytest.mark.parametrize("products", ["bqhd,bkhd->bqhk", "bqhd,bkhd->qbhk", "bqhd,bkhd->bhqk"])
+def test_fills_in_place_of_products_in_any_layout(products):
+    """Such a product is a view of what bmm gives, to which a fill is written back."""
+
+    def attention(q, k, v, hidden):
+        scores = torch.einsum(products, q, k)
+        at = ["bqhk".index(axis) for axis in products[-4:]]
+        scores.masked_fill_(hidden.view(B, S, 1, 1).permute(at), -torch.inf)
+        scores.masked_fill_(hidden.view(B, 1, 1, S).permute(at), -1e9)
+        return torch.einsum(f"{products[-4:]},bkhd->bqhd", scores.softmax(-1), v)
+
+    hidden = torch.arange(S) >= torch.tensor([S, S - 3]).view(B, 1)
+    report = check(attention, *qkv(B, S, H, D), hidden, training=False)
+    assert len(report.fused) == len(report.regions) == 1

@@ -159,7 +159,18 @@ def _decompositions() -> dict:
     for op in KEPT_WHOLE:
         table.pop(op, None)
     table[aten.linalg_vector_norm.default] = _sum_of_sizes
+    for op in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        table[op] = functools.partial(_filled, table[op])
     return table
+
+
+def _filled(decomposed, x, mask, value):
+    """As it is decomposed, in the strides of what is filled: a fill in place is written back to
+    what that is a view of, which has to be a view of the result."""
+    found = decomposed(x, mask, value)
+    if found.shape != x.shape or found.stride() == x.stride():
+        return found
+    return torch.ops.prims.copy_strided(found, x.stride())
 
 
 def _sum_of_sizes(x, ord=2, dim=None, keepdim=False, *, dtype=None):
