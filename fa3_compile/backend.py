@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import fx
 
 
@@ -31,7 +33,7 @@ def fa3(
     from fa3_compile.frontend.rewrite.integer_divisors import integer_divisors_as_floats
     from fa3_compile.lower import inductor
     from fa3_compile.options import split
-    from fa3_compile.pipeline import graphs, rewrite_attention
+    from fa3_compile.pipeline import KEEPS_WEIGHTS, graphs, rewrite_attention
 
     ours, patches = split(options, mode)
     inductor.install()
@@ -40,8 +42,13 @@ def fa3(
     for module in graphs(gm):
         if integer_divisors_as_floats(module.graph):
             module.recompile()
+    # Inductor leaves out a copy of weights, such as a dropout of 0, after AOTAutograd has found that
+    # only the copy is returned and the backward may write over them: it would over what is returned.
+    kept = any(module.meta.get(KEEPS_WEIGHTS) for module in graphs(gm))
+    given = torch._functorch.config.patch(donated_buffer=False) if kept else nullcontext()
     try:
-        return compile_fx(gm, list(example_inputs), config_patches=patches or None)
+        with given:
+            return compile_fx(gm, list(example_inputs), config_patches=patches or None)
     except RestartAnalysis:
         # A float that changes has to be compiled in: the graph comes again, with its value.
         report.leave_graph(graph)

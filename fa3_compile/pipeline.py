@@ -46,6 +46,8 @@ from fa3_compile.source import where
 log = logging.getLogger(__name__)
 # Why products cannot be read as one, which is what to say where they cannot be read otherwise.
 APART = ("no-kernel", "queries-apart", "products-apart")
+# In the `meta` of a graph that uses the weights of a rewritten attention elsewhere.
+KEEPS_WEIGHTS = "fa3_keeps_weights"
 
 
 # What was the output of each recorded region before the graph was rewritten; None where the two
@@ -154,7 +156,9 @@ def _rewrite_graph(
     live = live_nodes(gm.graph, by_values=True) if rewritten else set()
     for entry, region, output in entries:
         if region is not None:
-            said = [check.hint(region, live), joined.hint(region), *hints(region.spec)]
+            kept = check.hint(region, live)
+            gm.meta[KEEPS_WEIGHTS] = gm.meta.get(KEEPS_WEIGHTS, False) or bool(kept)
+            said = [kept, joined.hint(region), *hints(region.spec)]
             entry = dataclasses.replace(entry, hint=" ".join(x for x in said if x))
             mask_tensors.keep(gm, region, entry)
         report.record(entry)

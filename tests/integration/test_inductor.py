@@ -10,6 +10,7 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._inductor import config as inductor_config
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
@@ -144,3 +145,21 @@ def test_scores_divided_by_an_integer_train_where_they_are_left():
     attention(*eager)[..., 0].sum().backward()
     for got, want in zip(ours, eager):
         torch.testing.assert_close(got.grad, want.grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("copied", ["dropout", "clone"])
+def test_returned_weights_are_not_written_over_in_the_backward(copied: str):
+    """Inductor leaves out the copy, and may have been given the weights' memory for the backward."""
+    copy = {"dropout": lambda x: F.dropout(x, 0.0, True), "clone": torch.clone}[copied]
+
+    def attention(q, k, v):
+        q, k, v = (x.unflatten(-1, (4, 8)).transpose(1, 2) for x in (q, k, v))
+        weights = copy(torch.softmax(q @ k.mT / 3, -1))
+        return weights @ v, weights.squeeze(2)
+
+    torch.manual_seed(0)
+    leaves = [torch.randn(2, n, 32, requires_grad=True) for n in (1, 8, 8)]
+    became, (out, weights) = through(attention, *leaves)
+    assert became == ["plain"]
+    torch.autograd.backward([out, weights], [torch.ones_like(x) for x in (out, weights)])
+    torch.testing.assert_close(weights, attention(*leaves)[1], atol=1e-5, rtol=1e-5)
