@@ -288,6 +288,9 @@ def _run_as_eager_can(made: Recipe) -> None:
     # eager's gradients of it are NaN too; ours are 0.
     if made.mutant == K_WRITTEN or dead and additive:
         made.training = False
+    hides = made.masks or made.hides or made.given or made.captured in ("infinite bias", EXPRESSION)
+    if made.softmax == "silu" and made.mutant in ("two softmaxes", "weights masked") and hides:
+        made.training = False  # silu(-inf) is NaN, which the mutant hides: docs/numerics.md
     if made.softmax in parts.NEEDS_KEYS and (dead or made.captured == "infinite bias"):
         # 0 / 0 in eager, where all of a row vanishes: docs/numerics.md.
         made.softmax = "by hand"
@@ -347,5 +350,10 @@ def _either(made: Recipe) -> bool:
             made.use in TWO_ATTENTIONS,
             # Weights without a softmax whose NaN are replaced.
             made.plain and made.after in ("nan_to_num", "isnan"),
+            # Fills of several masks, added in float16, may make a row -inf everywhere.
+            made.dtype == torch.float16
+            and made.after in ("nan_to_num", "isnan")
+            and made.masks
+            and made.hides,
         )
     )
