@@ -42,8 +42,8 @@ def fa3(
     for module in graphs(gm):
         if integer_divisors_as_floats(module.graph):
             module.recompile()
-    # Inductor leaves out a copy of weights, such as a dropout of 0, after AOTAutograd has found that
-    # only the copy is returned and the backward may write over them: it would over what is returned.
+    # Inductor leaves out a copy of weights, such as a dropout of 0, after AOTAutograd has found
+    # that only the copy is returned, and the backward may write over the weights' memory.
     kept = any(module.meta.get(KEEPS_WEIGHTS) for module in graphs(gm))
     given = torch._functorch.config.patch(donated_buffer=False) if kept else nullcontext()
     try:
