@@ -465,7 +465,7 @@ def test_query_broadcast_over_the_batch():
     learned = normal(S, D)
     assert_expected_inline(
         specs(check(lambda q, k, v: attend(scores_of(q, k), v), learned, k, v)),
-        """detect: product-axes""",
+        """attention(score=0.25*s)""",
     )
 
 
