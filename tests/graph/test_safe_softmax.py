@@ -87,3 +87,11 @@ def test_maximum_of_several_rows(dims):
         return e / e.sum(-1, keepdim=True).clamp_min(1e-6) @ v
 
     assert not check(function, *qkv()).fused
+
+
+def test_a_number_taken_off_is_no_maximum():
+    def function(q, k, v):
+        e = torch.exp(scores_of(q, k) - 0.5)
+        return e / e.sum(-1, keepdim=True) @ v
+
+    assert check(function, *qkv()).fused

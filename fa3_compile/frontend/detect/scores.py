@@ -296,9 +296,7 @@ def _without_row_terms(score: Expr) -> tuple[Expr, Expr]:
 
 
 def _whole(score: Expr) -> Expr:
-    """where(c, a - m, -inf) -> where(c, a, -inf) - m, for a row statistic m; terms of a sum too."""
-    if isinstance(score, sympy.Add):
-        return sympy.Add(*map(_whole, score.args))
+    """where(c, a - m, -inf) -> where(c, a, -inf) - m, for a row statistic m."""
     if not isinstance(score, where) or not score.has(row_stat):
         return score
     condition, a, b = score.args

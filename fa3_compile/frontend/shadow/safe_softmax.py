@@ -35,8 +35,10 @@ ARITHMETIC = {
 }
 
 
-def made_finite(node: fx.Node) -> fx.Node | None:
+def made_finite(node: Any) -> fx.Node | None:
     """m of `where(isfinite(m), m, 0)` or `nan_to_num(m)`: m, and a number where it is infinite."""
+    if not isinstance(node, fx.Node):
+        return None
     if node.target is aten.nan_to_num.default:
         return node.args[0]  # pyright: ignore[reportReturnType]
     if node.target is not aten.where.self:
