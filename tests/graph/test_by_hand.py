@@ -317,6 +317,20 @@ def test_maximum_times_a_number():
     assert specs(check(attention, *qkv())).startswith("attention(score=0.25*s")
 
 
+def test_a_row_of_fills_less_two_maxima():
+    """CogView's, by hand, where the first row sees nothing: the mean of V."""
+
+    def attention(q, k, v):
+        scores = scores_of(q, k) / 4
+        scores = (scores - scores.amax(-1, keepdim=True)) * 4
+        seen = torch.arange(S)[:, None] > torch.arange(S)
+        scores = scores + torch.where(seen, 0.0, LOWEST)
+        e = (scores - scores.amax(-1, keepdim=True)).exp()
+        return e / e.sum(-1, keepdim=True) @ v
+
+    assert check(attention, *qkv()).fused
+
+
 def test_a_row_of_two_fills_less_its_maxima():
     """CogView's, by hand: where one mask is -inf and the other a number, a row that they hide
     together is the mean of what the number hides."""

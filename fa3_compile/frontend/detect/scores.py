@@ -225,7 +225,7 @@ def _read(
     shift: Expr = sympy.S.Zero
     if softmax.normalizes:
         score, shift = _without_row_terms(score)
-    shifted = not softmax.by_hand or _is_maximum(shift)
+    shifted = not softmax.by_hand or any(map(_is_maximum, sympy.Add.make_args(shift)))
     if not shifted:
         score = _without_underflow(score, x.meta["val"].dtype)
     found = Scores(dots, factors, lifter, score, shifted=shifted, less_row_terms=shift != 0)
