@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from fa3_compile.frontend.lift.elements.rows_without_keys import is_infinite
+from fa3_compile.frontend.lift.elements.rows_without_keys import NOT, is_infinite
 from fa3_compile.frontend.shadow.same import same_value
 
 aten = torch.ops.aten
 
-NOT = (aten.bitwise_not.default, aten.logical_not.default)
 SAME = (
     aten._to_copy.default,
     aten.alias.default,
