@@ -70,7 +70,7 @@ def left_to_triton(problem: Problem) -> tuple[int, ...]:
     if score_gradient(problem)[1] is None:
         return ()
     spec = problem.spec
-    wanted = [i for i, n in enumerate(problem.aux_needs_grad) if n]
+    wanted = tuple(i for i, n in enumerate(problem.aux_needs_grad) if n)
     of_sinks = {x.tensor for x in E.loads_in(*spec.sinks)}
     found = slopes(spec, wanted)
     if not all(level(x) == ELEMENT and is_diagonal(x) and y.weight == 0 for x, y in found.items()):

@@ -351,29 +351,25 @@ def is_diagonal(x: E.load) -> bool:
     return E.Q not in moved.free_symbols
 
 
-def row_sums(spec: AttentionSpec, wanted: Sequence[int]) -> list[E.load]:
+def row_sums(spec: AttentionSpec, wanted: tuple[int, ...]) -> Sequence[E.load]:
     """The loads whose gradient comes as a sum over keys, in the order of `Side.sums`."""
     return _found(spec, wanted, (hoist.HEAD, hoist.ROW))
 
 
-def key_sums(spec: AttentionSpec, wanted: Sequence[int]) -> list[E.load]:
+def key_sums(spec: AttentionSpec, wanted: tuple[int, ...]) -> Sequence[E.load]:
     """The same for sums over queries."""
     return _found(spec, wanted, (hoist.COLUMN,))
 
 
-def dense_loads(spec: AttentionSpec, wanted: Sequence[int]) -> list[E.load]:
+def dense_loads(spec: AttentionSpec, wanted: tuple[int, ...]) -> Sequence[E.load]:
     """The loads with both q and kv in their index, in the order of `Rendered.dense`."""
     return _found(spec, wanted, (hoist.ELEMENT,))
 
 
-def slopes(spec: AttentionSpec, wanted: Sequence[int]) -> Mapping[E.load, Slopes]:
-    """The loads of the wanted tensors that have a gradient."""
-    return _slopes(spec, tuple(wanted))
-
-
 # It is asked several times in each call of a backward, and takes 0.2 to 1 ms.
 @functools.lru_cache(maxsize=1024)
-def _slopes(spec: AttentionSpec, wanted: tuple[int, ...]) -> Mapping[E.load, Slopes]:
+def slopes(spec: AttentionSpec, wanted: tuple[int, ...]) -> Mapping[E.load, Slopes]:
+    """The loads of the wanted tensors that have a gradient."""
     fill = spec.fill if has_fill_rows(spec) else None
     exprs = [sympy.S.Zero if x is None else x for x in (spec.score, spec.weight, fill)]
     found = {}
@@ -384,12 +380,8 @@ def _slopes(spec: AttentionSpec, wanted: tuple[int, ...]) -> Mapping[E.load, Slo
     return found
 
 
-def _found(spec: AttentionSpec, wanted: Sequence[int], levels: tuple[int, ...]) -> list[E.load]:
-    return list(_of_levels(spec, tuple(wanted), levels))
-
-
 @functools.lru_cache(maxsize=1024)
-def _of_levels(
+def _found(
     spec: AttentionSpec, wanted: tuple[int, ...], levels: tuple[int, ...]
-) -> list[E.load]:
-    return [x for x in _slopes(spec, wanted) if hoist.level(x) in levels]
+) -> Sequence[E.load]:
+    return [x for x in slopes(spec, wanted) if hoist.level(x) in levels]
