@@ -58,3 +58,17 @@ def attend(scores: Tensor, v: Tensor) -> Tensor:
 
 def scores_of(q: Tensor, k: Tensor) -> Tensor:
     return q @ k.transpose(-1, -2) * SCALE
+
+
+def weights_of(q: Tensor, k: Tensor) -> Tensor:
+    return scores_of(q, k).softmax(-1)
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention that does nothing to its scores but scale them."""
+    return attend(scores_of(q, k), v)
+
+
+def future() -> Tensor:
+    """[S, S], True at the keys behind a query."""
+    return torch.ones(S, S, dtype=torch.bool).triu(1)

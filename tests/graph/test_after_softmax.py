@@ -23,20 +23,14 @@ from tests.graph.inputs import (
     S,
     attend,
     chance,
+    future,
     normal,
     qkv,
     queries_and_keys,
     scores_of,
     uniform,
+    weights_of,
 )
-
-
-def weights_of(q, k):
-    return scores_of(q, k).softmax(-1)
-
-
-def future():
-    return torch.ones(S, S, dtype=torch.bool).triu(1)
 
 
 def nothing_but_itself():

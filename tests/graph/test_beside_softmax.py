@@ -7,13 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from tests.graph.harness import check, specs
-from tests.graph.inputs import INF, B, H, S, normal, qkv, queries_and_keys, scores_of
+from tests.graph.inputs import INF, B, H, S, normal, qkv, queries_and_keys, scores_of, weights_of
 
 ATTENTION = "attention(score=0.25*s)"
-
-
-def weights_of(q, k):
-    return scores_of(q, k).softmax(-1)
 
 
 def found(weights, *captured, **options) -> str:

@@ -9,14 +9,10 @@ from torch._higher_order_ops.while_loop import while_loop
 from torch.utils.checkpoint import checkpoint
 
 from tests.graph.harness import check, specs
-from tests.graph.inputs import attend, qkv, scores_of
+from tests.graph.inputs import attend, plain, qkv, scores_of
 
 PLAIN = "attention(score=0.25*s)"
 SPLIT = "detect: split-attention"
-
-
-def plain(q, k, v):
-    return attend(scores_of(q, k), v)
 
 
 class Softmax(torch.autograd.Function):

@@ -11,13 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fa3_compile.report import collect
 from tests.graph.harness import check, rewrite_only, specs
-from tests.graph.inputs import INF, B, D, H, S, attend, normal, qkv, scores_of, uniform
+from tests.graph.inputs import INF, B, D, H, S, attend, normal, plain, qkv, scores_of, uniform
 
 PLAIN = "attention(score=0.25*s)"
-
-
-def plain(q, k, v):
-    return attend(scores_of(q, k), v)
 
 
 def in_inference_mode(q, k, v):

@@ -24,6 +24,7 @@ from tests.graph.inputs import (
     qkv,
     scores_of,
     uniform,
+    weights_of,
 )
 
 
@@ -33,10 +34,6 @@ def declined(function, *args, **kwargs) -> str:
     assert not any(region.fused for region in report.regions), str(report)
     assert all(region.reason for region in report.regions), str(report)
     return specs(report)
-
-
-def weights_of(q, k):
-    return scores_of(q, k).softmax(-1)
 
 
 class TestAxes:

@@ -7,11 +7,20 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 
 from tests.graph.harness import check, specs
-from tests.graph.inputs import INF, LOWEST, SCALE, B, H, S, attend, chance, normal, qkv, scores_of
-
-
-def future():
-    return torch.ones(S, S, dtype=torch.bool).triu(1)
+from tests.graph.inputs import (
+    INF,
+    LOWEST,
+    SCALE,
+    B,
+    H,
+    S,
+    attend,
+    chance,
+    future,
+    normal,
+    qkv,
+    scores_of,
+)
 
 
 def cosine(q, k):

@@ -9,15 +9,11 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 
 from tests.graph.harness import check, rewrite_only, specs
-from tests.graph.inputs import INF, SCALE, B, D, H, S, attend, chance, normal, qkv, scores_of
+from tests.graph.inputs import INF, SCALE, B, D, H, S, attend, chance, normal, plain, qkv, scores_of
 
 
 def fused(function, *args) -> str:
     return specs(check(function, *args))
-
-
-def plain(q, k, v):
-    return attend(scores_of(q, k), v)
 
 
 def test_einsum_in_any_layout():

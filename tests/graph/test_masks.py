@@ -18,6 +18,7 @@ from tests.graph.inputs import (
     S,
     attend,
     chance,
+    future,
     normal,
     qkv,
     queries_and_keys,
@@ -33,23 +34,19 @@ def triangle() -> Tensor:
     return torch.tril(torch.ones(S, S))
 
 
-def upper() -> Tensor:
-    return torch.ones(S, S, dtype=torch.bool).triu(1)
-
-
 def _written(s: Tensor) -> Tensor:
     mask = torch.zeros(S, S)
-    mask[upper()] = -INF
+    mask[future()] = -INF
     return s + mask
 
 
 def _written_into_the_scores(s: Tensor) -> Tensor:
-    s[..., upper()] = -INF
+    s[..., future()] = -INF
     return s
 
 
 def _filled_in_place(s: Tensor) -> Tensor:
-    s.masked_fill_(upper(), -INF)
+    s.masked_fill_(future(), -INF)
     return s
 
 
@@ -88,13 +85,13 @@ CAUSAL_MASKS = {
     "tril == 0": lambda s: s.masked_fill(triangle() == 0, -INF),
     "inverted tril": lambda s: s.masked_fill(~triangle().bool(), -INF),
     "logical_not": lambda s: s.masked_fill(triangle().bool().logical_not(), -INF),
-    "triu": lambda s: s.masked_fill(upper(), -INF),
+    "triu": lambda s: s.masked_fill(future(), -INF),
     "triu of -inf added": lambda s: s + torch.triu(torch.full((S, S), -INF), diagonal=1),
     "triu of finfo.min added": lambda s: s + torch.full((S, S), LOWEST).triu(1),
     "logarithm added": lambda s: s + triangle().log(),
-    "logarithm of a product": lambda s: s + (triangle() * (1 - upper().float())).log(),
+    "logarithm of a product": lambda s: s + (triangle() * (1 - future().float())).log(),
     "1 - tril, times finfo.min": lambda s: s + (1.0 - triangle()) * torch.finfo(s.dtype).min,
-    "subtracted": lambda s: s - 1e38 * upper().to(s.dtype),
+    "subtracted": lambda s: s - 1e38 * future().to(s.dtype),
     "torch's recipe": _torch_recipe,
     "torch's function": lambda s: s + nn.Transformer.generate_square_subsequent_mask(S),
     "written by a boolean index": _written,
@@ -103,13 +100,13 @@ CAUSAL_MASKS = {
     "meshgrid": _meshgrid,
     "cumsum of ones": _positions,
     "4-D": lambda s: s.masked_fill(triangle().view(1, 1, S, S) == 0, -INF),
-    "expanded": lambda s: s.masked_fill(upper().expand(B, 1, S, S), -INF),
-    "repeated": lambda s: s.masked_fill(upper().repeat(B, H, 1, 1), -INF),
+    "expanded": lambda s: s.masked_fill(future().expand(B, 1, S, S), -INF),
+    "repeated": lambda s: s.masked_fill(future().repeat(B, H, 1, 1), -INF),
     "sliced": lambda s: s.masked_fill(torch.ones(64, 64).tril()[:S, :S] == 0, -INF),
     "integers": lambda s: s.masked_fill(triangle().long().eq(0), -INF),
-    "twice": lambda s: s.masked_fill(upper(), -INF).masked_fill(upper(), -INF),
-    "-inf after finfo.min": lambda s: s.masked_fill(upper(), LOWEST).masked_fill(upper(), -INF),
-    "transposed": lambda s: s.mT.masked_fill(upper().mT, -INF).mT,
+    "twice": lambda s: s.masked_fill(future(), -INF).masked_fill(future(), -INF),
+    "-inf after finfo.min": lambda s: s.masked_fill(future(), LOWEST).masked_fill(future(), -INF),
+    "transposed": lambda s: s.mT.masked_fill(future().mT, -INF).mT,
 }
 
 
@@ -128,7 +125,7 @@ def test_causal_of_sdpa():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_causal_in_half_precision(dtype):
     def attention(q, k, v):
-        s = scores_of(q, k).masked_fill(upper(), torch.finfo(q.dtype).min)
+        s = scores_of(q, k).masked_fill(future(), torch.finfo(q.dtype).min)
         return F.softmax(s, -1, dtype=torch.float32).to(q.dtype) @ v
 
     assert specs(check(attention, *qkv(dtype=dtype))) == CAUSAL
@@ -437,7 +434,7 @@ def test_causal_and_padding_multiplied():
 
 def test_causal_and_padding_combined_by_logic():
     def attention(q, k, v, mask):
-        hidden = upper()[None, None] | (mask == 0)[:, None, None, :]
+        hidden = future()[None, None] | (mask == 0)[:, None, None, :]
         return attend(scores_of(q, k).masked_fill(hidden, -INF), v)
 
     assert_expected_inline(
@@ -520,7 +517,7 @@ def test_tree():
 
 LOGARITHMS_OF_MASKS = {
     "product": (lambda x: x * triangle(), "(kv <= q) & (load(0, b, 0, 0, kv) != 0)"),
-    "difference": (lambda x: 1 - (1 - x) * upper(), "(kv <= q) | (load(0, b, 0, 0, kv) != 0)"),
+    "difference": (lambda x: 1 - (1 - x) * future(), "(kv <= q) | (load(0, b, 0, 0, kv) != 0)"),
     "smaller": (lambda x: torch.minimum(x, triangle()), "(kv <= q) & (load(0, b, 0, 0, kv) != 0)"),
     "clamped sum": (
         lambda x: (x + triangle()).clamp(max=1),

@@ -18,6 +18,7 @@ from tests.graph.inputs import (
     S,
     attend,
     chance,
+    future,
     large,
     normal,
     qkv,
@@ -25,10 +26,6 @@ from tests.graph.inputs import (
     uniform,
 )
 from tests.graph.test_masks import PASSED_IN
-
-
-def upper():
-    return torch.ones(S, S, dtype=torch.bool).triu(1)
 
 
 def ones():
@@ -43,28 +40,28 @@ def _hidden_where_small(s):
 
 # Each is applied to s; what a hidden key ends up with is in the name.
 ORDERS = {
-    "capped: -3": lambda s: 3 * torch.tanh(s.masked_fill(upper(), -INF) / 3),
+    "capped: -3": lambda s: 3 * torch.tanh(s.masked_fill(future(), -INF) / 3),
     "capped: -3, of finfo.min": lambda s: 3 * torch.tanh((s + (1 - ones()) * LOWEST) / 3),
-    "clamped: -1": lambda s: s.masked_fill(upper(), -INF).clamp(min=-1),
-    "rectified: 0": lambda s: s.masked_fill(upper(), LOWEST).relu(),
-    "sigmoid: 0": lambda s: s.masked_fill(upper(), -INF).sigmoid(),
-    "exponential: 0": lambda s: s.masked_fill(upper(), -INF).exp(),
-    "square: finite": lambda s: s.masked_fill(upper(), -2.0).square(),
-    "made finite": lambda s: torch.nan_to_num(s.masked_fill(upper(), -INF), neginf=-50.0),
-    "made finite, lowest": lambda s: torch.nan_to_num(s.masked_fill(upper(), -INF)),
+    "clamped: -1": lambda s: s.masked_fill(future(), -INF).clamp(min=-1),
+    "rectified: 0": lambda s: s.masked_fill(future(), LOWEST).relu(),
+    "sigmoid: 0": lambda s: s.masked_fill(future(), -INF).sigmoid(),
+    "exponential: 0": lambda s: s.masked_fill(future(), -INF).exp(),
+    "square: finite": lambda s: s.masked_fill(future(), -2.0).square(),
+    "made finite": lambda s: torch.nan_to_num(s.masked_fill(future(), -INF), neginf=-50.0),
+    "made finite, lowest": lambda s: torch.nan_to_num(s.masked_fill(future(), -INF)),
     "added, made finite": lambda s: torch.nan_to_num(
-        s + torch.zeros(S, S).masked_fill(upper(), -INF), neginf=-50.0
+        s + torch.zeros(S, S).masked_fill(future(), -INF), neginf=-50.0
     ),
     "added twice, made finite": lambda s: torch.nan_to_num(s + ones().log() + ones().mT.log()),
     "made finite: 7": lambda s: torch.nan_to_num(
         s + ones().log() - ones().mT.log(), nan=7.0, posinf=1.0, neginf=-2.0
     ),
-    "scaled afterwards": lambda s: s.masked_fill(upper(), LOWEST) * 0.125,
-    "scaled up afterwards": lambda s: s.masked_fill(upper(), -1e30) * 8,
+    "scaled afterwards": lambda s: s.masked_fill(future(), LOWEST) * 0.125,
+    "scaled up afterwards": lambda s: s.masked_fill(future(), -1e30) * 8,
     "divided afterwards": lambda s: (s + (1 - ones()) * -1e9) / 1e9,
-    "negated: the hidden attract": lambda s: -s.masked_fill(upper(), -1e9),
-    "negated twice": lambda s: -(-s).masked_fill(upper(), INF),
-    "subtracted": lambda s: s - upper() * 1e9,
+    "negated: the hidden attract": lambda s: -s.masked_fill(future(), -1e9),
+    "negated twice": lambda s: -(-s).masked_fill(future(), INF),
+    "subtracted": lambda s: s - future() * 1e9,
     "subtracted, infinity": lambda s: s - torch.full((S, S), INF).triu(1),
     "multiplied, then filled": lambda s: s * ones() - 1e4 * (1 - ones()),
     "multiplied, then lowest": lambda s: s * ones() + LOWEST * (1 - ones()),
@@ -72,35 +69,35 @@ ORDERS = {
     "logarithm of 1e-9": lambda s: s + (ones() + 1e-9).log(),
     "by the score": lambda s: s.masked_fill(s < -0.5, -INF),
     "by the score, written": _hidden_where_small,
-    "by the score and the place": lambda s: torch.where((s > 0) | ~upper(), s, LOWEST),
+    "by the score and the place": lambda s: torch.where((s > 0) | ~future(), s, LOWEST),
     "by the score, then by the place": lambda s: s.masked_fill(s < 0.5, -INF).masked_fill(
-        upper(), -INF
+        future(), -INF
     ),
     "lowest by the score, then by the place": lambda s: s.masked_fill(s < 0.5, LOWEST).masked_fill(
-        upper(), LOWEST
+        future(), LOWEST
     ),
     "-inf by the score, then lowest": lambda s: s.masked_fill(s < 0.5, -INF).masked_fill(
-        upper(), LOWEST
+        future(), LOWEST
     ),
     "-inf by the score and by the place, above a floor": lambda s: torch.max(
-        s.masked_fill(s < 0.5, -INF).masked_fill(upper(), -INF), torch.tensor(LOWEST)
+        s.masked_fill(s < 0.5, -INF).masked_fill(future(), -INF), torch.tensor(LOWEST)
     ),
-    "-inf above a floor": lambda s: s.masked_fill(upper(), -INF).clamp(min=LOWEST),
+    "-inf above a floor": lambda s: s.masked_fill(future(), -INF).clamp(min=LOWEST),
     "added by the score and by the place": lambda s: (
-        s + torch.where(s > 0.5, 0, LOWEST) + upper() * LOWEST
+        s + torch.where(s > 0.5, 0, LOWEST) + future() * LOWEST
     ),
     "by the place in one branch": lambda s: torch.where(
-        s > 0, s, (2 * s).masked_fill(upper(), -INF)
+        s > 0, s, (2 * s).masked_fill(future(), -INF)
     ),
-    "filled with the score of another scale": lambda s: torch.where(upper(), 0.1 * s, s),
-    "filled with a position": lambda s: torch.where(upper(), -1.0 * torch.arange(S), s),
-    "filled with +5": lambda s: s.masked_fill(upper(), 5.0),
-    "biased and filled": lambda s: (s + torch.arange(S)).masked_fill(upper(), -INF),
-    "filled and biased": lambda s: s.masked_fill(upper(), -INF) + torch.arange(S),
-    "filled, biased by -inf": lambda s: s.masked_fill(upper(), LOWEST) - INF * 0.0,
-    "fills of two depths": lambda s: s.masked_fill(upper(), -1e9).masked_fill(upper().mT, -1e4),
-    "fills of two depths, added": lambda s: s + upper() * -1e9 + upper().mT * -1e4,
-    "half the lowest, twice": lambda s: s + upper() * (LOWEST / 2) + upper() * (LOWEST / 2),
+    "filled with the score of another scale": lambda s: torch.where(future(), 0.1 * s, s),
+    "filled with a position": lambda s: torch.where(future(), -1.0 * torch.arange(S), s),
+    "filled with +5": lambda s: s.masked_fill(future(), 5.0),
+    "biased and filled": lambda s: (s + torch.arange(S)).masked_fill(future(), -INF),
+    "filled and biased": lambda s: s.masked_fill(future(), -INF) + torch.arange(S),
+    "filled, biased by -inf": lambda s: s.masked_fill(future(), LOWEST) - INF * 0.0,
+    "fills of two depths": lambda s: s.masked_fill(future(), -1e9).masked_fill(future().mT, -1e4),
+    "fills of two depths, added": lambda s: s + future() * -1e9 + future().mT * -1e4,
+    "half the lowest, twice": lambda s: s + future() * (LOWEST / 2) + future() * (LOWEST / 2),
     "everything hidden": lambda s: s.masked_fill(torch.ones(S, S).bool(), -INF),
     "everything lowest": lambda s: s + LOWEST,
     "nothing hidden": lambda s: s.masked_fill(torch.zeros(S, S).bool(), -INF),
@@ -123,7 +120,7 @@ FUNCTIONS_OF_MASKED = {
 }
 MASKS_ADDED = {
     "beside a fill": lambda s, x, y: (
-        s + torch.where(~upper(), 0.0, -65504.0) + (1 - x) * LOWEST + 0.7
+        s + torch.where(~future(), 0.0, -65504.0) + (1 - x) * LOWEST + 0.7
     ),
     "two": lambda s, x, y: s - (1 - x) * 1e38 + (y * 1e38 - 1e38),
     "two as one": lambda s, x, y: s + (x + y - 2) * (-LOWEST / 4) + 0.3,
@@ -153,7 +150,7 @@ def test_function_of_masks_that_are_added(function, masked, normalised):
 def test_silu_of_a_mask_made_finite():
     # silu(-inf) is NaN, whose gradient is NaN in eager.
     def attention(q, k, v):
-        s = scores_of(q, k) + torch.zeros(S, S).masked_fill(upper(), -INF)
+        s = scores_of(q, k) + torch.zeros(S, S).masked_fill(future(), -INF)
         return attend(torch.nan_to_num(F.silu(s)), v)
 
     assert_expected_inline(
@@ -175,7 +172,7 @@ def test_silu_of_a_mask_made_finite():
 )
 def test_infinite_bias_made_finite(score, training):
     # A query all of whose keys are at -inf among them.
-    bias = torch.zeros(S, S).masked_fill(upper().mT, -INF) + normal(S, S).detach()
+    bias = torch.zeros(S, S).masked_fill(future().mT, -INF) + normal(S, S).detach()
     report = check(
         lambda q, k, v: attend(score(scores_of(q, k), bias), v), *qkv(), training=training
     )
@@ -211,7 +208,7 @@ def test_clamped_beside_a_scale_that_is_a_symbol(low, high):
 def test_fill_by_the_score_in_rows_set_to_zero():
     def attention(q, k, v):
         s = scores_of(q, k)
-        s = s.masked_fill(s < 0.5, -INF).masked_fill(upper(), -INF)
+        s = s.masked_fill(s < 0.5, -INF).masked_fill(future(), -INF)
         return torch.nan_to_num(s.softmax(-1)) @ v
 
     assert_expected_inline(
@@ -319,7 +316,7 @@ def test_boolean_masks():
 def test_bias_that_is_learned(shape, index):
     # Its gradient is summed over what it was broadcast along.
     def attention(q, k, v, bias):
-        return attend(scores_of(q, k).masked_fill(upper(), -INF) + bias, v)
+        return attend(scores_of(q, k).masked_fill(future(), -INF) + bias, v)
 
     assert f"load(0, {index})" in specs(check(attention, *qkv(), normal(*shape)))
 
@@ -381,7 +378,7 @@ def test_gate_for_each_key_in_the_exponent():
     def attention(q, k, v, gates):
         total = F.logsigmoid(gates).cumsum(-1)
         decay = total[..., :, None] - total[..., None, :]
-        return attend((scores_of(q, k) + decay).masked_fill(upper(), -INF), v)
+        return attend((scores_of(q, k) + decay).masked_fill(future(), -INF), v)
 
     assert_expected_inline(
         specs(check(attention, *qkv(), normal(B, H, S))),
@@ -577,6 +574,6 @@ def test_constant_beside_a_product_mask():
 def test_infinite_scores_times_zero():
     # Eager gives NaN wherever both masks hide a key.
     def attention(q, k, v):
-        return attend(scores_of(q, k).masked_fill(upper(), -INF) * ones(), v)
+        return attend(scores_of(q, k).masked_fill(future(), -INF) * ones(), v)
 
     assert specs(check(attention, *qkv(), training=False)) == "lift: not-pointwise"

@@ -12,11 +12,7 @@ from expecttest import assert_expected_inline
 
 from fa3_compile.report import collect
 from tests.graph.harness import check, rewrite_only, specs
-from tests.graph.inputs import INF, B, D, H, S, chance, normal, qkv, scores_of, uniform
-
-
-def weights_of(q, k):
-    return scores_of(q, k).softmax(-1)
+from tests.graph.inputs import INF, B, D, H, S, chance, normal, qkv, scores_of, uniform, weights_of
 
 
 def renormalised(p, eps=1e-8):

@@ -8,14 +8,10 @@ import pytest
 import torch
 
 from tests.graph.harness import check, specs
-from tests.graph.inputs import SCALE, D, H, attend, normal, qkv, scores_of
+from tests.graph.inputs import SCALE, D, H, attend, normal, qkv, weights_of
 
 PLAIN = "attention(score=0.25*s)"
 PROJECTION = normal(H, D, D, seed=4)
-
-
-def weights_of(q, k):
-    return scores_of(q, k).softmax(-1)
 
 
 def projected(q, k, v, w):

@@ -8,13 +8,9 @@ from expecttest import assert_expected_inline
 
 from fa3_compile.report import collect
 from tests.graph.harness import check, rewrite_only, specs
-from tests.graph.inputs import INF, B, D, H, S, attend, normal, qkv, scores_of
+from tests.graph.inputs import INF, B, D, H, S, attend, normal, plain, qkv, scores_of
 
 PLAIN = "attention(score=0.25*s)"
-
-
-def plain(q, k, v):
-    return attend(scores_of(q, k), v)
 
 
 def causal(q, k, v):

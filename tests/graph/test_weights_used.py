@@ -8,13 +8,9 @@ from expecttest import assert_expected_inline
 from torch import nn
 
 from tests.graph.harness import check, rewrite_only, specs
-from tests.graph.inputs import INF, LOWEST, B, H, S, attend, normal, qkv, scores_of
+from tests.graph.inputs import INF, LOWEST, B, H, S, attend, normal, qkv, scores_of, weights_of
 
 PLAIN = "attention(score=0.25*s)"
-
-
-def weights_of(q, k):
-    return scores_of(q, k).softmax(-1)
 
 
 def graph_of(function, *args) -> list[str]:
