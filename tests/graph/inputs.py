@@ -11,6 +11,19 @@ INF = float("inf")
 LOWEST = torch.finfo(torch.float32).min
 
 
+# Shapes of what is given beside the scores [B, H, S, S], and how a kernel reads it.
+PASSED_IN = {
+    "keys": ((S,), "kv"),
+    "queries and keys": ((S, S), "q, kv"),
+    "keys of each sequence": ((B, 1, 1, S), "b, 0, 0, kv"),
+    "keys of each head": ((1, H, 1, S), "0, h, 0, kv"),
+    "keys of each sequence and head": ((B, H, 1, S), "b, h, 0, kv"),
+    "three axes": ((H, S, S), "h, q, kv"),
+    "all axes": ((B, H, S, S), "b, h, q, kv"),
+    "one head's": ((1, 1, S, S), "0, 0, q, kv"),
+}
+
+
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal numbers that ask for a gradient."""
     made = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -34,6 +47,11 @@ def qkv(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor
     return q, k, v
 
 
+def of_lengths(*lengths: int, batch: int | None = None, heads: int = H) -> list[tuple[Tensor, ...]]:
+    """q, k, v of [batch, heads, length, D] for each length."""
+    return [tuple(normal(batch or B, heads, n, D, seed=i) for i in range(3)) for n in lengths]
+
+
 def large(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     """As `qkv`, with scores (at scale 1) of some tens of thousands: beyond a fill of -10000."""
     q, k, v = qkv(*shape, dtype=dtype)
@@ -44,6 +62,12 @@ def large(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tens
 def queries_and_keys(q_len: int = S, kv_len: int = S) -> tuple[Tensor, Tensor]:
     """Positions of queries as a column and of keys as a row."""
     return torch.arange(q_len)[:, None], torch.arange(kv_len)[None, :]
+
+
+def distance() -> Tensor:
+    """[S, S], how far a key is behind its query."""
+    rows, columns = queries_and_keys()
+    return columns - rows
 
 
 def slope_at_bound() -> float:
@@ -69,6 +93,15 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attend(scores_of(q, k), v)
 
 
-def future() -> Tensor:
-    """[S, S], True at the keys behind a query."""
-    return torch.ones(S, S, dtype=torch.bool).triu(1)
+PLAIN = "attention(score=0.25*s)"  # the spec of it
+
+
+def future(first: int = 1) -> Tensor:
+    """[S, S], True at the keys behind a query; with first = 0 at its own too, so that the first
+    query has no key."""
+    return torch.ones(S, S, dtype=torch.bool).triu(first)
+
+
+def triangle() -> Tensor:
+    """[S, S], 1 at a query's own key and those before it."""
+    return torch.ones(S, S).tril()

@@ -90,10 +90,8 @@ def row_of_pixel(code):
     return (code | (code >> 2)) & 0x0F0F
 
 
-def test_flex_attention_in_morton_order(monkeypatch):
-    # PyTorch refuses its gradients on a CPU, for want of a kernel.
-    monkeypatch.setattr(flex, "_validate_device", lambda *_: None)
-
+@pytest.mark.usefixtures("flex_gradients_on_the_cpu")
+def test_flex_attention_in_morton_order():
     def near(b, h, q, kv):
         rows = row_of_pixel(q) - row_of_pixel(kv)
         columns = row_of_pixel(q >> 1) - row_of_pixel(kv >> 1)

@@ -17,21 +17,15 @@ from tests.graph.inputs import (
     H,
     S,
     attend,
-    chance,
     future,
     normal,
     qkv,
     queries_and_keys,
     scores_of,
-    slope_at_bound,
-    uniform,
+    triangle,
 )
 
 CAUSAL = "attention(score=0.25*s, mask=kv <= q, dead=nan)"
-
-
-def triangle() -> Tensor:
-    return torch.tril(torch.ones(S, S))
 
 
 def _written(s: Tensor) -> Tensor:
@@ -326,179 +320,6 @@ def test_image_and_text():
     )
 
 
-PASSED_IN = {
-    "keys": ((S,), "kv"),
-    "queries and keys": ((S, S), "q, kv"),
-    "keys of each sequence": ((B, 1, 1, S), "b, 0, 0, kv"),
-    "keys of each head": ((1, H, 1, S), "0, h, 0, kv"),
-    "keys of each sequence and head": ((B, H, 1, S), "b, h, 0, kv"),
-    "three axes": ((H, S, S), "h, q, kv"),
-    "all axes": ((B, H, S, S), "b, h, q, kv"),
-    "one head's": ((1, 1, S, S), "0, 0, q, kv"),
-}
-
-
-@pytest.mark.parametrize(("shape", "index"), PASSED_IN.values(), ids=PASSED_IN)
-def test_boolean_input(shape, index):
-    def attention(q, k, v, mask):
-        return attend(scores_of(q, k).masked_fill(mask, -INF), v)
-
-    mask = chance(0.3, *shape)
-    mask[..., 0] = False
-    assert specs(check(attention, *qkv(), mask)) == (
-        f"attention(score=0.25*s, mask=load(0, {index}) == 0, dead=nan, aux=[bool])"
-    )
-
-
-@pytest.mark.parametrize(("shape", "index"), PASSED_IN.values(), ids=PASSED_IN)
-def test_float_input(shape, index):
-    def attention(q, k, v, mask):
-        return attend(scores_of(q, k) + mask, v)
-
-    mask = torch.where(chance(0.3, *shape), -INF, 0.0)
-    mask[..., 0] = 0
-    assert specs(check(attention, *qkv(), mask)) == (
-        f"attention(score=load(0, {index}) + 0.25*s, aux=[float])"
-    )
-
-
-def padding() -> Tensor:
-    """1 for a token, 0 for padding on the left: [B, S]."""
-    return (torch.arange(S) >= torch.tensor([[0], [6]])).long()
-
-
-def test_padding_as_hugging_face_extends_it():
-    def attention(q, k, v, mask):
-        extended = (1.0 - mask[:, None, None, :].to(q.dtype)) * torch.finfo(q.dtype).min
-        return attend(scores_of(q, k) + extended, v)
-
-    assert_expected_inline(
-        specs(check(attention, *qkv(), padding())),
-        """attention(score=0.25*s + where(load(0, b, kv) == 1, 0, 3.4028234663852886e+38*load(0, b, kv) - 3.4028234663852886e+38), mask=load(0, b, kv) > 0, dead=score, fill=0.25*s + where(load(0, b, kv) == 1, 0, 3.4028234663852886e+38*load(0, b, kv) - 3.4028234663852886e+38), aux=[int])""",
-    )
-
-
-def test_padding_as_hugging_face_once_extended_it():
-    # -10000 is no mask: a score may be larger.
-    def attention(q, k, v, mask):
-        extended = (1.0 - mask[:, None, None, :].to(q.dtype)) * -10000.0
-        return attend(scores_of(q, k) + extended, v)
-
-    assert_expected_inline(
-        specs(check(attention, *qkv(), padding())),
-        """attention(score=0.25*s + where(load(0, b, kv) == 1, 0, 10000*load(0, b, kv) - 10000), aux=[int])""",
-    )
-
-
-def test_padding_of_some_keys():
-    def attention(q, k, v, mask):
-        extended = ((1 - mask) * LOWEST)[:, None, None, :]
-        return attend(scores_of(q, k) + torch.where(torch.arange(S) > 3, extended, 0.0), v)
-
-    assert_expected_inline(
-        specs(check(attention, *qkv(), padding())),
-        """attention(score=0.25*s + where(kv >= 4, where(load(0, b, kv) == 1, 0, 3.4028234663852886e+38*load(0, b, kv) - 3.4028234663852886e+38), 0), mask=(kv <= 3) | (load(0, b, kv) > 0), dead=nan, aux=[int])""",
-    )
-
-
-def test_padding_where_one_hides():
-    def attention(q, k, v, mask):
-        return attend(scores_of(q, k) + mask[:, None, None, :] * LOWEST, v)
-
-    assert_expected_inline(
-        specs(check(attention, *qkv(), 1 - padding())),
-        """attention(score=0.25*s - 3.4028234663852886e+38*load(0, b, kv), mask=load(0, b, kv) < 1, dead=score, fill=0.25*s - 3.4028234663852886e+38*load(0, b, kv), aux=[int])""",
-    )
-
-
-def test_padding_with_numbers_beyond_one():
-    # With 2 the "mask" attracts, and eager's numbers are the specification.
-    def attention(q, k, v, mask):
-        causal = torch.full((S, S), LOWEST).triu(1)
-        return attend(scores_of(q, k) + causal + ((1 - mask) * LOWEST)[:, None, None, :], v)
-
-    mask = 1 + (torch.arange(S) == 9).long().expand(B, S)
-    assert [r.fused for r in check(attention, *qkv(), mask.contiguous()).regions] == [True]
-
-
-def test_causal_and_padding_multiplied():
-    def attention(q, k, v, mask):
-        both = triangle()[None, None] * mask[:, None, None, :]
-        return attend(scores_of(q, k).masked_fill(both == 0, LOWEST), v)
-
-    assert_expected_inline(
-        specs(check(attention, *qkv(), padding())),
-        """attention(score=0.25*s, mask=(kv <= q) & (load(0, b, kv) != 0), dead=score, fill=-3.4028234663852886e+38, aux=[int])""",
-    )
-
-
-def test_causal_and_padding_combined_by_logic():
-    def attention(q, k, v, mask):
-        hidden = future()[None, None] | (mask == 0)[:, None, None, :]
-        return attend(scores_of(q, k).masked_fill(hidden, -INF), v)
-
-    assert_expected_inline(
-        specs(check(attention, *qkv(), padding())),
-        """attention(score=0.25*s, mask=(kv <= q) & (load(0, b, kv) != 0), dead=nan, aux=[int])""",
-    )
-
-
-def test_causal_and_padding_added():
-    def attention(q, k, v, mask):
-        causal = torch.full((S, S), LOWEST).triu(1)
-        return attend(scores_of(q, k) + causal + ((1 - mask) * LOWEST)[:, None, None, :], v)
-
-    assert_expected_inline(
-        specs(check(attention, *qkv(), padding())),
-        """attention(score=0.25*s + where(kv >= q + 1, -3.4028234663852886e+38, 0) + where(load(0, b, kv) == 1, 0, 3.4028234663852886e+38*load(0, b, kv) - 3.4028234663852886e+38), mask=((kv <= q) | (load(0, b, kv) > 1)) & (load(0, b, kv) > 0), dead=score, fill=0.25*s + where(kv >= q + 1, -3.4028234663852886e+38, 0) + where(load(0, b, kv) == 1, 0, 3.4028234663852886e+38*load(0, b, kv) - 3.4028234663852886e+38), aux=[int])""",
-    )
-
-
-def test_causal_and_padding_added_and_clamped():
-    def attention(q, k, v, mask):
-        causal = torch.full((S, S), LOWEST).triu(1)
-        both = causal + ((1 - mask) * LOWEST)[:, None, None, :]
-        return attend(scores_of(q, k) + both.clamp(min=LOWEST), v)
-
-    found = specs(check(attention, *qkv(), padding()))
-    if slope_at_bound():
-        assert_expected_inline(
-            found,
-            """attention(score=0.25*s + where(kv >= q + 1, -3.4028234663852886e+38, 0) + where(load(0, b, kv) == 1, 0, 3.4028234663852886e+38*load(0, b, kv) - 3.4028234663852886e+38), mask=((kv <= q) | (load(0, b, kv) > 1)) & (load(0, b, kv) > 0), dead=score, fill=0.25*s + where((((3.4028234663852886e+38*load(0, b, kv) - 3.4028234663852886e+38 < -3.4028234663852886e+38) & (kv <= q)) | ((3.4028234663852886e+38*load(0, b, kv) - 6.805646932770577e+38 < -3.4028234663852886e+38) & (kv >= q + 1))) & (load(0, b, kv) != 1), -3.4028234663852886e+38, where(kv >= q + 1, -3.4028234663852886e+38, 0) + where(load(0, b, kv) == 1, 0, 3.4028234663852886e+38*load(0, b, kv) - 3.4028234663852886e+38)), aux=[int])""",
-        )
-    else:
-        assert_expected_inline(
-            found,
-            """attention(score=0.25*s + where(kv >= q + 1, -3.4028234663852886e+38, 0) + where(load(0, b, kv) == 1, 0, 3.4028234663852886e+38*load(0, b, kv) - 3.4028234663852886e+38), mask=((kv <= q) | (load(0, b, kv) > 1)) & (load(0, b, kv) > 0), dead=score, fill=0.25*s - 3.4028234663852886e+38, aux=[int])""",
-        )
-
-
-def test_keys_then_rows():
-    # The padded queries' rows are masked too, and then their weights are NaN.
-    def attention(q, k, v, mask):
-        both = mask[:, None, :, None] * mask[:, None, None, :]
-        return attend(scores_of(q, k).masked_fill(both == 0, -INF), v)
-
-    assert_expected_inline(
-        specs(check(attention, *qkv(), padding())),
-        """attention(score=0.25*s, mask=(load(0, b, kv) != 0) & (load(0, b, q) != 0), dead=nan, aux=[int])""",
-    )
-
-
-def test_written_into_the_mask():
-    # `causal_mask[:, :, :, :n] = causal_mask[...].masked_fill(...)`, transformers before 4.50.
-    def attention(q, k, v, mask):
-        causal = torch.full((S, S), LOWEST).triu(1)[None, None].expand(B, 1, -1, -1).clone()
-        hidden = (causal[:, :, :, :S] + mask[:, None, None, :]) == 0
-        causal[:, :, :, :S] = causal[:, :, :, :S].masked_fill(hidden, LOWEST)
-        return attend(scores_of(q, k) + causal, v)
-
-    assert_expected_inline(
-        specs(check(attention, *qkv(), padding())),
-        """attention(score=0.25*s, mask=(kv <= q) & (load(0, b, kv) != 0), dead=score, fill=0.25*s - 3.4028234663852886e+38, aux=[int])""",
-    )
-
-
 def test_tree():
     # Speculative decoding: a token sees its ancestors, found by following parents.
     def attention(q, k, v, parents):
@@ -512,91 +333,6 @@ def test_tree():
     assert_expected_inline(
         specs(check(attention, *qkv(), (torch.arange(S) - 1) // 2 % S)),
         """attention(score=0.25*s, mask=(load(0, q) == kv) | (load(0, where(load(0, q) < 0, load(0, q) + 24, load(0, q))) == kv) | (load(0, where(load(0, where(load(0, q) < 0, load(0, q) + 24, load(0, q))) < 0, load(0, where(load(0, q) < 0, load(0, q) + 24, load(0, q))) + 24, load(0, where(load(0, q) < 0, load(0, q) + 24, load(0, q))))) == kv) | (q == kv), dead=nan, aux=[int])""",
-    )
-
-
-LOGARITHMS_OF_MASKS = {
-    "product": (lambda x: x * triangle(), "(kv <= q) & (load(0, b, 0, 0, kv) != 0)"),
-    "difference": (lambda x: 1 - (1 - x) * future(), "(kv <= q) | (load(0, b, 0, 0, kv) != 0)"),
-    "smaller": (lambda x: torch.minimum(x, triangle()), "(kv <= q) & (load(0, b, 0, 0, kv) != 0)"),
-    "clamped sum": (
-        lambda x: (x + triangle()).clamp(max=1),
-        "(kv <= q) | (load(0, b, 0, 0, kv) != 0)",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", LOGARITHMS_OF_MASKS)
-def test_logarithm_of_masks(name):
-    of, mask = LOGARITHMS_OF_MASKS[name]
-
-    def attention(q, k, v, seen):
-        return attend(scores_of(q, k) + of(seen.float()).log(), v)
-
-    seen = chance(0.8, B, 1, 1, S)
-    spec = f"attention(score=0.25*s, mask={mask}, dead=nan, aux=[bool])"
-    assert specs(check(attention, *qkv(), seen)) == spec
-
-
-@pytest.mark.parametrize("learns", [False, True])
-def test_logarithm_of_numbers_under_a_mask(learns):
-    # What is no mask is read, as the program computes it.
-    def attention(q, k, v, weights):
-        return attend(scores_of(q, k) + (weights * triangle()).log(), v)
-
-    weights = uniform(B, 1, 1, S).requires_grad_(learns)
-    assert_expected_inline(
-        specs(check(attention, *qkv(), weights)),
-        """attention(score=load(0, b, 0, q, kv) + 0.25*s, mask=kv <= q, dead=nan, aux=[float])""",
-    )
-
-
-def test_mask_that_multiplies_the_scores():
-    # 0 is not -inf: a hidden key keeps the weight exp(0).
-    def attention(q, k, v):
-        return attend(scores_of(q, k) * triangle(), v)
-
-    assert_expected_inline(
-        specs(check(attention, *qkv())), """attention(score=where(kv <= q, 0.25*s, 0))"""
-    )
-
-
-@pytest.mark.parametrize(
-    "divided",
-    [
-        lambda s, t: s / t[:, None, None],
-        lambda s, t: s * (1 / t)[:, None, None],
-        lambda s, t: s / (t.abs()[:, None, None] * torch.arange(S) + 1),
-    ],
-)
-@pytest.mark.parametrize("weigh", [lambda s: s.softmax(-1), torch.sigmoid])
-def test_mask_that_multiplies_scores_with_a_temperature(divided, weigh):
-    def attention(q, k, v, t):
-        scores = divided(q @ k.mT, t) * triangle() + (1 - triangle()) * LOWEST
-        return weigh(scores) @ v
-
-    temperatures = uniform(H, seed=4).add_(3).requires_grad_()
-    assert "mask=kv <= q" in specs(check(attention, *qkv(), temperatures))
-
-
-def test_mask_that_multiplies_a_quotient_by_0():
-    # 0 / 0 is NaN for the keys that the mask hides, and so is all of their rows.
-    def attention(q, k, v, lengths):
-        hidden = (lengths == 0).float()
-        return attend(scores_of(q, k) / lengths * (1 - hidden) + hidden * LOWEST, v)
-
-    report = check(attention, *qkv(), torch.arange(S).float(), training=False)
-    assert specs(report) == "lift: not-pointwise"
-
-
-def test_zero_times_infinity():
-    # (1 - mask) * -inf is NaN where the mask is 1, and so is everything after it.
-    def attention(q, k, v):
-        return attend(scores_of(q, k) + (1 - triangle()) * -INF, v)
-
-    assert_expected_inline(
-        specs(check(attention, *qkv())),
-        """attention(score=load(0, kv - q + 23) + 0.25*s, aux=[float])""",
     )
 
 

@@ -27,11 +27,6 @@ from tests.graph.inputs import (
 )
 
 
-def nothing_but_itself():
-    """Row 0 sees nothing, the others every earlier key."""
-    return torch.ones(S, S, dtype=torch.bool).triu(0)
-
-
 class TestMasks:
     """Filled with 0 or multiplied in, after the softmax."""
 
@@ -50,8 +45,8 @@ class TestMasks:
     @pytest.mark.parametrize("fill", [-INF, LOWEST], ids=str)
     def test_rows_without_keys_become_zeros(self, fill):
         def attention(q, k, v):
-            p = scores_of(q, k).masked_fill(nothing_but_itself(), fill).softmax(-1)
-            return p.masked_fill(nothing_but_itself(), 0.0) @ v
+            p = scores_of(q, k).masked_fill(future(0), fill).softmax(-1)
+            return p.masked_fill(future(0), 0.0) @ v
 
         report = check(attention, *(x.detach() for x in qkv()), training=False)
         assert specs(report) == "attention(score=0.25*s, mask=kv <= q - 1, dead=zero)"
@@ -59,8 +54,8 @@ class TestMasks:
     def test_rows_without_keys_times_a_mask(self):
         def attention(fill):
             def function(q, k, v):
-                p = scores_of(q, k).masked_fill(nothing_but_itself(), fill).softmax(-1)
-                return p * ~nothing_but_itself() @ v
+                p = scores_of(q, k).masked_fill(future(0), fill).softmax(-1)
+                return p * ~future(0) @ v
 
             return function
 
@@ -94,7 +89,7 @@ class TestMasks:
 
     def test_rows_of_nan_filled_in_part(self):
         def attention(q, k, v, padding):
-            p = scores_of(q, k).masked_fill(nothing_but_itself(), -INF).softmax(-1)
+            p = scores_of(q, k).masked_fill(future(0), -INF).softmax(-1)
             return p.masked_fill(padding[:, None, None], 0.0) @ v
 
         report = check(attention, *qkv(), chance(0.3, B, S), training=False)
@@ -173,7 +168,7 @@ class TestMasks:
     def test_filled_by_numbers_beside_rows_of_nan(self):
         def attention(q, k, v, padding):
             scores = scores_of(q, k).masked_fill(padding[:, None, None], -1e9)
-            p = scores.masked_fill(nothing_but_itself(), -INF).softmax(-1)
+            p = scores.masked_fill(future(0), -INF).softmax(-1)
             return p.masked_fill(padding[:, None, None], 0.0) @ v
 
         report = check(attention, *qkv(), chance(0.3, B, S), training=False)
@@ -217,8 +212,8 @@ class TestMasks:
 
     def test_zeroed_nan_and_a_mask(self):
         def attention(q, k, v):
-            p = scores_of(q, k).masked_fill(nothing_but_itself(), -INF).softmax(-1)
-            return torch.nan_to_num(p * ~nothing_but_itself()) @ v
+            p = scores_of(q, k).masked_fill(future(0), -INF).softmax(-1)
+            return torch.nan_to_num(p * ~future(0)) @ v
 
         report = check(attention, *qkv(), training=False)
         assert specs(report) == "attention(score=0.25*s, mask=kv <= q - 1, dead=zero)"

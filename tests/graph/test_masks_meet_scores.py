@@ -11,7 +11,6 @@ from tests.graph.harness import check, specs
 from tests.graph.inputs import (
     INF,
     LOWEST,
-    SCALE,
     B,
     D,
     H,
@@ -23,13 +22,9 @@ from tests.graph.inputs import (
     normal,
     qkv,
     scores_of,
+    triangle,
     uniform,
 )
-from tests.graph.test_masks import PASSED_IN
-
-
-def ones():
-    return torch.tril(torch.ones(S, S))
 
 
 def _hidden_where_small(s):
@@ -41,7 +36,7 @@ def _hidden_where_small(s):
 # Each is applied to s; what a hidden key ends up with is in the name.
 ORDERS = {
     "capped: -3": lambda s: 3 * torch.tanh(s.masked_fill(future(), -INF) / 3),
-    "capped: -3, of finfo.min": lambda s: 3 * torch.tanh((s + (1 - ones()) * LOWEST) / 3),
+    "capped: -3, of finfo.min": lambda s: 3 * torch.tanh((s + (1 - triangle()) * LOWEST) / 3),
     "clamped: -1": lambda s: s.masked_fill(future(), -INF).clamp(min=-1),
     "rectified: 0": lambda s: s.masked_fill(future(), LOWEST).relu(),
     "sigmoid: 0": lambda s: s.masked_fill(future(), -INF).sigmoid(),
@@ -52,21 +47,23 @@ ORDERS = {
     "added, made finite": lambda s: torch.nan_to_num(
         s + torch.zeros(S, S).masked_fill(future(), -INF), neginf=-50.0
     ),
-    "added twice, made finite": lambda s: torch.nan_to_num(s + ones().log() + ones().mT.log()),
+    "added twice, made finite": lambda s: torch.nan_to_num(
+        s + triangle().log() + triangle().mT.log()
+    ),
     "made finite: 7": lambda s: torch.nan_to_num(
-        s + ones().log() - ones().mT.log(), nan=7.0, posinf=1.0, neginf=-2.0
+        s + triangle().log() - triangle().mT.log(), nan=7.0, posinf=1.0, neginf=-2.0
     ),
     "scaled afterwards": lambda s: s.masked_fill(future(), LOWEST) * 0.125,
     "scaled up afterwards": lambda s: s.masked_fill(future(), -1e30) * 8,
-    "divided afterwards": lambda s: (s + (1 - ones()) * -1e9) / 1e9,
+    "divided afterwards": lambda s: (s + (1 - triangle()) * -1e9) / 1e9,
     "negated: the hidden attract": lambda s: -s.masked_fill(future(), -1e9),
     "negated twice": lambda s: -(-s).masked_fill(future(), INF),
     "subtracted": lambda s: s - future() * 1e9,
     "subtracted, infinity": lambda s: s - torch.full((S, S), INF).triu(1),
-    "multiplied, then filled": lambda s: s * ones() - 1e4 * (1 - ones()),
-    "multiplied, then lowest": lambda s: s * ones() + LOWEST * (1 - ones()),
-    "logarithm of almost zero": lambda s: s + (ones() + 1e-45).log(),
-    "logarithm of 1e-9": lambda s: s + (ones() + 1e-9).log(),
+    "multiplied, then filled": lambda s: s * triangle() - 1e4 * (1 - triangle()),
+    "multiplied, then lowest": lambda s: s * triangle() + LOWEST * (1 - triangle()),
+    "logarithm of almost zero": lambda s: s + (triangle() + 1e-45).log(),
+    "logarithm of 1e-9": lambda s: s + (triangle() + 1e-9).log(),
     "by the score": lambda s: s.masked_fill(s < -0.5, -INF),
     "by the score, written": _hidden_where_small,
     "by the score and the place": lambda s: torch.where((s > 0) | ~future(), s, LOWEST),
@@ -217,201 +214,6 @@ def test_fill_by_the_score_in_rows_set_to_zero():
     )
 
 
-def masked_by(function, *masks, grad=False):
-    """Specs, for a padding mask of 0 and 1 in each of several types."""
-    found = set()
-    for mask in masks:
-        report = check(lambda q, k, v, m: attend(function(scores_of(q, k), m), v), *qkv(), mask)
-        found.add(specs(report).replace("aux=[float]", "aux=[..]").replace("aux=[int]", "aux=[..]"))
-    return "\n".join(sorted(found))
-
-
-def padding():
-    return (torch.arange(S) >= torch.tensor([[0], [6]])).view(B, 1, 1, S)
-
-
-NUMBERS = (torch.int64, torch.int32, torch.float32, torch.bfloat16)
-
-
-def test_masks_of_every_type():
-    masks = [padding().to(dtype) for dtype in NUMBERS]
-    assert_expected_inline(
-        masked_by(lambda s, m: s.masked_fill(m == 0, -INF), *masks),
-        """attention(score=0.25*s, mask=load(0, b, 0, 0, kv) != 0, dead=nan, aux=[..])""",
-    )
-    assert_expected_inline(
-        masked_by(lambda s, m: s.masked_fill(m < 0.5, -INF), *masks[:2]),
-        """attention(score=0.25*s, mask=load(0, b, 0, 0, kv) >= 0.5, dead=nan, aux=[..])""",
-    )
-    assert_expected_inline(
-        masked_by(lambda s, m: torch.where(m.bool(), s, LOWEST), *masks),
-        """attention(score=0.25*s, mask=load(0, b, 0, 0, kv) != 0, dead=score, fill=-3.4028234663852886e+38, aux=[..])""",
-    )
-    assert_expected_inline(
-        masked_by(lambda s, m: s + (1.0 - m.to(s.dtype)) * LOWEST, *masks),
-        """attention(score=0.25*s + where(load(0, b, 0, 0, kv) == 1, 0, 3.4028234663852886e+38*load(0, b, 0, 0, kv) - 3.4028234663852886e+38), mask=load(0, b, 0, 0, kv) > 0, dead=score, fill=0.25*s + where(load(0, b, 0, 0, kv) == 1, 0, 3.4028234663852886e+38*load(0, b, 0, 0, kv) - 3.4028234663852886e+38), aux=[..])""",
-    )
-    assert_expected_inline(
-        masked_by(lambda s, m: s + (m.to(s.dtype) - 1.0) * 1e9, *masks),
-        """attention(score=0.25*s + where(load(0, b, 0, 0, kv) == 1, 0, 1000000000.0*load(0, b, 0, 0, kv) - 1000000000.0), aux=[..])""",
-    )
-    assert_expected_inline(
-        masked_by(lambda s, m: s * m + (1 - m.to(s.dtype)) * -1e9, *masks),
-        """attention(score=0.25*load(0, b, 0, 0, kv)*s + where(load(0, b, 0, 0, kv) == 1, 0, 1000000000.0*load(0, b, 0, 0, kv) - 1000000000.0), aux=[..])""",
-    )
-    assert_expected_inline(
-        masked_by(lambda s, m: s + torch.log(m.to(s.dtype)), *masks[:2]),
-        """attention(score=load(0, b, 0, 0, kv) + 0.25*s, aux=[..])""",
-    )
-
-
-def test_mask_of_bytes():
-    def attention(q, k, v, mask):
-        return attend(scores_of(q, k) + (mask.to(q.dtype) - 1.0) * 1e9, v)
-
-    check(attention, *qkv(), padding().to(torch.uint8))
-
-
-MASKS_OF_NUMBERS = {
-    "multiplied by a triangle": lambda s, m: s + (1 - ones() * m) * -1e9,
-    "of keys and of queries": lambda s, m: s + (1.0 - (m * m.mT).float()) * LOWEST,
-    "the smaller of two": lambda s, m: (
-        s + torch.minimum((ones() - 1) * -LOWEST, (1 - m.float()) * LOWEST)
-    ),
-    "with a floor, as OPT has it": lambda s, m: torch.max(
-        s + (1 - m.float()) * LOWEST, torch.tensor(LOWEST)
-    ),
-    "clamped, as GPT-J had it": lambda s, m: (s + (1 - m.float()) * LOWEST).clamp(min=LOWEST),
-}
-
-
-@pytest.mark.parametrize("rows", ["some keys", "no key"])
-@pytest.mark.parametrize("name", MASKS_OF_NUMBERS)
-def test_mask_of_integers(name, rows):
-    mask = padding().long() * (rows == "some keys")
-    mask[0] = 1
-    report = check(
-        lambda q, k, v, m: attend(MASKS_OF_NUMBERS[name](scores_of(q, k), m), v), *qkv(), mask
-    )
-    assert [region.fused for region in report.regions] == [True]
-
-
-def test_boolean_masks():
-    for function in (
-        lambda s, m: s + (1.0 - m.float()) * LOWEST,
-        lambda s, m: s.masked_fill(~m, LOWEST),
-        lambda s, m: s + torch.where(m, 0.0, LOWEST),
-        lambda s, m: s + torch.zeros(m.shape).masked_fill(~m, LOWEST),
-        lambda s, m: s + (~m) * LOWEST,
-        lambda s, m: s.masked_fill(m.logical_not(), LOWEST),
-        lambda s, m: s.masked_fill(m == False, LOWEST),  # noqa: E712
-        lambda s, m: s.masked_fill(m ^ True, LOWEST),
-        lambda s, m: s.masked_fill(m.long() < 1, LOWEST),
-        lambda s, m: s.masked_fill((1 - m.int()).bool(), LOWEST),
-    ):
-        assert "mask=load(0, b, 0, 0, kv) != 0, dead=score" in masked_by(function, padding())
-
-
-@pytest.mark.parametrize(("shape", "index"), PASSED_IN.values(), ids=PASSED_IN)
-def test_bias_that_is_learned(shape, index):
-    # Its gradient is summed over what it was broadcast along.
-    def attention(q, k, v, bias):
-        return attend(scores_of(q, k).masked_fill(future(), -INF) + bias, v)
-
-    assert f"load(0, {index})" in specs(check(attention, *qkv(), normal(*shape)))
-
-
-def test_one_bias_in_two_places():
-    def attention(q, k, v, bias):
-        return attend(scores_of(q, k) + bias + bias.mT, v)
-
-    def of_keys_and_queries(q, k, v, bias):
-        return attend(scores_of(q, k) + bias[:, None] * bias[None, :], v)
-
-    assert_expected_inline(
-        specs(check(attention, *qkv(), normal(S, S))),
-        """attention(score=load(0, kv, q) + load(0, q, kv) + 0.25*s, aux=[float])""",
-    )
-    assert_expected_inline(
-        specs(check(of_keys_and_queries, *qkv(), normal(S))),
-        """attention(score=load(0, kv)*load(0, q) + 0.25*s, aux=[float])""",
-    )
-
-
-def test_bias_made_of_the_queries():
-    # k's norm as a bias, q's as a temperature: gradients flow through the captured tensors too.
-    def attention(q, k, v):
-        s = scores_of(q, k) - k.square().sum(-1)[:, :, None, :] / 8
-        return attend(s / q.norm(dim=-1, keepdim=True), v)
-
-    assert_expected_inline(
-        specs(check(attention, *qkv())),
-        """attention(score=(0.25*s - 0.125*load(0, b, h, kv))*pow(load(1, b, h, q, 0), -1), aux=[float, float])""",
-    )
-
-
-@pytest.mark.parametrize("heads", [(), (H,)], ids=["shared", "of each head"])
-def test_bias_that_is_a_product_of_positions(heads):
-    # The larger product is that of queries and keys, wherever the bias stands.
-    def attention(q, k, v, table):
-        return attend(table @ table.mT + scores_of(q, k), v)
-
-    report = check(attention, *qkv(), normal(*heads, S, 3))
-    index = "h, q, kv" if heads else "q, kv"
-    assert specs(report) == f"attention(score=load(0, {index}) + 0.25*s, aux=[float])"
-
-
-def test_distances_by_products():
-    # -|q - k|^2, expanded as everyone writes it.
-    def attention(q, k, v):
-        d = q.square().sum(-1, True) + k.square().sum(-1)[..., None, :] - 2 * (q @ k.mT)
-        return attend(-d / 4, v)
-
-    assert_expected_inline(
-        specs(check(attention, *qkv())),
-        """attention(score=0.5*s - 0.25*load(0, b, h, q, 0) - 0.25*load(1, b, h, kv), aux=[float, float])""",
-    )
-
-
-def test_gate_for_each_key_in_the_exponent():
-    # Forgetting attention: differences of a cumulative sum of log gates.
-    def attention(q, k, v, gates):
-        total = F.logsigmoid(gates).cumsum(-1)
-        decay = total[..., :, None] - total[..., None, :]
-        return attend((scores_of(q, k) + decay).masked_fill(future(), -INF), v)
-
-    assert_expected_inline(
-        specs(check(attention, *qkv(), normal(B, H, S))),
-        """attention(score=load(0, b, h, q) + 0.25*s - load(0, b, h, kv), mask=kv <= q, dead=nan, aux=[float])""",
-    )
-
-
-def test_bias_of_another_type():
-    def attention(q, k, v, bias):
-        return attend(scores_of(q, k) + bias, v)
-
-    for dtype in (torch.bfloat16, torch.float16):
-        check(attention, *qkv(), normal(H, S, S).detach().to(dtype))
-
-
-def test_half_precision_bias_is_rounded_as_eager_rounds_it():
-    def attention(q, k, v, bias):
-        s = scores_of(q, k) + 3 * bias.to(q.dtype)
-        return F.softmax(s, -1, dtype=torch.float32).to(q.dtype) @ v
-
-    check(attention, *qkv(dtype=torch.bfloat16), normal(H, S, S))
-
-
-def test_positions_in_half_precision():
-    # bfloat16 holds integers up to 256.
-    def attention(q, k, v):
-        at = torch.arange(300, dtype=torch.bfloat16)
-        s = q @ k.mT * SCALE - (at[:, None] - at[None, :]).abs()
-        return F.softmax(s.float(), -1).to(q.dtype) @ v
-
-    check(attention, *qkv(1, 1, 300, D, dtype=torch.bfloat16))
-
-
 def test_compared_positions_in_half_precision():
     def attention(q, k, v):
         at = torch.arange(300, dtype=torch.float32).bfloat16()
@@ -487,23 +289,6 @@ def test_temperature_inside_the_einsum():
     check(attention, *qkv(), normal(H))
 
 
-def test_gated_weights_of_another_attention():
-    # The second attention is biased by the first one's weights.
-    def attention(q, k, v):
-        p = scores_of(k, q).softmax(-1)
-        return attend(scores_of(q, k) + p, v)
-
-    check(attention, *qkv())
-
-
-def test_output_of_one_attention_as_bias_of_the_next():
-    def attention(q, k, v):
-        y = attend(scores_of(q, k), v)
-        return attend(scores_of(q, k) + y.sum(-1)[..., None, :], y)
-
-    check(attention, *qkv())
-
-
 def test_mask_of_which_each_batch_element_has_a_part():
     def attention(q, k, v, hidden):
         hidden = torch.cat([hidden[:1], hidden[1:].flip(-1)])
@@ -550,16 +335,6 @@ def test_soft_mask_that_is_learned_from_one_on():
     check(attention, *qkv(), torch.ones(B, 1, 1, S))
 
 
-def test_bias_of_nan_and_infinities_made_finite():
-    bias = normal(B, H, S, S, seed=9).detach()
-    bias[0, 0, :3, 0] = torch.tensor([float("nan"), INF, -INF])
-
-    def attention(q, k, v, bias):
-        return torch.nan_to_num(scores_of(q, k) + bias, nan=1.5, neginf=-100.0).softmax(-1) @ v
-
-    check(attention, *qkv(), bias, training=False)
-
-
 def test_constant_beside_a_product_mask():
     # 0.2 - 3.4e38 is -3.4e38: the mask's own constant must not take the other in.
     def attention(q, k, v, keep, sink):
@@ -574,6 +349,6 @@ def test_constant_beside_a_product_mask():
 def test_infinite_scores_times_zero():
     # Eager gives NaN wherever both masks hide a key.
     def attention(q, k, v):
-        return attend(scores_of(q, k).masked_fill(future(), -INF) * ones(), v)
+        return attend(scores_of(q, k).masked_fill(future(), -INF) * triangle(), v)
 
     assert specs(check(attention, *qkv(), training=False)) == "lift: not-pointwise"

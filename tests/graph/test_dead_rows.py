@@ -1,4 +1,4 @@
-"""What joins the softmax without a value, and rows in which every key is masked."""
+"""Rows in which every key is masked."""
 
 from __future__ import annotations
 
@@ -13,112 +13,15 @@ from tests.graph.inputs import (
     LOWEST,
     SCALE,
     B,
-    D,
-    H,
     S,
     attend,
     chance,
+    future,
     large,
-    normal,
     qkv,
     queries_and_keys,
     scores_of,
 )
-
-
-def hidden():
-    """Above the diagonal and on it, so that the first query has no key."""
-    rows, columns = queries_and_keys()
-    return columns >= rows
-
-
-def test_sinks_of_gpt_oss():
-    def attention(q, k, v, sinks):
-        s = scores_of(q, k)
-        s = torch.cat([s, sinks.reshape(1, -1, 1, 1).expand(B, -1, S, -1)], dim=-1)
-        s = s - s.max(dim=-1, keepdim=True).values
-        return F.softmax(s, dim=-1, dtype=s.dtype)[..., :-1] @ v
-
-    assert_expected_inline(
-        specs(check(attention, *qkv(), normal(H))),
-        """attention(score=0.25*s, sinks=[load(0, h)], aux=[float])""",
-    )
-
-
-def test_sink_in_the_first_column():
-    def attention(q, k, v, sinks):
-        s = torch.cat([sinks.view(1, H, 1, 1).expand(B, H, S, 1), scores_of(q, k)], dim=-1)
-        return s.softmax(-1)[..., 1:] @ v
-
-    assert_expected_inline(
-        specs(check(attention, *qkv(), normal(H))),
-        """attention(score=0.25*s, sinks=[load(0, h)], aux=[float])""",
-    )
-
-
-def test_two_sinks_and_a_mask():
-    def attention(q, k, v, sinks):
-        s = scores_of(q, k).masked_fill(hidden(), -INF)
-        s = torch.cat([s, sinks.view(1, H, 1, 2).expand(B, H, S, 2)], dim=-1)
-        return s.softmax(-1)[..., :-2] @ v
-
-    assert_expected_inline(
-        specs(check(attention, *qkv(), normal(H, 2))),
-        """attention(score=0.25*s, mask=kv <= q - 1, dead=nan, sinks=[load(0, h, 0), load(0, h, 1)], aux=[float])""",
-    )
-
-
-def test_sink_of_zero():
-    # softmax1: exp(s) / (1 + sum exp(s)), by a column of zeros.
-    def attention(q, k, v):
-        return F.pad(scores_of(q, k), (0, 1)).softmax(-1)[..., :S] @ v
-
-    assert_expected_inline(
-        specs(check(attention, *qkv())), """attention(score=0.25*s, sinks=[0])"""
-    )
-
-
-def test_sink_for_each_query():
-    def attention(q, k, v, sinks):
-        s = torch.cat([scores_of(q, k), sinks], dim=-1)
-        return s.softmax(-1)[..., :-1] @ v
-
-    assert_expected_inline(
-        specs(check(attention, *qkv(), normal(B, H, S, 1))),
-        """attention(score=0.25*s, sinks=[load(0, b, h, q, 0)], aux=[float])""",
-    )
-
-
-def test_softmax_one_as_it_is_pasted():
-    # The maximum is taken off first, so that the sink is the row's largest score and not 0.
-    def attention(q, k, v):
-        s = scores_of(q, k)
-        e = (s - s.max(-1, keepdim=True).values).exp()
-        return e / (1 + e.sum(-1, keepdim=True)) @ v
-
-    assert_expected_inline(specs(check(attention, *qkv())), """detect: sink-of-the-row""")
-
-
-def test_softmax_one_as_it_is_meant():
-    def attention(q, k, v):
-        e = scores_of(q, k).exp()
-        return e / (e.sum(-1, keepdim=True) + 1) @ v
-
-    assert_expected_inline(
-        specs(check(attention, *qkv())), """attention(score=0.25*s, sinks=[0])"""
-    )
-
-
-def test_kept_column_has_a_value():
-    # add_bias_kv: a key and value more, no sink.
-    def attention(q, k, v, bias_k, bias_v):
-        k = torch.cat([k, bias_k.expand(B, H, 1, D)], 2)
-        v = torch.cat([v, bias_v.expand(B, H, 1, D)], 2)
-        return attend(scores_of(q, k), v)
-
-    report = check(attention, *qkv(), normal(1, H, 1, D), normal(1, H, 1, D, seed=7))
-    assert_expected_inline(specs(report), """attention(score=0.25*s)""")
-
 
 FILLS = {"-inf": -INF, "finfo.min": LOWEST, "-1e9": -1e9, "-10000": -1e4}
 
@@ -134,9 +37,9 @@ def test_fills_and_dead_rows(fill, added, inputs):
     def attention(q, k, v):
         s = scales(q, k)
         if added:
-            s = s + torch.where(hidden(), fill, 0.0)
+            s = s + torch.where(future(0), fill, 0.0)
         else:
-            s = s.masked_fill(hidden(), fill)
+            s = s.masked_fill(future(0), fill)
         return attend(s, v)
 
     # Eager's gradients are NaN in rows that are NaN; only the outputs are compared there.
@@ -150,7 +53,7 @@ def test_fills_and_dead_rows(fill, added, inputs):
 def test_fill_left_in_place_of_a_mask():
     def filled(fill):
         def attention(q, k, v):
-            return attend(scores_of(q, k).masked_fill(hidden(), fill), v)
+            return attend(scores_of(q, k).masked_fill(future(0), fill), v)
 
         return specs(check(attention, *qkv()))
 
@@ -170,9 +73,9 @@ def test_dead_rows_in_half_precision(dtype, added):
     def attention(q, k, v):
         s, lowest = scores_of(q, k), torch.finfo(q.dtype).min
         if added:
-            s = s + torch.where(hidden(), lowest, 0.0).to(q.dtype)
+            s = s + torch.where(future(0), lowest, 0.0).to(q.dtype)
         else:
-            s = s.masked_fill(hidden(), lowest)
+            s = s.masked_fill(future(0), lowest)
         return F.softmax(s, -1, dtype=torch.float32).to(q.dtype) @ v
 
     assert [r.fused for r in check(attention, *qkv(dtype=dtype)).regions] == [True]
@@ -182,7 +85,7 @@ def test_lowest_half_in_float32_scores():
     # -65504 is no mask where the scores are float32: many are lower.
     def attention(q, k, v):
         s = q.float() @ k.float().mT
-        s = s.masked_fill(hidden(), torch.finfo(torch.float16).min)
+        s = s.masked_fill(future(0), torch.finfo(torch.float16).min)
         return s.softmax(-1).to(q.dtype) @ v
 
     q, k, v = qkv(dtype=torch.float16)
@@ -192,7 +95,7 @@ def test_lowest_half_in_float32_scores():
 def test_lowest_half_is_no_mask_for_scores_scaled_in_float32():
     def attention(q, k, v):
         s = (q @ k.mT).float() * 64
-        s = s + torch.where(hidden(), torch.finfo(torch.float16).min, 0.0)
+        s = s + torch.where(future(0), torch.finfo(torch.float16).min, 0.0)
         return s.softmax(-1).to(q.dtype) @ v
 
     q, k, v = qkv(dtype=torch.float16)
@@ -202,7 +105,7 @@ def test_lowest_half_is_no_mask_for_scores_scaled_in_float32():
 def test_two_fills_added_overflow():
     # Masked once: finfo.min. Masked twice: -inf. Masked by one of them everywhere: uniform.
     def attention(q, k, v, padding):
-        causal = torch.where(hidden(), LOWEST, 0.0)
+        causal = torch.where(future(0), LOWEST, 0.0)
         padded = torch.where(padding[:, None, None, :], 0.0, LOWEST)
         return attend(scores_of(q, k) + causal + padded, v)
 
@@ -215,7 +118,7 @@ def test_two_fills_added_overflow():
 
 def test_two_fills_of_different_depth():
     def attention(q, k, v, padding):
-        s = scores_of(q, k).masked_fill(hidden(), LOWEST)
+        s = scores_of(q, k).masked_fill(future(0), LOWEST)
         return attend(s.masked_fill(~padding[:, None, None, :], -INF), v)
 
     padding = torch.arange(S) >= torch.tensor([[0], [6]])
@@ -228,7 +131,7 @@ def test_two_fills_of_different_depth():
 def test_two_fills_in_the_other_order():
     def attention(q, k, v, padding):
         s = scores_of(q, k).masked_fill(~padding[:, None, None, :], -INF)
-        return attend(s.masked_fill(hidden(), LOWEST), v)
+        return attend(s.masked_fill(future(0), LOWEST), v)
 
     padding = torch.arange(S) >= torch.tensor([[0], [6]])
     assert_expected_inline(
@@ -243,7 +146,7 @@ def test_two_fills_of_different_depth_in_half_precision(dtype, last):
     # A query without a key attends to those at the lowest number, and to none at -inf.
     def attention(q, k, v, padding):
         s = scores_of(q, k)
-        fills = {hidden(): torch.finfo(s.dtype).min, ~padding[:, None, None, :]: -INF}
+        fills = {future(0): torch.finfo(s.dtype).min, ~padding[:, None, None, :]: -INF}
         for mask, fill in sorted(fills.items(), key=lambda x: x[1], reverse=last == "-inf"):
             s = s.masked_fill(mask, fill)
         return attend(s, v)
@@ -263,7 +166,7 @@ def test_mask_without_a_key():
 
 def test_nan_to_num():
     def attention(q, k, v):
-        weights = scores_of(q, k).masked_fill(hidden(), -INF).softmax(-1)
+        weights = scores_of(q, k).masked_fill(future(0), -INF).softmax(-1)
         return torch.nan_to_num(weights) @ v
 
     assert_expected_inline(
@@ -273,7 +176,7 @@ def test_nan_to_num():
 
 def test_nan_to_num_of_the_output():
     def attention(q, k, v):
-        return torch.nan_to_num(attend(scores_of(q, k).masked_fill(hidden(), -INF), v))
+        return torch.nan_to_num(attend(scores_of(q, k).masked_fill(future(0), -INF), v))
 
     assert_expected_inline(
         specs(check(attention, *qkv())), """attention(score=0.25*s, mask=kv <= q - 1, dead=nan)"""
@@ -282,7 +185,7 @@ def test_nan_to_num_of_the_output():
 
 def test_dead_rows_replaced_where_they_are_nan():
     def attention(q, k, v):
-        weights = scores_of(q, k).masked_fill(hidden(), -INF).softmax(-1)
+        weights = scores_of(q, k).masked_fill(future(0), -INF).softmax(-1)
         return torch.where(weights.isnan(), 0.0, weights) @ v
 
     assert_expected_inline(
@@ -293,8 +196,8 @@ def test_dead_rows_replaced_where_they_are_nan():
 def test_dead_rows_masked_again():
     # `masked_fill(mask, 0)` of the weights, as fairseq and many others do.
     def attention(q, k, v):
-        weights = scores_of(q, k).masked_fill(hidden(), -INF).softmax(-1)
-        return weights.masked_fill(hidden(), 0.0) @ v
+        weights = scores_of(q, k).masked_fill(future(0), -INF).softmax(-1)
+        return weights.masked_fill(future(0), 0.0) @ v
 
     assert_expected_inline(
         specs(check(attention, *qkv())), """attention(score=0.25*s, mask=kv <= q - 1, dead=zero)"""
@@ -320,7 +223,7 @@ def test_dead_rows_of_sdpa():
 
 def test_dead_rows_of_exp_over_sum():
     def attention(q, k, v):
-        e = scores_of(q, k).masked_fill(hidden(), -INF).exp()
+        e = scores_of(q, k).masked_fill(future(0), -INF).exp()
         return e / e.sum(-1, keepdim=True) @ v
 
     assert_expected_inline(
@@ -330,7 +233,7 @@ def test_dead_rows_of_exp_over_sum():
 
 def test_dead_rows_of_exp_times_mask():
     def attention(q, k, v):
-        e = scores_of(q, k).exp() * ~hidden()
+        e = scores_of(q, k).exp() * ~future(0)
         return e / e.sum(-1, keepdim=True) @ v
 
     # Eager's gradients are NaN in rows that are NaN.
@@ -343,7 +246,7 @@ def test_dead_rows_of_exp_times_mask():
 def test_sum_kept_from_zero():
     # Linear attention's habit; a dead row gives zeros.
     def attention(q, k, v):
-        e = scores_of(q, k).masked_fill(hidden(), -INF).exp()
+        e = scores_of(q, k).masked_fill(future(0), -INF).exp()
         return e / (e.sum(-1, keepdim=True) + 1e-6) @ v
 
     assert_expected_inline(
@@ -372,7 +275,7 @@ class TestTwoFillsAndZeros:
 
     def test_filled(self):
         found = self.found(
-            lambda s, x: s.masked_fill(x == 0, LOWEST).masked_fill(hidden(), -INF), self.keep()
+            lambda s, x: s.masked_fill(x == 0, LOWEST).masked_fill(future(0), -INF), self.keep()
         )
         assert_expected_inline(
             found,
@@ -381,7 +284,7 @@ class TestTwoFillsAndZeros:
 
     def test_added(self):
         def added(s, x):
-            return s + torch.where(hidden(), -INF, 0.0) + torch.where(x == 0, LOWEST, 0.0)
+            return s + torch.where(future(0), -INF, 0.0) + torch.where(x == 0, LOWEST, 0.0)
 
         assert "dead=zero" in self.found(added, self.keep())
         assert "dead=zero" in self.found(added, torch.zeros(B, 1, 1, S))
@@ -389,7 +292,7 @@ class TestTwoFillsAndZeros:
 
     def test_the_sum_of_two_lowest_numbers(self):
         def added(s, x):
-            return s + torch.where(hidden(), LOWEST, 0.0) + torch.where(x == 0, LOWEST, 0.0)
+            return s + torch.where(future(0), LOWEST, 0.0) + torch.where(x == 0, LOWEST, 0.0)
 
         assert "dead=zero" in self.found(added, torch.zeros(B, 1, 1, S))
 
@@ -403,7 +306,7 @@ class TestTwoFillsAndZeros:
     def test_float16_is_left(self):
         found = self.found(
             lambda s, x: s.masked_fill(x == 0, torch.finfo(s.dtype).min).masked_fill(
-                hidden(), -INF
+                future(0), -INF
             ),
             self.keep(),
             dtype=torch.float16,
