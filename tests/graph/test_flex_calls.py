@@ -14,9 +14,11 @@ from torch.nn.attention.flex_attention import (
 )
 from torch.utils.checkpoint import checkpoint
 
-from tests.graph.flex import block_mask, causal
+from tests.graph.flex import MARKS, block_mask, causal
 from tests.graph.harness import check, specs
 from tests.graph.inputs import B, D, H, S, normal, qkv
+
+pytestmark = MARKS
 
 
 class TestArguments:
