@@ -27,6 +27,7 @@ from tests.numerics.interpreted import (
 )
 from tests.numerics.interpreter_process import Interpreter, interpreter, serve
 
+FAR = (1, 4, 2, 9, 400, 16, 16)
 LONG = (1, 2, 1, 40, 23, 16, 16)  # more queries than keys: rows that a window leaves empty
 BUCKET = "max(min(kv - q, 7), -7) + 7"
 TWO = (2, 2, 1, 21, 37, 16, 16)
@@ -52,9 +53,21 @@ class Case:
     ones: bool = False  # dout, so that a key's dV is what all queries give it
     # Rows with nearly all weight on one key: eager's dS is nearly 0, whatever rounds O to 16 bits.
     sharp: bool = False
+    values: float = 0.0  # V's mean; its tiles are the shipped ones
 
 
 CASES = [
+    Case("V far from zero", "score=0.25*s", FAR, values=20.0),
+    Case("V far from zero, table", f"score=0.25*s + load(0, h, {BUCKET})", FAR, aux=("relative",), values=20.0),
+    Case("V far from zero, sinks by row, dLSE", "score=0.25*s, sinks=[0.0, load(0, b, q)]", FAR, aux=("rows",), dlse=True, values=20.0),
+    Case("V far from zero, table, sink", f"score=0.25*s + load(0, h, {BUCKET}), sinks=[load(1, 0, h, 0, 0)]", FAR, aux=("relative", "slopes"), values=20.0),
+    Case("V far from zero, large where hidden", "score=0.25*s, mask=(kv < 6)", FAR, values=20.0),
+    Case("V far from zero, window, zero", f"score=0.25*s, mask={WINDOW}, dead=zero", LONG, values=200.0),
+    Case("V far from zero, window, nan", f"score=0.25*s, mask={WINDOW}", LONG, values=200.0),
+    Case("V far from zero, fill that absorbs s", f"score=0.25*s, mask={WINDOW}, dead=score, fill=0.25*s - 3.4028234663852886e38", LONG, values=200.0),
+    Case("V far from zero, fill with s", f"score=0.25*s, mask={WINDOW}, dead=score, fill=0.25*s - 9.0", LONG, values=200.0),
+    Case("V far from zero, fill and a sink", f"score=0.25*s, mask={WINDOW}, dead=score, fill=-2.0, sinks=[{SLOPES} - 4.0]", LONG, aux=("slopes",), values=200.0),
+    Case("V far from zero, dropout", f"score=0.25*s, weight={DROP}", LONG, aux=("seed",), values=20.0),
     Case("full", "score=0.25*s"),
     Case("weights sum to one", "score=0.25*s + 900.0", (1, 2, 1, 70, 37, 16, 16), ones=True),
     Case("weights and a sink sum to one", f"score=0.25*s + 900.0, sinks=[{SLOPES} + 900.0]", (1, 2, 1, 70, 37, 16, 16), aux=("slopes",), ones=True),
@@ -261,7 +274,9 @@ def run(case: Case) -> dict:
     batch, heads, kv_heads, q_len, kv_len, dim, v_dim = case.shape
     q = torch.randn(batch, q_len, heads, dim).to(case.dtype).transpose(1, 2)
     k = torch.randn(batch, kv_heads, kv_len, dim).to(case.dtype)
-    v = torch.randn(batch, kv_heads, kv_len, v_dim).to(case.dtype)
+    v = (torch.randn(batch, kv_heads, kv_len, v_dim) + case.values).to(case.dtype)
+    if "hidden" in case.name:
+        v[:, :, 6:] = 1e6
     dout = torch.randn(batch, heads, q_len, v_dim).to(case.dtype)
     if case.sharp:
         q *= 8
@@ -281,7 +296,10 @@ def run(case: Case) -> dict:
     out, lse = attention(spec, q, k, v, aux, case.sizes)
     config = TritonConfig(*case.block, num_warps=4, num_stages=1)
     given = BackwardInputs(dout, dlse, q, k, v, out, lse, aux, case.sizes, needs)
-    found = ours.compute(problem, ours.bind(problem, Configs(config, config), given), given)
+    if case.values:
+        found = ours.run_backward(problem, given)
+    else:
+        found = ours.compute(problem, ours.bind(problem, Configs(config, config), given), given)
     exact = attention_backward(
         spec, dout.double(), dlse, q.double(), k.double(), v.double(),
         [x.double() if x.is_floating_point() else x for x in aux], case.sizes, needs,
@@ -300,7 +318,7 @@ def run(case: Case) -> dict:
             "same_nan": torch.equal(x.isnan(), y.isnan()),
             "error": distance(x, y),
             "error_of_reference": distance(z, y),
-            "floor": 8 * eps * (0.5 + y.nan_to_num(0.0).abs().max().item()),
+            "floor": 8 * eps * ((not case.values) / 2 + y.nan_to_num(0.0).abs().max().item()),
             "layout": x.stride() == torch.empty_like(like).stride() and x.dtype == like.dtype,
         }
     record = {"name": case.name, "supported": None, "gradients": gradients}

@@ -24,11 +24,23 @@ def sink_cotangents(
     """Each sink and its gradient, [B, H, Sq, 1] float32: its weight is exp(sink - LSE), and its own
     value 0. `delta` is rowsum(dO * O) - dLSE, [B, H, Sq]."""
     with torch.no_grad():
-        values = elements(spec.sinks, spec, shape, None, aux, sizes, torch.float32, lse.device)
-        return [
-            (x, -torch.exp(value.to(torch.float32) - lse.unsqueeze(3)) * delta.unsqueeze(3))
-            for x, value in zip(spec.sinks, values)
-        ]
+        weights = _weights(spec, lse, shape, aux, sizes)
+        return [(x, -weight * delta.unsqueeze(3)) for x, weight in zip(spec.sinks, weights)]
+
+
+def weight_of_sinks(
+    spec: AttentionSpec, lse: Tensor, shape: Shape, aux: Sequence[Tensor], sizes: Sequence[int]
+) -> Tensor:
+    """What all sinks of a row weigh, [B, H, Sq]; 0 where nothing does."""
+    with torch.no_grad():
+        weights = _weights(spec, lse, shape, aux, sizes)
+        return torch.stack(weights).sum(0).squeeze(3).nan_to_num(0.0)
+
+
+def _weights(spec, lse, shape, aux, sizes) -> list[Tensor]:
+    """Of each sink, [B, H, Sq, 1]."""
+    values = elements(spec.sinks, spec, shape, None, aux, sizes, torch.float32, lse.device)
+    return [torch.exp(x.to(torch.float32) - lse.unsqueeze(3)) for x in values]
 
 
 def sink_gradients(

@@ -33,6 +33,7 @@ from fa3_compile.lower.kernels.triton_launch import (
     stride_parameters,
 )
 from fa3_compile.lower.kernels.triton_uniform_rows import UniformRows
+from fa3_compile.lower.kernels.triton_values import about_mean
 from fa3_compile.lower.printers.elements import Shape
 from fa3_compile.lower.printers.printer import UnprintableError
 from fa3_compile.lower.render.render import aux_parameters
@@ -111,11 +112,12 @@ def run_backward(problem: Problem, given: BackwardInputs) -> Gradients:
     # A dLSE may be a broadcast scalar; the kernels read rows of B * H * Sq.
     dlse = None if dlse is None else dlse.to(torch.float32).contiguous()
     given = BackwardInputs(dout, dlse, q, k, v, out, lse, aux, sizes, needs)
-    tensors = (q, k, v, dout, out, *aux)
+    moved = about_mean(problem.spec, given)
+    tensors = (q, k, moved.given.v, dout, moved.given.out, *aux)
     key = (
         problem.spec,
         precision(q.dtype),
-        dlse is None,
+        moved.given.dlse is None,
         tuple(needs),
         tuple(sizes),
         *((x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15) for x in tensors),
@@ -123,11 +125,11 @@ def run_backward(problem: Problem, given: BackwardInputs) -> Gradients:
     if key not in _launches:
         if len(_launches) >= forward.LARGEST_BOUND:
             _launches.clear()
-        _launches[key] = _launches_or_none(problem, given)
+        _launches[key] = _launches_or_none(problem, moved.given)
     launches = _launches[key]
     if launches is None:
         return reference().run_backward(problem, given)
-    return compute(problem, launches, given)
+    return compute(problem, launches, moved.given, moved.of_delta)
 
 
 def _walkable(x: Tensor) -> Tensor:
@@ -163,8 +165,13 @@ def source(problem: Problem) -> str:
     return source_of(key)
 
 
-def compute(problem: Problem, launches: Mapping[str, Launched], given: BackwardInputs) -> Gradients:
-    """The gradients, by kernels of `bind` for tensors like these."""
+def compute(
+    problem: Problem,
+    launches: Mapping[str, Launched],
+    given: BackwardInputs,
+    of_delta: Tensor | None = None,
+) -> Gradients:
+    """The gradients, by kernels of `bind` for tensors like these, whose delta lacks `of_delta`."""
     _, dlse, q, k, _, _, lse, _, _, needs = given
     wanted = Wanted.of(needs)
     tensors = tensors_of(problem, given)
@@ -172,6 +179,8 @@ def compute(problem: Problem, launches: Mapping[str, Launched], given: BackwardI
         tensors["delta_ptr"] = torch.zeros_like(lse) if dlse is None else -dlse
     for launch in launches.values():
         launch(tensors)
+    if of_delta is not None:
+        tensors["delta_ptr"] += of_delta
     if problem.spec.normalized and (wanted.kv or wanted.q):
         lose_rows(problem, tensors, q, k, lse)
     dq, dk, dv = (tensors[f"{x}_ptr"] if n else None for x, n in zip(("dq", "dk", "dv"), needs[:3]))
