@@ -38,7 +38,7 @@ def about_mean(spec: AttentionSpec, given: BackwardInputs) -> AboutMean:
     kv_heads = v.shape[1]
     mean = out.unflatten(1, (kv_heads, -1)).nanmean((2, 3)).nan_to_num(0.0, 0.0, 0.0)
     of_head = mean.repeat_interleave(q.shape[1] // kv_heads, 1).unsqueeze(3)
-    values = torch.sub(v, mean.unsqueeze(2), out=torch.empty_like(v))  # dV gets its strides
+    values = torch.empty_like(v).copy_(v).sub_(mean.unsqueeze(2))  # dV has strides like these
     moved = given._replace(v=values, out=out - of_head.mT)
     if not spec.sinks:
         return AboutMean(moved)
