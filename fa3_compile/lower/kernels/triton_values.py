@@ -43,6 +43,6 @@ def about_mean(spec: AttentionSpec, given: BackwardInputs) -> AboutMean:
     if not spec.sinks:
         return AboutMean(moved)
     of_delta = (dout @ of_head).squeeze(3)
-    shape = Shape(*q.shape[:3], k.shape[2])
+    shape = Shape(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     rest = of_delta * weight_of_sinks(spec, lse, shape, aux, sizes)
     return AboutMean(moved._replace(dlse=rest if dlse is None else dlse + rest), of_delta)
