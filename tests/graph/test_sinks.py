@@ -98,6 +98,35 @@ def test_softmax_one_as_it_is_meant():
     )
 
 
+def test_softmax_one_of_the_only_row():
+    """Its maximum, at constant places, is no number."""
+
+    def attention(q, k, v):
+        s = scores_of(q, k).clamp(-3, 3)
+        top = s.amax(-1, keepdim=True)
+        e = (s - top).exp()
+        return e / (e.sum(-1, keepdim=True) + torch.exp(-top)) @ v
+
+    _, k, v = qkv(S, D)
+    assert "sinks=[0]" in specs(check(attention, normal(1, D), k, v))
+
+
+def test_gradient_beside_a_weight_of_nearly_one():
+    """By hand the row's gradients sum to 0 exactly, as the maximum has one: dK of the key that has
+    nearly all weight is a small difference that eager has every digit of."""
+    q, _, v = qkv(B, H, 1, D)
+    q, v = 40 * q.detach(), v.detach().expand(B, H, 8, D).clone().requires_grad_()
+    logits = torch.tensor([13.0] + [-30.0] * 7)
+    k = (q / q.square().sum(-1, keepdim=True) * logits[:, None]).requires_grad_()
+
+    def attention(q, k, v):
+        s = F.pad(q @ k.mT, (0, 1))
+        e = (s - s.amax(-1, keepdim=True)).exp()
+        return (e / e.sum(-1, keepdim=True))[..., :-1] @ v
+
+    assert specs(check(attention, q, k, v)) == "attention(score=s, sinks=[0])"
+
+
 def test_kept_column_has_a_value():
     # add_bias_kv: a key and value more, no sink.
     def attention(q, k, v, bias_k, bias_v):

@@ -106,8 +106,16 @@ def test_slopes_where_a_mask_selects(name: str) -> None:
     assert check(lambda q, k, v: function(q @ k.mT * 0.1).softmax(-1) @ v, *qkv()).fused
 
 
-@pytest.mark.parametrize("function", [lambda s: (s**2) ** 1.5, lambda s: (s**2 + 1).sqrt()])
-def test_powers_that_have_a_slope(function) -> None:
+HAVE_A_SLOPE = {
+    "power of a square": lambda s: (s**2) ** 1.5,
+    "root of a sum": lambda s: (s**2 + 1).sqrt(),
+    "power of a root of what is positive": lambda s: (s.abs() + 0.01).sqrt() ** 3 * s.sign(),
+}
+
+
+@pytest.mark.parametrize("name", HAVE_A_SLOPE)
+def test_powers_that_have_a_slope(name: str) -> None:
+    function = HAVE_A_SLOPE[name]
     assert check(lambda q, k, v: function(q @ k.mT).softmax(-1) @ v, *qkv()).fused
 
 

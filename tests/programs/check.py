@@ -48,8 +48,8 @@ def check_program(program: Program) -> Report:
 
 
 def exceeds_float16(program: Program) -> bool:
-    """Whether a finite result, computed in float64, is beyond float16's numbers, or eager code is on
-    the way to it: the scores' overflow, which are float32 here."""
+    """Whether a finite result or gradient, computed in float64, is beyond float16's numbers, or eager
+    code is on the way to it: the scores' overflow, which are float32 here."""
     largest = torch.finfo(torch.float16).max
     exact, eager = (_results(program, dtype) for dtype in (torch.float64, torch.float16))
     return any(
@@ -59,9 +59,18 @@ def exceeds_float16(program: Program) -> bool:
 
 
 def _results(program: Program, dtype: torch.dtype) -> list[Tensor]:
+    training = program.run["training"]
     cast = [x.detach().to(dtype) if x.is_floating_point() else x for x in program.arguments]
-    with torch.no_grad():
-        return [x for x in tree_leaves(program.function(*cast)) if x.is_floating_point()]
+    leaves = [x.requires_grad_() for x, y in zip(cast, program.arguments) if y.requires_grad]
+    with torch.set_grad_enabled(training):
+        outputs = [x for x in tree_leaves(program.function(*cast)) if x.is_floating_point()]
+    sources = [x for x in outputs if x.requires_grad]
+    if not sources:
+        return outputs
+    found = torch.autograd.grad(
+        sources, leaves, [torch.ones_like(x) for x in sources], allow_unused=True
+    )
+    return [x.detach() for x in outputs] + [x for x in found if x is not None]
 
 
 def _varied(x: Tensor, attempt: int) -> Tensor:

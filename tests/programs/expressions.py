@@ -74,7 +74,7 @@ RULES: dict[str, tuple[str, ...]] = {
         "torch.where({bool}, {float}, {level})", "torch.where({bool}, {float}, {float})",
         "torch.{smooth}({float})", "{float}.abs().sqrt()", "{float}.{step}()", "{float}.frac()",
         "torch.{extreme}({float}, {float})", "{float}.clamp(-0.5, 2.5)", "({float} % 0.5)",
-        "({float} // 0.5)", "torch.exp(-{float}.abs())", "{float}.clamp(-99, 99).to(torch.{floats})",
+        "({float}.detach() // 0.5)", "torch.exp(-{float}.abs())", "{float}.clamp(-99, 99).to(torch.{floats})",
         "vector[{int}.long() % 7]",
     ),
     "bounded": (

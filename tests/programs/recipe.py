@@ -324,7 +324,7 @@ def _either(made: Recipe) -> bool:
             # Expressions may be too long, or of what no kernel computes.
             captured == EXPRESSION,
             # No key is seen at all, or there is but one.
-            made.sizes.n == 1 and "strict" in made.masks,
+            made.sizes.n == 1 and ("strict" in made.masks or "not own" in made.masks),
             made.sizes.m == 1,
             "CogView" in made.modifiers and (other or made.plain or softmax == "off by one"),
             # 0 * -inf is NaN, and fusing would lose that.
@@ -346,6 +346,8 @@ def _either(made: Recipe) -> bool:
             made.dynamic and layout == "every other key",
             # A function of a masked score may make something else of its fill.
             made.late,
+            # A number that may be infinite, of which a part is taken off again: NaN in eager.
+            made.given == "number detached" and not made.training,
             # Two attentions.
             made.use in TWO_ATTENTIONS,
             # Weights without a softmax whose NaN are replaced.

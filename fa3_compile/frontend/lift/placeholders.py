@@ -10,59 +10,56 @@ from fa3_compile.spec.expr import KV, where
 D = sympy.Symbol("d", integer=True, nonnegative=True)
 
 
-class prob(sympy.Function):
+class _OfTheRun(sympy.Function):
+    """What only the running program knows."""
+
+    is_real = True
+    # Not even at a constant place, such as the only row.
+    is_number = False  # pyright: ignore[reportAssignmentType]
+
+
+class prob(_OfTheRun):
     """`prob(n, *index)`: an element of softmax number n of the skeleton."""
 
-    is_real = True
 
-
-class row_stat(sympy.Function):
+class row_stat(_OfTheRun):
     """`row_stat(n, *index)`: an element of row statistic number n: a maximum, a logsumexp."""
-
-    is_real = True
 
 
 # The sum of a row of weights that no softmax normalises: the operator's second output.
 ROW_SUM = sympy.Symbol("row_sum", real=True)
 
 
-class held(sympy.Function):
+class held(_OfTheRun):
     """`held(x)`: x, which is constant to the gradient."""
 
     nargs = 1
-    is_real = True
 
 
-class total(sympy.Function):
+class total(_OfTheRun):
     """`total(*index)`: the sum of exponentials by which a softmax written by hand divides."""
 
-    is_real = True
     is_positive = True
 
 
-class row_total(sympy.Function):
+class row_total(_OfTheRun):
     """`row_total(*index)`: a sum of weights without a softmax, of either sign, by which the program
     divides them."""
-
-    is_real = True
 
 
 # A key that a sum over all of them is of.
 ANY_KEY = sympy.Symbol("any_key", integer=True, nonnegative=True)
 
 
-class over_keys(sympy.Function):
+class over_keys(_OfTheRun):
     """`over_keys(x)`: the sum of x over every key, which is ANY_KEY in it."""
 
     nargs = 1
-    is_real = True
 
 
-class weighed_total(sympy.Function):
+class weighed_total(_OfTheRun):
     """`weighed_total(x, n, *index)`: the sum over every key, which is ANY_KEY in it, of
     x * prob(n, *index): what a row adds up to after its softmax, where that is not 1."""
-
-    is_real = True
 
     @classmethod
     def of(cls, x, kept, p):

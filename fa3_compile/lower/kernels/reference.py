@@ -21,7 +21,6 @@ from fa3_compile.lower.printers.elements import Shape, elements
 from fa3_compile.runtime.op import BackwardInputs
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
-from fa3_compile.spec.shared_loads import keys_share
 
 
 def attention(
@@ -71,8 +70,7 @@ def _attention(spec, q, k, v, aux, sizes):
         total = total + torch.exp(sink - top)
     empty = total == 0
     positive = torch.where(empty, 1.0, total)
-    balanced = keys_share(spec, [i for i, tensor in enumerate(aux) if tensor.requires_grad])
-    p = _softmax(x, sinks, empty if spec.dead == "zero" else None, balanced)
+    p = _softmax(x, sinks, empty if spec.dead == "zero" else None)
     if factor is not None:
         p = p * factor
     lse = torch.where(empty, float("-inf"), top + torch.log(positive)).squeeze(-1)
@@ -80,19 +78,18 @@ def _attention(spec, q, k, v, aux, sizes):
     return out.reshape(batch, heads, q_len, v.shape[3]), lse
 
 
-def _softmax(x: Tensor, sinks: Sequence[Tensor], zero: Tensor | None, balanced: bool) -> Tensor:
-    """Eager's own operator, for its gradient's roundings; 0 in the rows of `zero`.
-
-    balanced  a row's gradients sum to 0 but for the rounding of each: the operator's are all off by
-              that of the same sum, and eager's are not where its maximum has a gradient
-    """
+def _softmax(x: Tensor, sinks: Sequence[Tensor], zero: Tensor | None) -> Tensor:
+    """Eager's own operator; 0 in the rows of `zero`. A row's gradients are made to sum to 0 but for
+    the rounding of each: the operator's are all off by that of the same sum, and eager's are not
+    where a softmax by hand has a maximum with a gradient, which shows in sums of them and beside a
+    weight of nearly 1."""
     keys = x.shape[-1]
     if zero is not None:
         x = torch.where(zero, 0.0, x)
     x = torch.cat((x, *(sink.expand(*x.shape[:3], 1) for sink in sinks)), -1) if sinks else x
     x = x.view_as(x)  # its gradient is that of the softmax alone
     p = torch.softmax(x, -1)
-    if balanced and x.requires_grad:
+    if x.requires_grad:
         weights = p.detach()
         x.register_hook(lambda grad: grad - weights * grad.sum(-1, keepdim=True))
     p = p[..., :keys]

@@ -38,13 +38,16 @@ def _(node, index, ctx: Lifter) -> Element:
 
 def _power(node: fx.Node, base: Expr, exponent: Expr, ctx: Lifter) -> Expr:
     """base ** exponent; not where sympy takes a root and a power together: sqrt(s**2) and
-    sqrt(s)**4 have the slope NaN at 0, infinity times 0, and abs(s) and s**2 have none such."""
+    sqrt(s)**4 have the slope NaN at 0, infinity times 0, and abs(s) and s**2 have none such. The
+    root of something positive has no such slope."""
     if not (exponent.is_number and exponent >= 1):
         check_slope(node, base, ctx)
     found = _not_undone(node, base, base**exponent, sympy.Pow)
     kept = {x.base for x in found.atoms(sympy.Pow)}
     for x in sympy.Mul.make_args(base):
         if not x.is_Pow or x in kept or not (E.S in x.free_symbols or x.has(E.load)):
+            continue
+        if x.exp < 1 and x.base.is_positive:
             continue
         exponents = (x.exp, exponent)
         if all(y.is_positive for y in exponents) and min(exponents) < 1 < max(exponents):
