@@ -95,3 +95,74 @@ def test_a_number_taken_off_is_no_maximum():
         return e / e.sum(-1, keepdim=True) @ v
 
     assert check(function, *qkv()).fused
+
+
+class TestExponentialsMasked:
+    """A mask that multiplies or fills exponentials leaves rows of zeros, whatever the maximum is."""
+
+    def guarded(self, mask, shift=lambda s: s.amax(-1, keepdim=True), fill=None, late=False):
+        def attention(q, k, v, seen):
+            scores = scores_of(q, k)
+            scores = scores if fill is None else scores.masked_fill(~seen, fill)
+            e = mask(torch.exp(scores - shift(scores)), seen)
+            total = e.sum(-1, keepdim=True)
+            total = total + (total == 0).to(total.dtype)
+            return e @ v / total if late else e / total @ v
+
+        return check(attention, *qkv(), hidden_in_part())
+
+    @pytest.mark.parametrize("mask", [torch.mul, lambda e, seen: e.masked_fill(~seen, 0.0)])
+    @pytest.mark.parametrize("late", [False, True])
+    def test_rows_without_keys(self, mask, late):
+        for fill in (None, -1e9):
+            assert "dead=zero" in specs(self.guarded(mask, fill=fill, late=late))
+
+    def test_filled_with_infinity_too(self):
+        """-inf less -inf is NaN, which the fill of the exponentials hides."""
+        report = self.guarded(lambda e, seen: e.masked_fill(~seen, 0.0), fill=-INF)
+        assert "dead=zero" in specs(report)
+
+    def test_filled_with_infinity_and_multiplied(self):
+        """Then it is NaN times 0."""
+
+        def attention(q, k, v, seen):
+            scores = scores_of(q, k).masked_fill(~seen, -INF)
+            e = torch.exp(scores - scores.amax(-1, keepdim=True)) * seen
+            total = e.sum(-1, keepdim=True)
+            return e / torch.where(total == 0, 1.0, total) @ v
+
+        inputs = [x.detach() for x in qkv()]
+        check(attention, *inputs, hidden_in_part(), training=False)
+
+    def test_no_maximum(self):
+        report = self.guarded(torch.mul, shift=lambda s: 0.5)
+        assert "dead=zero" in specs(report)
+
+        def attention(q, k, v, seen):
+            e = torch.exp(scores_of(q, k).masked_fill(~seen, -INF))
+            total = e.sum(-1, keepdim=True)
+            return e / torch.where(total == 0, 1.0, total) @ v
+
+        assert "dead=zero" in specs(check(attention, *qkv(), hidden_in_part()))
+
+    def test_maximum_of_what_has_a_bias(self):
+        """Which may empty rows as well: those are NaN, and the others zeros."""
+
+        def attention(q, k, v, seen, bias):
+            scores = scores_of(q, k) + bias
+            e = torch.exp(scores - scores.amax(-1, keepdim=True)) * seen
+            total = e.sum(-1, keepdim=True)
+            return e / torch.where(total == 0, 1.0, total) @ v
+
+        bias = torch.zeros(S, S)
+        bias[7] = -INF
+        inputs = [x.detach() for x in qkv()]
+        check(attention, *inputs, hidden_in_part(), bias, training=False)
+
+
+def test_maximum_that_is_not_made_finite():
+    def function(m):
+        return torch.nan_to_num(m, posinf=INF, neginf=-INF)
+
+    inputs = [x.detach() for x in qkv()]
+    check(attention(function, POSITIVE["added"]), *inputs, hidden_in_part(), training=False)

@@ -10,8 +10,9 @@ import torch
 from torch import fx
 
 from fa3_compile.frontend.lift.elements.movement import dimension
+from fa3_compile.frontend.shadow.empty_rows import become_zeros
 from fa3_compile.frontend.shadow.operators import STOP
-from fa3_compile.frontend.shadow.safe_softmax import hides, is_zero, made_finite, unmasked
+from fa3_compile.frontend.shadow.safe_softmax import hides, made_finite, unmasked
 from fa3_compile.frontend.shadow.same import same_value
 from fa3_compile.frontend.shadow.trace import SIZES, Shadow
 
@@ -111,7 +112,7 @@ def _by_hand(node: fx.Node) -> Softmax | None:
     """e / (e.sum(dim) + rest), or e times the reciprocal of that."""
     for top, bottom in _quotients(node):
         for summed in _sums_of_exponentials(bottom):
-            zeros = _rows_become_zeros(top, bottom, summed)
+            zeros = become_zeros(top, bottom, summed)
             if same_value(without_abs(summed.args[0]), top) and zeros is not None:
                 return Softmax(node, top, _summed_dim(summed), zeros, bottom, summed)
     return None
@@ -161,22 +162,10 @@ def divided_late(shadow: Shadow) -> list[Softmax]:
             for summed in _sums_of_exponentials(bottom):
                 e = summed.args[0]
                 dim, division = _summed_dim(summed), Division(node, top)
-                zeros = _rows_become_zeros(e, bottom, summed)
+                zeros = become_zeros(e, bottom, summed)
                 if zeros is not None:
                     found.append(Softmax(e, e, dim, zeros, bottom, summed, division))
     return found
-
-
-def _rows_become_zeros(e: fx.Node, divisor: fx.Node, summed: fx.Node) -> bool | None:
-    """Whether rows of a softmax by hand whose scores are all -inf are 0 over something else; None
-    where they are over something unknown."""
-    x, _, _ = unmasked(e)
-    if not _is(x, aten.exp.default) or not _is(x.args[0], aten.sub.Tensor):
-        return False
-    if made_finite(_undetached(unexpanded(x.args[0].args[1])[0])) is None:
-        return False
-    zero = is_zero(divisor, summed)
-    return None if zero is None else not zero
 
 
 def _quotients(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:

@@ -39,7 +39,8 @@ def made_finite(node: Any) -> fx.Node | None:
     if not isinstance(node, fx.Node):
         return None
     if node.target is aten.nan_to_num.default:
-        return node.args[0]  # pyright: ignore[reportReturnType]
+        x, *numbers = node.args
+        return x if all(n is None or math.isfinite(n) for n in numbers) else None  # pyright: ignore
     if node.target is not aten.where.self:
         return None
     condition, *branches = node.args
@@ -48,7 +49,7 @@ def made_finite(node: Any) -> fx.Node | None:
         return None
     x, infinite = found
     instead, kept = branches if infinite else branches[::-1]
-    number = _number(instead)
+    number = constant(instead)
     return x if number is not None and math.isfinite(number) and same_value(kept, x) else None
 
 
@@ -58,7 +59,7 @@ def unmasked(e: fx.Node) -> tuple[fx.Node, fx.Node | None, bool]:
     if e.target is aten.where.self:
         condition, a, b = e.args
         for x, instead, holds in ((b, a, True), (a, b, False)):
-            if _number(instead) == 0:
+            if constant(instead) == 0:
                 return (x, *_positive(condition, holds))  # pyright: ignore
     if e.target is aten.mul.Tensor:
         for x, mask in (e.args, e.args[::-1]):
@@ -72,7 +73,7 @@ def hides(x: Any, condition: fx.Node, holds: bool) -> bool:
     while isinstance(x, fx.Node) and x.target is aten.where.self:
         given, *branches = x.args
         for filled, rest, when in ((*branches, True), (*branches[::-1], False)):
-            if _number(filled) == -math.inf:
+            if constant(filled) == -math.inf:
                 mine, held = _positive(given, when)
                 if held == holds and same_value(mine, condition):
                     return True
@@ -94,7 +95,7 @@ def is_zero(divisor: fx.Node, summed: fx.Node) -> bool | None:
 def _where_zero(node: Any, summed: fx.Node) -> float | None:
     if node is summed:
         return 0.0
-    number = _number(node)
+    number = constant(node)
     if number is not None or not isinstance(node, fx.Node):
         return number
     if node.target in SAME:
@@ -104,7 +105,7 @@ def _where_zero(node: Any, summed: fx.Node) -> float | None:
         return None if condition is None else a if condition else b
     if node.target is aten.clamp.default:
         x, low, *high = node.args
-        value, floor = _where_zero(x, summed), _number(low)
+        value, floor = _where_zero(x, summed), constant(low)
         return None if value is None or floor is None or any(high) else max(value, floor)
     combine = ARITHMETIC.get(node.target)  # pyright: ignore[reportArgumentType]
     if combine is None or node.kwargs or len(node.args) != 2:
@@ -113,7 +114,7 @@ def _where_zero(node: Any, summed: fx.Node) -> float | None:
     return None if a is None or b is None else float(combine(a, b))
 
 
-def _number(x: Any) -> float | None:
+def constant(x: Any) -> float | None:
     """A number, or the one that a tensor is full of."""
     while isinstance(x, fx.Node) and x.target in SAME:
         x = x.args[0]
