@@ -63,6 +63,11 @@ class Bands(Axes):
         """Of the diagonal of the last query and the first key."""
         return -self.shape.q_len % self.block_q
 
+    @property
+    def lengths(self) -> tuple[int, int, int, int]:
+        """Of the sums: [B|1, H|1, 1, diagonals]."""
+        return *self.outer_lengths(None), 1, self.shape.q_len + self.shape.kv_len - 1
+
     def programs(self, extent: Extent) -> int:
         return self.count * (self.outers if extent.outer is None else 1) * extent.splits
 
@@ -89,6 +94,39 @@ class Bands(Axes):
 
 
 @dataclass(frozen=True)
+class Part:
+    """A part of the captured tensor that a load takes as it is: the place in each of its
+    dimensions, and the axes of the sums [B|1, H|1, 1, diagonals] that lie along those that are
+    left. Torch's own gradient of an index would sort the places."""
+
+    places: tuple[slice | int, ...]
+    axes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, x: E.load, lengths: Sequence[int], shape: Sequence[int]) -> Part | None:
+        """None where the load takes anything else of a tensor of this shape."""
+        places, axes = [], []
+        for i, length in zip(x.index, shape):
+            if i.is_Integer and i < length:
+                places.append(int(i))
+                continue
+            axis = {E.B: 0, E.H: 1}.get(i, 3)
+            first = sympy.S.Zero if axis < 3 else i - E.KV
+            if not first.is_Integer or first < 0 or first + lengths[axis] > length:
+                return None
+            places.append(slice(int(first), int(first) + lengths[axis]))
+            axes.append(axis)
+        return cls(tuple(places), tuple(axes)) if len(set(axes)) == len(axes) else None
+
+    def gradient(self, sums: Tensor, tensor: Tensor) -> Tensor:
+        total = torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device)
+        part = total[self.places]
+        rest = (a for a in range(4) if a not in self.axes)
+        part.copy_(sums.permute(*self.axes, *rest).view(part.shape))
+        return total
+
+
+@dataclass(frozen=True)
 class DiagonalSums:
     """The gradient of one load by way of scratch memory; run like a kernel's launch.
 
@@ -97,18 +135,18 @@ class DiagonalSums:
 
     name: str
     bands: Bands
+    by_diagonal: E.load  # kv counts the diagonals
+    part: Part | None
     spec: AttentionSpec
     sizes: tuple[int, ...]
     launches: Sequence[tuple[Extent, Callable[[Mapping[str, Tensor]], None]]]
 
     def __call__(self, tensors: dict[str, Tensor]) -> None:
-        aux = [tensors[f"aux{i}"] for i in range(len(self.spec.aux))]
         found = [self._sums(extent, launch, tensors) for extent, launch in self.launches]
         sums = found[0] if len(found) == 1 else torch.cat(found)
-        shape, first = self.bands.shape, self.bands.first_column
-        sums = sums.narrow(1, first, shape.q_len + shape.kv_len - 1)
-        sums = sums.reshape(*self.bands.outer_lengths(None), 1, sums.shape[1])
-        tensors[f"{self.name}_grad"] = self._of_diagonals(sums, aux)
+        lengths = self.bands.lengths
+        sums = sums.narrow(1, self.bands.first_column, lengths[3]).reshape(lengths)
+        tensors[f"{self.name}_grad"] = self._of_diagonals(sums, tensors)
 
     def _sums(self, extent: Extent, launch, tensors: Mapping[str, Tensor]) -> Tensor:
         """dS of an extent by outer and column."""
@@ -119,37 +157,13 @@ class DiagonalSums:
         launch({**tensors, f"{self.name}_ptr": scratch})
         return scratch.sum((0, 2))
 
-    def _of_diagonals(self, sums: Tensor, aux: Sequence[Tensor]) -> Tensor:
-        x, shape = self.bands.element, self.bands.shape
-        at = {E.Q: sympy.S.Zero, E.KV: E.KV - (shape.q_len - 1)}
-        at |= {E.SQ: sympy.Integer(shape.q_len), E.SKV: sympy.Integer(shape.kv_len)}
-        moved = x.xreplace(at)
-        if (placed := in_place(sums, moved, aux[x.tensor])) is not None:
-            return placed
-        sums, moved = compressed(sums, moved, self.spec, aux, self.sizes)
-        parts = [(moved, sums)]
-        return chained(parts, self.spec, Shape(*sums.shape), x.tensor, aux, self.sizes)
-
-
-def in_place(sums: Tensor, x: E.load, tensor: Tensor) -> Tensor | None:
-    """The tensor's gradient where the load takes a part of it as it is, [B|1, H|1, 1, diagonals];
-    torch's own gradient of an index sorts the places. None for any other load."""
-    total = torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device)
-    part, axes = total, []
-    for d, i in reversed(list(enumerate(x.index))):
-        axis = {E.B: 0, E.H: 1}.get(i, 3)
-        first = sympy.S.Zero if axis < 3 else i - E.KV
-        if i.is_Integer and i < part.shape[d]:
-            part = part.select(d, int(i))
-            continue
-        if not first.is_Integer or first < 0 or first + sums.shape[axis] > part.shape[d]:
-            return None
-        part = part.narrow(d, int(first), sums.shape[axis])
-        axes.insert(0, axis)
-    if len(set(axes)) < len(axes):
-        return None
-    part.copy_(sums.permute(*axes, *(a for a in range(4) if a not in axes)).view(part.shape))
-    return total
+    def _of_diagonals(self, sums: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        x, spec = self.by_diagonal, self.spec
+        aux = [tensors[f"aux{i}"] for i in range(len(spec.aux))]
+        if self.part is not None:
+            return self.part.gradient(sums, aux[x.tensor])
+        sums, moved = compressed(sums, x, spec, aux, self.sizes)
+        return chained([(moved, sums)], spec, Shape(*sums.shape), x.tensor, aux, self.sizes)
 
 
 def bind_diagonals(
@@ -173,4 +187,8 @@ def bind_diagonals(
         given = {**integers, **bands.integers(extent)}
         launch = bind_kernel(kernel, config, bands.programs(extent), tensors, given, constants)
         launches.append((extent, launch))
-    return DiagonalSums(name, bands, spec, sizes, launches)
+    at = {E.Q: sympy.S.Zero, E.KV: E.KV - (shape.q_len - 1)}
+    at |= {E.SQ: sympy.Integer(shape.q_len), E.SKV: sympy.Integer(shape.kv_len)}
+    by_diagonal = x.xreplace(at)
+    part = Part.of(by_diagonal, bands.lengths, tensors[f"aux{x.tensor}"].shape)
+    return DiagonalSums(name, bands, by_diagonal, part, spec, sizes, launches)
