@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import torch
 from torch import fx
 
 from fa3_compile.errors import Decline
-from fa3_compile.frontend.detect import beside
+from fa3_compile.frontend.detect import beside, row_terms
 from fa3_compile.frontend.detect.joined import joined
 from fa3_compile.frontend.detect.product import (
     Dot,
@@ -21,6 +22,7 @@ from fa3_compile.frontend.detect.product import (
     several_elements,
     sides_of,
 )
+from fa3_compile.frontend.detect.row_terms import RowTerms, Statistic
 from fa3_compile.frontend.detect.weights import Term, Weights
 from fa3_compile.frontend.lift.lift import (
     Index,
@@ -33,7 +35,12 @@ from fa3_compile.frontend.lift.lift import (
 )
 from fa3_compile.frontend.lift.placeholders import row_stat, total, without_some
 from fa3_compile.frontend.reasons.near_softmax import check_rows, not_exponential, of_its_row
-from fa3_compile.frontend.shadow.normalize import Softmax, largest_is_one, row_statistic
+from fa3_compile.frontend.shadow.normalize import (
+    Softmax,
+    largest_is_one,
+    row_statistic,
+    statistic_of,
+)
 from fa3_compile.frontend.shadow.trace import Shadow
 from fa3_compile.spec.expr import KV, Expr, S, depends_on, where
 from fa3_compile.spec.index import Ranges, same, simplify_index
@@ -59,6 +66,8 @@ class Scores:
     sinks: list[Expr] = field(default_factory=list)
     # Whether a maximum was taken off: else a row without keys is 0 / 0 whatever its fill is.
     shifted: bool = True
+    # Whether a row that has nothing but fills is another one than the program's.
+    fills_show: bool = False
     # Whether the score is less something of its row than what the program has.
     less_row_terms: bool = False
     # Whether `s` is one of the dots instead, that of the key: they have their keys side by side.
@@ -174,27 +183,23 @@ def _read(
 ) -> Scores:
     softmax, nodes = term.softmax, products.nodes
     x, dim = softmax.scores, softmax.dim
-    computed = descendants(nodes)
-    lifter = Lifter(
-        shadow,
-        ranges,
-        {**products.rules},
-        wide=all(map(_is_wide, nodes)),
-        weighs=not softmax.normalizes,
-        result=weights.dtype,
-        loads=weights.loads,
-        read_at=weights.read_at,
-    )
-    statistics = [n for n in shadow.graph.nodes if n in computed and row_statistic(n)]
-    lifter.special |= {n: _statistic(i) for i, n in enumerate(statistics)}
-    inner = [n for n in shadow.graph.nodes if n in computed and n.target in INSIDE]
-    for i, n in enumerate(inner, start=len(statistics)):
-        if n.target is aten._log_softmax.default:
-            if softmax.normalizes:
-                lifter.special[n] = _less_row_statistic(lifter, n, i)
-        elif softmax.by_hand:
-            lifter.special[n] = _softmax_inside(lifter, n, i)
-    products.lifter = lifter
+    around = _around(shadow, products, softmax)
+
+    def lifter_of(products: Products, loads: list) -> Lifter:
+        products.lifter = lifter = Lifter(
+            shadow,
+            ranges,
+            {**products.rules},
+            wide=all(map(_is_wide, nodes)),
+            weighs=not softmax.normalizes,
+            result=weights.dtype,
+            loads=loads,
+            read_at=weights.read_at,
+        )
+        lifter.special |= {n: _rule(lifter, n, i) for i, n in enumerate(around)}
+        return lifter
+
+    lifter = lifter_of(products, weights.loads)
     element = without_some(number(lifter.element(x, index)))
     if are_beside:
         dots = beside.side_by_side(element, products, ranges)
@@ -220,16 +225,24 @@ def _read(
         return logarithm(element, holder(x)) if softmax.by_hand else element
 
     score, factors = logit(element), [sympy.S.One] * len(dots)
+    shift: Expr = sympy.S.Zero
+    shifted, fills_show = True, False
+    if softmax.normalizes:
+        again = Products(nodes, products.batches)
+        again.dots |= products.dots
+        outer = lifter_of(again, lifter.loads)
+        statistic = functools.partial(_statistic, around=around, lifter=outer, key=index[dim])
+        taken_off = RowTerms(score, statistic, outer, holder(x))
+        kept = taken_off.keep_fills() if softmax.by_hand else True
+        shifted, fills_show = kept is not False, taken_off.shows or kept is None
     if not are_beside:
         score, factors = _joined(score, products, joins)
-    shift: Expr = sympy.S.Zero
     if softmax.normalizes:
-        score, shift = _without_row_terms(score)
-    shifted = not softmax.by_hand or any(map(_is_maximum, sympy.Add.make_args(shift)))
+        score, shift = row_terms.without(score)
     if not shifted:
-        score = _without_underflow(score, x.meta["val"].dtype)
+        score = row_terms.without_underflow(score, x.meta["val"].dtype, shift)
     found = Scores(dots, factors, lifter, score, shifted=shifted, less_row_terms=shift != 0)
-    found.beside = are_beside
+    found.beside, found.fills_show = are_beside, fills_show
     for position in extra:
         element = number(lifter.element(x, (*index[:dim], position, *index[dim + 1 :])))
         found.sinks.append(logit(element) - shift)
@@ -254,14 +267,46 @@ def _joined(score: Expr, products: Products, joins: bool) -> tuple[Expr, list[Ex
     return found
 
 
-def _statistic(n: int):
-    return lambda index: row_stat(sympy.Integer(n), *index)
+def _around(shadow: Shadow, products: Products, softmax: Softmax) -> list[fx.Node]:
+    """The nodes that stand for something of a row: statistics, and softmaxes in the scores."""
+    computed = descendants(products.nodes)
+    nodes = [n for n in shadow.graph.nodes if n in computed]
+    statistics = [n for n in nodes if row_statistic(n)]
+    logarithms = [n for n in nodes if n.target is aten._log_softmax.default]
+    softmaxes = [n for n in nodes if n.target is aten._softmax.default]
+    return [
+        *statistics,
+        *(logarithms if softmax.normalizes else []),
+        *(softmaxes if softmax.by_hand else []),
+    ]
 
 
-def _softmax_inside(lifter: Lifter, node: fx.Node, n: int):
-    """A softmax that is divided by its sum once more."""
+def _rule(lifter: Lifter, node: fx.Node, n: int) -> Callable[[Index], Expr]:
+    """The element of node number n of those."""
+    if node.target not in INSIDE:
+        return lambda index: row_stat(sympy.Integer(n), *index)
     logarithm_inside = _less_row_statistic(lifter, node, n)
+    if node.target is aten._log_softmax.default:
+        return logarithm_inside
     return lambda index: sympy.exp(logarithm_inside(index))
+
+
+def _statistic(stat: row_stat, around: list[fx.Node], lifter: Lifter, key: Expr) -> Statistic:
+    """What a row statistic is of, at a row's `key`."""
+    node, index = around[int(stat.args[0])], stat.args[1:]
+    of, dims = (node.args[0], [node.args[1]]) if node.target in INSIDE else statistic_of(node)
+    rank = of.meta["val"].dim()
+    if len(dims) != 1:
+        return Statistic(None, own=False)
+    dim = int(dims[0]) % rank
+    if len(index) not in (rank, rank - 1):
+        return Statistic(None, own=True)
+    behind = index[dim + (len(index) == rank) :]
+    try:
+        element = number(lifter.element(of, (*index[:dim], key, *behind)))
+    except Opaque:
+        return Statistic(None, own=True)
+    return Statistic(row_terms.without(without_some(element))[0], own=True)
 
 
 def _less_row_statistic(lifter: Lifter, node: fx.Node, n: int):
@@ -278,49 +323,6 @@ def _less_row_statistic(lifter: Lifter, node: fx.Node, n: int):
 
 def _is_wide(node: fx.Node) -> bool:
     return all(n.meta["val"].dtype in WIDE for n in (node, *node.args[-2:]))
-
-
-def _without_row_terms(score: Expr) -> tuple[Expr, Expr]:
-    """(score - shift, shift): terms made of row statistics, which a softmax does not see."""
-    score = _whole(score)
-    if not score.has(row_stat):
-        return score, sympy.S.Zero
-    # Expanding would multiply out what the program keeps in factors.
-    for total_score in (score, sympy.expand(score)):
-        terms = sympy.Add.make_args(total_score)
-        shift = [x for x in terms if x.has(row_stat) and not depends_on(x, [S, KV])]
-        rest = sympy.Add(*(x for x in terms if x not in shift))
-        if not rest.has(row_stat):
-            return rest, sympy.Add(*shift)
-    return score, sympy.S.Zero
-
-
-def _whole(score: Expr) -> Expr:
-    """where(c, a - m, -inf) -> where(c, a, -inf) - m, for a row statistic m."""
-    if not isinstance(score, where) or not score.has(row_stat):
-        return score
-    condition, a, b = score.args
-    for kept, fill in ((a, b), (b, a)):
-        if fill == -sympy.oo:
-            rest, shift = _without_row_terms(kept)
-            branches = (rest, fill) if kept is a else (fill, rest)
-            return where(condition, *branches) + shift
-    return score
-
-
-def _is_maximum(shift: Expr) -> bool:
-    multiple, statistic = (-shift).as_coeff_Mul()
-    return bool(multiple.is_positive) and isinstance(statistic, row_stat)
-
-
-def _without_underflow(score: Expr, dtype: torch.dtype) -> Expr:
-    """A fill whose exponential is 0 in the dtype is -inf where no maximum is taken off it."""
-    if isinstance(score, where):
-        condition, *branches = score.args
-        return where(condition, *(_without_underflow(x, dtype) for x in branches))
-    info = torch.finfo(dtype)
-    lost = math.log(info.smallest_normal) + math.log(info.eps / 2)
-    return -sympy.oo if score.is_number and score < lost else score
 
 
 def _rest(softmax: Softmax, products: Products, index: Index, divided_at: Index) -> list[Expr]:

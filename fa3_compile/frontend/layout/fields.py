@@ -12,6 +12,7 @@ from torch import fx
 from fa3_compile.errors import Decline
 from fa3_compile.frontend.detect.detect import Reading
 from fa3_compile.frontend.detect.product import sides_of
+from fa3_compile.frontend.detect.row_terms import has_fill, row_of_fills
 from fa3_compile.frontend.dynamo.sizes import hint
 from fa3_compile.frontend.layout import after_softmax
 from fa3_compile.frontend.lift.captured import Captured, Seed, reads_infinite
@@ -60,7 +61,10 @@ def read_fields(
                 message="a row of several fills may be -inf everywhere, and is zeros then",
             )
         separated = separate(score, **how, finite_fills=False)
-    separated = in_float32(without_dead_rows(separated, witnesses))
+    separated = without_dead_rows(separated, witnesses)
+    if reading.scores.fills_show and (separated.fill is not None or has_fill(separated.score)):
+        raise row_of_fills(at)
+    separated = in_float32(separated)
     if softmax.less_logsumexp and _has_large_fill(separated):
         raise Decline(
             "rows-of-fill",

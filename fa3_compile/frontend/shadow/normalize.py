@@ -270,8 +270,22 @@ def largest_is_one(softmax: Softmax) -> bool:
         return False
     if not row_statistic(statistic) or statistic.target is aten.logsumexp.default:
         return False
-    reduced = statistic.args[0] if statistic.target is operator.getitem else statistic
+    reduced = _reduction(statistic)
     return same_value(reduced.args[0], x) and _dims(reduced) == [softmax.dim]
+
+
+def statistic_of(node: fx.Node) -> tuple[fx.Node, list[int]]:
+    """What a row statistic is of, and along which dimensions; of none where it is of all."""
+    node = _undetached(node)
+    while (inner := made_finite(node)) is not None:
+        node = _undetached(unexpanded(inner)[0])
+    reduced = _reduction(node)
+    return reduced.args[0], _dims(reduced)  # pyright: ignore[reportReturnType]
+
+
+def _reduction(statistic: fx.Node) -> fx.Node:
+    taken = statistic.target is operator.getitem
+    return statistic.args[0] if taken else statistic  # pyright: ignore[reportReturnType]
 
 
 def _dims(reduced: fx.Node) -> list[int]:

@@ -1,0 +1,198 @@
+"""What of its row a program takes off its scores before the softmax, which does not see it: a
+maximum, a logsumexp. A row that has nothing but fills shows it all the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import sympy
+import torch
+from torch import fx
+
+from fa3_compile.errors import Decline
+from fa3_compile.frontend.lift.captured import reads_infinite
+from fa3_compile.frontend.lift.lift import Lifter
+from fa3_compile.frontend.lift.placeholders import row_stat
+from fa3_compile.spec.expr import KV, Expr, S, depends_on, load, where
+from fa3_compile.spec.fills import BELOW_FLOAT32, OUT_OF_REACH, floored
+
+# Beside larger numbers, what is added loses digits that show.
+MODERATE = 16.0
+# How much less than 1 the rounding of a factor is.
+ROUNDING = 1e-6
+# So far below any maximum of scores that its exponential is 0.
+FAR_BELOW = -65000.0
+# So low that no score beside it has an exponential.
+LOW = -1e8
+
+
+class Statistic(NamedTuple):
+    """A row statistic.
+
+    of   the element that it is of, less what was taken off that; None where that is not known
+    own  whether it is of one row
+    """
+
+    of: Expr | None
+    own: bool
+
+
+def without(score: Expr) -> tuple[Expr, Expr]:
+    """(score - shift, shift): terms made of row statistics, which a softmax does not see."""
+    score = _whole(score)
+    if not score.has(row_stat):
+        return score, sympy.S.Zero
+    # Expanding would multiply out what the program keeps in factors.
+    for total_score in (score, sympy.expand(score)):
+        terms = sympy.Add.make_args(total_score)
+        shift = [x for x in terms if x.has(row_stat) and not depends_on(x, [S, KV])]
+        rest = sympy.Add(*(x for x in terms if x not in shift))
+        if not rest.has(row_stat):
+            return rest, sympy.Add(*shift)
+    return score, sympy.S.Zero
+
+
+def _whole(score: Expr) -> Expr:
+    """where(c, a - m, -inf) -> where(c, a, -inf) - m, for a row statistic m; terms of a sum too.
+    What has the weight 0 adds nothing to the gradient of m, which is 0: another fill may."""
+    if isinstance(score, sympy.Add):
+        return sympy.Add(*map(_whole, score.args))
+    if not isinstance(score, where) or not score.has(row_stat):
+        return score
+    condition, a, b = score.args
+    for kept, fill in ((a, b), (b, a)):
+        if fill == -sympy.oo:
+            rest, shift = without(kept)
+            branches = (rest, fill) if kept is a else (fill, rest)
+            return where(condition, *branches) + shift
+    return score
+
+
+class RowTerms:
+    """What is taken off a score that is `rest` and `shift`, in the softmax at `at`."""
+
+    def __init__(
+        self,
+        score: Expr,
+        statistic: Callable[[row_stat], Statistic],
+        lifter: Lifter,
+        at: fx.Node,
+    ):
+        self.rest, self.shift = without(score)
+        self.lifter, self.at = lifter, at
+        # (factor, what a statistic of this row is of)
+        self.own: list[tuple[Expr, Expr | None]] = []
+        for x in sympy.Add.make_args(self.shift):
+            for stat in x.atoms(row_stat):
+                of, own = statistic(stat)
+                if own:
+                    self.own.append((-x / stat, of))
+
+    @property
+    def shows(self) -> bool:
+        """Whether a row of fills alone is another one without its statistics: fills that are scaled
+        are infinite, and what is added to them loses its digits, where the program has 0 for them.
+        `Decline` where the fills may be in a tensor that is read."""
+        return any(_shows(self.rest, times, of, self.lifter, self.at) for times, of in self.own)
+
+    def keep_fills(self) -> bool | None:
+        """Whether exp gives weights to a row of fills alone, because its own maximum is taken off
+        it. None where that is known only when it runs."""
+        if any(times == 1 and of == self.rest for times, of in self.own):
+            return True
+        if not has_fill(self.rest):
+            return self.shift != 0
+        return None if any(of is None or has_fill(of) for _, of in self.own) else False
+
+
+def row_of_fills(at: fx.Node) -> Decline:
+    """The decline of what shows."""
+    return Decline(
+        "rows-of-fill",
+        at,
+        "Fill with -inf, or take the maximum off as the last thing before the exponential.",
+        message="a row may be masked everywhere, and something of the row is taken off its scores "
+        "before they are scaled, masked or added to: only the program's own order of operations "
+        "has the digits of such a row",
+    )
+
+
+def without_underflow(score: Expr, dtype: torch.dtype, shift: Expr) -> Expr:
+    """A fill whose exponential is 0 in the dtype is -inf where no maximum of its row is taken off
+    it; another may be, of scores without the fill."""
+    info = torch.finfo(dtype)
+    lost = math.log(info.smallest_normal) + math.log(info.eps / 2)
+    return _filled_below(score, lost if shift == 0 else FAR_BELOW, FAR_BELOW if shift != 0 else LOW)
+
+
+def _filled_below(score: Expr, lost: float, lost_in_sum: float) -> Expr:
+    if isinstance(score, where):
+        condition, *branches = score.args
+        return where(condition, *(_filled_below(x, lost, lost_in_sum) for x in branches))
+    if isinstance(score, sympy.Add):
+        return sympy.Add(*(_filled_below(x, lost_in_sum, lost_in_sum) for x in score.args))
+    return -sympy.oo if score.is_number and score < lost else score
+
+
+def _shows(rest: Expr, times: Expr, of: Expr | None, lifter: Lifter, at: fx.Node) -> bool:
+    """Whether a row of fills alone may differ by what is taken off it: `times` a statistic."""
+    same = of is not None and _same(_seen(rest), _seen(times * of))
+    if of is None or not same:
+        if _adds_given(rest if of is None else of, lifter):
+            raise row_of_fills(at)
+        return has_fill(rest) and (of is None or has_fill(of))
+    if times != 1 and _scales_given(of, times, lifter):
+        raise row_of_fills(at)
+    return times != 1 and any(
+        x * times < BELOW_FLOAT32 if times.is_number else x <= OUT_OF_REACH for x in _fills(of)
+    )
+
+
+def _same(a: Expr, b: Expr) -> bool:
+    """Whether two scores are equal, but for the last digit of their factors."""
+    terms = sympy.Add.make_args(sympy.expand(a - b))
+    return all(abs(x.as_coeff_Mul()[0]) < ROUNDING for x in terms)
+
+
+def _seen(score: Expr) -> Expr:
+    """The score at keys that no -inf hides."""
+    while isinstance(score, where) and -sympy.oo in score.args:
+        score = score.args[1] if score.args[2] == -sympy.oo else score.args[2]
+    return score
+
+
+def _scales_given(of: Expr, times: Expr, lifter: Lifter) -> bool:
+    """Whether numbers of a tensor that may be a mask are beyond float32 once they are scaled."""
+    if not times.is_number:
+        return _adds_given(of, lifter)
+    scaled = [x.as_coeff_Mul()[0] for x in sympy.Add.make_args(of) if _adds_given(x, lifter)]
+    return any(abs(x) <= 1 < abs(x * times) - ROUNDING for x in scaled)
+
+
+def _adds_given(x: Expr, lifter: Lifter) -> bool:
+    """Whether a tensor is added that may be a mask: one that is given, and learns nothing."""
+    reads = [y.as_coeff_Mul()[1] for y in sympy.Add.make_args(_seen(x))]
+    return reads_infinite([y for y in reads if isinstance(y, load)], lifter.loads)
+
+
+def has_fill(x: Expr) -> bool:
+    """Whether an element may be a finite number that is low."""
+    return any(y < -MODERATE for y in _fills(x))
+
+
+def _fills(x: Expr) -> list[Expr]:
+    """The finite numbers that an element may be, or that are added to it."""
+    if x.is_number:
+        return [x] if x.is_finite else []
+    if isinstance(x, (sympy.Add, sympy.Max, sympy.Min)):
+        return [z for y in x.args for z in _fills(y)]
+    if isinstance(x, (where, floored)):
+        return [z for y in x.args[1:] for z in _fills(y)]
+    times, scaled = x.as_coeff_Mul()
+    if isinstance(scaled, load):
+        return [times]
+    if times != 1:
+        return [times * y for y in _fills(scaled)]
+    return [z for y in sympy.Mul.make_args(x) if isinstance(y, where) for z in _fills(y)]
