@@ -26,11 +26,13 @@ from fa3_compile.frontend.lift.placeholders import (
     row_total,
     weighed_total,
     without_some,
+    zeroed_prob,
 )
 from fa3_compile.frontend.shadow.normalize import Softmax, added_up
 from fa3_compile.frontend.shadow.trace import Shadow
 from fa3_compile.spec.expr import KV, Expr, uniform, where
 from fa3_compile.spec.index import Ranges, same
+from fa3_compile.spec.selects import remade
 
 
 @dataclass
@@ -114,12 +116,14 @@ def weights(
     for factor, kept, which in found:
         if which is not None:
             entries.setdefault(which, []).append((factor, kept))
+    ones = _sums_that_are_one(entries)
+    beside = _with_ones(beside, ones)
     terms = []
     for which, parts in sorted(entries.items(), key=lambda x: str(x[0])):
         softmax = softmaxes[int(which.args[0])]
         kept = sympy.Or(*(k for _, k in parts))
         factor = parts[0][0] if len(parts) == 1 else sympy.Add(*(where(k, f, 0) for f, k in parts))
-        coefficient, weight = apart(without_some(sympy.sympify(factor)))
+        coefficient, weight = apart(_with_ones(without_some(sympy.sympify(factor)), ones))
         if softmax.normalizes:
             own = weighed_total.of(weight, kept, which)
             coefficient = coefficient.xreplace({own: ROW_SUM})
@@ -131,9 +135,26 @@ def weights(
             changed = weight != 1 or kept != sympy.true
             if softmax.summed and (coefficient.has(row_total) or changed):
                 raise _other_sums(at)
-        zeroed = which in lifter.zeroed
+        zeroed = isinstance(which, zeroed_prob)
         terms.append(Term(softmax, which.args[1:], coefficient, weight, kept, zeroed))
     return Weights(terms, without_some(beside), lifter.loads, lifter.dropouts, read_at, dtype)
+
+
+def _sums_that_are_one(entries: dict[prob, list[tuple[Expr, Boolean]]]) -> dict[Expr, Expr]:
+    """1 for the sum of a row of each softmax that V is weighed by for all keys: where the sum is
+    NaN, so is the output."""
+    whole = [p for p, parts in entries.items() if sympy.Or(*(k for _, k in parts)) == sympy.true]
+    whole = [p for p in whole if not isinstance(p, zeroed_prob)]
+    return {weighed_total.of(sympy.S.One, sympy.true, p): sympy.S.One for p in whole}
+
+
+def _with_ones(x: Expr, ones: dict[Expr, Expr]) -> Expr:
+    """The expression with what is 1 or NaN as 1, but in conditions, which tell NaN from 1."""
+    if x in ones:
+        return ones[x]
+    if isinstance(x, Boolean) or not x.args:
+        return x
+    return remade(x, [_with_ones(y, ones) for y in x.args])  # pyright: ignore
 
 
 def _check_no_total(parts: Sequence[Expr | Boolean], at: fx.Node) -> None:

@@ -129,8 +129,6 @@ class Lifter:
         self.weighs = weighs
         # The type of what is computed: what the program rounds further than that stays rounded.
         self.result = result
-        # The elements of a softmax whose NaN a rule replaced by zeros.
-        self.zeroed: set[Expr] = set()
         # By number, the axis along which the rows of a softmax add up to 1: one of V's keys alone.
         self.adding_up: dict[int, int] = {}
         # Products with a mask of 0 and 1, as selects: their gradient is multiplied by 0.
@@ -238,8 +236,8 @@ class Lifter:
             except Overwritten:
                 raise
             except Opaque as refused:
-                name = str(node.target)
-                raise Opaque(node, f"no element rule for {name}, and {refused.why}") from None
+                why = f"no rule says what an element of it is, and {refused.why}"
+                raise Opaque(node, why) from None
         try:
             if self.wide and _rounds_to_half(node) and node not in self.inside:
                 raise Opaque(node, "arithmetic that the program rounds to half precision")
@@ -338,10 +336,13 @@ def declined(opaque: Opaque, shadow: Shadow) -> Decline:
             message="the weights are 1 for the largest score of a row, and 0 for the others",
             stage="lift",
         )
+    hint = "Keep what lies between the two products to element-wise operations."
+    if opaque.node.target not in RULES:
+        hint += " An element-wise operator takes one rule: docs/extending/operator.md."
     return Decline(
         "not-pointwise",
         at,
-        "Keep what lies between the two products to element-wise operations.",
+        hint,
         message=f"{_described(opaque.node)}: {opaque.why}",
         stage="lift",
     )

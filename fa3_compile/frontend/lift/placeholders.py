@@ -10,7 +10,7 @@ from fa3_compile.spec.expr import KV, where
 D = sympy.Symbol("d", integer=True, nonnegative=True)
 
 
-class _OfTheRun(sympy.Function):
+class OfTheRun(sympy.Function):
     """What only the running program knows."""
 
     is_real = True
@@ -18,11 +18,15 @@ class _OfTheRun(sympy.Function):
     is_number = False  # pyright: ignore[reportAssignmentType]
 
 
-class prob(_OfTheRun):
+class prob(OfTheRun):
     """`prob(n, *index)`: an element of softmax number n of the skeleton."""
 
 
-class row_stat(_OfTheRun):
+class zeroed_prob(prob):
+    """The same where NaN, in rows without keys, was replaced by 0."""
+
+
+class row_stat(OfTheRun):
     """`row_stat(n, *index)`: an element of row statistic number n: a maximum, a logsumexp."""
 
 
@@ -30,19 +34,19 @@ class row_stat(_OfTheRun):
 ROW_SUM = sympy.Symbol("row_sum", real=True)
 
 
-class held(_OfTheRun):
+class held(OfTheRun):
     """`held(x)`: x, which is constant to the gradient."""
 
     nargs = 1
 
 
-class total(_OfTheRun):
+class total(OfTheRun):
     """`total(*index)`: the sum of exponentials by which a softmax written by hand divides."""
 
     is_positive = True
 
 
-class row_total(_OfTheRun):
+class row_total(OfTheRun):
     """`row_total(*index)`: a sum of weights without a softmax, of either sign, by which the program
     divides them."""
 
@@ -51,20 +55,21 @@ class row_total(_OfTheRun):
 ANY_KEY = sympy.Symbol("any_key", integer=True, nonnegative=True)
 
 
-class over_keys(_OfTheRun):
+class over_keys(OfTheRun):
     """`over_keys(x)`: the sum of x over every key, which is ANY_KEY in it."""
 
     nargs = 1
 
 
-class weighed_total(_OfTheRun):
-    """`weighed_total(x, n, *index)`: the sum over every key, which is ANY_KEY in it, of
-    x * prob(n, *index): what a row adds up to after its softmax, where that is not 1."""
+class weighed_total(OfTheRun):
+    """`weighed_total(x, zeroed, n, *index)`: the sum over every key, which is ANY_KEY in it, of
+    x * prob(n, *index), or, if `zeroed` is 1, of x * zeroed_prob(n, *index)."""
 
     @classmethod
     def of(cls, x, kept, p):
         """Of factors x where `kept` holds, as they depend on the key KV."""
-        return cls(*(y.xreplace({KV: ANY_KEY}) for y in (where(kept, x, 0), *p.args)))
+        zeroed = sympy.Integer(isinstance(p, zeroed_prob))
+        return cls(*(y.xreplace({KV: ANY_KEY}) for y in (where(kept, x, 0), zeroed, *p.args)))
 
 
 class some(sympy.Function):

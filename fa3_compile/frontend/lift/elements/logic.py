@@ -20,10 +20,10 @@ from fa3_compile.frontend.lift.lift import (
     number,
     truth,
 )
-from fa3_compile.frontend.lift.placeholders import prob, row_stat, some
+from fa3_compile.frontend.lift.placeholders import OfTheRun, some
 from fa3_compile.frontend.reasons.selected_keys import selected, selecting_call
 from fa3_compile.spec import expr as E
-from fa3_compile.spec.expr import KV, Expr, loads_in, where
+from fa3_compile.spec.expr import KV, Expr, load, loads_in, where
 
 aten = torch.ops.aten
 
@@ -82,7 +82,7 @@ def _beside_infinity(node: fx.Node, x: Expr, compared, ctx: Lifter) -> Element:
     if isinstance(x, where):
         return _choose(x.args[0], *(_beside_infinity(node, y, compared, ctx) for y in x.args[1:]))
     floats = (ctx.loads[y.tensor].dtype.is_floating_point for y in loads_in(x))
-    return _no(node) if x.has(prob, row_stat) or any(floats) else compared(x)
+    return _no(node) if x.has(OfTheRun) or any(floats) else compared(x)
 
 
 def _has_fill(x: Expr) -> bool:
@@ -111,8 +111,7 @@ def compare_infinite(x: Expr) -> Element:
 
 
 def _reads_floats(x: Expr, ctx: Lifter) -> bool:
-    names = {f.func.__name__ for f in x.atoms(sympy.Function)}
-    return E.S in x.free_symbols or bool(names & {"load", "prob", "row_stat"})
+    return E.S in x.free_symbols or x.has(load, OfTheRun)
 
 
 def _is_float(x: fx.Node) -> bool:

@@ -25,6 +25,7 @@ from fa3_compile.frontend.lift.placeholders import (
     prob,
     weighed_total,
     without_some,
+    zeroed_prob,
 )
 from fa3_compile.frontend.shadow.operators import DROPOUT, STOP
 from fa3_compile.spec.expr import KV, Expr, depends_on, load, uniform, where
@@ -45,7 +46,9 @@ def without_nan(condition, a, b, index, ctx: Lifter) -> Element | None:
                 return None
             element = ctx.operand(weights, index)
             if is_weight(element):
-                ctx.zeroed |= element.atoms(prob)
+                return _zeroed(element)
+            if element.has(prob):
+                raise Opaque(condition, "NaN of changed weights replaced")
             return element
     return None
 
@@ -76,6 +79,11 @@ def is_weight(element: Element | None) -> bool:
     return isinstance(element, prob)
 
 
+def _zeroed(element: Element) -> Element:
+    """The element of weights whose NaN is replaced by 0."""
+    return element.xreplace({p: zeroed_prob(*p.args) for p in element.atoms(prob)})
+
+
 @element_of(STOP)
 def _(node, index, ctx: Lifter) -> Element:
     if node not in ctx.inside:
@@ -90,8 +98,7 @@ def _(node, index, ctx: Lifter) -> Element:
 
 @element_of(aten.sum.dim_IntList)
 def _(node, index, ctx: Lifter) -> Element:
-    """The sum of a row of weights: that of a softmax is 1, and that of one with factors is the
-    output for V of ones."""
+    """The sum of a row of weights: the output for V of ones."""
     weights, dims, *kept = node.args
     if not ctx.adding_up or node not in ctx.inside or len(dims) != 1:
         raise Opaque(node, "it is computed from the attention's own products")
@@ -109,15 +116,11 @@ def _(node, index, ctx: Lifter) -> Element:
         at = which.args[1:]
         along = ctx.adding_up.get(int(which.args[0]))
         others = (x for i, x in enumerate(at) if i != along)
-        plain = seen == sympy.true and not depends_on(factor, [KV]) and not factor.has(uniform)
         whole = along is not None and at[along] == KV
         if factor.has(uniform) or not whole or any(depends_on(x, [KV]) for x in others):
             raise Opaque(node, "it adds up changed weights")
-        if plain and which not in ctx.zeroed:
-            found += factor
-        else:
-            outside, inside = apart(without_some(factor))
-            found += outside * weighed_total.of(inside, seen, which)
+        outside, inside = apart(without_some(factor))
+        found += outside * weighed_total.of(inside, seen, which)
     return found
 
 
@@ -169,5 +172,4 @@ def _(node, index, ctx: Lifter) -> Element:
     if nan not in (None, 0, 0.0):
         raise Opaque(node, "NaN rows of the softmax replaced by something else than zeros")
     # A softmax is NaN in rows of -inf alone, and nowhere infinite.
-    ctx.zeroed |= x.atoms(prob)
-    return x
+    return _zeroed(x)
