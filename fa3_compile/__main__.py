@@ -19,6 +19,8 @@ from typing import Any
 import fa3_compile
 from fa3_compile.errors import Fa3Error
 
+DESCRIPTION = "What torch.compile(model, backend='fa3') makes of the attention in a model."
+
 
 def main(arguments: list[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
@@ -36,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m fa3_compile", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m fa3_compile", description=DESCRIPTION)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     env = commands.add_parser("env", help="print versions, devices, options and paths")
@@ -45,8 +47,12 @@ def _parser() -> argparse.ArgumentParser:
     explain = commands.add_parser("explain", help="compile a model once and print the report")
     _add_model(explain)
     shape = explain.add_mutually_exclusive_group()
-    shape.add_argument("--json", action="store_const", dest="form", const="json")
-    shape.add_argument("--markdown", action="store_const", dest="form", const="markdown")
+    shape.add_argument(
+        "--json", action="store_const", dest="form", const="json", help="print it as JSON"
+    )
+    shape.add_argument(
+        "--markdown", action="store_const", dest="form", const="markdown", help="or as Markdown"
+    )
     explain.set_defaults(run=_explain, form="text")
 
     bench = commands.add_parser(
