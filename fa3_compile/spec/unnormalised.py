@@ -76,7 +76,7 @@ def _zero(expr: Expr, left: int, huge: float) -> Boolean:
     if condition is None:
         value = _absorbed(expr)
         if value.has(sympy.nan, sympy.zoo, sympy.oo, -sympy.oo) or _overflows(value, huge):
-            raise InfiniteWeight(f"a weight is {value}")
+            raise InfiniteWeight(f"a weight is {value!s}")
         return sympy.true if _vanishes(value) else sympy.false
     cases = []
     for known in (condition, tidy_mask(sympy.Not(condition))):

@@ -100,8 +100,9 @@ class RowTerms:
     def keep_fills(self) -> bool | None:
         """Whether exp gives weights to a row of fills alone, because its own maximum is taken off
         it. None where that is known only when it runs."""
-        if any(times == 1 and of == self.rest for times, of in self.own):
-            return True
+        for times, of in self.own:
+            if times.is_positive and of is not None and _same(self.rest, times * of):
+                return True
         if not has_fill(self.rest):
             return self.shift != 0
         return None if any(of is None or has_fill(of) for _, of in self.own) else False

@@ -24,6 +24,7 @@ from fa3_compile.frontend.detect.product import (
 )
 from fa3_compile.frontend.detect.row_terms import RowTerms, Statistic
 from fa3_compile.frontend.detect.weights import Term, Weights
+from fa3_compile.frontend.lift.elements.pointwise import through_where
 from fa3_compile.frontend.lift.lift import (
     Index,
     Lifter,
@@ -379,6 +380,11 @@ def logarithm(element: Expr, at: fx.Node) -> Expr:
     """The logarithm of something that is provably not negative; `Decline` of anything else."""
     if isinstance(element, sympy.exp):
         return element.args[0]
+    base, exponent = element.as_base_exp()
+    # Of a base below 1, a fill is infinite.
+    if element.is_Pow and base.is_number and (base > 1 or base > 0 and not exponent.has(where)):
+        times = sympy.log(sympy.Float(base))
+        return through_where(lambda x: times * x, exponent)
     if element == 0:
         return -sympy.oo
     if element == 1:

@@ -17,7 +17,13 @@ from fa3_compile.frontend.shadow.same import same_value
 from fa3_compile.frontend.shadow.trace import SIZES, Shadow
 
 aten = torch.ops.aten
-EXPONENTIALS = (aten.exp.default, aten.exp2.default, aten._softmax.default)
+EXPONENTIALS = (
+    aten.exp.default,
+    aten.exp2.default,
+    aten.pow.Scalar,
+    aten.pow.Tensor_Tensor,
+    aten._softmax.default,
+)
 # What `detach` leaves in a shadow.
 CONSTANT = (STOP, aten.detach.default, aten.alias.default)
 # How far a normaliser's sum and its exponentials are looked for.
