@@ -105,7 +105,9 @@ class OperandFinder:
                 parts = [replace(x, length=n) for x, (_, _, n) in zip(parts, values, strict=True)]
                 value = replace(parts[0], behind=parts[1:])
             search = replace(search, scales=len(scores.dots) == 1)
-            found = [self._with_keys(x.keys, self._pair, search, x) for x in scores.dots]
+            every = self.ranges[KV]
+            keys = [(x.keys if scores.beside else every, x) for x in scores.dots]
+            found = [self._with_keys(n, self._pair, search, x) for n, x in keys]
             total = sympy.Mul(*(x.place.factor for p in found for x in (p.query, p.key)))
             if {value.dtype, *(x.dtype for p in found for x in (p.query, p.key))} == {dtype}:
                 break

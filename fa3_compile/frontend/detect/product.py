@@ -16,7 +16,7 @@ from fa3_compile.frontend.lift.lift import Index, Lifter, Opaque, shape_of, sym
 from fa3_compile.frontend.lift.placeholders import D
 from fa3_compile.frontend.shadow.trace import SIZES
 from fa3_compile.spec.expr import KV, Expr, S, depends_on
-from fa3_compile.spec.index import same
+from fa3_compile.spec.index import is_nonnegative, same
 
 aten = torch.ops.aten
 PLAIN = (aten.bmm.default, aten.mm.default)
@@ -98,11 +98,20 @@ class Dot:
             return self.keys_of_batch
         return shape_of(self.node)[-2 if depends_on(self.index[-2], [KV]) else -1]
 
+    def has_keys(self, count: Expr) -> bool:
+        """Whether the product has so many keys from the first that is read: all, or a slice."""
+        found = [x for x in self.index[-2:] if depends_on(x, [KV])]
+        first = _first_key(found[0]) if len(found) == 1 else None
+        if first is None or self.keys_of_batch is not None:
+            return same(self.keys, count)
+        return is_nonnegative(self.keys - first - count)
+
     @property
     def is_dot(self) -> bool:
         """Whether it is of one query and one key."""
         keys = [x for x in self.index[-2:] if depends_on(x, [KV])]
-        alone = keys == [KV] or self.keys_of_batch is not None
+        plain = len(keys) == 1 and _first_key(keys[0]) is not None
+        alone = plain or self.keys_of_batch is not None
         return alone and not any(depends_on(x, [KV]) for x in self.index[:-2])
 
     def sides(self, d: Expr = D):
@@ -112,6 +121,12 @@ class Dot:
         queries = (left, (*batch, row, d))
         keys = (right, (*batch, d, column))
         return (keys, queries) if depends_on(row, [KV]) else (queries, keys)
+
+
+def _first_key(x: Expr) -> Expr | None:
+    """Where the keys begin that are read one after another; None of any other reading."""
+    first = sympy.expand(x - KV)
+    return first if first.is_Integer and first >= 0 else None
 
 
 class Products:

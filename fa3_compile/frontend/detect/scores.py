@@ -211,7 +211,7 @@ def _read(
     else:
         products.check(holder(nodes[0]))
         dots = [*products.dots]
-    if not are_beside and any(not same(dot.keys, ranges[KV]) for dot in dots):
+    if not are_beside and not all(dot.has_keys(ranges[KV]) for dot in dots):
         raise Decline(
             "keys-apart",
             holder(x),
