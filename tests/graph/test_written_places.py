@@ -61,3 +61,52 @@ READ = {
 @pytest.mark.parametrize("places", READ.values(), ids=READ)
 def test_other_places(places):
     assert "s, mask" not in written(places, -9.0)
+
+
+TRIANGLES = {
+    "kv <= q": lambda rows, columns: torch.triu_indices(rows, columns, offset=1),
+    "kv >= q + 1": torch.tril_indices,
+}
+
+
+@pytest.mark.parametrize("mask", TRIANGLES)
+def test_places_of_a_triangle(mask):
+    # pbloem's former.
+    def attention(q, k, v):
+        scores = scores_of(q, k)
+        places = TRIANGLES[mask](scores.size(-2), scores.size(-1))
+        scores[..., places[0], places[1]] = -INF
+        return attend(scores, v)
+
+    assert f"mask={mask}" in specs(check(attention, *qkv()))
+
+
+def test_places_of_a_smaller_triangle():
+    def attention(q, k, v):
+        i, j = torch.triu_indices(8, 10, 2)
+        scores = scores_of(q, k)
+        scores[..., i, j] = -INF
+        return attend(scores, v)
+
+    report = check(attention, *qkv())
+    assert "mask=(kv <= q + 1) | (kv >= 10) | (q >= 8)" in specs(report)
+
+
+def test_places_of_a_triangle_exchanged():
+    def attention(q, k, v):
+        i, j = torch.triu_indices(S, S, 1)
+        scores = scores_of(q, k)
+        scores[..., j, i] = -INF
+        return attend(scores, v)
+
+    assert "mask=kv >= q" in specs(check(attention, *qkv()))
+
+
+def test_half_of_the_places_of_a_triangle():
+    def attention(q, k, v):
+        i, _ = torch.triu_indices(S, S, 1)
+        scores = scores_of(q, k)
+        scores[..., i, i] = -INF
+        return attend(scores, v)
+
+    assert not check(attention, *qkv(), training=False).fused

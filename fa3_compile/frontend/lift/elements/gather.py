@@ -8,6 +8,7 @@ program has it in memory; a score_mod's is not.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import sympy
@@ -167,6 +168,8 @@ def _(node, index, ctx: Lifter) -> Element:
 def _is_written(node: fx.Node, places: list[tuple[Expr, fx.Node]], ctx: Lifter) -> Boolean:
     """Whether an element at these positions is one that the tensors beside them name together.
     Along each of their axes one of them has to count: a row that is written says which."""
+    if (triangle := _in_triangle(places, ctx)) is not None:
+        return triangle
     rank = max(p.meta["val"].dim() for _, p in places)
     shape = torch.broadcast_shapes(*(p.meta["val"].shape for _, p in places))
     axes = [sympy.Dummy(integer=True, nonnegative=True) for _ in range(rank)]
@@ -183,6 +186,33 @@ def _is_written(node: fx.Node, places: list[tuple[Expr, fx.Node]], ctx: Lifter) 
     reached = [(counted[a], sym(n)) for a, n in zip(axes, shape)]
     inside = [And(x >= 0, x < n) for x, n in reached if not within(x, n, ctx.ranges)]
     return And(*inside, *(sympy.Eq(at, x.xreplace(counted)) for at, x in named))
+
+
+def _in_triangle(places: list[tuple[Expr, fx.Node]], ctx: Lifter) -> Boolean | None:
+    """Whether an element is in the triangle whose rows and columns `triu_indices` or `tril_indices`
+    list; None of other places."""
+    listed = [_listed(p) for _, p in places]
+    indices = listed[0][0]
+    if sorted(i for _, i in listed) != [0, 1] or any(x is not indices for x, _ in listed):
+        return None
+    if indices.target not in (aten.triu_indices.default, aten.tril_indices.default):
+        return None
+    row, column = (at for _, at in sorted((i, at) for (_, i), (at, _) in zip(listed, places)))
+    rows, columns, offset = map(sym, (*indices.args, 0)[:3])
+    upper = indices.target is aten.triu_indices.default
+    distance = column - row
+    inside = [x < n for x, n in ((row, rows), (column, columns)) if not within(x, n, ctx.ranges)]
+    return And(distance >= offset if upper else distance <= offset, *inside)
+
+
+def _listed(places: fx.Node) -> tuple[fx.Node, int]:
+    """(x, i) of x[i], and -1 for i of anything else."""
+    if places.target is aten.select.int and places.args[1] == 0:
+        return places.args[0], places.args[2]  # pyright: ignore[reportReturnType]
+    taken = places.args[0] if places.target is operator.getitem else None
+    if isinstance(taken, fx.Node) and taken.target is aten.unbind.int and len(taken.args) == 1:
+        return taken.args[0], places.args[1]  # pyright: ignore[reportReturnType]
+    return places, -1
 
 
 def _at_axes(places: fx.Node, axes: list[sympy.Dummy], ctx: Lifter) -> Expr:
