@@ -51,6 +51,26 @@ class TestMasks:
         report = check(attention, *(x.detach() for x in qkv()), training=False)
         assert specs(report) == "attention(score=0.25*s, mask=kv <= q - 1, dead=zero)"
 
+    def test_rows_of_infinity_beside_rows_of_a_fill(self):
+        """NaN, and the mean of V, before weights are filled."""
+        seen, rows = chance(0.5, B, 1, 1, S), chance(0.6, B, 1, S, 1)
+        seen[1] = False
+        inputs = [x.detach() for x in qkv()]
+
+        def attention(both):
+            def function(q, k, v, seen, rows):
+                scores = scores_of(q, k).masked_fill(~seen, LOWEST)
+                p = torch.where(rows, scores, -INF).softmax(-1)
+                p = p.masked_fill(~seen, 0.0) if both else p
+                return p.masked_fill(~rows, 0.0) @ v
+
+            return function
+
+        report = check(attention(True), *inputs, seen, rows, training=False)
+        assert "dead=zero" in specs(report)
+        report = check(attention(False), *inputs, seen, rows, training=False)
+        assert specs(report) == "lift: mask-after-softmax"
+
     def test_rows_without_keys_times_a_mask(self):
         def attention(fill):
             def function(q, k, v):

@@ -39,6 +39,10 @@ def merged(
     kept = tidy_mask(kept)
     may_lose_rows = may_be_infinite(separated.score)
     separated, kept = _rows_filled(separated, kept, may_lose_rows)
+    if separated.dead == "score" and kept != sympy.true and may_be_infinite(separated.fill):
+        if not _conjuncts(separated.mask) <= _conjuncts(kept):
+            raise _filled_in_part(at)
+        separated = dataclasses.replace(separated, dead="zero", fill=None)
     if separated.dead == "score":
         multiplied, weight = _conditions(weight)
         kept = tidy_mask(sympy.And(kept, multiplied))
@@ -60,13 +64,17 @@ def merged(
     if keys != sympy.true and others == sympy.true and not depends_on(keys, [Q]):
         return separated, weight, tidy_mask(sympy.And(rows, _any(keys)))
     if keys != sympy.true:
-        raise Decline(
-            "mask-after-softmax",
-            at,
-            "Mask the scores alone, before the softmax, or both by the same mask.",
-            message="a row without keys is NaN after the softmax, and then filled in part",
-        )
+        raise _filled_in_part(at)
     return separated, weight, rows
+
+
+def _filled_in_part(at: fx.Node) -> Decline:
+    return Decline(
+        "mask-after-softmax",
+        at,
+        "Mask the scores alone, before the softmax, or both by the same mask.",
+        message="a row without keys is NaN after the softmax, and then filled in part",
+    )
 
 
 def _finite_where_filled(
