@@ -26,6 +26,7 @@ from fa3_compile.lower.kernels.triton_blocks import Lists, bind_lists
 from fa3_compile.lower.kernels.triton_captured import Gathered, Layout, chained
 from fa3_compile.lower.kernels.triton_dead_rows import bind_dead_rows, lose_rows
 from fa3_compile.lower.kernels.triton_diagonals import DiagonalSums, bind_diagonals
+from fa3_compile.lower.kernels.triton_keys import in_parts
 from fa3_compile.lower.kernels.triton_launch import (
     Launch,
     bind_kernel,
@@ -348,6 +349,7 @@ def render_key(problem: Problem, wanted: tuple[int, ...], lists: bool = False) -
         upcast=problem.dtype == torch.bfloat16 and forward.interpreted(),
         lists=lists,
         renormalised=problem.spec.normalized and problem.dtype == torch.float32,
+        parts=in_parts(problem),
     )
 
 

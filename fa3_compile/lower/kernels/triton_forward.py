@@ -25,6 +25,7 @@ from fa3_compile.lower.bound import BindingKernel, are_small, precision
 from fa3_compile.lower.choose import Gradients, KernelBuildError, Problem, register
 from fa3_compile.lower.kernels.triton_direct import direct, on_tensors
 from fa3_compile.lower.kernels.triton_keys import (
+    in_parts,
     interpreted,
     likely_key,
     part_count,
@@ -238,7 +239,7 @@ def _is_shared(problem: Problem, k: Tensor, v: Tensor) -> bool:
     if k.data_ptr() != v.data_ptr() or not is_wide(problem):
         return False
     alike = all(n == 1 or a == b for n, a, b in zip(k.shape, k.stride(), v.stride()))
-    return alike and is_prefix(problem.dim, problem.v_dim)
+    return alike and is_prefix(problem.dim, problem.v_dim, in_parts(problem))
 
 
 def walkable(*tensors: Tensor) -> bool:

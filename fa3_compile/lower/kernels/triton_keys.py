@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from fa3_compile.lower.bound import precision
 from fa3_compile.lower.choose import Problem
 from fa3_compile.lower.kernels.cuda_sm90_keys import processors
 from fa3_compile.lower.render.render_blocks import uses_lists
@@ -46,7 +47,13 @@ def render_key(
         split=split,
         shared=shared,
         natural=problem.dtype == torch.float32,
+        parts=in_parts(problem),
     )
+
+
+def in_parts(problem: Problem) -> bool:
+    """Whether products are of float32, without tensor cores."""
+    return problem.dtype == torch.float32 and precision(problem.dtype) == "ieee"
 
 
 def likely_key(problem: Problem) -> ForwardKey:

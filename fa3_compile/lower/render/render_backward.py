@@ -31,7 +31,7 @@ FIRST, LAST = sympy.symbols("first_of_tile last_of_tile", integer=True, nonnegat
 
 @dataclass(frozen=True)
 class BackwardKey:
-    """As ForwardKey.
+    """As ForwardKey, with `parts` as in Common.
 
     wanted        the captured tensors whose gradient the kernels compute
     renormalised  the weights of a row are made to sum to 1 and its dS to 0, both to float32, at the
@@ -47,6 +47,7 @@ class BackwardKey:
     upcast: bool = False
     lists: bool = False
     renormalised: bool = False
+    parts: bool = False
 
     @property
     def digest(self) -> str:
@@ -192,7 +193,7 @@ def render_backward(key: BackwardKey) -> str:
     _, sinks = rows.block(spec.sinks if has_norm(key) or balanced else (), "sink")
     column_side, _ = columns.side(logits, factor, slope, by_key, "key_sum")
     rendered = Rendered(
-        **common(key, logits, rows),
+        **common(key, logits, rows, sums_values=True),
         rows=row_side,
         columns=column_side,
         dense=dense,

@@ -35,6 +35,7 @@ class ForwardKey:
     shared           V is the first columns of K, in the same memory
     natural          float32 operands: scores stay as they are until the maximum is taken off, for
                      a product with log2(e) before it rounds in the scores' own last digit
+    parts            as in Common
     """
 
     spec: AttentionSpec
@@ -50,6 +51,7 @@ class ForwardKey:
     split: bool = False
     shared: bool = False
     natural: bool = False
+    parts: bool = False
 
     @property
     def digest(self) -> str:
@@ -118,7 +120,7 @@ def render_forward(key: ForwardKey) -> str:
     lo, hi = kv_bounds(spec.mask, Q_LO, Q_HI)
     full_lo, full_hi = kv_full_bounds(spec.mask, Q_LO, Q_HI)
     rendered = Rendered(
-        **common(key, logits, writer),
+        **common(key, logits, writer, sums_values=key.shared),
         tma=key.tma,
         warp_specialize=key.warp_specialize,
         lazy=_lazy_limit(logits.log2) if key.lazy_rescale else "",
@@ -168,9 +170,10 @@ def part_state(spec: AttentionSpec) -> list[str]:
     return ["row_max", "row_sum", *(["alive"] if spec.fill is not None else [])]
 
 
-def is_prefix(dim: int, v_dim: int) -> bool:
+def is_prefix(dim: int, v_dim: int, parts: bool = False) -> bool:
     """Whether chunks of V are also chunks of K, so that `shared` can be."""
-    pairs = zip(render.chunks("k", dim), render.chunks("v", v_dim))
+    widest = render.LONGEST_CHAIN if parts else None
+    pairs = zip(render.chunks("k", dim, widest), render.chunks("v", v_dim, widest))
     return v_dim <= dim and all((k.start, k.width) == (v.start, v.width) for k, v in pairs)
 
 
