@@ -26,10 +26,7 @@ def code(form: str, dim: int, folder: Path) -> list[str]:
     """With rows of k and v that are no multiple of 32 bytes: panels go through registers."""
     asked = problem(form, dim, 90, length=512)
     config = replace(tune_forward.table_config(asked), num_stages=1)
-    # Triton's cache knows a kernel by its source, not by the ptxas.
-    with knobs.cache.scope():
-        knobs.cache.dir = str(folder / "cache")
-        kernel = compiled(asked, config, odd=("q_stride_h", "k_stride_", "v_stride_"))
+    kernel = compiled(asked, config, odd=("q_stride_h", "k_stride_", "v_stride_"))
     return instructions(kernel.asm["cubin"], folder)
 
 
@@ -41,7 +38,7 @@ def test_products_read_what_they_should(dim: int, tmp_path: Path) -> None:
 @pytest.mark.skipif(version(get_ptxas(90)) >= SOUND, reason="Triton's own ptxas is sound")
 def test_what_is_wrong_is_found(tmp_path: Path, monkeypatch) -> None:
     """Seen wrong on an H100: columns 64 to 95."""
-    monkeypatch.setattr("tests.numerics.test_triton_compile.sound_assembler", nullcontext)
+    monkeypatch.setattr("tests.numerics.assembled.sound_assembler", nullcontext)
     wrong = wrong_descriptors(code(SIGMOID, 96, tmp_path))
     assert any("64x32x16" in x for x in wrong)
 

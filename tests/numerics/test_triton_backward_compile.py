@@ -4,41 +4,39 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from fa3_compile.lower.binaries import build  # noqa: E402
-from fa3_compile.lower.binaries.assembler import sound_assembler  # noqa: E402
 from fa3_compile.lower.choose import Problem  # noqa: E402
 from fa3_compile.lower.kernels import triton_uniform_rows  # noqa: E402
 from fa3_compile.lower.kernels.triton_backward import render_key, supports_backward  # noqa: E402
 from fa3_compile.lower.tiles.config import SHARED_MEMORY, TritonConfig  # noqa: E402
 from fa3_compile.lower.tiles.tune_backward import table_configs  # noqa: E402
 from fa3_compile.spec.attention import AttentionSpec  # noqa: E402
+from tests.numerics.assembled import assembled, spilled_bytes  # noqa: E402
 from tests.numerics.test_triton_compile import (  # noqa: E402
     CAUSAL,
     FORMS,
     VERSION,
     own_caches,  # noqa: F401
     problem,
-    spilled_bytes,
 )
 
 RELATIVE = "attention(score=0.125*s + load(0, h, kv - q + 99), aux=[float])"
 BUCKETS = "attention(score=0.125*s + load(0, max(min(kv - q, 7), -7) + 7, h), aux=[float])"
-# Bytes of spills that the fastest measured tile of Hopper has, by head dim; and what another version
-# than Triton 3.7 makes of the same tiles.
+# Bytes of spills that the fastest measured tile of Hopper has, by head dim; and what versions of
+# Triton make of the same tiles: since 3.7 it asks ptxas for --regAllocOptLevel=2, which spills more.
 SPILLS = {(90, 128): 128, (90, 192): 300, (90, 256): 1200}
 SPILLS |= {
     "3.6": {(80, 128): 64},
-    "3.9": {(90, 128): 280, (90, 256): 1332, (100, 128): 48},
+    "3.7": {(90, 64): 48, (90, 256): 1408},
+    "3.9": {(90, 128): 280, (90, 256): 1368, (100, 128): 48},
 }.get(VERSION, {})
 
 
@@ -76,22 +74,18 @@ def compiled(asked: Problem, name: str, config: TritonConfig, wanted: tuple[int,
         if parameter not in ("B", "H", "first_tile", "first_outer", "skew"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     major, minor = asked.capability or (8, 0)
-    with sound_assembler(10 * major + minor):
-        return triton.compile(
-            ASTSource(kernel, signature, constants, attributes),
-            target=GPUTarget("cuda", 10 * major + minor, 32),
-            options=config.options(asked.dtype),
-        )
+    source = ASTSource(kernel, signature, constants, attributes)
+    return assembled(source, 10 * major + minor, config.options(asked.dtype))
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("arch", [80, 90, 100])
-def test_default_configs(arch: int, dim: int, tmp_path: Path) -> None:
+def test_default_configs(arch: int, dim: int) -> None:
     asked = problem(CAUSAL, dim, arch)
     configs = table_configs(asked)
     for name, config in (("key_blocks", configs.keys), ("query_blocks", configs.queries)):
         kernel = compiled(asked, name, config)
-        assert spilled_bytes(kernel, arch, tmp_path) <= SPILLS.get((arch, dim), 0), name
+        assert spilled_bytes(kernel) <= SPILLS.get((arch, dim), 0), name
         assert kernel.metadata.shared <= SHARED_MEMORY[divmod(arch, 10)]
         product = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch]
         assert product in kernel.asm["ptx"]
@@ -99,7 +93,7 @@ def test_default_configs(arch: int, dim: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
-def test_rows_without_a_key(arch: int, tmp_path: Path) -> None:
+def test_rows_without_a_key(arch: int) -> None:
     module = build.load(triton_uniform_rows.UniformKey(AttentionSpec()))
     given = {"GROUP": 4, "SLOPE": True, "PRECISION": "tf32", "BLOCK": 64, "TILE": 64}
     pointers = {"dead_ptr": "*i8", "lost_ptr": "*i8", "delta_ptr": "*fp32", "sums_ptr": "*fp32"}
@@ -118,23 +112,19 @@ def test_rows_without_a_key(arch: int, tmp_path: Path) -> None:
             for i, (x, kind) in enumerate(zip(kernel.arg_names, kinds))
             if kind[0] == "*" or "stride" in x and kind != "constexpr"
         }
-        with sound_assembler(arch):
-            found = triton.compile(
-                ASTSource(kernel, dict(zip(kernel.arg_names, kinds)), constants, aligned),
-                target=GPUTarget("cuda", arch, 32),
-                options=triton_uniform_rows.CONFIG.options(torch.bfloat16),
-            )
-        assert spilled_bytes(found, arch, tmp_path) == 0, kernel.__name__
+        source = ASTSource(kernel, dict(zip(kernel.arg_names, kinds)), constants, aligned)
+        found = assembled(source, arch, triton_uniform_rows.CONFIG.options(torch.bfloat16))
+        assert spilled_bytes(found) == 0, kernel.__name__
         assert found.metadata.shared <= SHARED_MEMORY[divmod(arch, 10)]
 
 
 @pytest.mark.parametrize(("arch", "dim"), [(80, 64), (90, 64), (90, 128), (100, 128)])
-def test_what_depends_on_the_distance(arch: int, dim: int, tmp_path: Path) -> None:
+def test_what_depends_on_the_distance(arch: int, dim: int) -> None:
     """It is summed in registers, whose rows are moved by a column once, at the end."""
     asked = problem(RELATIVE, dim, arch)
     config = table_configs(asked).diagonals
     kernel = compiled(asked, "dense0", config, (0,))
-    assert spilled_bytes(kernel, arch, tmp_path) <= 64
+    assert spilled_bytes(kernel) <= 64
     assert kernel.metadata.shared <= SHARED_MEMORY[divmod(arch, 10)]
     assert "atom" not in kernel.asm["ptx"]
     products = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch]
@@ -144,12 +134,12 @@ def test_what_depends_on_the_distance(arch: int, dim: int, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
-def test_what_keys_share(arch: int, tmp_path: Path) -> None:
+def test_what_keys_share(arch: int) -> None:
     """The sums of dS and P that make its gradient sum to what it should."""
     asked = replace(problem(BUCKETS, 64, arch), aux_needs_grad=(True,))
     kernel = compiled(asked, "query_blocks", table_configs(asked).queries, (0,))
     assert "ds_sum" in render_key(asked, (0,)).source()
-    assert spilled_bytes(kernel, arch, tmp_path) == 0
+    assert spilled_bytes(kernel) == 0
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -195,7 +185,7 @@ def test_rows_without_a_key_compile(fields: str) -> None:
 
 
 @pytest.mark.parametrize(("arch", "dim"), [(80, 128), (90, 64), (90, 256), (100, 64)])
-def test_float32_multiplies_without_tensor_cores(arch: int, dim: int, tmp_path: Path) -> None:
+def test_float32_multiplies_without_tensor_cores(arch: int, dim: int) -> None:
     asked = replace(problem(FORMS["window with a fill"], dim, arch), dtype=torch.float32)
     on_gpu = replace(asked, device=torch.device("cuda"))
     assert "cuBLAS" in (supports_backward(on_gpu) or "")
@@ -204,8 +194,8 @@ def test_float32_multiplies_without_tensor_cores(arch: int, dim: int, tmp_path: 
     for name in ("row_terms", "key_blocks", "query_blocks"):
         config = configs.keys if name == "key_blocks" else configs.queries
         kernel = compiled(asked, name, config)
-        # The smallest tile that tl.dot takes, 16 x 16, spills 796 bytes at a head dim of 256.
-        assert spilled_bytes(kernel, arch, tmp_path) <= (0 if dim == 64 else 1024), name
+        # The smallest tile that tl.dot takes, 16 x 16, spills 1036 bytes at a head dim of 256.
+        assert spilled_bytes(kernel) <= (32 if dim == 64 else 1100), name
         assert kernel.metadata.shared <= SHARED_MEMORY[divmod(arch, 10)]
         assert not re.search(r"mma\.|mma_", kernel.asm["ptx"])
 

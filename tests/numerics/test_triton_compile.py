@@ -1,7 +1,4 @@
-"""`triton` compiled for GPUs that are not here: no spills, and the matrix instructions.
-
-Spills are read from ptxas, run with -v on the PTX that Triton emits.
-"""
+"""`triton` compiled for GPUs that are not here: no spills, and the matrix instructions."""
 
 from __future__ import annotations
 
@@ -9,18 +6,15 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from fa3_compile.lower.binaries import build  # noqa: E402
-from fa3_compile.lower.binaries.assembler import sound_assembler  # noqa: E402
 from fa3_compile.lower.choose import Problem  # noqa: E402
 from fa3_compile.lower.kernels.triton_forward import TritonForward  # noqa: E402
 from fa3_compile.lower.kernels.triton_keys import render_key  # noqa: E402
@@ -30,6 +24,7 @@ from fa3_compile.lower.render.render_forward import ForwardKey, is_prefix, rende
 from fa3_compile.lower.tiles import tune_forward  # noqa: E402
 from fa3_compile.lower.tiles.config import SHARED_MEMORY, TritonConfig  # noqa: E402
 from fa3_compile.spec.attention import AttentionSpec  # noqa: E402
+from tests.numerics.assembled import assembled, spilled_bytes  # noqa: E402
 
 FULL = "attention(score=0.125*s)"
 CAUSAL = "attention(score=0.125*s, mask=(kv - q <= 0))"
@@ -50,17 +45,25 @@ FORMS = {
 HEADS = (64, 96, 128, 192, 256)
 VERSION = triton.__version__.rpartition(".")[0]
 # Bytes that are spilled, by architecture and head dim, or in decoding wide heads: on sm_100 their
-# output comes out of tensor memory at the end, in float32. Others are of other versions than 3.7.
+# output comes out of tensor memory at the end, in float32. Since 3.7 Triton asks ptxas for
+# --regAllocOptLevel=2, which spills more.
 SPILLS: dict[tuple[int, int | str], int] = {(100, "decoding"): 432}
 SPILLS |= {
     "3.6": {(100, 384): 16},
+    "3.7": {
+        (90, 576): 640,
+        (90, "decoding"): 392,
+        (100, 320): 72,
+        (100, 384): 48,
+        (100, 576): 176,
+    },
     "3.9": {
         (90, 256): 36,
-        (90, 576): 440,
-        (90, "decoding"): 24,
-        (100, 320): 24,
-        (100, 384): 56,
-        (100, 576): 432,
+        (90, 576): 600,
+        (90, "decoding"): 312,
+        (100, 320): 136,
+        (100, 384): 144,
+        (100, 576): 712,
     },
 }.get(VERSION, {})
 
@@ -128,44 +131,25 @@ def compiled(
         if signature[name] != "constexpr" and not name.startswith(("H", "PARTS", *odd)):
             attributes[(i,)] = [["tt.divisibility", 16]]
     major, minor = asked.capability or (8, 0)
-    with sound_assembler(10 * major + minor):
-        return triton.compile(
-            ASTSource(kernel, signature, constants, attributes),
-            target=GPUTarget("cuda", 10 * major + minor, 32),
-            options=config.options(asked.dtype),
-        )
+    source = ASTSource(kernel, signature, constants, attributes)
+    return assembled(source, 10 * major + minor, config.options(asked.dtype))
 
 
-def spilled_bytes(kernel, arch: int, folder: Path) -> int:
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    with sound_assembler(arch):
-        ptxas = get_ptxas(arch)
-    source = folder / "kernel.ptx"
-    source.write_text(kernel.asm["ptx"])
-    target = f"sm_{arch}{'a' if arch >= 90 else ''}"
-    command = [ptxas.path, "-v", f"--gpu-name={target}", str(source), "-o", str(folder / "x.cubin")]
-    log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    found = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
-    assert found, log
-    return sum(map(int, found))
-
-
-def check(asked: Problem, arch: int, folder: Path):
+def check(asked: Problem, arch: int):
     config = tune_forward.table_config(asked)
     assert config.fits(asked, divmod(arch, 10)), config
     kernel = compiled(asked, config)
-    assert spilled_bytes(kernel, arch, folder) <= SPILLS.get((arch, asked.dim), 0), config
+    assert spilled_bytes(kernel) <= SPILLS.get((arch, asked.dim), 0), config
     assert kernel.metadata.shared <= SHARED_MEMORY[divmod(arch, 10)]
     return kernel.asm["ptx"]
 
 
 @pytest.mark.parametrize("dim", HEADS)
 @pytest.mark.parametrize("arch", [80, 90, 100])
-def test_default_configs_fit_without_spills(arch: int, dim: int, tmp_path) -> None:
+def test_default_configs_fit_without_spills(arch: int, dim: int) -> None:
     for text in (FULL, CAUSAL):
         asked = problem(text, dim, arch)
-        ptx = check(asked, arch, tmp_path)
+        ptx = check(asked, arch)
         product = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch]
         assert product in ptx
         described = tune_forward.table_config(asked).tma
@@ -178,12 +162,12 @@ WIDE = [(arch, width) for arch in (80, 90, 100) for width in tune_forward.WIDE[d
 
 
 @pytest.mark.parametrize(("arch", "width"), WIDE)
-def test_tiles_of_wide_heads_fit_without_spills(arch: int, width: int, tmp_path) -> None:
+def test_tiles_of_wide_heads_fit_without_spills(arch: int, width: int) -> None:
     asked = replace(problem(CAUSAL, width, arch), heads=128, kv_heads=1)
     config = tune_forward.table_config(asked)
     assert config.packed
     kernel = compiled(asked, config)
-    assert spilled_bytes(kernel, arch, tmp_path) <= SPILLS.get((arch, width), 0)
+    assert spilled_bytes(kernel) <= SPILLS.get((arch, width), 0)
     check_room(kernel, arch)
 
 
@@ -193,30 +177,30 @@ def check_room(kernel, arch: int) -> None:
 
 
 @pytest.mark.parametrize("arch", [80, 89, 90, 100])
-def test_decoding_of_few_latent_heads(arch: int, tmp_path) -> None:
+def test_decoding_of_few_latent_heads(arch: int) -> None:
     """As tensor parallelism leaves them to each of eight GPUs."""
     asked = replace(problem(FULL, 576, arch), **LATENT | {"heads": 16}, q_len=1)
     config = tune_forward.table_config(asked, shared=True)
     assert config.block_q == 16 and config.packed
     kernel = compiled(asked, config, split=True, shared=True)
-    assert spilled_bytes(kernel, arch, tmp_path) == 0
+    assert spilled_bytes(kernel) == 0
     check_room(kernel, arch)
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
-def test_decoding_of_latent_attention(arch: int, tmp_path) -> None:
+def test_decoding_of_latent_attention(arch: int) -> None:
     """V, which is a part of K, is loaded once; the parts of a split are put together."""
     asked = replace(problem(FULL, 576, arch), **LATENT, q_len=1)
     config = tune_forward.table_config(asked, shared=True)
     kernel = compiled(asked, config, split=True, shared=True)
-    assert spilled_bytes(kernel, arch, tmp_path) <= SPILLS.get((arch, "decoding"), 0)
+    assert spilled_bytes(kernel) <= SPILLS.get((arch, "decoding"), 0)
     check_room(kernel, arch)
     product = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch]
     assert product in kernel.asm["ptx"]
     described = len(re.findall("tt.make_tensor_descriptor", kernel.asm["ttir"]))
     assert described == (2 if config.tma else 0)
     combine = compiled(asked, COMBINE, split=True, shared=True, function="attention_combine")
-    assert spilled_bytes(combine, arch, tmp_path) == 0
+    assert spilled_bytes(combine) == 0
 
 
 @pytest.mark.parametrize(("arch", "widest"), [((8, 0), 1024), ((8, 9), 768), ((9, 0), 1024)])
@@ -246,18 +230,18 @@ def test_values_that_are_chunks_of_keys(dims: tuple[int, int], expected: bool) -
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_forms_compile_for_hopper(form: str, tmp_path) -> None:
-    ptx = check(problem(FORMS[form], 128, 90), 90, tmp_path)
+def test_forms_compile_for_hopper(form: str) -> None:
+    ptx = check(problem(FORMS[form], 128, 90), 90)
     assert "wgmma.mma_async" in ptx
     assert ("tanh.approx.f32" in ptx) == (form == "softcap")
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
-def test_walking_lists_is_as_cheap(arch: int, tmp_path) -> None:
+def test_walking_lists_is_as_cheap(arch: int) -> None:
     asked = problem(FORMS["documents"], 128, arch)
     config = tune_forward.table_config(asked)
     kernel = compiled(asked, config, lists=True)
-    assert spilled_bytes(kernel, arch, tmp_path) == 0
+    assert spilled_bytes(kernel) == 0
     assert kernel.metadata.shared <= SHARED_MEMORY[divmod(arch, 10)]
     assert ("cp.async" in kernel.asm["ptx"]) or arch == 100
 
@@ -266,26 +250,26 @@ SIGMOID = "attention(normalize=none, score=sigmoid(0.125*s - 8.0), mask=(kv - q 
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
-def test_weights_without_a_softmax(arch: int, tmp_path) -> None:
+def test_weights_without_a_softmax(arch: int) -> None:
     """The tiles of the softmax fit, and the loop has neither a maximum nor a sum."""
     asked = problem(SIGMOID, 128, arch)
     kernel = compiled(asked, tune_forward.table_config(asked))
-    assert spilled_bytes(kernel, arch, tmp_path) == 0
+    assert spilled_bytes(kernel) == 0
     assert kernel.metadata.shared <= SHARED_MEMORY[divmod(arch, 10)]
     assert "tt.reduce" not in kernel.asm["ttir"]
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-def test_conditional_rescaling_compiles(arch: int, tmp_path) -> None:
+def test_conditional_rescaling_compiles(arch: int) -> None:
     asked = problem(CAUSAL, 128, arch)
     config = replace(tune_forward.table_config(asked), lazy_rescale=True)
     assert config.fits(asked, divmod(arch, 10)) and not config.fits(asked, (10, 0))
-    assert spilled_bytes(compiled(asked, config), arch, tmp_path) == 0
+    assert spilled_bytes(compiled(asked, config)) == 0
 
 
 @pytest.mark.parametrize("dim", [64, 256])
-def test_float32_uses_no_tensor_cores(dim: int, tmp_path) -> None:
-    ptx = check(problem(CAUSAL, dim, 80, torch.float32), 80, tmp_path)
+def test_float32_uses_no_tensor_cores(dim: int) -> None:
+    ptx = check(problem(CAUSAL, dim, 80, torch.float32), 80)
     assert "mma" not in ptx.replace("fma", "")
 
 
