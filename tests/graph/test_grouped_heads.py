@@ -144,3 +144,17 @@ def test_positions_before_heads_that_share_their_keys():
         specs(check(attention, q, k, v)),
         """attention(score=0.25*s, mask=kv <= q, dead=nan, out_order=bqhd)""",
     )
+
+
+def test_conditions_of_a_quotient_beside_rows_of_several_axes():
+    """The divisor is read: as 0 it would make the comparison with it one of NaN."""
+
+    def attention(q, k, v, factors, temperature):
+        s = torch.einsum("bshd,btd->bsht", q, k) * factors / temperature
+        causal = torch.ones(S, S, dtype=torch.bool).tril()
+        s = torch.where(causal[:, None], torch.where(s > 0.3, s, 3.0), -INF)
+        return torch.einsum("bsht,btd->bshd", s.softmax(-1), v)
+
+    q, k, v = normal(B, S, H, D), normal(B, S, D, seed=1), normal(B, S, D, seed=2)
+    report = check(attention, q, k, v, torch.full((S,), 0.25), torch.ones(1))
+    assert "mask=kv <= q" in specs(report) and "out_order=bqhd" in specs(report)

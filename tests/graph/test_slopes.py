@@ -147,3 +147,15 @@ def test_a_bias_that_is_zero(name: str, shape: tuple[int, ...]) -> None:
         return ((q @ k.mT) * 0.1 + BOUNDS[name](bias) * 2).softmax(-1) @ v
 
     assert check(attention, *qkv(), bias).fused
+
+
+@pytest.mark.parametrize("weights", [lambda s: F.silu(s).softmax(-1), lambda s: F.silu(s) / 7])
+def test_slopes_of_what_is_infinite_where_a_mask_hides_it(weights) -> None:
+    """0 * the slope of silu(-inf) would be NaN."""
+    hidden = torch.arange(7) == 4
+    bias = torch.where(hidden, -torch.inf, torch.linspace(-1, 1, 7)).requires_grad_()
+
+    def attention(q, k, v, bias):
+        return weights(torch.where(hidden, -1e9, torch.tanh(q @ k.mT) + bias)) @ v
+
+    assert check(attention, *qkv(), bias).fused

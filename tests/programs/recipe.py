@@ -214,7 +214,8 @@ def _keep_finite(made: Recipe) -> None:
     if made.how == "both" and (made.captured == "infinite bias" or made.given in given.INFINITE):
         made.how = "where"  # the same
     if made.plain and made.mutant == "renormalised weights":
-        if half or made.given or made.captured in ("int32 ids", "slopes", EXPRESSION):
+        alike = made.numbers in ("K of zeros", "equal keys", "Q of one row of zeros")
+        if half or alike or made.given or made.captured in ("int32 ids", "slopes", EXPRESSION):
             made.mutant = ""  # 0 / 0, where all weights of a row vanish
     if made.softmax == "unshifted" and (half or made.on_gpu and grows):
         made.softmax = "by hand"  # exp overflows

@@ -88,7 +88,7 @@ def _queries(reading: Reading, rows: list[sympy.Symbol]) -> list[sympy.Symbol]:
     if not any(x.has(Q) for x in divided):
         return rows
     conditions = {c for x in fields for c in x.atoms(Relational) if c.has(KV)}
-    bare = [c.replace(load, lambda *_: sympy.S.Zero) for c in conditions]
+    bare = [c.replace(load, lambda *_: sympy.Dummy(real=True)) for c in conditions]
     compared = {x for c in bare if c.has(KV) for x in c.free_symbols}
     read = {x for c in conditions for x in c.free_symbols}
     by_place = [a for a in rows if a in compared]

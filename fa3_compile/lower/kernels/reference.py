@@ -55,7 +55,7 @@ def _attention(spec, q, k, v, aux, sizes):
     if _absorbs(spec.score):
         s = s.double()
     if not spec.normalized:
-        score, mask = elements(spec.expressions, spec, shape, s, aux, sizes, s.dtype, s.device)
+        score, mask = _elements(spec, shape, s, aux, sizes)
         p = torch.where(mask, score.to(dtype), 0.0).expand(shape.lengths)
         out = torch.matmul(p.to(v.dtype).reshape(*rows, kv_len), v)
         sums = p.sum(-1) if spec.sums else p.new_zeros(shape.lengths[:3])
@@ -109,9 +109,7 @@ def _infinite_lse(q: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _scores(spec, shape, s, aux, sizes, dtype):
     """(what the softmax is taken of, the sinks, each [B|1, H|1, Sq|1, 1], the weight or None)."""
-    exprs = spec.expressions
-    values = elements(exprs, spec, shape, s, aux, sizes, s.dtype, s.device)
-    score, mask, *rest = values
+    score, mask, *rest = _elements(spec, shape, s, aux, sizes)
     fill = rest.pop(0) if spec.fill is not None else None
     factor = rest.pop().to(dtype) if spec.weight is not None else None
     score = score.to(dtype).expand(shape.lengths)
@@ -122,6 +120,19 @@ def _scores(spec, shape, s, aux, sizes, dtype):
     if fill is not None:
         masked = torch.where(mask.any(-1, keepdim=True), float("-inf"), fill.to(dtype))
     return torch.where(mask, score, masked), rest, factor
+
+
+def _elements(spec, shape, s, aux, sizes) -> list[Tensor]:
+    kept = None
+    if torch.is_grad_enabled() and spec.mask != sympy.true and _bends(spec.score):
+        [kept] = elements([spec.mask], spec, shape, s, aux, sizes, s.dtype, s.device)
+    return elements(spec.expressions, spec, shape, s, aux, sizes, s.dtype, s.device, kept)
+
+
+def _bends(score: sympy.Expr) -> bool:
+    """Whether what is read is in anything but a sum, whose slope is 1."""
+    terms = (x.as_coeff_Mul()[1] for x in sympy.Add.make_args(score))
+    return any(E.loads_in(x) and not isinstance(x, E.load) for x in terms)
 
 
 def attention_backward(

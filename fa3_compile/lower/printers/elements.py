@@ -47,13 +47,16 @@ def elements(
     sizes: Sequence[int],
     dtype: torch.dtype,
     device: torch.device,
+    kept: Tensor | None = None,
 ) -> list[Tensor]:
     """Each expression as a tensor that broadcasts to [B, H, Sq, Skv].
 
-    `s` is the raw dot products [B, H, Sq, Skv] of `dtype`, or None if no expression has it.
+    `s` is the raw dot products [B, H, Sq, Skv] of `dtype`, or None if no expression has it. Where
+    the mask `kept` is False, infinities and NaN that are read are 1 instead: 0, the gradient
+    there, times their slope would be NaN.
     """
     program = _program(tuple(exprs), spec.aux)
-    return program(s, shape, aux, sizes, dtype, device)
+    return program(s, shape, aux, sizes, dtype, device, functools.partial(_finite, kept))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -68,7 +71,7 @@ def _program(exprs: tuple[Expr | Boolean, ...], aux: tuple[str, ...]) -> Callabl
     ]
     source = "\n    ".join(
         [
-            "def program(s, shape, aux, sizes, dtype, device):",
+            "def program(s, shape, aux, sizes, dtype, device, finite):",
             *(_symbol_line(name) for name in sorted(used)),
             *lines,
             f"return [{', '.join(results)}]",
@@ -106,8 +109,14 @@ def _load_text(element: load, index: list[str]) -> str:
     listed = ", ".join(index)
     if plain and len(set(axes)) == len(axes):
         names = ", ".join(str(x) if x.is_Integer else repr(str(x)) for x in element.index)
-        return f"view({tensor}, [{names}], [{listed}], shape)"
-    return f"gather({tensor}, [{listed}])"
+        return f"finite(view({tensor}, [{names}], [{listed}], shape))"
+    return f"finite(gather({tensor}, [{listed}]))"
+
+
+def _finite(kept: Tensor | None, x: Tensor) -> Tensor:
+    if kept is None or not x.is_floating_point():
+        return x
+    return torch.where(kept | x.isfinite(), x, 1.0)
 
 
 def _view(tensor: Tensor, index: list[str | int], positions: list[Tensor | int], shape: Shape):
