@@ -123,14 +123,16 @@ def test_head_dim_that_is_an_int_of_the_program_near_miss():
 
 
 def test_channels_divided_by_heads():
-    def attention(q, k, v):
-        b, n, c = q.shape
-        q, k, v = (x.reshape(b, n, H, c // H).transpose(1, 2) for x in (q, k, v))
+    def attention(q, k, v, heads):
+        (b, n, c), h = q.shape, len(heads)
+        q, k, v = (x.reshape(b, n, h, c // h).transpose(1, 2) for x in (q, k, v))
         return attend(scores_of(q, k), v).transpose(1, 2).reshape(b, n, c)
 
-    [region] = check(attention, *qkv(B, S, 4 * D), dynamic=True).regions
+    [region] = check(attention, *qkv(B, S, 4 * D), torch.ones(H), dynamic=True).regions
     assert "dynamic size" in region.reason
-    assert check(attention, *qkv(B, S, 4 * D), dynamic=False).fused
+    # That a number of heads divides the channels is known, however many there are.
+    for dynamic in (True, False):
+        assert check(attention, *qkv(B, S, 4 * D), [None] * H, dynamic=dynamic).fused
 
 
 def test_lengths_that_are_computed():

@@ -13,6 +13,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy import functions as torch_sympy
 from torch.utils._sympy.functions import FloorDiv
 
+from fa3_compile.frontend.dynamo.divisors import divided
 from fa3_compile.spec.expr import Expr, floordiv, mod
 from fa3_compile.spec.index import quotient
 
@@ -60,7 +61,7 @@ SCALAR_OPERATORS = {
 # What each symbol of a compilation is read as, and each integer that specs have no words for, such
 # as int(0.5 * length). Said once, since the ranges that the answer depends on become narrower as
 # the graph is rewritten.
-READ_AS: weakref.WeakKeyDictionary[ShapeEnv, dict[Expr, sympy.Symbol]] = weakref.WeakKeyDictionary()
+READ_AS: weakref.WeakKeyDictionary[ShapeEnv, dict[Expr, Expr]] = weakref.WeakKeyDictionary()
 # Likewise, as guards are added, each size with divisions.
 EXACT: weakref.WeakKeyDictionary[ShapeEnv, dict[Expr, Expr]] = weakref.WeakKeyDictionary()
 
@@ -138,20 +139,23 @@ def _divided_exactly(expr: Expr, shape_env: ShapeEnv) -> Expr:
     return known[expr]
 
 
-def _symbol(expr: Expr, shape_env: ShapeEnv) -> sympy.Symbol:
+def _symbol(expr: Expr, shape_env: ShapeEnv) -> Expr:
     """The symbol, or one for an integer, as a positive one where its range says so.
 
     An int of the program has a symbol of unknown sign, and a size that is found to be equal to it
-    has that symbol from then on: only the range still tells that it is one.
+    has that symbol from then on: only the range still tells that it is one. A length of windows
+    of 7 is 7 times a symbol, their number.
     """
     known = READ_AS.setdefault(shape_env, {})
     if expr not in known:
         positive = expr.is_positive is None and shape_env.bound_sympy(expr).lower >= 1
-        name = expr.name if isinstance(expr, sympy.Symbol) else f"int{len(known)}"
-        unchanged = isinstance(expr, sympy.Symbol) and not positive
-        known[expr] = (
-            expr if unchanged else sympy.Symbol(name, integer=True, positive=positive or None)
-        )
+        sign = positive or expr.is_positive or None
+        name, by = f"int{len(known)}", 1
+        if isinstance(expr, sympy.Symbol):
+            equal, by = divided(expr, shape_env)
+            name = expr.name if by == 1 else f"{equal.name}by{by}"
+        unchanged = isinstance(expr, sympy.Symbol) and not positive and by == 1
+        known[expr] = expr if unchanged else by * sympy.Symbol(name, integer=True, positive=sign)
     return known[expr]
 
 

@@ -254,15 +254,14 @@ def _with_sizes(fields: list, layout: Layout, key_length: Expr):
     """
     names: dict[Expr, Expr] = {}
     queries = layout.total(layout.query)
-    if key_length.is_Symbol:
+    if _is_multiple(key_length):
         names[key_length] = SKV
-    if queries.is_Symbol:
+    if _is_multiple(queries):
         names.setdefault(queries, SQ)
-    sizes: list[Expr] = []
+    fields = [None if f is None else f.subs(names, simultaneous=True) for f in fields]
+    names, sizes = {}, []
     known = {S, B, H, Q, KV, SQ, SKV}
-    strange = sorted(
-        {x for f in fields if f is not None for x in f.free_symbols} - known - set(names), key=str
-    )
+    strange = sorted({x for f in fields if f is not None for x in f.free_symbols} - known, key=str)
     for symbol in strange:
         signed = [_positive_part(symbol), _positive_part(-symbol)]
         values = [symbol] if symbol.is_positive else signed
@@ -270,6 +269,12 @@ def _with_sizes(fields: list, layout: Layout, key_length: Expr):
         names[symbol] = parts[0] - sympy.Add(*parts[1:])
         sizes += values
     return [None if f is None else f.subs(names, simultaneous=True) for f in fields], sizes
+
+
+def _is_multiple(size: Expr) -> bool:
+    """Whether it is a symbol, or so many times one."""
+    times, of = size.as_coeff_Mul()
+    return bool(of.is_Symbol and times.is_Integer)
 
 
 def _positive_part(x: Expr) -> Expr:

@@ -91,18 +91,21 @@ class Emitter:
             if node is self.before:
                 break
             value = example_value(node)
-            if isinstance(value, torch.SymInt) and sym(value) == symbol:
-                return node
+            if isinstance(value, torch.SymInt) and (times := _multiple(value, symbol)):
+                return self._divided(node, times)
             if isinstance(value, torch.Tensor):
                 for d, size in enumerate(value.shape):
-                    if isinstance(size, torch.SymInt) and sym(size) == symbol:
-                        return self.call("size", node, d)
+                    if isinstance(size, torch.SymInt) and (times := _multiple(size, symbol)):
+                        return self._divided(self.call("size", node, d), times)
         raise Decline(
             "size-unclear",
             self.before,
             "Take sizes from the shapes of tensors.",
             message=f"no tensor has the size {symbol}",
         )
+
+    def _divided(self, size: fx.Node, by: int) -> fx.Node:
+        return size if by == 1 else self.function(operator.floordiv, size, by)
 
     def captured(self, x: Captured | Seed, device: torch.device) -> fx.Node:
         """What a load reads, on the attention's device."""
@@ -290,6 +293,12 @@ class Emitter:
                 ],
             )
         return out
+
+
+def _multiple(size: torch.SymInt, symbol: sympy.Symbol) -> int:
+    """How many times the symbol a size is; 0 where it is something else."""
+    times, of = sym(size).as_coeff_Mul()
+    return int(times) if of == symbol and times.is_Integer else 0
 
 
 def _changing_float(source: fx.Node) -> fx.Node | None:
