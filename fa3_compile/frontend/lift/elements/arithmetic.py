@@ -13,7 +13,7 @@ from fa3_compile.frontend.lift.elements.finite import (
     check_product,
     check_quotient,
     check_slope,
-    check_sum,
+    kept_apart,
     may_be_infinite,
 )
 from fa3_compile.frontend.lift.elements.pointwise import is_bool, is_float, through_where
@@ -51,7 +51,7 @@ def _(node, index, ctx: Lifter) -> Element:
 
 def _added(node, ctx: Lifter, a: Expr, b: Expr, alpha: Expr) -> Expr:
     """a + alpha * b"""
-    check_sum(node, a, alpha * b, ctx)
+    b = kept_apart(a, b, alpha, ctx)
     return through_where(lambda x, y: _sum(x, alpha * y), a, b)
 
 

@@ -3,6 +3,8 @@ in a sum, product or quotient may be infinite or NaN."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import sympy
 from torch import fx
 
@@ -24,16 +26,35 @@ def may_be_infinite(x: Expr, selects: int = MOST_SELECTS) -> bool:
     return cases is None or any(may_be_infinite(case, selects - 1) for case in cases[1:])
 
 
-def check_sum(node: fx.Node, a: Expr, b: Expr, ctx: Lifter) -> None:
-    """`Opaque` where a term of a + b that may be infinite cancels: b - b is NaN then. A score
-    counts as finite."""
+def kept_apart(a: Expr, b: Expr, alpha: Expr, ctx: Lifter) -> Expr:
+    """b, with terms that may be infinite and cancel in a + alpha * b as reads of their own: b - b
+    is NaN then. A score counts as finite."""
     if not (loads_in(a) and loads_in(b)):
-        return
-    coefficients = {x: c for c, x in (y.as_coeff_Mul() for y in sympy.Add.make_args(a))}
-    for c, x in (y.as_coeff_Mul() for y in sympy.Add.make_args(b)):
-        opposite = x in coefficients and (c * coefficients[x]).is_negative
-        if opposite and reads_infinite(loads_in(x), ctx.loads):
-            raise Opaque(node, "what may be infinite cancels in it")
+        return b
+    known = [*_terms(a)]
+    again: dict[Expr, Expr] = {}
+    for c, x in _terms(b, alpha):
+        if any(x == y and (c * other).is_negative for other, y in known):
+            doubtful = [y for y in loads_in(x) if reads_infinite([y], ctx.loads)]
+            again |= {y: _read_again(y, ctx) for y in doubtful}
+    return b.xreplace(again)
+
+
+def _terms(x: Expr, times: Expr = sympy.S.One) -> Iterator[tuple[Expr, Expr]]:
+    """(coefficient, term) of a sum and of those that selects in it choose from."""
+    for y in sympy.Add.make_args(x):
+        c, term = y.as_coeff_Mul()
+        if isinstance(term, where):
+            for branch in term.args[1:]:
+                yield from _terms(branch, c * times)
+        else:
+            yield c * times, term
+
+
+def _read_again(x: load, ctx: Lifter) -> load:
+    """The same number, which cancels with nothing."""
+    ctx.loads.append(ctx.loads[x.tensor])
+    return load(len(ctx.loads) - 1, *x.args[1:])
 
 
 def check_product(node: fx.Node, found: Expr, a: Expr, b: Expr, ctx: Lifter) -> None:

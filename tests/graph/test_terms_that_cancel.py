@@ -1,0 +1,54 @@
+"""What is added and taken off again: infinity less infinity is NaN, and stays it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.graph.harness import check, specs
+from tests.graph.inputs import INF, S, attend, chance, future, normal, qkv, scores_of
+
+
+@pytest.mark.parametrize("times", [0.3, 1.0, 2.0])
+def test_a_bias_that_is_taken_off(times):
+    def attention(q, k, v, bias):
+        return attend(scores_of(q, k) + bias - times * bias, v)
+
+    bias = normal(S, S).detach()
+    report = check(attention, *qkv(), bias)
+    assert "load(1, q, kv)" in specs(report)
+    check(attention, *qkv(), bias.masked_fill(chance(0.05, S, S), -INF))
+
+
+def test_the_gradient_of_a_bias_that_is_taken_off():
+    def attention(q, k, v, bias):
+        return attend(scores_of(q, k) + bias - 0.3 * bias, v)
+
+    assert check(attention, *qkv(), normal(S, S)).fused
+
+
+def test_straight_through_beside_scores():
+    def attention(q, k, v, soft):
+        hard = (soft > 0).float()
+        return attend(scores_of(q, k) + hard - soft.detach() + soft, v)
+
+    assert check(attention, *qkv(), normal(S, S)).fused
+    assert check(attention, *qkv(), normal(S, S), training=False).fused
+
+
+def test_a_bias_that_is_taken_off_what_a_mask_leaves():
+    def attention(q, k, v, bias):
+        scores = (scores_of(q, k) + bias).masked_fill(future(), -INF)
+        return attend(scores - bias, v)
+
+    bias = normal(S, S).detach()
+    bias[5, 2] = -INF
+    assert check(attention, *qkv(), bias).fused
+
+
+def test_a_bias_that_is_added_twice_is_read_once():
+    def attention(q, k, v, bias):
+        return attend(scores_of(q, k) + bias + bias, v)
+
+    assert specs(check(attention, *qkv(), normal(S, S).detach())) == (
+        "attention(score=2*load(0, q, kv) + 0.25*s, aux=[float])"
+    )
