@@ -123,10 +123,11 @@ def _scores(spec, shape, s, aux, sizes, dtype):
 
 
 def _elements(spec, shape, s, aux, sizes) -> list[Tensor]:
-    kept = None
+    given = spec, shape, s, aux, sizes, s.dtype, s.device
+    found = elements(spec.expressions, *given)
     if torch.is_grad_enabled() and spec.mask != sympy.true and _bends(spec.score):
-        [kept] = elements([spec.mask], spec, shape, s, aux, sizes, s.dtype, s.device)
-    return elements(spec.expressions, spec, shape, s, aux, sizes, s.dtype, s.device, kept)
+        [found[0]] = elements([spec.score], *given, kept=found[1])
+    return found
 
 
 def _bends(score: sympy.Expr) -> bool:
