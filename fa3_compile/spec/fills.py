@@ -195,6 +195,27 @@ def filled_by_score(expr: Expr, reach: float) -> bool:
     )
 
 
+def undone_perhaps(expr: Expr, reach: float) -> bool:
+    """Whether a term of unknown size is added to a fill: an element that is not killed for it may
+    be as low as those that are."""
+    if isinstance(expr, where):
+        return any(undone_perhaps(x, reach) for x in expr.args[1:])
+    if isinstance(expr, sympy.Mul):
+        return any(undone_perhaps(x, reach) for x in expr.args)
+    if not isinstance(expr, sympy.Add):
+        return False
+    units = _units(expr)
+    filled = [x for x in units if _killed_unit(x, reach) != sympy.false]
+    others = (x for x in units if filled and filled != [x])
+    return any(_is_of_unknown_size(x, reach) for x in others)
+
+
+def _is_of_unknown_size(expr: Expr, reach: float) -> bool:
+    if isinstance(expr, where) and bias_of(expr) is None:
+        return any(_is_of_unknown_size(x, reach) for x in expr.args[1:])
+    return _harmless(expr, reach) == sympy.false
+
+
 def may_be_minus_inf(fill: Expr) -> bool:
     """Whether a fill may be -inf in float32, beside a score and biases of moderate size: the sum of
     two of its lowest numbers is."""

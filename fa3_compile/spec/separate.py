@@ -61,7 +61,8 @@ def separate(
     dead = fills.killed(expr, reach)
     if dead == sympy.false:
         return unmasked(expr, dead_rows_zero=dead_rows_zero)
-    if reach > -float("inf") and fills.filled_by_score(expr, reach):
+    visible = fills.filled_by_score(expr, reach) or fills.undone_perhaps(expr, reach)
+    if reach > -float("inf") and visible:
         # A row whose visible keys are all filled weighs the others like them, unless those are
         # at -inf.
         return separate(

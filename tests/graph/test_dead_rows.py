@@ -319,3 +319,16 @@ class TestTwoFillsAndZeros:
 
         found = specs(check(attention, *qkv(), self.keep(), training=False))
         assert found.endswith("not-a-number")
+
+
+def test_a_term_of_unknown_size_beside_a_fill():
+    """In a sequence of padding alone all keys have the fill, also those with the term: it is
+    absorbed."""
+
+    def attention(q, k, v, padding, term):
+        s = scores_of(q, k) + torch.where(padding[:, None, None], LOWEST, 0.0)
+        return attend(s + torch.where(future(), term.clamp(min=LOWEST), 0.0), v)
+
+    padding = torch.arange(S).expand(B, S) >= torch.tensor([S - 3, 0])[:, None]
+    report = check(attention, *qkv(), padding, torch.full((), -100.0))
+    assert report.fused and "mask=" not in specs(report)

@@ -119,6 +119,14 @@ def test_powers_that_have_a_slope(name: str) -> None:
     assert check(lambda q, k, v: function(q @ k.mT).softmax(-1) @ v, *qkv()).fused
 
 
+def test_powers_that_are_given() -> None:
+    def attention(q, k, v, power):
+        s = (q @ k.mT).abs() + 0.1
+        return (s ** (power.abs() + 0.5)).square().softmax(-1) @ v
+
+    assert check(attention, *qkv(), torch.linspace(0.1, 1, 7).requires_grad_()).fused
+
+
 class Learned(torch.nn.Module):
     def __init__(self, change) -> None:
         super().__init__()

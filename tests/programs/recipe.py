@@ -103,7 +103,8 @@ class Recipe:
     @property
     def dead(self) -> bool:
         """There may be rows without a key."""
-        if self.captured in MAY_HIDE_ALL or self.masks and (self.expression or self.hides):
+        also = self.expression or self.hides or self.captured == "infinite bias"
+        if self.captured in MAY_HIDE_ALL or self.masks and also:
             return True
         return bool(self.masks) and self._masks_hide_rows()
 
@@ -304,8 +305,10 @@ def _run_as_eager_can(made: Recipe) -> None:
 
 
 def _expected(made: Recipe) -> Expected:
+    # The only query does not see the key that is left out.
+    unseen = made.sizes.n == 1 and "not own" in made.masks
     if made.mutant in NO_ATTENTION and not (made.mutant in OF_ELEMENTS and made.plain):
-        return "left"
+        return "either" if made.mutant == "a key left out" and unseen else "left"
     return "either" if made.mutant or _either(made) else "fused"
 
 
@@ -338,6 +341,8 @@ def _either(made: Recipe) -> bool:
             # A masked score is no small weight where it is multiplied by a decay, and silu(-inf)
             # is NaN.
             softmax in ("retention", "silu") and (made.masks or made.hides),
+            # Conditions of several masks and the score are not told apart.
+            softmax == "elu" and "in place" in made.masks,
             # Sums are given for weights that nothing has changed.
             softmax == "relu of its sum" and made.after,
             # A factor between the product and the division is not looked through.

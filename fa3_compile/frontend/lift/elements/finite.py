@@ -12,6 +12,7 @@ from fa3_compile.frontend.lift.captured import reads_infinite
 from fa3_compile.frontend.lift.lift import Lifter, Opaque
 from fa3_compile.spec.expr import KV, Expr, S, depends_on, load, loads_in, where
 from fa3_compile.spec.fills import LOWEST
+from fa3_compile.spec.value_bounds import value_bounds
 
 NOT_FINITE = (sympy.oo, -sympy.oo, sympy.nan, sympy.zoo)
 # Selects with an infinite branch that are looked at together: each doubles the cases.
@@ -28,13 +29,14 @@ def may_be_infinite(x: Expr, selects: int = MOST_SELECTS) -> bool:
 
 def kept_apart(a: Expr, b: Expr, alpha: Expr, ctx: Lifter) -> Expr:
     """b, with terms that may be infinite and cancel in a + alpha * b as reads of their own: b - b
-    is NaN then. A score counts as finite."""
+    is NaN then. A score counts as finite, and what a function bounds is."""
     if not (loads_in(a) and loads_in(b)):
         return b
     known = [*_terms(a)]
     again: dict[Expr, Expr] = {}
     for c, x in _terms(b, alpha):
-        if any(x == y and (c * other).is_negative for other, y in known):
+        cancels = any(x == y and (c * other).is_negative for other, y in known)
+        if cancels and value_bounds(x) is None:
             doubtful = [y for y in loads_in(x) if reads_infinite([y], ctx.loads)]
             again |= {y: _read_again(y, ctx) for y in doubtful}
     return b.xreplace(again)

@@ -47,10 +47,11 @@ def _power(node: fx.Node, base: Expr, exponent: Expr, ctx: Lifter) -> Expr:
     for x in sympy.Mul.make_args(base):
         if not x.is_Pow or x in kept or not (E.S in x.free_symbols or x.has(E.load)):
             continue
-        if x.exp < 1 and x.base.is_positive:
-            continue
         exponents = (x.exp, exponent)
-        if all(y.is_positive for y in exponents) and min(exponents) < 1 < max(exponents):
+        if not all(y.is_number and y.is_positive for y in exponents):
+            continue
+        of_what_is_positive = x.exp < 1 and x.base.is_positive
+        if min(exponents) < 1 < max(exponents) and not of_what_is_positive:
             raise Opaque(node, "a root of a power, or a power of a root")
     return found
 
