@@ -256,6 +256,18 @@ def test_temperature_in_a_logarithm():
     assert report == "attention(score=0.5*s)"
 
 
+def test_logarithm_of_a_gate():
+    """exp(s + log(g)) is g exp(s) to sympy."""
+
+    def attention(q, k, v, gate):
+        s = scores_of(q, k) + F.logsigmoid(gate) + torch.sigmoid(gate).log()
+        e = (s - s.amax(-1, keepdim=True).detach()).exp()
+        return e / e.sum(-1, keepdim=True) @ v
+
+    report = check(attention, *qkv(), normal(1))
+    assert "log(sigmoid(load(0, 0)))" in specs(report)
+
+
 def test_softmax_of_a_logarithm_of_the_softmax():
     # The logsumexp of a row cancels; that of a column, or beside a sink, does not.
     gate = normal(B, H, 1, S, seed=5)

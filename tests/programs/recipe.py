@@ -216,8 +216,9 @@ def _keep_finite(made: Recipe) -> None:
         made.how = "where"  # the same
     if made.plain and made.mutant == "renormalised weights":
         alike = made.numbers in ("K of zeros", "equal keys", "Q of one row of zeros")
-        if half or alike or made.given or made.captured in ("int32 ids", "slopes", EXPRESSION):
-            made.mutant = ""  # 0 / 0, where all weights of a row vanish
+        rounds = half or made.context == "autocast"
+        if rounds or alike or made.given or made.captured in ("int32 ids", "slopes", EXPRESSION):
+            made.mutant = ""  # 0 / 0, where all weights of a row vanish; two sums that cancel
     if made.softmax == "unshifted" and (half or made.on_gpu and grows):
         made.softmax = "by hand"  # exp overflows
     exponential = made.softmax in parts.NEEDS_KEYS or made.plain

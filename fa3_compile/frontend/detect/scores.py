@@ -43,7 +43,7 @@ from fa3_compile.frontend.shadow.normalize import (
     statistic_of,
 )
 from fa3_compile.frontend.shadow.trace import Shadow
-from fa3_compile.spec.expr import KV, Expr, S, depends_on, where
+from fa3_compile.spec.expr import KV, Expr, S, depends_on, sigmoid, where
 from fa3_compile.spec.index import Ranges, same, simplify_index
 
 aten = torch.ops.aten
@@ -396,4 +396,7 @@ def logarithm(element: Expr, at: fx.Node) -> Expr:
         return where(condition, logarithm(a, at), logarithm(b, at))
     if isinstance(element, sympy.Mul):
         return sympy.Add(*(logarithm(x, at) for x in element.args))
+    # sympy takes these out of an exponential of their logarithm.
+    if (element.is_positive or isinstance(element, sigmoid)) and not depends_on(element, [S]):
+        return sympy.log(element)
     raise not_exponential(element, at)
