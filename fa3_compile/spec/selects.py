@@ -49,21 +49,30 @@ def merge_conditions(expr: Expr) -> Expr:
     return sympy.Add(*rest, *merged)
 
 
-def assuming(expr: Expr, facts: frozenset[Boolean]) -> Expr:
-    """The expression where the facts hold: selects that they decide are replaced by a branch."""
+def assuming(
+    expr: Expr, facts: frozenset[Boolean], branch: frozenset[Boolean] = frozenset()
+) -> Expr:
+    """The expression where the facts hold: selects that they decide are replaced by a branch.
+
+    branch  what holds in the branch of a select that this is. In the operand of a function it
+            decides nothing: exp(where(s > 0, 0, s)) is finite where it is not chosen, too, and so
+            is its gradient, which is multiplied by 0 there
+    """
     if isinstance(expr, where):
         condition, a, b = expr.args
-        opposite = tidy_mask(sympy.Not(condition))
-        if set(sympy.And.make_args(condition)) <= facts:
-            return assuming(a, facts)
-        if set(sympy.And.make_args(opposite)) <= facts:
-            return assuming(b, facts)
-        a = assuming(a, facts | {*sympy.And.make_args(condition)})
-        b = assuming(b, facts | {*sympy.And.make_args(opposite)})
-        return where(condition, a, b)
+        yes, no = (
+            frozenset(sympy.And.make_args(x)) for x in (condition, tidy_mask(sympy.Not(condition)))
+        )
+        if yes <= facts | branch:
+            return assuming(a, facts, branch)
+        if no <= facts | branch:
+            return assuming(b, facts, branch)
+        return where(condition, assuming(a, facts, branch | yes), assuming(b, facts, branch | no))
     if not expr.args or isinstance(expr, (load, Boolean)):
         return expr
-    return remade(expr, [assuming(x, facts) for x in expr.args])
+    if not isinstance(expr, (sympy.Add, sympy.Mul, sympy.Max, sympy.Min)):
+        branch = frozenset()
+    return remade(expr, [assuming(x, facts, branch) for x in expr.args])
 
 
 def replaced(expr: Expr | Boolean, known: dict) -> Expr | Boolean:

@@ -167,3 +167,14 @@ def test_slopes_of_what_is_infinite_where_a_mask_hides_it(weights) -> None:
         return weights(torch.where(hidden, -1e9, torch.tanh(q @ k.mT) + bias)) @ v
 
     assert check(attention, *qkv(), bias).fused
+
+
+@pytest.mark.parametrize("function", [F.elu, lambda s: F.leaky_relu(F.elu(s, 0.5))])
+def test_functions_of_large_scores_beside_padding(function) -> None:
+    """exp of scores that elu leaves as they are is infinite, and its gradient 0 times that."""
+
+    def attention(q, k, v, padding):
+        s = function(50 * q @ k.mT)
+        return s.masked_fill(padding, -torch.inf).softmax(-1) @ v
+
+    assert check(attention, *qkv(), torch.arange(7) > 4).fused
