@@ -15,6 +15,7 @@ from torch import fx
 from fa3_compile.errors import Decline
 from fa3_compile.frontend.detect import beside, row_terms
 from fa3_compile.frontend.detect.joined import joined
+from fa3_compile.frontend.detect.logarithms import logarithm
 from fa3_compile.frontend.detect.product import (
     Dot,
     Products,
@@ -24,7 +25,6 @@ from fa3_compile.frontend.detect.product import (
 )
 from fa3_compile.frontend.detect.row_terms import RowTerms, Statistic
 from fa3_compile.frontend.detect.weights import Term, Weights
-from fa3_compile.frontend.lift.elements.pointwise import through_where
 from fa3_compile.frontend.lift.lift import (
     Index,
     Lifter,
@@ -35,7 +35,7 @@ from fa3_compile.frontend.lift.lift import (
     shape_of,
 )
 from fa3_compile.frontend.lift.placeholders import row_stat, total, without_some
-from fa3_compile.frontend.reasons.near_softmax import check_rows, not_exponential, of_its_row
+from fa3_compile.frontend.reasons.near_softmax import check_rows, of_its_row
 from fa3_compile.frontend.shadow.normalize import (
     Softmax,
     largest_is_one,
@@ -43,7 +43,7 @@ from fa3_compile.frontend.shadow.normalize import (
     statistic_of,
 )
 from fa3_compile.frontend.shadow.trace import Shadow
-from fa3_compile.spec.expr import KV, Expr, S, depends_on, sigmoid, where
+from fa3_compile.spec.expr import KV, Expr, S, depends_on
 from fa3_compile.spec.index import Ranges, same, simplify_index
 
 aten = torch.ops.aten
@@ -374,29 +374,3 @@ def _of_the_row(sink: Expr, products: Products, at: fx.Node) -> Expr:
             message="a position of the softmax that V does not see is a score",
         )
     return sink
-
-
-def logarithm(element: Expr, at: fx.Node) -> Expr:
-    """The logarithm of something that is provably not negative; `Decline` of anything else."""
-    if isinstance(element, sympy.exp):
-        return element.args[0]
-    base, exponent = element.as_base_exp()
-    # Of a base below 1, a fill is infinite.
-    if element.is_Pow and base.is_number and (base > 1 or base > 0 and not exponent.has(where)):
-        times = sympy.log(sympy.Float(base))
-        return through_where(lambda x: times * x, exponent)
-    if element == 0:
-        return -sympy.oo
-    if element == 1:
-        return sympy.S.Zero
-    if element.is_number and element.is_positive:
-        return sympy.log(sympy.Float(element))
-    if isinstance(element, where):
-        condition, a, b = element.args
-        return where(condition, logarithm(a, at), logarithm(b, at))
-    if isinstance(element, sympy.Mul):
-        return sympy.Add(*(logarithm(x, at) for x in element.args))
-    # sympy takes these out of an exponential of their logarithm.
-    if (element.is_positive or isinstance(element, sigmoid)) and not depends_on(element, [S]):
-        return sympy.log(element)
-    raise not_exponential(element, at)
