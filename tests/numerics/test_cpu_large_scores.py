@@ -58,7 +58,10 @@ def test_gradients_are_eagers(name, of_lse):
     found = gradients(fields, aux, "cpu", of_lse)
     wanted = gradients(fields, aux, "reference", of_lse)
     for got, want in zip(found, wanted):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+        # Where all weight is on one key, the reference has the digits of what is left, and here,
+        # as in eager, it is what rounding leaves of a difference.
+        atol = 1e-9 + 1e-5 * float(want.abs().max())
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=atol)
 
 
 def test_rows_of_one_fill_take_atens_kernel(monkeypatch):
