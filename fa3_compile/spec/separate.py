@@ -61,8 +61,8 @@ def separate(
     dead = fills.killed(expr, reach)
     if dead == sympy.false:
         return unmasked(expr, dead_rows_zero=dead_rows_zero)
-    visible = fills.filled_by_score(expr, reach) or fills.undone_perhaps(expr, reach)
-    if reach > -float("inf") and visible:
+    seen_may_be_low = fills.filled_by_score(expr, reach) or fills.undone_perhaps(expr, reach)
+    if reach > -float("inf") and seen_may_be_low:
         # A row whose visible keys are all filled weighs the others like them, unless those are
         # at -inf.
         return separate(

@@ -353,8 +353,6 @@ def _either(made: Recipe) -> bool:
             made.dynamic and layout == "every other key",
             # A function of a masked score may make something else of its fill.
             made.late,
-            # A number that may be infinite, of which a part is taken off again: NaN in eager.
-            made.given == "number detached" and not made.training,
             # Two attentions.
             made.use in TWO_ATTENTIONS,
             # Weights without a softmax whose NaN are replaced.

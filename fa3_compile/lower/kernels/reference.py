@@ -124,10 +124,10 @@ def _scores(spec, shape, s, aux, sizes, dtype):
 
 def _elements(spec, shape, s, aux, sizes) -> list[Tensor]:
     given = spec, shape, s, aux, sizes, s.dtype, s.device
-    found = elements(spec.expressions, *given)
-    if torch.is_grad_enabled() and spec.mask != sympy.true and _bends(spec.score):
-        [found[0]] = elements([spec.score], *given, kept=found[1])
-    return found
+    if not torch.is_grad_enabled() or spec.mask == sympy.true or not _bends(spec.score):
+        return elements(spec.expressions, *given)
+    mask, *rest = elements(spec.expressions[1:], *given)
+    return [*elements([spec.score], *given, kept=mask), mask, *rest]
 
 
 def _bends(score: sympy.Expr) -> bool:
