@@ -1,9 +1,10 @@
-"""Scores and masks written at rows and columns: x[..., rows, columns] = number."""
+"""Scores and masks written at rows and columns, x[..., rows, columns] = number, and at slices."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.graph.harness import check, specs
 from tests.graph.inputs import INF, S, attend, qkv, scores_of
@@ -110,3 +111,49 @@ def test_half_of_the_places_of_a_triangle():
         return attend(scores, v)
 
     assert not check(attention, *qkv(), training=False).fused
+
+
+SLICES = {
+    "(kv <= 19) | (kv >= 23)": slice(-4, -1),
+    "kv >= 3": slice(-40, 3),
+    "kv <= 20": slice(-3, None),
+    "(kv <= 19) | (kv >= 22)": slice(20, -2),
+}
+
+
+@pytest.mark.parametrize("mask", SLICES)
+def test_slices_counted_from_the_end(mask):
+    def attention(q, k, v):
+        scores = scores_of(q, k)
+        scores[..., SLICES[mask]] = -INF
+        return attend(scores, v)
+
+    assert specs(check(attention, *qkv())) == f"attention(score=0.25*s, mask={mask}, dead=nan)"
+
+
+def newest(scores: Tensor) -> Tensor:
+    """The causal mask is added to the newest keys, as in MiniMind; those before are a cache."""
+    n = scores.size(-2)
+    scores[..., -n:] += torch.full((n, n), -INF).triu(1)
+    return scores
+
+
+@pytest.mark.parametrize("cached", [0, 5])
+def test_causal_mask_added_to_the_newest_keys(cached):
+    def attention(q, k, v):
+        return attend(newest(scores_of(q, k)), v)
+
+    q, k, v = qkv()
+    q = q[:, :, cached:].detach().requires_grad_()
+    seen = f"(kv <= {cached - 1}) | (kv <= q + {cached})" if cached else "kv <= q"
+    assert specs(check(attention, q, k, v)) == f"attention(score=0.25*s, mask={seen}, dead=nan)"
+    assert "kv <= " in specs(check(attention, q, k, v, dynamic=True))
+
+
+def test_every_other_key_of_a_slice():
+    def attention(q, k, v):
+        scores = scores_of(q, k)
+        scores[..., ::2] += 1.5
+        return attend(scores, v)
+
+    assert specs(check(attention, *qkv())) == "lift: not-pointwise"

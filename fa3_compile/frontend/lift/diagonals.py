@@ -195,7 +195,7 @@ class _Origins(Lifter):
 
     def _sliced(self, node: fx.Node, index: Index) -> Element:
         """Where it starts may be unknown: in the same place for all elements."""
-        source, d, start, _, step = slice_arguments(node)
+        source, d, start, _, step = slice_arguments(*node.args)
         first = sym(start) if isinstance(start, int) and start >= 0 else self._starts[node]
         return self._remembered(source, (*index[:d], first + sym(step) * index[d], *index[d + 1 :]))
 

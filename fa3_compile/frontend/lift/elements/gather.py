@@ -19,7 +19,12 @@ from torch import fx
 
 from fa3_compile.frontend.lift.captured import Captured, is_by_distance
 from fa3_compile.frontend.lift.elements.casts import cast
-from fa3_compile.frontend.lift.elements.movement import dimension, read_inside
+from fa3_compile.frontend.lift.elements.movement import (
+    MAX_SLICE,
+    dimension,
+    read_inside,
+    slice_arguments,
+)
 from fa3_compile.frontend.lift.lift import (
     Cheaper,
     Element,
@@ -225,14 +230,19 @@ def _at_axes(places: fx.Node, axes: list[sympy.Dummy], ctx: Lifter) -> Expr:
 
 @element_of(aten.slice_scatter.default)
 def _(node, index, ctx: Lifter) -> Element:
-    base, patch = node.args[:2]
-    d = dimension(node.args[2] if len(node.args) > 2 else 0, len(index))
-    start = node.args[3] if len(node.args) > 3 and node.args[3] is not None else 0
-    step = node.args[5] if len(node.args) > 5 else 1
-    if not isinstance(start, int) or start < 0 or step != 1:
+    base, patch, *rest = node.args
+    _, d, start, stop, step = slice_arguments(base, *rest)
+    size, whole = shape_of(patch)[d], shape_of(base)[d]
+    start, stop, step = sym(start), sym(stop), sym(step)
+    if step != 1:
         raise Opaque(node, "a strided write")
+    if stop == MAX_SLICE:
+        start = whole - size  # the last so many
+    elif start.is_negative and whole.is_Integer:
+        start = sympy.Max(start + whole, 0)
+    elif not is_nonnegative(start):
+        raise Opaque(node, "a write to a slice that begins at an unknown place")
     at = index[d] - start
-    size = shape_of(patch)[d]
     low, high = bounds(at, ctx.ranges) or (None, None)
     inside = [] if low is not None and is_nonnegative(low) else [at >= 0]
     inside += [] if high is not None and is_nonnegative(size - 1 - high) else [at < size]

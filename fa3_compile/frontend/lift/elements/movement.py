@@ -101,7 +101,7 @@ def _(node, index, ctx: Lifter) -> Element:
 
 @element_of(aten.slice.Tensor)
 def _(node, index, ctx: Lifter) -> Element:
-    source, d, start, stop, step = slice_arguments(node)
+    source, d, start, stop, step = slice_arguments(*node.args)
     moved = list(index)
     size = shape_of(source)[d]
     start = sym(start)
@@ -115,8 +115,8 @@ def _(node, index, ctx: Lifter) -> Element:
     return ctx.element(source, moved)
 
 
-def slice_arguments(node: fx.Node):
-    source, d, start, stop, step = (*node.args, *[None] * (5 - len(node.args)))
+def slice_arguments(source: fx.Node, d=None, start=None, stop=None, step=None):
+    """The arguments of a slice of `source`, with its defaults; sizes as numbers."""
     rank = len(source.meta["val"].shape)
     values = [x.meta["val"] if isinstance(x, fx.Node) else x for x in (start, stop, step)]
     start, stop, step = values
