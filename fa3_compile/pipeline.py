@@ -37,7 +37,7 @@ from fa3_compile.frontend.reasons.opaque_weights import opaque_weights
 from fa3_compile.frontend.reasons.split_bodies import split_attention
 from fa3_compile.frontend.region import Region
 from fa3_compile.frontend.rewrite import check, rewrite
-from fa3_compile.frontend.shadow import trace
+from fa3_compile.frontend.shadow import contractions, trace
 from fa3_compile.lower.choose import Choice
 from fa3_compile.options import Options
 from fa3_compile.report import RegionReport
@@ -109,6 +109,7 @@ def _rewrite_graph(
     entries: list[tuple[RegionReport, Region | None, fx.Node | None]] = []
     hidden: tuple[Decline, ...] = ()
     if shadow:
+        contractions.read_as_products(shadow)
         hidden = (*shadow.declined, *opaque_scores(shadow), *opaque_weights(shadow))
     for decline in (*split_attention(gm), *broken_attention(gm), *hidden):
         at = where(decline.node) if decline.node is not None else ""

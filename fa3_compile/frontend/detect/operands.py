@@ -112,8 +112,8 @@ def origins(
     varying: set[sympy.Symbol],
 ) -> Iterator[Place]:
     """The operand's places, nearest first. A scale that varies along `inner` (the contracted
-    axis) or with `varying` (q, kv) ends the walk. Behind a cast that loses precision, which
-    autocast makes and no node of the program holds, only movements are followed."""
+    axis) or with `varying` (q, kv) ends the walk. Behind a cast that is kept, such as autocast
+    makes and no node of the program holds, only movements are followed."""
     place = Place(node, tuple(index))
     while True:
         yield place
@@ -123,10 +123,10 @@ def origins(
                 place = Place(*step_back(node, index, lifter.ranges), place.factor, place.cast)
             elif place.cast is not None:
                 return
-            elif node.target is aten._to_copy.default and _narrows(node):
-                place = Place(node.args[0], index, place.factor, node.meta["val"].dtype)
             elif node.target is aten._to_copy.default and casts and _widens(node):
                 place = Place(node.args[0], index, place.factor)
+            elif node.target is aten._to_copy.default and (_narrows(node) or _widens(node)):
+                place = Place(node.args[0], index, place.factor, node.meta["val"].dtype)
             elif scaled := _scale(node, index, lifter, {inner, *varying}):
                 source, source_index, factor = scaled
                 place = Place(source, source_index, place.factor * factor)

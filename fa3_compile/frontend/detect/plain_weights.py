@@ -9,8 +9,8 @@ from torch import fx
 
 from fa3_compile.frontend.detect.operands import is_movement, moved
 from fa3_compile.frontend.detect.product import PRODUCTS, products_before, sides_of
-from fa3_compile.frontend.dynamo.activations import activations
-from fa3_compile.frontend.lift.lift import ancestors, descendants, shape_of
+from fa3_compile.frontend.lift.lift import descendants, shape_of
+from fa3_compile.frontend.shadow.activations import comes_with_data
 from fa3_compile.frontend.shadow.normalize import Softmax, unnormalised
 from fa3_compile.frontend.shadow.operators import DROPOUT
 from fa3_compile.frontend.shadow.trace import Shadow
@@ -33,7 +33,7 @@ class PlainWeights:
 
     def __init__(self, shadow: Shadow, taken: set[fx.Node]):
         self.shadow, self.taken = shadow, taken
-        self._given: set[fx.Node] | None = None
+        self._comes_with_data = comes_with_data(shadow)
 
     def of(self, product: fx.Node) -> list[Softmax]:
         """The sides of a product that may be such weights, with all that is multiplied coming
@@ -70,14 +70,6 @@ class PlainWeights:
         keys = shape_of(side)[axis]
         found = products_before(side)
         return any(x not in self.taken and keys in shape_of(x)[-2:] for x in found)
-
-    def _comes_with_data(self, node: fx.Node) -> bool:
-        """Whether a value depends on an activation; a cache that is written in the graph does."""
-        if self._given is None:
-            [graph] = {holder.graph for holder in self.shadow.aten_of}
-            self._given = activations(graph)
-        inputs = (x for x in ancestors(node) if x.op == "placeholder")
-        return any(x in self._given for given in inputs for x in self.shadow.dynamo_of[given])
 
 
 def _unmoved(side: fx.Node) -> fx.Node:

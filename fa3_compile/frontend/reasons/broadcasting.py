@@ -9,6 +9,12 @@ from torch import fx
 from fa3_compile.errors import NOTHING, Decline
 from fa3_compile.frontend.lift.lift import ancestors
 from fa3_compile.frontend.shadow.trace import Shadow
+from fa3_compile.frontend.shadow.varying import (
+    REDUCTIONS,
+    holds_floats,
+    is_element_wise,
+    varying_axes,
+)
 
 aten = torch.ops.aten
 MULTIPLY = "Write q @ k.transpose(-2, -1), which needs no tensor of all queries, keys and features."
@@ -16,14 +22,6 @@ DISTANCES = (
     "-|q - k|^2 is 2 * q @ k.mT - (q * q).sum(-1)[..., None] - (k * k).sum(-1)[..., None, :], "
     "which is fused."
 )
-REDUCTIONS = (
-    aten.sum.dim_IntList,
-    aten.mean.dim,
-    aten.amax.default,
-    aten.linalg_vector_norm.default,
-)
-# Their result has the axes of their first argument, or 1 in place of one.
-KEEPING = (aten.expand.default, aten.clone.default, aten.alias.default, aten._to_copy.default)
 
 
 def by_broadcasting(shadow: Shadow, scores: fx.Node) -> Decline | None:
@@ -56,33 +54,8 @@ def broadcasts(node, target, axes: dict[fx.Node, set[int]] | None = None) -> boo
     if not all(map(holds_floats, node.args)):
         return False
     given = all(any(y.op == "placeholder" for y in ancestors(x)) for x in node.args)
-    left, right = (_axes(x, {} if axes is None else axes) for x in node.args)
+    left, right = (varying_axes(x, {} if axes is None else axes) for x in node.args)
     return given and not left <= right and not right <= left
-
-
-def holds_floats(argument) -> bool:
-    """Whether it is a node of a tensor of floats, and no number or size."""
-    value = argument.meta["val"] if isinstance(argument, fx.Node) else None
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
-
-
-def _axes(node: fx.Node, known: dict[fx.Node, set[int]]) -> set[int]:
-    """The axes along which a value may change, counted from the last, which is -1."""
-    if node in known:
-        return known[node]
-    shape = node.meta["val"].shape
-    found = {i - len(shape) for i, n in enumerate(shape) if not bool(n == 1)}
-    sources = [x for x in node.all_input_nodes if isinstance(x.meta["val"], torch.Tensor)]
-    same_rank = bool(sources) and sources[0].meta["val"].dim() == len(shape)
-    keeps = node.target in KEEPING or node.target in REDUCTIONS and same_rank
-    if keeps or _is_element_wise(node):
-        found &= set().union(*(_axes(x, known) for x in sources))
-    known[node] = found
-    return found
-
-
-def _is_element_wise(node: fx.Node) -> bool:
-    return torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
 def _element_wise_ancestors(node: fx.Node) -> list[fx.Node]:
@@ -92,5 +65,5 @@ def _element_wise_ancestors(node: fx.Node) -> list[fx.Node]:
         current = stack.pop()
         if current not in found:
             found.append(current)
-            stack += current.all_input_nodes if _is_element_wise(current) else []
+            stack += current.all_input_nodes if is_element_wise(current) else []
     return found

@@ -11,12 +11,12 @@ from fa3_compile.errors import NOTHING, Decline
 from fa3_compile.frontend.detect.operands import is_movement
 from fa3_compile.frontend.detect.product import PRODUCTS, products_before, sides_of
 from fa3_compile.frontend.detect.skeletons import products_after
-from fa3_compile.frontend.dynamo.activations import activations
 from fa3_compile.frontend.dynamo.graph import example_value, opaque_target, target_name
 from fa3_compile.frontend.dynamo.products import leads_to_a_product, made_of_a_product
 from fa3_compile.frontend.dynamo.sizes import hint
 from fa3_compile.frontend.lift.lift import ancestors, descendants, shape_of
 from fa3_compile.frontend.reasons.broadcasting import DISTANCES, broadcasts, by_broadcasting
+from fa3_compile.frontend.shadow.activations import comes_with_data
 from fa3_compile.frontend.shadow.normalize import Softmax, softmaxes
 from fa3_compile.frontend.shadow.trace import Shadow
 from fa3_compile.spec.index import same
@@ -112,14 +112,8 @@ def _by_layers(shadow: Shadow, node: fx.Node) -> bool:
 
 def _given_product(shadow: Shadow, scores: fx.Node) -> bool:
     """Whether scores are made of a product of two tensors that both come with the data."""
-    [graph] = {holder.graph for holder in shadow.aten_of}
-    given = activations(graph)
-
-    def comes_with_the_data(x: fx.Node) -> bool:
-        read = (y for y in ancestors(x) if y.op == "placeholder")
-        return any(holder in given for y in read for holder in shadow.dynamo_of.get(y, ()))
-
-    return any(all(map(comes_with_the_data, sides_of(p))) for p in products_before(scores)[:1])
+    is_given = comes_with_data(shadow)
+    return any(all(map(is_given, sides_of(p))) for p in products_before(scores)[:1])
 
 
 def _weighs_by_broadcasting(shadow: Shadow, softmax: Softmax) -> fx.Node | None:
