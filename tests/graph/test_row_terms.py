@@ -119,3 +119,57 @@ def test_a_mask_of_a_row_of_fills_less_its_maximum():
         return e / e.sum(-1, keepdim=True) @ v
 
     check(attention, *qkv(), torch.arange(S) >= 4, training=False)
+
+
+def own_diagonal():
+    return torch.eye(S).bool()
+
+
+@pytest.mark.parametrize("statistic", [torch.amax, torch.logsumexp])
+@pytest.mark.parametrize("fill", [-math.inf, LOWEST])
+def test_something_taken_off_that_is_of_other_keys(statistic, fill):
+    """The first row has a key, and what is taken off it is of fills alone."""
+
+    def attention(q, k, v):
+        scores = scores_of(q, k)
+        others = scores.masked_fill(future() | own_diagonal(), fill)
+        return attend(scores - statistic(others, -1, keepdim=True), v)
+
+    assert specs(check(attention, *qkv())) == "detect: rows-of-fill"
+
+
+def test_maximum_of_another_row():
+    def attention(q, k, v):
+        scores = scores_of(q, k).masked_fill(future() | own_diagonal(), -math.inf)
+        return attend(scores - scores.amax(-1, keepdim=True)[:, :, :1], v)
+
+    assert not check(attention, *qkv(), training=False).fused
+
+
+def test_maximum_of_a_tensor_that_may_be_a_mask():
+    def attention(q, k, v, added):
+        scores = scores_of(q, k)
+        return attend(scores - (scores + added).amax(-1, keepdim=True), v)
+
+    added = torch.where(future() | own_diagonal(), -math.inf, 0.0)
+    assert not check(attention, *qkv(), added).fused
+
+
+@pytest.mark.parametrize("fill", [LOWEST, -1e9])
+def test_fills_less_a_maximum_of_nothing(fill):
+    def attention(q, k, v):
+        scores, hidden = scores_of(q, k), future() | own_diagonal()
+        largest = scores.masked_fill(hidden, -math.inf).amax(-1, keepdim=True)
+        return attend(scores.masked_fill(hidden, fill) - largest, v)
+
+    assert not check(attention, *qkv(), training=False).fused
+
+
+def test_another_mask_after_the_maximum():
+    def attention(q, k, v, hidden):
+        scores = scores_of(q, k).masked_fill(future(), -math.inf)
+        scores = scores - scores.amax(-1, keepdim=True)
+        return attend(scores.masked_fill(hidden, -math.inf), v)
+
+    report = check(attention, *qkv(), padding(S, 9))
+    assert "mask=(kv <= q) & (load(0, b, 0, 0, kv) == 0)" in specs(report)

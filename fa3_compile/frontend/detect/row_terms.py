@@ -4,7 +4,7 @@ maximum, a logsumexp. A row that has nothing but fills shows it all the same."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import sympy
@@ -17,6 +17,8 @@ from fa3_compile.frontend.lift.lift import Lifter
 from fa3_compile.frontend.lift.placeholders import row_stat
 from fa3_compile.spec.expr import KV, Expr, S, depends_on, load, where
 from fa3_compile.spec.fills import BELOW_FLOAT32, OUT_OF_REACH, floored
+from fa3_compile.spec.normal_form import tidy_mask
+from fa3_compile.spec.value_bounds import value_bounds
 
 # Beside larger numbers, what is added loses digits that show.
 MODERATE = 16.0
@@ -87,6 +89,14 @@ class RowTerms:
         for x in sympy.Add.make_args(self.shift):
             for stat in x.atoms(row_stat):
                 of, own = statistic(stat)
+                if of is not None and _strays(of, self.rest, lifter):
+                    raise Decline(
+                        "rows-of-fill",
+                        at,
+                        "Take off the maximum of the scores that the softmax is of.",
+                        message="what is taken off a row is of other keys or of another row, and "
+                        "these may all be masked where the row has a key",
+                    )
                 if own:
                     self.own.append((-x / stat, of))
 
@@ -143,12 +153,49 @@ def _shows(rest: Expr, times: Expr, of: Expr | None, lifter: Lifter, at: fx.Node
     if of is None or not same:
         if _adds_given(rest if of is None else of, lifter):
             raise row_of_fills(at)
-        return has_fill(rest) and (of is None or has_fill(of))
+        return has_fill(rest) and (of is None or has_fill(of) or of.has(-sympy.oo))
     if times != 1 and _scales_given(of, times, lifter):
         raise row_of_fills(at)
     return times != 1 and any(
         x * times < BELOW_FLOAT32 if times.is_number else x <= OUT_OF_REACH for x in _fills(of)
     )
+
+
+def _strays(of: Expr, rest: Expr, lifter: Lifter) -> bool:
+    """Whether a row of `of` may have nothing but fills where that of `rest` has a key."""
+    hidden = [*_hidden(rest, lifter)]
+    return any(not any(known <= x for known in hidden) for x in _hidden(of, lifter))
+
+
+def _hidden(x: Expr, lifter: Lifter) -> Iterator[frozenset[Expr]]:
+    """Where it has fills: conditions that hold together, or a tensor that may be a mask."""
+    if x.is_number:
+        if _is_low(x):
+            yield frozenset()
+        return
+    if isinstance(x, where):
+        condition, a, b = x.args
+        for holds, branch, other in ((condition, a, b), (sympy.Not(condition), b, a)):
+            conditions = frozenset(sympy.And.make_args(tidy_mask(holds)))
+            if other.is_number and _is_low(other):
+                conditions = frozenset()
+            yield from (conditions | also for also in _hidden(branch, lifter))
+        return
+    times, scaled = x.as_coeff_Mul()
+    if isinstance(scaled, load):
+        if abs(times) > MODERATE or reads_infinite([scaled], lifter.loads):
+            yield frozenset([scaled])
+        return
+    bounds = value_bounds(x)
+    if bounds is None or bounds[0] < -MODERATE:
+        sums = isinstance(x, (sympy.Add, sympy.Max, sympy.Min, floored))
+        for part in x.args:
+            if sums or not part.is_number:
+                yield from _hidden(part, lifter)
+
+
+def _is_low(number: Expr) -> bool:
+    return not number.is_finite or bool(number < -MODERATE)
 
 
 def _same(a: Expr, b: Expr) -> bool:
