@@ -32,6 +32,17 @@ def test_other_values_than_the_keys():
     assert check(attention, *qkv()).fused
 
 
+@pytest.mark.parametrize("kept", [slice(2, None), slice(0, 7)])
+def test_powers_of_a_slice(kept):
+    """No softmax by name: a product that leads to another by an axis of which a part is left."""
+
+    def attention(q, k, v):
+        e = 2 ** scores_of(q, k)[..., kept].abs()
+        return e / e.sum(-1, keepdim=True) @ v[..., kept, :]
+
+    assert check(attention, *qkv()).fused
+
+
 def test_every_second_key_is_left():
     def attention(q, k, v):
         return attend(scores_of(q, k)[..., ::2], v[..., ::2, :])

@@ -30,6 +30,8 @@ MOVEMENTS = frozenset(
     matrix_H mT mH adjoint swapaxes swapdims movedim moveaxis chunk split unbind select narrow
     repeat_interleave view_as detach size""".split()
 )
+# Calls that leave a part of an axis.
+PARTS = frozenset("getitem narrow split chunk".split())
 # How far a second product is looked for: masks, decays and functions of scores are fewer calls.
 FAR = 64
 
@@ -59,7 +61,8 @@ def _of(product: fx.Node, given: set[fx.Node]) -> bool:
 
 
 def _leads_to_product(product: fx.Node) -> bool:
-    """Whether another product contracts an axis of this one's result, changed in between."""
+    """Whether another product contracts an axis of this one's result, or a part of one, changed in
+    between."""
     lengths = _lengths(product)
     seen: set[tuple[fx.Node, bool]] = set()
     stack = [(product, False)]
@@ -73,6 +76,8 @@ def _leads_to_product(product: fx.Node) -> bool:
             ends = user.op not in ("call_function", "call_method") or opaque_target(user)
             if ends or is_softmax_like(user) and "exp" not in target_name(user):
                 continue
+            if target_name(user) in PARTS:
+                lengths |= _lengths(user)
             step = (user, changed or target_name(user) not in MOVEMENTS)
             if step not in seen:
                 seen.add(step)
