@@ -98,13 +98,22 @@ def opaque_target(node: fx.Node) -> bool:
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return True
     name = target_name(node)
-    if node.meta.get(IS_PRODUCT):
+    if node.meta.get(IS_PRODUCT) or norms_by_given_statistics(node):
         return False
     if name in OPAQUE_NAMES or "functorch" in (getattr(node.target, "__module__", "") or ""):
         return True
     if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         return operator_name(node.target)[0] not in ("aten", "prims")
     return False
+
+
+def norms_by_given_statistics(node: fx.Node) -> bool:
+    """Whether a call is a batch norm by running statistics, as in evaluation: it scales and shifts
+    each channel by its own, and is element-wise."""
+    if node.target is not torch.nn.functional.batch_norm:
+        return False
+    training = node.args[5] if len(node.args) > 5 else node.kwargs.get("training", False)
+    return training is False
 
 
 def unwrapped(value: torch.Tensor) -> torch.Tensor:

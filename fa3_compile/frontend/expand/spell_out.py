@@ -60,11 +60,34 @@ def dropout(input, p=0.5, training=True, inplace=False):
     return input.copy_(dropped) if inplace else dropped
 
 
+def batch_norm(
+    input,
+    running_mean,
+    running_var,
+    weight=None,
+    bias=None,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
+):
+    """`F.batch_norm` by running statistics: each channel is scaled and shifted by its own."""
+    assert not training
+    channels = (-1, *(1,) * (input.dim() - 2))
+    mean, variance = running_mean.view(channels), running_var.view(channels)
+    normed = (input - mean) * (variance + eps).rsqrt()
+    if weight is not None:
+        normed = normed * weight.view(channels)
+    if bias is not None:
+        normed = normed + bias.view(channels)
+    return normed.to(input.dtype)
+
+
 aten = torch.ops.aten
 SPELLED_OUT = {
     F.scaled_dot_product_attention: sdpa,
     aten.scaled_dot_product_attention: sdpa,
     aten.scaled_dot_product_attention.default: sdpa,
+    F.batch_norm: batch_norm,
     F.dropout: dropout,
     torch.dropout: dropout,
     aten.dropout: dropout,

@@ -24,6 +24,7 @@ from fa3_compile.spec.index import same
 aten = torch.ops.aten
 LAYERS = ("linear", "conv1d", "conv2d", "batch_norm")
 WEIGH = "Write weights @ v, which needs no tensor of all queries, keys and features."
+EVALUATE = "model.eval() makes it use its running statistics, which is fused."
 KEEP = "Keep what lies between the two products to element-wise operations."
 
 
@@ -68,6 +69,9 @@ def _by_a_call(shadow: Shadow, scores: fx.Node) -> Decline | None:
             why = f"{target_name(call)} of the scores is not element-wise"
             if target_name(call) in LAYERS[:3]:
                 why += ": it mixes those of several heads or keys"
+            if target_name(call) == "batch_norm":
+                why += ": in training it takes its mean and variance from the scores of the batch"
+                return Decline("opaque-scores", call, EVALUATE, message=why)
             return Decline("opaque-scores", call, KEEP, message=why)
     return None
 

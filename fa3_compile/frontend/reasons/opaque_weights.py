@@ -14,6 +14,7 @@ from fa3_compile.frontend.dynamo.products import ways_to_a_product
 from fa3_compile.frontend.shadow.normalize import softmaxes
 from fa3_compile.frontend.shadow.trace import Shadow
 
+EVALUATE = "In training batch_norm takes statistics of all weights; after model.eval() it is fused."
 FACTORS = (
     "Between the softmax and V only factors may stand: weigh V by each head's own weights, and mix "
     "what comes out of it."
@@ -30,7 +31,8 @@ def opaque_weights(shadow: Shadow) -> Iterator[Decline]:
         shape = softmax.node.meta["val"].shape
         for call in _calls_before_a_product(holders[-1:], shape):
             why = f"{target_name(call)} of the weights is no factor on each of them"
-            yield Decline("opaque-weights", call, FACTORS, message=why, stage="detect")
+            hint = EVALUATE if target_name(call) == "batch_norm" else FACTORS
+            yield Decline("opaque-weights", call, hint, message=why, stage="detect")
             break
 
 
