@@ -25,6 +25,7 @@ from fa3_compile.frontend.detect import skeletons
 from fa3_compile.frontend.dynamo.graph import example_value, opaque_target, storage_of
 from fa3_compile.frontend.dynamo.mutations import is_mutation, mutated_nodes
 from fa3_compile.frontend.shadow import contractions, trace
+from fa3_compile.lower.choose import TYPICAL_LENGTH
 from fa3_compile.report import RegionReport, Report
 
 WHERE = "python -m fa3_compile repro"
@@ -180,7 +181,9 @@ def _value(value: Any) -> str:
 
 
 def _number(value: Any) -> int | float:
-    return int(value.node.hint) if isinstance(value, torch.SymInt) else value
+    if not isinstance(value, torch.SymInt):
+        return value
+    return TYPICAL_LENGTH if value.node.hint is None else int(value.node.hint)
 
 
 def _import(name: str, value: Any) -> str:

@@ -9,7 +9,7 @@ import torch
 from fa3_compile.errors import NOTHING, Decline
 from fa3_compile.frontend.dynamo.graph import example_value
 from fa3_compile.frontend.region import Region
-from fa3_compile.lower.choose import Choice, Problem, choose
+from fa3_compile.lower.choose import TYPICAL_LENGTH, Choice, Problem, choose
 from fa3_compile.lower.dispatch import built_backward, read_as
 from fa3_compile.options import Options
 from fa3_compile.report import Tiles
@@ -206,5 +206,5 @@ def _hint(size: Expr, region: Region) -> int:
                 known = {str(k): int(v) for k, v in dim.node.shape_env.backed_var_to_val.items()}
                 values = [(x, known[str(x)]) for x in size.free_symbols if str(x) in known]
                 number = size.subs(values)
-                return int(number) if number.is_Integer else 1024
-    return 1024
+                return int(number) if number.is_Integer else TYPICAL_LENGTH
+    return TYPICAL_LENGTH

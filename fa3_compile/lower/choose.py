@@ -16,6 +16,8 @@ from fa3_compile.spec.attention import AttentionSpec
 
 # Modules of fa3_compile.lower.kernels; importing one registers its families.
 MODULES = ("reference", "cpu", "triton_forward", "cuda_sm90")
+# What stands for a length that is read from a tensor, and known only when the kernel runs.
+TYPICAL_LENGTH = 1024
 
 
 class KernelBuildError(RuntimeError):

@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from fa3_compile import report
-from fa3_compile.lower.choose import Kernel, KernelBuildError, Problem
+from fa3_compile.lower.choose import TYPICAL_LENGTH, Kernel, KernelBuildError, Problem
 from fa3_compile.lower.dispatch import (
     allowed_kernels,
     built,
@@ -162,7 +162,9 @@ def _problem(text: str, q, k, v, aux, needs: Sequence[bool] = ()) -> Problem:
 
 
 def _hint(size: int | torch.SymInt) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)
+    if isinstance(size, int):
+        return size
+    return TYPICAL_LENGTH if size.node.hint is None else int(size.node.hint)
 
 
 def _inline(program: Callable, fakes: tuple, arguments: tuple):

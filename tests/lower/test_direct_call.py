@@ -109,6 +109,27 @@ def test_dynamic_lengths_are_looked_up(family):
     assert family.binds == 5  # two for the operator, whose LSE may be read
 
 
+@torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True)
+@pytest.mark.parametrize("what", ["a length", "an index"])
+def test_lengths_that_are_read_from_a_tensor(family, what):
+    def model(q, k, v, kept):
+        part = kept if what == "an index" else slice(kept.sum().item())
+        return attention(q[:, :, part], k[:, :, part], v[:, :, part])
+
+    def results(function, length):
+        out = function(*arguments, torch.arange(16) < length)
+        return out, *(torch.autograd.grad(out.sum(), arguments) if learned else ())
+
+    # Inductor has no gradient of a slice to a length that it does not know.
+    learned = what == "an index"
+    arguments = inputs(requires_grad=learned)
+    compiled = torch.compile(model)
+    _, codes = run_and_get_code(lambda: results(compiled, 9))
+    assert all("fa3_launch.Attention" in code for code in codes)
+    for length in (9, 4):
+        torch.testing.assert_close(results(compiled, length), results(model, length))
+
+
 def test_the_kernel_is_told_whether_the_lse_is_read(family):
     def both(q, k, v):
         return torch.ops.fa3.attention(q, k, v, [], [], f"{SPEC} #;kernels=counting")
