@@ -323,18 +323,22 @@ Result cuGraphLaunch(Graph* graph, void* stream) {
 
 // The map is what emulated_sm90.hpp reads: address, sizes, strides in elements, rows and columns of
 // a box. 16-bit elements.
-Result cuTensorMapEncodeTiled(void* map, int, unsigned rank, void* address,
+Result cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* address,
                               const std::uint64_t* sizes, const std::uint64_t* strides,
                               const std::uint32_t* box, const std::uint32_t* element_strides,
                               int interleave, int swizzle, int, int) {
   if (rank != 4 || interleave != 0) return kInvalidValue;
   if (!address || reinterpret_cast<std::uintptr_t>(address) % 16) return kInvalidValue;
   constexpr unsigned kSwizzleBytes[] = {1u << 20, 32, 64, 128};
-  if (swizzle < 0 || swizzle > 3 || 2 * box[0] > kSwizzleBytes[swizzle] || 2 * box[0] % 16) {
+  constexpr int kFloat16 = 6, kFloat32 = 7, kBFloat16 = 9;
+  if (type != kFloat16 && type != kFloat32 && type != kBFloat16) return kInvalidValue;
+  const unsigned bytes = type == kFloat32 ? 4 : 2, width = bytes * box[0];
+  if (swizzle < 0 || swizzle > 3 || width > kSwizzleBytes[swizzle] || width % 16) {
     return kInvalidValue;
   }
-  struct { void* address; int sizes[4]; std::int64_t strides[4]; int rows, columns; char rest[64]; }
-      content{};
+  struct {
+    void* address; int sizes[4]; std::int64_t strides[4]; int rows, columns, bytes; char rest[60];
+  } content{};
   static_assert(sizeof content == 128);
   content.address = address;
   for (unsigned i = 0; i < rank; ++i) {
@@ -342,10 +346,11 @@ Result cuTensorMapEncodeTiled(void* map, int, unsigned rank, void* address,
     if (element_strides[i] != 1) return kInvalidValue;
     if (i && (strides[i - 1] % 16 || strides[i - 1] >= (1ull << 40))) return kInvalidValue;
     content.sizes[i] = int(sizes[i]);
-    content.strides[i] = i ? std::int64_t(strides[i - 1] / 2) : 1;
+    content.strides[i] = i ? std::int64_t(strides[i - 1] / bytes) : 1;
   }
   content.rows = int(box[1]);
   content.columns = int(box[0]);
+  content.bytes = int(bytes);
   std::memcpy(map, &content, sizeof content);
   return kSuccess;
 }

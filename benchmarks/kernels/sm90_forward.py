@@ -232,9 +232,10 @@ def made(case: Timed, device: str = "cuda"):
         if name == "slopes":
             aux.append(torch.exp2(-torch.arange(1.0, heads + 1, device=device) * 8 / heads)
                        .view(1, heads, 1, 1))  # fmt: skip
-        elif name == "bias_of_heads":
+        elif name in ("bias_of_heads", "wide_bias_of_heads"):
             shape = (1, heads, case.length, case.length)
-            aux.append(torch.randn(shape, device=device, dtype=torch.bfloat16))
+            dtype = torch.bfloat16 if name == "bias_of_heads" else torch.float32
+            aux.append(torch.randn(shape, device=device, dtype=dtype))
         elif name == "lower_triangle":
             shape = (1, 1, case.length, case.length)
             aux.append(torch.ones(shape, device=device, dtype=torch.bool).tril())

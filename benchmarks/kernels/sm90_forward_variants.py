@@ -85,6 +85,11 @@ OWN = (
         Timed(f"bias{d}", f"{score(d)} + {BIAS}", d, N, 1.0, ("bias_of_heads",))
         for d in (64, 96, 192)
     ),
+    *(
+        Timed(f"wide bias{d}", f"{score(d)} + {BIAS}", d, N, 1.0, ("wide_bias_of_heads",))
+        for d in (64, 96, 128, 192, 256)
+    ),
+    Timed("wide bias causal", f"{S} + {BIAS}, {CAUSAL}", 128, N, 0.5, ("wide_bias_of_heads",)),
     Timed("softcap full", score(128, 50.0), 128, N, 1.0),
     Timed("softcap far", f"{score(128, 20.0, 13.9)}, {CAUSAL}", 128, N, 0.5),
     Timed("softcap some", f"{score(128, 20.0, 4.6)}, {CAUSAL}", 128, N, 0.5),
@@ -143,6 +148,25 @@ PLAN = {
         ("bias64", "bias causal64"), tile(192, 128, 0, 16) + tile(128, 128, 0, 32, **FIRST)
     ),
     "bias96": tile(192, 80, 0, 16, 32),
+    **dict.fromkeys(
+        ("wide bias128", "wide bias causal"),
+        tile(128, 96, optimistic=False)
+        + tile(128, 96)
+        + tile(128, 96, 0, 16, **HELD)
+        + tile(128, 96, 0, 16, **FIRST)
+        + tile(128, 64, 0, 32, **HELD)
+        + tile(128, 64, 0, 32, **FIRST)
+        + tile(128, 64, stages=3, **HELD)
+        + tile(128, 64, stages=3, **FIRST)
+        + tile(192, 64),
+    ),
+    "wide bias64": tile(128, 128)
+    + tile(128, 128, 0, 32, **FIRST)
+    + tile(192, 64)
+    + tile(128, 64, stages=4, **FIRST),
+    "wide bias96": tile(128, 96) + tile(192, 64) + tile(128, 64),
+    "wide bias192": tile(128, 64) + tile(128, 64, optimistic=False) + tile(128, 32),
+    "wide bias256": tile(128, 32, optimistic=False) + tile(128, 32),
     "bias192": tile(128, 80, 0, 16, 32),
 }
 

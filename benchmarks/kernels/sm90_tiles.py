@@ -51,7 +51,9 @@ FORMS = {
     "rows": "score={scale}*s, " + CAUSAL,
     "scores": "score=50.0*tanh({capped}*s), " + CAUSAL,
     "dense": "score={scale}*s + load(0, 0, h, q, kv), aux=[float]",
+    "wide dense": "score={scale}*s + load(0, 0, h, q, kv), aux=[float]",
 }
+DENSE = {"dense": 2, "wide dense": 4}  # bytes of an element
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,14 @@ class Case:
 
     def keys(self) -> list[CudaKey]:
         """Every tile that fits, in the order of `variations`."""
-        dense = self.column == "dense"
+        dense = DENSE.get(self.column, 0)
         masked = self.spec.has_mask
         first = Sm90Config(128, 64, longest_first=masked, ping_pong=True)
         configs = [first, *variations(first, self.dim, self.dim, dense)]
         key = CudaKey(self.spec, "Bf16", self.dim, self.dim, first)
         if dense:
-            key = replace(key, elements=("Bf16",), unit=((3,),), tile=0)
+            element = "Bf16" if dense == 2 else "float"
+            key = replace(key, elements=(element,), unit=((3,),), tile=0)
         return [replace(key, config=x) for x in configs if x.ping_pong and x.block_n >= LEAST_KEYS]
 
     def tensors(self, length: int):
@@ -84,9 +87,10 @@ class Case:
             torch.randn(batch, length, heads, self.dim, device="cuda").bfloat16().transpose(1, 2)
             for _ in range(3)
         )
-        if self.column != "dense":
+        if self.column not in DENSE:
             return q, k, v, []
-        bias = torch.randn(1, heads, length, length, device="cuda", dtype=torch.bfloat16)
+        dtype = torch.bfloat16 if DENSE[self.column] == 2 else torch.float32
+        bias = torch.randn(1, heads, length, length, device="cuda", dtype=dtype)
         return q, k, v, [bias]
 
 
@@ -160,7 +164,7 @@ def table(file: str) -> None:
             for m, n in SMALLER:
                 if len(tiles) == LONGEST:
                     break
-                fits = Sm90Config(m, n).fits(int(dim), int(dim), column == "dense")
+                fits = Sm90Config(m, n).fits(int(dim), int(dim), DENSE.get(column, 0))
                 if fits and m * n < least and f"{m}x{n}" not in tiles:
                     tiles.append(f"{m}x{n}")
             rows[dim][column] = " ".join(tiles)

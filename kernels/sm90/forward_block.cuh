@@ -2,6 +2,7 @@
 // memory, and what the rows of a tile are.
 #pragma once
 #include "fa3/block_map.cuh"
+#include "fa3/dense_tile.cuh"
 #include "fa3/distance_table.cuh"
 #include "fa3/operand_tile.cuh"
 #include "fa3/tile_ring.cuh"
@@ -52,7 +53,7 @@ struct Packing {
 template <class Aux, int TileMaps>
 struct ForwardParams {
   TensorMap q, k, v;
-  TensorMap tile[TileMaps];  // of the dense input: panels of 64 keys, and of 16
+  TensorMap tile[TileMaps];  // of the dense input: panels of 128 bytes, and of 16 keys
   void* out;
   float* lse;  // (batch, heads, queries), natural log
   int64_t out_batch, out_head, out_row;  // strides in elements
@@ -97,11 +98,10 @@ struct ForwardBlock {
   using VTile = OperandTile<Config::kDimV, kN>;
   using Pipe = PipelineState<kStages>;
 
-  // The dense (q, kv) input of a 16-bit type: panels of 64 key columns, then of 16.
-  static constexpr int kDensePanelBytes = kM * 128, kDenseWhole = kN / 64;
-  static constexpr int kDenseBytes = Variant::kDenseTile ? 2 * kM * kN : 0;
+  using Dense = DenseTile<typename Variant::TileDtype, kM, kN>;
+  static constexpr int kDenseBytes = Variant::kDenseTile ? Dense::kBytes : 0;
   static_assert(!Variant::kDenseTile || !Config::kPacked, "a dense tile is of one head");
-  using Params = ForwardParams<typename Variant::Aux, Variant::kDenseTile && kN % 64 != 0 ? 2 : 1>;
+  using Params = ForwardParams<typename Variant::Aux, Variant::kDenseTile ? Dense::kMaps : 1>;
   static_assert(!Config::kDenseFirst ||
                     (Variant::kDenseTile != Variant::kByDistance && Config::kHeldQueries),
                 "what scores begin with");

@@ -40,11 +40,9 @@ struct ForwardProducer : ForwardBlock<Config, Variant> {
   }
 
   FA3_DEVICE void copy_dense(Pipe at, const TileCoord& tile, int block, uint32_t full) const {
-    uint32_t dst = shared + Base::kAtDense + at.stage() * Base::kDenseBytes;
-#pragma unroll
-    for (int i = 0; i < kN; i += i + 64 <= kN ? 64 : 16)
-      tma_load(dst + i * kM * 2, p.tile[i + 64 <= kN ? 0 : 1], full, kEvictFirst, block * kN + i,
-               tile.query_block * kM, tile.head * p.tile_head, tile.batch * p.tile_batch);
+    Base::Dense::load(shared + Base::kAtDense + at.stage() * Base::kDenseBytes, p.tile, full,
+                      block * kN, tile.query_block * kM, tile.head * p.tile_head,
+                      tile.batch * p.tile_batch);
   }
 
   FA3_DEVICE void load_v(Pipe at, const TileCoord& tile, int kv_head, int block) const {

@@ -71,18 +71,10 @@ struct ForwardWeigher : ForwardBlock<Config, Variant> {
     return m;
   }
 
-  // This thread's elements of the dense input, two of each row: in columns 8 j of both rows, then in
-  // columns 8 (j + 1), for an even j.
-  FA3_DEVICE void dense_pairs(int stage, int j, uint32_t (&x)[4]) const {
-    int row = warpgroup * 64 + threadIdx.x / 32 % 4 * 16 + lane % 16;
-    uint32_t from = shared + Base::kAtDense + stage * Base::kDenseBytes;
-    if (j / 8 < Base::kDenseWhole) {
-      from += row * 128 + (lane / 16 ^ lane % 8) * 16;  // swizzled, which is the same sum for all j
-      load_tiles(x, (from ^ j % 8 * 16) + j / 8 * Base::kDensePanelBytes);
-    } else {
-      int column = lane / 16 ^ lane / 4 % 2;
-      load_tiles(x, from + j * 8 * Base::kM * 2 + row * 32 + column * 16);
-    }
+  // Of a stage of the dense input, which is there.
+  FA3_DEVICE auto dense_reader(int stage) const {
+    int row = warpgroup * 64 + threadIdx.x / 32 % 4 * 16;
+    return typename Base::Dense::Reader{shared + Base::kAtDense + stage * Base::kDenseBytes, row};
   }
 
   // Whether the score modifier takes the dense input. Scores that begin with it need none.
@@ -90,15 +82,15 @@ struct ForwardWeigher : ForwardBlock<Config, Variant> {
 
   // Of the stage that keys are in.
   FA3_DEVICE void begin_with_dense(Scores& s, int stage) const {
-    uint32_t pairs[4];
+    auto reader = dense_reader(stage);
 #pragma unroll
     for (int j = 0; j < kN / 8; ++j) {
-      if (j % 2 == 0) dense_pairs(stage, j, pairs);
+      float2 tile[2];
+      reader.take(j, tile);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        float2 tile = unpack<typename Variant::TileDtype>(pairs[j % 2 * 2 + r]);
-        s[4 * j + 2 * r] = tile.x;
-        s[4 * j + 2 * r + 1] = tile.y;
+        s[4 * j + 2 * r] = tile[r].x;
+        s[4 * j + 2 * r + 1] = tile[r].y;
       }
     }
   }
@@ -153,16 +145,11 @@ struct ForwardWeigher : ForwardBlock<Config, Variant> {
     }
     MaskTerms m;
     if constexpr (Masked) m = mask_terms(t, block);
-    uint32_t pairs[4];
+    auto reader = dense_reader(dense.stage());
 #pragma unroll
     for (int j = 0; j < kN / 8; ++j) {
       float2 tile[2];
-      if constexpr (kDenseLast) {
-        if (j % 2 == 0) dense_pairs(dense.stage(), j, pairs);
-#pragma unroll
-        for (int r = 0; r < 2; ++r)
-          tile[r] = unpack<typename Variant::TileDtype>(pairs[j % 2 * 2 + r]);
-      }
+      if constexpr (kDenseLast) reader.take(j, tile);
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         int column = 8 * j + e, kv = kv0 + column;

@@ -128,8 +128,8 @@ def test_triton_offers_a_few_or_all_that_fit():
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("q_len", [1, 4096])
 def test_hopper_offers_every_tile_that_fits(dim: int, q_len: int):
-    first = candidates(dim, dim, q_len, True, True, False)[0]
-    found = variations(first, dim, dim, False)
+    first = candidates(dim, dim, q_len, True, True, 0)[0]
+    found = variations(first, dim, dim, 0)
     assert first not in found and len(found) == len(set(found)) > 3
     assert all(x.fits(dim, dim) and x.longest_first == first.longest_first for x in found)
     if q_len == 1:
@@ -140,5 +140,5 @@ def test_every_tile_of_the_table_is_one_that_full_tries():
     for dim, row in table().items():
         for tile in row["full"]:
             config = Sm90Config(*tile, longest_first=False, ping_pong=dim <= 192)
-            tried = variations(Sm90Config(*row["full"][-1], False, dim <= 192), dim, dim, False)
+            tried = variations(Sm90Config(*row["full"][-1], False, dim <= 192), dim, dim, 0)
             assert config in tried or tile == row["full"][-1]

@@ -278,13 +278,13 @@ template <int Stages> struct PipelineState {
   void advance() { ++passed; }
 };
 
-// ---- tma.cuh: a map is {address, four sizes, four strides, box rows, box columns, bytes} ----
+// ---- tma.cuh: a map is {address, four sizes, four strides, box rows, box columns, element bytes} ----
 struct alignas(64) TensorMap {
   char* base;
   int sizes[4];      // d, sequence, head, batch
   int64_t strides[4];
-  int rows, columns;
-  char rest[64];
+  int rows, columns, bytes;
+  char rest[60];
 };
 constexpr uint64_t kEvictFirst = 0, kEvictLast = 0;
 inline uint32_t swizzled(uint32_t a, int row_bytes) {
@@ -298,17 +298,18 @@ void over_box(const TensorMap& m, uint32_t at, int d, int row, int head, int bat
                     batch < m.sizes[3];
       int64_t e = (d + c) * m.strides[0] + (row + r) * m.strides[1] + head * m.strides[2] +
                   batch * m.strides[3];
-      uint32_t to = swizzled(at + r * m.columns * 2 + c * 2, m.columns * 2);
-      f(to, inside ? reinterpret_cast<unsigned short*>(m.base) + e : nullptr);
+      uint32_t to = swizzled(at + (r * m.columns + c) * m.bytes, m.columns * m.bytes);
+      f(to, inside ? m.base + e * m.bytes : nullptr);
     }
 }
 inline void tma_prefetch(const TensorMap&) {}
 inline void tma_load(uint32_t dst, const TensorMap& m, uint32_t barrier, uint64_t, int d, int row,
                      int head, int batch) {
-  over_box(m, dst, d, row, head, batch, [](uint32_t to, unsigned short* from) {
-    at_shared<unsigned short>(to) = from ? *from : 0;
+  over_box(m, dst, d, row, head, batch, [&](uint32_t to, const char* from) {
+    std::memset(emulated::memory_base + to, 0, m.bytes);
+    if (from) std::memcpy(emulated::memory_base + to, from, m.bytes);
   });
-  mbarrier_change(barrier, 0, -2ll * m.rows * m.columns);
+  mbarrier_change(barrier, 0, -1ll * m.bytes * m.rows * m.columns);
 }
 inline void bulk_load(uint32_t dst, const void* from, int bytes, uint32_t barrier) {
   std::memcpy(emulated::memory_base + dst, from, bytes);
@@ -317,8 +318,9 @@ inline void bulk_load(uint32_t dst, const void* from, int bytes, uint32_t barrie
 using StoreDtype = DTYPE;
 template <bool Add>
 void tma_store(const TensorMap& m, uint32_t from, int d, int row, int head, int batch) {
-  over_box(m, from, d, row, head, batch, [](uint32_t at, unsigned short* to) {
-    if (!to) return;
+  over_box(m, from, d, row, head, batch, [](uint32_t at, char* cell) {
+    if (!cell) return;
+    auto* to = reinterpret_cast<unsigned short*>(cell);
     unsigned short x = at_shared<unsigned short>(at);
     *to = Add ? bits_of<StoreDtype>(value_of<StoreDtype>(x) + value_of<StoreDtype>(*to)) : x;
   });
@@ -440,6 +442,7 @@ inline void store_transposed(uint32_t row, const uint32_t* x) {
   turned(row, const_cast<uint32_t*>(x), false);
 }
 inline void load_transposed(uint32_t* x, uint32_t row) { turned(row, x, true); }
+inline float2 load_pair(uint32_t from) { return at_shared<float2>(from); }
 inline void load_tiles(uint32_t (&x)[4], uint32_t row) {
   int lane = emulated::thread % 32;
   for (int i = 0; i < 4; ++i)

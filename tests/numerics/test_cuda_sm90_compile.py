@@ -124,18 +124,19 @@ def test_every_function_has_a_text(name: str) -> None:
 def test_every_head_dim_has_tiles_that_fit(dim: int) -> None:
     for q_len in (1, 100, 4096):
         for plain in (True, False):
-            for tile in (True, False):
-                found = candidates(dim, dim, q_len, True, plain, tile)
-                assert found or tile, (dim, q_len, plain)
+            for dense in (0, 2, 4):
+                found = candidates(dim, dim, q_len, True, plain, dense)
+                assert found or dense, (dim, q_len, plain)
                 assert all(x.block_m <= max(128, q_len) for x in found)
 
 
 def test_tiles_of_the_table_fit() -> None:
     for dim, row in table().items():
-        assert list(row) == ["full", "rows", "scores", "masks", "dense"]
+        assert list(row) == ["full", "rows", "scores", "masks", "dense", "wide dense"]
         for column, tiles in row.items():
+            dense = {"dense": 2, "wide dense": 4}.get(column, 0)
             for tile in tiles:
-                assert Sm90Config(*tile).fits(dim, dim), (dim, column, tile)
+                assert Sm90Config(*tile).fits(dim, dim, dense), (dim, column, tile)
 
 
 def test_packed_tiles_hold_every_row_once() -> None:

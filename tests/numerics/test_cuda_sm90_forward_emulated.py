@@ -39,7 +39,7 @@ from tests.numerics.test_cuda_variants import EXTREMES
 __all__ = ["launches"]
 
 FORWARD_HEADERS = (
-    "softmax", "finish_row", "distance_table", "forward_block", "forward_epilogue", "forward_weigher",
+    "softmax", "finish_row", "distance_table", "dense_tile", "forward_block", "forward_epilogue", "forward_weigher",
     "forward_consumer", "forward_producer", "attention_fwd",
 )  # fmt: skip
 # Warpgroups take turns for speed alone.
@@ -84,6 +84,9 @@ CASES = [
     ("dense bias", (32, 32), (100, 200), 1, {"block_n": 80} | AHEAD),
     ("dense bias with -inf", (64, 64), (150, 136), 1, FIRST),
     ("dense bias, one batch", (64, 64), (130, 160), 2, {"block_n": 48} | FIRST),
+    ("dense bias, fp32", (64, 64), (150, 136), 1, {}),
+    ("dense bias, fp32", (32, 32), (100, 200), 2, {"block_n": 96} | AHEAD),
+    ("dense bias, fp32", (64, 64), (130, 160), 2, {"block_n": 64} | FIRST),
     ("relative bias", (64, 64), (150, 136), 1, FIRST),
     ("relative bias, a table", (64, 64), (270, 330), 2, {"block_n": 80} | FIRST | AHEAD),
     ("relative bias, a table, causal", (64, 64), (200, 136), 1, {"block_n": 48} | FIRST),

@@ -30,12 +30,14 @@ COLUMNS = {
     "masks": "score=0.1*s, mask=load(0, b, q) == load(0, b, kv), aux=[int]",
     "dense": "score=0.1*s + load(0, b, h, q, kv), aux=[float]",
     "dense rows": f"score=0.1*s + load(0, b, h, q, kv), {CAUSAL}, aux=[float]",
+    "wide dense": "score=0.1*s + load(0, b, h, q, kv), aux=[float]",
     "table": "score=0.1*s + load(0, h, kv - q + Sq - 1), aux=[float]",
     "table rows": f"score=0.1*s + load(0, h, kv - q + Sq - 1), {CAUSAL}, aux=[float]",
 }
 # What a column captures: C++ element types ("" for that of Q), axes of stride 1, the dense tile.
 CAPTURED = {"masks": (("int64_t",), ((2,),), None)}
 CAPTURED |= dict.fromkeys(("dense", "dense rows"), (("",), ((3,),), 0))
+CAPTURED |= {"wide dense": (("float",), ((3,),), 0)}
 CAPTURED |= dict.fromkeys(("table", "table rows"), (("",), ((1,),), None))
 
 
@@ -72,14 +74,15 @@ def shipped() -> list[Shipped]:
                 found += [(column, dim, begins)] if begins is not None else []
                 continue
             tiles = candidates(
-                dim, dim, 4096, masked=column not in ("full", "dense"),
-                plain=column in ("full", "rows"), dense_tile=column.startswith("dense"),
+                dim, dim, 4096, masked=column not in ("full", "dense", "wide dense"),
+                plain=column in ("full", "rows"),
+                dense=4 if column == "wide dense" else 2 * column.startswith("dense"),
                 asks_mask=column == "masks", capped=column == "scores", begins=True, bare=True,
             )  # fmt: skip
             found += [(column, dim, x) for x in tiles if column != "dense rows" or x.dense_first]
-        found += [("rows", dim, candidates(dim, dim, 4096, True, True, False, split=True)[0])]
-        few = candidates(dim, dim, 1, False, True, False)
-        packed = candidates(dim, dim, 1, False, True, False, group=8)
+        found += [("rows", dim, candidates(dim, dim, 4096, True, True, 0, split=True)[0])]
+        few = candidates(dim, dim, 1, False, True, 0)
+        packed = candidates(dim, dim, 1, False, True, 0, group=8)
         found += [("full", dim, pair[i % 2]) for i, pair in enumerate(zip(few, packed))]
     return [
         Shipped(column, dim, ("Bf16", "Fp16")[i % 2], x) for i, (column, dim, x) in enumerate(found)
@@ -95,7 +98,7 @@ def build(entry: Shipped) -> build_nvrtc.Built:
 def test_builds_without_spills(entry: Shipped, tmp_path) -> None:
     built = build(entry)
     assert built.healthy, built.log
-    if entry.column.startswith("dense"):
+    if "dense" in entry.column:
         pytest.importorskip("triton")  # which brings nvdisasm
         assert not given_back_early(instructions(built.cubin, tmp_path))
 
@@ -108,5 +111,10 @@ def test_every_tile_of_the_table_is_among_them() -> None:
         for x in shipped()
         if x.config.block_m > 64 and not x.config.split and not x.config.dense_first
     }
-    listed |= {(dim, "dense", (x.block_m, x.block_n)) for dim, x in DENSE.items()}
+    columns = {2: "dense", 4: "wide dense"}
+    listed |= {
+        (dim, columns[bytes_], (x.block_m, x.block_n))
+        for (bytes_, dim, masked), x in DENSE.items()
+        if not masked
+    }
     assert here == listed

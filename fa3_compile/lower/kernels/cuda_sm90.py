@@ -194,7 +194,7 @@ def _tuned(problem: Problem, keys: Sequence[CudaKey], q, k, v, aux, sizes) -> Cu
     alike = [x for x in keys if (x.tile, x.by_distance) == (first.tile, first.by_distance)]
     configs = [x.config for x in alike if x != first]
     if problem.autotune == "full":
-        configs += variations(first.config, problem.dim, problem.v_dim, first.tile is not None)
+        configs += variations(first.config, problem.dim, problem.v_dim, first.dense)
     found = {x: replace(first, config=x) for x in (first.config, *configs)}
     built: dict[CudaKey, Built] = {}
 

@@ -38,7 +38,7 @@ from fa3_compile.lower.kernels.cuda_sm90_backward_parameters import (
     gradient_strides,
     is_stored_whole,
 )
-from fa3_compile.lower.kernels.cuda_sm90_keys import layout_of
+from fa3_compile.lower.kernels.cuda_sm90_keys import DTYPES, layout_of
 from fa3_compile.lower.kernels.cuda_sm90_lists import kept_lists
 from fa3_compile.lower.kernels.dead_rows import add_uniform_rows
 from fa3_compile.lower.kernels.sinks import sink_gradients
@@ -230,7 +230,7 @@ def _bind_or_leave(problem: Problem, given: BackwardInputs) -> Run:
         return leave
     if not all(map(describable, (q, k, v, dout, out))) or any(x.device != q.device for x in aux):
         return _adapted
-    if not keys_of(problem, layout_of(problem.spec, aux)):
+    if not keys_of(problem, layout_of(problem.spec, aux, DTYPES)):
         return leave  # a dense input that TMA cannot describe
     try:
         with torch.cuda.device(q.device):
@@ -254,7 +254,7 @@ def bind(
     """
     dout, dlse, q, k, v, out, _, aux, sizes, needs = given
     spec = problem.spec
-    layout = layout_of(spec, aux)
+    layout = layout_of(spec, aux, DTYPES)
     keys = keys_of(problem, layout) if key is None else [key]
     key, built = load_best(keys, at_once=BUILT_AT_ONCE)
     ensure_context(q.device.index)

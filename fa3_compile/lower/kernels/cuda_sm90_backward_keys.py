@@ -100,7 +100,7 @@ def _is_sum_of_batches(spec: AttentionSpec) -> bool:
 
 def likely_keys(problem: Problem) -> list[CudaBackwardKey]:
     """As if every captured tensor were contiguous."""
-    return keys_of(problem, likely_layout(problem))
+    return keys_of(problem, likely_layout(problem, DTYPES))
 
 
 def finds_dead_rows(spec: AttentionSpec, q_len: int, kv_len: int) -> bool:

@@ -176,13 +176,14 @@ class ForwardParameters(Parameters):
         return tensor_map(x, x.shape, x.stride(), (heads, rows, panel_columns(x.shape[3])))
 
     def _tile(self) -> tuple[bytes, tuple[int, int]]:
-        """The maps of the dense tensor, in boxes of 64 keys and, where they do not make up a block,
-        of 16; and whether it has batches and heads of its own."""
+        """The maps of the dense tensor, in boxes of 128 bytes and, where they do not make up a
+        block, of 16 keys; and whether it has batches and heads of its own."""
         if self.key.tile is None:
             return bytes(MAP_BYTES), (0, 0)
         x, config = self.aux[self.key.tile], self.key.config
-        maps, own = self.tile_map(x, config.block_m)
-        if config.block_n % 64:
+        panel = 128 // x.itemsize
+        maps, own = self.tile_map(x, config.block_m, columns=panel)
+        if config.block_n % panel:
             maps += self.tile_map(x, config.block_m, columns=16)[0]
         return maps, own
 

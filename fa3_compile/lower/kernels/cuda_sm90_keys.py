@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -24,13 +24,15 @@ from fa3_compile.lower.render.cuda_terms import (
     named_mask,
 )
 from fa3_compile.lower.render.render import aux_parameters
-from fa3_compile.lower.render.render_cuda import CudaKey
+from fa3_compile.lower.render.render_cuda import CudaKey, tile_bytes
 from fa3_compile.lower.tiles.config_sm90 import Sm90Config, candidates, smallest, table_first
 from fa3_compile.lower.tiles.pace_sm90 import microseconds, work_of
 from fa3_compile.spec import expr as E
 from fa3_compile.spec.attention import AttentionSpec
 
 DTYPES = {torch.bfloat16: "Bf16", torch.float16: "Fp16"}
+# Of a dense input that comes by TMA. The backward takes DTYPES alone.
+TILE_DTYPES = (*DTYPES, torch.float32)
 ELEMENTS = {
     torch.bool: "unsigned char",
     torch.uint8: "unsigned char",
@@ -54,13 +56,15 @@ class Layout:
     tile: int | None
 
 
-def likely_layout(problem: Problem) -> Layout:
-    """As if every captured tensor were contiguous."""
-    return _contiguous_layout(problem.spec, problem.aux_dtypes)
+def likely_layout(problem: Problem, tiles: Iterable[torch.dtype] = TILE_DTYPES) -> Layout:
+    """As if every captured tensor were contiguous; a tile may be of `tiles`."""
+    return _contiguous_layout(problem.spec, problem.aux_dtypes, tuple(tiles))
 
 
 @functools.lru_cache(maxsize=1024)
-def _contiguous_layout(spec: AttentionSpec, dtypes: tuple[torch.dtype, ...]) -> Layout:
+def _contiguous_layout(
+    spec: AttentionSpec, dtypes: tuple[torch.dtype, ...], tiles: tuple[torch.dtype, ...]
+) -> Layout:
     ranks = {x.tensor: len(x.index) for x in E.loads_in(*spec.expressions)}
     used = {x.tensor: x.strides for x in aux_parameters(spec)}
     unit = tuple(
@@ -68,18 +72,21 @@ def _contiguous_layout(spec: AttentionSpec, dtypes: tuple[torch.dtype, ...]) -> 
     )
     elements = tuple(ELEMENTS[x] for x in dtypes)
     tile = tile_candidate(spec)
-    if tile is not None and dtypes[tile.tensor] not in DTYPES:
+    if tile is not None and dtypes[tile.tensor] not in tiles:
         tile = None
     return Layout(elements, unit, None if tile is None else tile.tensor)
 
 
-def layout_of(spec: AttentionSpec, aux: Sequence[Tensor]) -> Layout:
+def layout_of(
+    spec: AttentionSpec, aux: Sequence[Tensor], tiles: Iterable[torch.dtype] = TILE_DTYPES
+) -> Layout:
+    """Of these captured tensors; a tile may be of `tiles`."""
     used = {x.tensor: x.strides for x in aux_parameters(spec)}
     unit = tuple(tuple(d for d in used.get(i, ()) if x.stride(d) == 1) for i, x in enumerate(aux))
     tile = tile_candidate(spec)
     if tile is not None:
         x = aux[tile.tensor]
-        if x.dtype not in DTYPES or tile.index[-1] != E.KV or not describable(x):
+        if x.dtype not in tiles or tile.index[-1] != E.KV or not describable(x):
             tile = None
     elements = tuple(ELEMENTS[x.dtype] for x in aux)
     return Layout(elements, unit, None if tile is None else tile.tensor)
@@ -139,10 +146,11 @@ def keys_of(problem: Problem, layout: Layout) -> list[CudaKey]:
     group = 1 if mask_axes(spec)[1] else problem.group
     keys = _with_table(problem, layout)
     for tile in dict.fromkeys((layout.tile, None)):
+        dense = 0 if tile is None else tile_bytes(layout.elements[tile])
         choose = functools.partial(
             candidates, problem.dim, problem.v_dim, problem.q_len, spec.has_mask, is_plain(spec),
-            tile is not None, group, asks_mask=asks_mask(spec),
-            capped=capped(arrange(spec.score)) > 0, begins=_may_begin_with(problem, tile),
+            dense, group, asks_mask=asks_mask(spec),
+            capped=capped(arrange(spec.score)) > 0, begins=_may_begin_with(problem, layout, tile),
             bare=is_bare(spec),
         )  # fmt: skip
         configs = _paced(problem, choose(), choose(split=True), tile is not None)
@@ -181,7 +189,7 @@ def _with_table(problem: Problem, layout: Layout) -> list[CudaKey]:
     tiles = shape[0] * -(-problem.q_len // config.block_m)
     if 0 < tiles <= MANY_TILES * processors(problem.device) and problem.kv_len:
         dealt = candidates(
-            problem.dim, problem.v_dim, problem.q_len, spec.has_mask, False, False, split=True
+            problem.dim, problem.v_dim, problem.q_len, spec.has_mask, False, 0, split=True
         )
         work = work_of(spec, *shape, max(problem.dim, problem.v_dim))
         pace = functools.partial(microseconds, work=work, processors=processors(problem.device))
@@ -191,14 +199,17 @@ def _with_table(problem: Problem, layout: Layout) -> list[CudaKey]:
     return [CudaKey(spec, dtype, problem.dim, problem.v_dim, *rest, by_distance=True)]
 
 
-def _may_begin_with(problem: Problem, tile: int | None) -> bool:
+def _may_begin_with(problem: Problem, layout: Layout, tile: int | None) -> bool:
     """Whether the score may begin with the dense tensor. Where Q is rounded for it, the LSE is not
-    the one that gradients need: it is off by what that makes of the mean of the keys."""
+    the one that gradients need: it is off by what that makes of the mean of the keys. Float32
+    gains little by it."""
     load = tile_candidate(problem.spec)
     if tile is None or load is None:
         return False
     factor = factor_beside(problem.spec.score, load, DTYPES[problem.dtype])
-    return factor > 0 and (not problem.wants_lse or math.frexp(factor)[0] == 0.5)
+    rounds = math.frexp(factor)[0] != 0.5
+    may_round = not problem.wants_lse and tile_bytes(layout.elements[tile]) == 2
+    return factor > 0 and (may_round or not rounds)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -249,10 +249,10 @@ def describable(x: Tensor) -> bool:
 def tensor_map(
     x: Tensor, sizes: Sequence[int], strides: Sequence[int], box: tuple[int, int, int]
 ) -> bytes:
-    """A 4-D map of a 16-bit tensor.
+    """A 4-D map of a tensor of 16 bits or float32.
 
     sizes, strides  from the outermost axis in, in elements; the innermost stride is 1
-    box             (heads, rows, columns) of a load; 64 (128-byte swizzle), 32 or 16 columns
+    box             (heads, rows, columns) of a load; columns of 128 bytes, as its swizzle, 64 or 32
 
     The address is its first word, and may be any: callers put their tensor's there.
     """
@@ -281,14 +281,14 @@ def _encode(dtype, address: int, sizes, strides, box: tuple[int, int, int]) -> b
     width = max(8, -(-sizes[-1] // 8) * 8)
     # The stride of an axis of length 1 is arbitrary, and has to be a multiple of 16 bytes.
     steps = [s if n > 1 else width for s, n in zip(strides[:-1], sizes)]
-    kind, *options = _map_options(dtype, box[2])
+    kind, *options = _map_options(dtype, box[2] * dtype.itemsize)
     encoded = checked(
         cu.cuTensorMapEncodeTiled(
             kind,
             4,
             address,
             [cu.cuuint64_t(n) for n in reversed(sizes)],
-            [cu.cuuint64_t(2 * n) for n in reversed(steps)],
+            [cu.cuuint64_t(dtype.itemsize * n) for n in reversed(steps)],
             [cu.cuuint32_t(n) for n in (*reversed(box), 1)],
             [cu.cuuint32_t(1)] * 4,
             *options,
@@ -298,21 +298,22 @@ def _encode(dtype, address: int, sizes, strides, box: tuple[int, int, int]) -> b
 
 
 @functools.cache
-def _map_options(dtype: torch.dtype, columns: int) -> tuple[Any, ...]:
-    """The element type, and what follows the strides."""
+def _map_options(dtype: torch.dtype, width: int) -> tuple[Any, ...]:
+    """The element type, and what follows the strides; `width` of a box in bytes."""
     cu = driver()
     kinds, swizzles = cu.CUtensorMapDataType, cu.CUtensorMapSwizzle
     return (
         {
             torch.bfloat16: kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
             torch.float16: kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            torch.float32: kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
         }[dtype],
         cu.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
         {
-            64: swizzles.CU_TENSOR_MAP_SWIZZLE_128B,
-            32: swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
-            16: swizzles.CU_TENSOR_MAP_SWIZZLE_32B,
-        }[columns],
+            128: swizzles.CU_TENSOR_MAP_SWIZZLE_128B,
+            64: swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
+            32: swizzles.CU_TENSOR_MAP_SWIZZLE_32B,
+        }[width],
         cu.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         cu.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )

@@ -31,7 +31,7 @@ class CudaKey:
     dim_qk, dim_v  head dims of Q and K, and of V: multiples of 8
     elements       C++ element type of each captured tensor
     unit           for each captured tensor the axes whose stride is 1
-    tile           the captured (q, kv) tensor of a 16-bit dtype that comes by TMA beside K
+    tile           the captured (q, kv) tensor, of 16 bits or float32, that comes by TMA beside K
     by_distance    scores begin with a table by kv - q, which is made before
     """
 
@@ -59,6 +59,11 @@ class CudaKey:
         return map_kind(self.spec)
 
     @property
+    def dense(self) -> int:
+        """Bytes of an element of the tile, 0 without one."""
+        return 0 if self.tile is None else tile_bytes(self.elements[self.tile])
+
+    @property
     def factor(self) -> float:
         """Of Q, where scores may begin with the dense input or a table; else 0."""
         if self.by_distance:
@@ -74,6 +79,11 @@ class CudaKey:
         rest = (self.dtype, self.dim_qk, self.dim_v, self.config, self.elements, self.unit)
         fields = (str(self.spec), rest, self.tile, self.by_distance, resources.source_hash())
         return hashlib.sha256(repr(fields).encode()).hexdigest()[:24]
+
+
+def tile_bytes(element: str) -> int:
+    """Of an element of a tile, by its C++ type."""
+    return 4 if element == "float" else 2
 
 
 @remembered

@@ -58,21 +58,24 @@ class Sm90Config:
         """Those of the consumers, and a warpgroup that loads."""
         return 128 * (self.block_m // 64 + 1)
 
-    def shared_memory(self, dim_qk: int, dim_v: int, dense_tile: bool) -> int:
-        """Bytes with one query stage, as forward_block.cuh lays them out."""
+    def shared_memory(self, dim_qk: int, dim_v: int, dense: int) -> int:
+        """Bytes with one query stage, as forward_block.cuh lays them out. `dense` are those of an
+        element of the dense input, 0 without one."""
         kv = 2 * self.block_n * (tile_width(dim_qk) + tile_width(dim_v))
-        dense = 2 * self.block_n * self.block_m if dense_tile else 0
+        dense *= self.block_n * self.block_m
         return 2 * self.block_m * tile_width(dim_qk) + self.stages * (kv + dense) + 2048
 
-    def fits(self, dim_qk: int, dim_v: int, dense_tile: bool = False) -> bool:
-        """Whether the tile can be expected to build without spills."""
+    def fits(self, dim_qk: int, dim_v: int, dense: int = 0) -> bool:
+        """Whether the tile can be expected to build without spills; `dense` as above."""
         if self.held_queries and not (panel_columns(dim_qk) == 64 and dim_qk <= 128):
+            return False
+        if dense == 4 and self.block_n % 32:  # whole panels
             return False
         accumulators = dim_v // 2 + 3 * self.block_n // 4
         limits = SPLIT_ACCUMULATORS if self.split else ACCUMULATORS
         return (
             accumulators <= limits[self.block_m // 64]
-            and self.shared_memory(dim_qk, dim_v, dense_tile) <= SHARED_MEMORY
+            and self.shared_memory(dim_qk, dim_v, dense) <= SHARED_MEMORY
         )
 
 
@@ -109,18 +112,26 @@ OPTIMISTIC = {
     "capped": (64, 128, {"optimistic": True}),  # softcaps of "scores"
     "masks": (128, 128, {"optimistic": True, "ahead": 48}),
     "dense": (64, 192, {"optimistic": True}),
+    "wide dense": (64, 256, {"optimistic": True}),
 }
 # A first tile where registers are left for 48 columns ahead.
 BARE = {128: Sm90Config(128, 128, held_queries=True, optimistic=True, ahead=48)}
-# A first tile of dense inputs without a mask, and one where scores may begin with them.
+_HELD = Sm90Config(128, 128, held_queries=True, optimistic=True)
+_BEGINS = replace(_HELD, dense_first=True)
+# A first tile of dense inputs, and one where scores may begin with them, by bytes of an element,
+# row of the table and whether there is a mask.
 DENSE = {
-    64: Sm90Config(192, 128, optimistic=True),
-    128: Sm90Config(128, 128, held_queries=True, optimistic=True),
+    (2, 64, False): Sm90Config(192, 128, optimistic=True),
+    (2, 128, False): _HELD,
+    (4, 128, True): replace(_HELD, block_n=64),
 }
-_BEGINS = Sm90Config(128, 128, held_queries=True, optimistic=True, dense_first=True)
-DENSE_FIRST: dict[int, dict[bool, Sm90Config]] = {  # by whether there is a mask
-    64: {False: _BEGINS, True: _BEGINS},
-    128: {False: replace(_BEGINS, ahead=48), True: replace(_BEGINS, ahead=32)},
+DENSE_FIRST = {
+    (2, 64, False): _BEGINS,
+    (2, 64, True): _BEGINS,
+    (2, 128, False): replace(_BEGINS, ahead=48),
+    (2, 128, True): replace(_BEGINS, ahead=32),
+    (4, 64, False): _BEGINS,
+    (4, 64, True): _BEGINS,
 }
 
 
@@ -143,7 +154,7 @@ def candidates(
     q_len: int,
     masked: bool,
     plain: bool,
-    dense_tile: bool,
+    dense: int,
     group: int = 1,
     split: bool = False,
     asks_mask: bool = False,
@@ -154,6 +165,7 @@ def candidates(
     """What to build, the best first.
 
     plain      the score is linear in s, and no element has to be asked for its mask
+    dense      bytes of an element of the dense input, 0 without one
     group      query heads that may share a tile
     split      key blocks are dealt out; always possible with few queries, whatever their keys
                are, so that a growing cache needs one kernel
@@ -163,14 +175,14 @@ def candidates(
     bare       neither an affine term nor a first key needs registers of a row
     """
     if q_len <= 64:
-        return tuple(_few_queries(dim_qk, dim_v, dense_tile, packs(group, q_len)))
+        return tuple(_few_queries(dim_qk, dim_v, dense, packs(group, q_len)))
     largest = next(x for x in table() if dim_v <= x)
     row = table()[largest]
     column = "rows" if masked else "full"
     if not plain:
         column = "masks" if asks_mask else "scores"
-    if dense_tile:
-        column = "dense"
+    if dense:
+        column = "dense" if dense == 2 else "wide dense"
     configs = []
     for block_m, block_n in row[column]:
         if block_m == 192 and q_len <= 128:
@@ -183,25 +195,24 @@ def candidates(
                 split=split,
             )
         )
-    configs = [x for x in configs if x.fits(dim_qk, dim_v, dense_tile)]
+    configs = [x for x in configs if x.fits(dim_qk, dim_v, dense)]
     kind = "capped" if capped and column == "scores" else column
     if kind in OPTIMISTIC and not split and configs:
         least, most, changes = OPTIMISTIC[kind]
         if least <= largest <= most:
             first = replace(configs[0], **changes)
-            configs = [first] * first.fits(dim_qk, dim_v, dense_tile) + configs
+            configs = [first] * first.fits(dim_qk, dim_v, dense) + configs
     if bare and column in ("full", "rows") and not split:
         first = BARE.get(largest)
         if first is not None and first.fits(dim_qk, dim_v):
             configs = [replace(first, longest_first=masked), *configs]
-    if dense_tile and not split and not asks_mask:
-        found = [DENSE_FIRST.get(largest, {}).get(masked)] * begins + [DENSE.get(largest)] * (
-            not masked
-        )
+    if dense and not split and not asks_mask:
+        place = dense, largest, masked
+        found = [DENSE_FIRST.get(place)] * begins + [DENSE.get(place)]
         configs = [
             replace(x, longest_first=masked)
             for x in found
-            if x is not None and x.fits(dim_qk, dim_v, dense_tile) and x.block_m <= max(128, q_len)
+            if x is not None and x.fits(dim_qk, dim_v, dense) and x.block_m <= max(128, q_len)
         ] + configs
     return tuple(configs)
 
@@ -213,7 +224,7 @@ def smallest(config: Sm90Config, dim_qk: int, dim_v: int) -> Sm90Config | None:
     return found if found.fits(dim_qk, dim_v) else None
 
 
-def variations(config: Sm90Config, dim_qk: int, dim_v: int, dense: bool) -> list[Sm90Config]:
+def variations(config: Sm90Config, dim_qk: int, dim_v: int, dense: int) -> list[Sm90Config]:
     """Every tile that fits and differs from `config` in size, stages or ping-pong."""
     few = config.block_m == 64
     found = [
@@ -233,8 +244,8 @@ def variations(config: Sm90Config, dim_qk: int, dim_v: int, dense: bool) -> list
     return [x for x in found if x != config and x.fits(dim_qk, dim_v, dense)]
 
 
-def _few_queries(dim_qk: int, dim_v: int, dense_tile: bool, packed: bool) -> list[Sm90Config]:
-    if packed and dense_tile:  # which is of one head
+def _few_queries(dim_qk: int, dim_v: int, dense: int, packed: bool) -> list[Sm90Config]:
+    if packed and dense:  # which is of one head
         return []
     configs = []
     for block_m, block_n in map(_tile, FEW_QUERIES.split()):
@@ -242,7 +253,7 @@ def _few_queries(dim_qk: int, dim_v: int, dense_tile: bool, packed: bool) -> lis
             block_m, block_n, longest_first=False, ping_pong=False, packed=packed, split=True
         )
         staged = [replace(config, stages=n) for n in range(LARGEST_STAGES, 1, -1)]
-        configs += [x for x in staged if x.fits(dim_qk, dim_v, dense_tile)][:1]
+        configs += [x for x in staged if x.fits(dim_qk, dim_v, dense)][:1]
     return configs
 
 

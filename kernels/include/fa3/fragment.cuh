@@ -68,6 +68,12 @@ FA3_DEVICE void load_shared(float* x, uint32_t from) {
                : "r"(from));
 }
 
+FA3_DEVICE float2 load_pair(uint32_t from) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(from));
+  return x;
+}
+
 FA3_DEVICE void store_shared(uint32_t to, float a, float b, float c, float d) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(a), "f"(b), "f"(c), "f"(d)
                : "memory");
