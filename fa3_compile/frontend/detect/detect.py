@@ -127,7 +127,9 @@ def check_not_attended(readings: Sequence[Reading], attended: set[fx.Node]) -> N
 def _read(
     shadow: Shadow, skeleton: Skeleton, softmaxes: Sequence[Softmax], joins: bool
 ) -> list[Reading]:
-    output = shadow.aten_of[skeleton.output]
+    output = shadow.aten_of.get(skeleton.output)
+    if output is None:
+        raise not_held(shadow, skeleton)
     shape = shape_of(output)
     if any(size == 0 for s in softmaxes for size in (*shape, *shape_of(s.scores))):
         raise Decline("empty", skeleton.output, NOTHING, message="there is nothing to compute")

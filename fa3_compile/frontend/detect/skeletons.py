@@ -103,7 +103,8 @@ def skeletons(shadow: Shadow) -> Iterator[Skeleton]:
         output = _output_node(shadow, last)
         if output is None and is_nearest:
             # No node holds the product, which is then declined, in the softmax's name.
-            output = next(iter(shadow.dynamo_of.get(of[-1].node, ())), None)
+            softmax = of[-1].node
+            output = next(iter(shadow.dynamo_of.get(softmax, ())), shadow.within.get(softmax))
         if output is not None:
             weights = plain.get(product, []) if last is product else []
             beside = finder.added_to(of, product) if of[0].normalizes and last is product else []

@@ -15,7 +15,10 @@ def not_held(shadow: Shadow, skeleton: Skeleton) -> Decline:
     followers = shadow.users(skeleton.values)
     while len(followers) == 1 and is_movement(followers[0]):
         followers = shadow.users(followers[0])
-    if any(x.target is torch.ops.aten.copy.default for x in followers):
+    if skeleton.output not in shadow.aten_of:
+        hint = "Return the attention's output from the mapped function, and do the rest outside."
+        message = "the output is changed inside the torch.vmap that the attention is under"
+    elif any(x.target is torch.ops.aten.copy.default for x in followers):
         hint = "Use what the product returns."
         message = "the product with V is written into another tensor, by out= or copy_()"
     else:

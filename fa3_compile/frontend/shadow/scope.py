@@ -122,7 +122,14 @@ def _cannot_run(node: fx.Node) -> bool:
         node.op == "call_module"
         or isinstance(node.target, torch._ops.HigherOrderOperator)
         or "dropout" in target_name(node)
+        and _drops(node)
     )
+
+
+def _drops(dropout: fx.Node) -> bool:
+    """Whether a dropout may drop anything, as none does in evaluation."""
+    given = {**dict(zip(("input", "p", "training"), dropout.args)), **dropout.kwargs}
+    return given.get("training", True) is not False and given.get("p", 0.5) != 0
 
 
 def _is_cut(node: fx.Node) -> bool:
