@@ -11,33 +11,44 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tests.programs import given, layouts, parts
+from tests.programs import given, layouts, parts, softmaxes
+from tests.programs.after import after
 from tests.programs.choices import Choices
+from tests.programs.drawing import drawn
 from tests.programs.masks import HEADS, MASKS, positions
 from tests.programs.mutants import other_scores, other_weights
 from tests.programs.parts import Scores
 from tests.programs.program import Program
-from tests.programs.recipe import K_WRITTEN, Recipe, recipe
+from tests.programs.recipe import K_WRITTEN, Recipe
 
 Attention = Callable[..., Any]
 
 
 def by_hand(choices: Choices, device: str) -> Program:
     """One program whose attention is written out."""
-    made, expected = recipe(choices, device)
+    made, expected = drawn(choices, device)
     run = {name: getattr(made, name) for name in ("dtype", "dynamic", "training", "kernels")}
+    groups, written = _written(made)
+    attention = _attention(made, [len(x) for x in groups], *written)
+    function = _in_context(attention, made, device)
+    again = _flat(_written(made.of_other_lengths())[0]) if made.other else None
+    return Program(function, _flat(groups), made.made_of(), expected, run, again)
+
+
+def _written(made: Recipe) -> tuple[tuple[tuple[Tensor, ...], ...], tuple[Callable[..., Any], ...]]:
+    """Q, K and V, what scores capture, sinks, and gates; and what makes something of the first, the
+    second and the last of them."""
     arguments, project = layouts.layout(made.layout, made.sizes, made.seed)
-    arguments = _as_drawn(arguments, made)
     extra, capture = _captured(made)
     sinks: tuple[Tensor, ...] = ()
     if made.sink:
-        sinks = (parts.normal(made.seed + 60, HEADS, device=device).requires_grad_(),)
-    gate, gated = parts.after(made.after, made.sizes, made.seed)
-    groups = (arguments, extra, sinks, gate)
-    attention = _attention(made, [len(x) for x in groups], project, capture, gated)
-    function = _in_context(attention, made, device)
-    tensors = tuple(x for group in groups for x in group)
-    return Program(function, tensors, made.made_of(), expected, run)
+        sinks = (parts.normal(made.seed + 60, HEADS, device=made.sizes.device).requires_grad_(),)
+    gates, gated = after(made.after, made.after_masks, made.sizes, made.seed)
+    return (_as_drawn(arguments, made), extra, sinks, gates), (project, capture, gated)
+
+
+def _flat(groups: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    return tuple(x for group in groups for x in group)
 
 
 def _as_drawn(arguments: tuple[Tensor, ...], made: Recipe) -> tuple[Tensor, ...]:
@@ -71,8 +82,9 @@ def _attention(
 ) -> Attention:
     """A function of the layout's tensors, those that scores capture, sinks, and gates: `counts` of
     each."""
-    masked = _masking(made)
+    masked = _masking(made) if made.softmax not in softmaxes.OF_MASKS else lambda s: s
     late = parts.LATE.get(made.late, lambda s: s)
+    keys = parts.SLICES.get(made.keys)
     of_k, of_v = layouts.PRODUCTS[made.of_scores], layouts.PRODUCTS[made.of_values]
 
     def attention(*tensors: Tensor):
@@ -88,7 +100,8 @@ def _attention(
             s = parts.rescaled(of_k(q, k.transpose(-2, -1)), made.scale, made.sizes.dim)
             for name in made.modifiers:
                 s = parts.MODIFIERS[name](s)
-            return other_scores(late(masked(capture(s, *extra))), made.mutant)
+            s = other_scores(late(masked(capture(s, *extra))), made.mutant)
+            return s[..., keys(s.shape[-1])] if keys else s
 
         s = scored(q)
         if made.mutant == K_WRITTEN:
@@ -96,9 +109,12 @@ def _attention(
         p, total = _weights(s, sinks, made)
         if made.use == "difference":
             p = p - 0.5 * _weights(scored(q * 0.7), sinks, made)[0]
+        p = _beside(p, s, made)
+        if keys:
+            v = v[..., keys(v.shape[-2]), :]
         if made.mutant == "V written after the softmax":
             v = (v * 1).mul_(2)
-        p = gated(other_weights(p.to(v.dtype), made.mutant), *gates)
+        p = gated(other_weights(p.to(v.dtype), made.mutant), _seen(s, made), *gates)
         if made.mutant == "a key left out":
             p, v = p[..., 1:], v[..., 1:, :]
         if made.mutant == "weights transposed":
@@ -111,6 +127,11 @@ def _attention(
             return out, s.logsumexp(-1)
         if made.use == "function of LSE":
             return out, torch.tanh(s.logsumexp(-1) / 4).sum(-1)
+        if made.use == "LSE by hand":
+            top = s.amax(-1, keepdim=True)
+            return out, (top + (s - top).exp().sum(-1, keepdim=True).log()).squeeze(-1)
+        if made.use == "shared scores":
+            return out, of_v((s * 0.5).softmax(-1).to(v.dtype), v * 2)
         if made.use == "beside a call" and q.shape[:-2] == k.shape[:-2]:
             return out, F.scaled_dot_product_attention(q, k, v)
         if made.mutant == "second product":
@@ -134,11 +155,23 @@ def _weights(s: Tensor, sinks: Sequence[Tensor], made: Recipe) -> tuple[Tensor, 
     if made.softmax == "divided late":
         p = (s - s.amax(-1, keepdim=True)).exp()
         return p, p.sum(-1, keepdim=True)
-    normalise = (parts.SOFTMAXES | parts.UNNORMALISED)[made.softmax]
+    if made.softmax in softmaxes.OF_MASKS:
+        seen = _seen(s, made)
+        assert seen is not None, "such a softmax is drawn with masks alone"
+        return softmaxes.OF_MASKS[made.softmax](s, seen), None
+    normalise = (softmaxes.SOFTMAXES | softmaxes.UNNORMALISED)[made.softmax]
     if made.sink:
-        beside, dropped = parts.SINKS[made.sink]
+        beside, dropped = softmaxes.SINKS[made.sink]
         return dropped(normalise(beside(s, sinks[0]))), None
     return (s.softmax(-2) if made.mutant == "softmax over queries" else normalise(s)), None
+
+
+def _beside(p: Tensor, s: Tensor, made: Recipe) -> Tensor:
+    if made.use == "function beside":
+        return p + 0.1 * F.relu(s).square().to(p.dtype)
+    if made.use == "identity beside":
+        return p + torch.eye(*s.shape[-2:], dtype=p.dtype, device=p.device)
+    return p - 1 / p.shape[-1] if made.use == "number beside" else p
 
 
 def _in_context(attention: Attention, made: Recipe, device: str) -> Attention:
@@ -159,13 +192,22 @@ def _in_context(attention: Attention, made: Recipe, device: str) -> Attention:
 def _masking(made: Recipe) -> Scores:
     def apply(s: Tensor) -> Tensor:
         seen = [MASKS[mask](*positions(s)) for mask in made.masks]
-        if len(seen) == 2 and made.combine != "twice":
-            seen = [seen[0] & seen[1] if made.combine == "and" else seen[0] | seen[1]]
+        both = _seen(s, made)
+        if both is not None and made.combine != "twice":
+            seen = [both]
         for each in seen:
             s = parts.fill(s, each, made.how, made.fill)
         return s
 
     return apply
+
+
+def _seen(s: Tensor, made: Recipe) -> Tensor | None:
+    """What the masks show; None without any."""
+    seen: Tensor | None = None
+    for each in (MASKS[mask](*positions(s)) for mask in made.masks):
+        seen = each if seen is None else seen | each if made.combine == "or" else seen & each
+    return seen
 
 
 def _used(out: Tensor, use: str):

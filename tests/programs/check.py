@@ -40,7 +40,7 @@ def check_program(program: Program) -> Report:
         if last and program.run["dtype"] == torch.float16 and exceeds_float16(program):
             program = copy(program)
             program.run = program.run | {"dtype": torch.bfloat16}
-        report, found = _check(program, [_varied(x, attempt) for x in program.arguments])
+        report, found = _check(program, attempt)
         wrong = {name: text for name, text in found.items() if not attempt or name in wrong}
         if not wrong:
             return report
@@ -79,8 +79,9 @@ def _varied(x: Tensor, attempt: int) -> Tensor:
     return (x.detach() * (1 + 0.1 * attempt)).requires_grad_()
 
 
-def _check(program: Program, arguments: list[Tensor]) -> tuple[Report, dict[str, str]]:
-    """The report, and what is wrong by the name of the output or gradient; "" is what was fused."""
+def _check(program: Program, attempt: int) -> tuple[Report, dict[str, str]]:
+    """The report, and what is wrong by the name of the output or gradient; "" is what was fused. A
+    second call finds what the first has compiled."""
     torch._dynamo.reset()
     run = dict(program.run)
     options = Options(kernels=run.pop("kernels"), strict=True)
@@ -101,8 +102,15 @@ def _check(program: Program, arguments: list[Tensor]) -> tuple[Report, dict[str,
     with (
         mock.patch.object(flex, "_validate_device", lambda *_: None),
         mock.patch.object(testing, "_assert_close", note),
+        mock.patch.object(torch._dynamo, "reset", lambda: None),
     ):
-        report = assert_matches_eager(program.function, *arguments, backend=rewrite, **run)
+        calls = [program.arguments] if program.again is None else [program.arguments, program.again]
+        report, *_ = (
+            assert_matches_eager(
+                program.function, *(_varied(x, attempt) for x in tensors), backend=rewrite, **run
+            )
+            for tensors in calls
+        )
     fused = len(report.fused)
     wanted = {"fused": fused == 1, "left": fused == 0, "either": True}[program.expected]
     if not wanted:

@@ -99,9 +99,11 @@ LEAVES |= {name: list(values) for name, values in ENDS.items()}
 class Expression:
     """What a program does to its scores, with the tensors that it is given for it.
 
+    number  that it was made from
     text    the mask, True where a key is seen, or "" for none; and the scores
     """
 
+    number: int
     text: tuple[str, str]
     given: tuple[Tensor, ...]
     seen: Callable[..., Tensor] | None
@@ -112,6 +114,10 @@ class Expression:
         at = (*positions(s), *_heads_and_batch(s), *given)
         scores = self.scores(s, *at).to(s.dtype)
         return scores if self.seen is None else fill(scores, self.seen(s, *at))
+
+    def of_lengths(self, n: int, m: int, device: str) -> Expression:
+        """The same, of tensors for so many queries and keys."""
+        return expression(self.number, n, m, device)
 
 
 def expression(number: int, n: int, m: int, device: str) -> Expression:
@@ -128,7 +134,7 @@ def expression(number: int, n: int, m: int, device: str) -> Expression:
     made = [
         eval(f"lambda {arguments}: {x}", {"torch": torch, "F": F}) for x in (mask or "s", scores)
     ]
-    return Expression((mask, scores), tensors, made[0] if mask else None, made[1])
+    return Expression(number, (mask, scores), tensors, made[0] if mask else None, made[1])
 
 
 def _written(source: random.Random, kind: str, depth: int) -> str:

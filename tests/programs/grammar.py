@@ -21,7 +21,7 @@ from tests.programs.program import Program
 KEPT = (
     "spelling", "n", "dim", "masks", "how", "fill", "combine", "modifiers", "captured", "given",
     "expression", "scale",
-    "softmax", "late", "sink", "after", "dtype", "training", "kernels",
+    "softmax", "late", "sink", "after", "masks after", "dtype", "training", "kernels",
     "attention", "attn_mask", "mask mods", "block", "score mod",
 )  # fmt: skip
 

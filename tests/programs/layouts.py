@@ -58,6 +58,31 @@ def layout(name: str, sizes: Sizes, seed: int):
             return q, k, v, lambda out: out.transpose(1, 2).contiguous().view(b, -1, h * d)
 
         return (leaf(0, b, n, 3 * h * d),), fused
+    if name == "qkv by head":
+
+        def by_head(x):
+            q, k, v = x.view(b, -1, h, 3, d).transpose(1, 2).unbind(3)
+            return q, k, v, lambda out: out.transpose(1, 2).flatten(2)
+
+        return (leaf(0, b, n, 3 * h * d),), by_head
+    if name == "one buffer":
+
+        def parts_of(x):
+            return x[:, :, :n], x[:, :, n : n + m], x[:, :, n + m :], lambda out: out
+
+        return (leaf(0, b, h, n + 2 * m, d),), parts_of
+    if name == "V is K from the next on":
+
+        def overlapping(q, kv):
+            return q, kv[:, :, :-1], kv[:, :, 1:], lambda out: out
+
+        return (leaf(0, b, h, n, d), leaf(1, b, h, m + 1, d)), overlapping
+    if name == "Q is K":
+        return (leaf(0, b, h, n, d), leaf(1, b, h, m, d)), lambda x, v: (x, x, v, lambda o: o)
+    if name == "Q is V":
+        return (leaf(0, b, h, n, d), leaf(1, b, h, m, d)), lambda x, k: (x, k, x, lambda o: o)
+    if name == "one for all":
+        return (leaf(0, b, h, n, d),), lambda x: (x, x, x, lambda o: o)
     if name == "strided":
 
         def strided(q, k, v):
@@ -152,6 +177,12 @@ LAYOUTS = (
     "sbhd",
     "flat batch",
     "fused qkv",
+    "qkv by head",
+    "one buffer",
+    "V is K from the next on",
+    "Q is K",
+    "Q is V",
+    "one for all",
     "strided",
     "K transposed",
     "every other key",
@@ -171,6 +202,8 @@ LAYOUTS = (
     "gqa tiled",
     "mqa",
 )
+# As many queries as keys.
+SQUARE = ("fused qkv", "qkv by head", "Q is K", "Q is V", "one for all")
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -187,12 +220,14 @@ def _batched_and_added(left: Tensor, right: Tensor) -> Tensor:
     return 2 * product.view(*left.shape[:-1], right.shape[-1])
 
 
+WRITTEN_OUT = "multiplied and summed"
 # [.., n, x] and [.., x, m] -> [.., n, m]
 PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "operator": lambda left, right: left @ right,
     "function": torch.matmul,
     "einsum": lambda left, right: torch.einsum("...ij,...jk->...ik", left, right),
     "other way": lambda left, right: (right.mT @ left.mT).mT,
+    WRITTEN_OUT: lambda left, right: (left[..., None] * right[..., None, :, :]).sum(-2),
     "bmm": _batched,
     "baddbmm": _batched_and_added,
 }

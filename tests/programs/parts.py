@@ -1,5 +1,5 @@
-"""What random attention programs are made of: fills, score modifiers, softmaxes, and weights without
-one.
+"""What random attention programs are made of: sizes, fills, score modifiers, scales, and what
+scores capture.
 
 Everything takes its sizes and device from the tensors it is given, so that a program may run with
 dynamic shapes, and its dtype from the scores, so that float64 eager is the same program.
@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.graph.dropout import dropped
 from tests.programs.choices import Choices
 from tests.programs.masks import BATCH, HEADS, positions
 
@@ -151,70 +150,16 @@ LATE: dict[str, Scores] = {
     "maximum": lambda s: torch.maximum(s, 0.3 * s),
     "exp": lambda s: torch.exp(s.clamp(max=3)),
     "half": lambda s: s * 0.5 - 0.25,
+    # As BEATs has it, of scores with their masks in.
+    "maximum off": lambda s: (s - s.amax(-1, keepdim=True)) * 2,
 }
 
 
-def _by_hand(s: Tensor) -> Tensor:
-    e = (s - s.amax(-1, keepdim=True)).exp()
-    return e / e.sum(-1, keepdim=True)
-
-
-def _unshifted(s: Tensor) -> Tensor:
-    e = torch.exp(s)
-    return e / e.sum(-1).unsqueeze(-1)
-
-
-def _detached_maximum(s: Tensor) -> Tensor:
-    e = torch.exp(s - torch.max(s, dim=-1, keepdim=True).values.detach())
-    return e / torch.sum(e, dim=-1, keepdim=True)
-
-
-def _off_by_one(s: Tensor) -> Tensor:
-    top = s.amax(-1, keepdim=True)
-    e = (s - top).exp()
-    return e / (e.sum(-1, keepdim=True) + torch.exp(-top))
-
-
-SOFTMAXES: dict[str, Scores] = {
-    "function": lambda s: F.softmax(s, dim=-1),
-    "method": lambda s: s.softmax(-1),
-    "dtype": lambda s: F.softmax(s, dim=-1, dtype=torch.float32).to(s.dtype),
-    "float": lambda s: s.float().softmax(-1).to(s.dtype),
-    "log": lambda s: F.log_softmax(s, -1).exp(),
-    "by hand": _by_hand,
-    "detached maximum": _detached_maximum,
-    "logsumexp": lambda s: (s - s.logsumexp(-1, keepdim=True)).exp(),
-    "last dim": lambda s: torch.softmax(s, s.dim() - 1),
-    # In float32 only: exp overflows half precision.
-    "unshifted": _unshifted,
-    "off by one": _off_by_one,
-}
-# Of a row that is all -inf, or one large negative number, these are no longer the softmax.
-NEEDS_KEYS = ("unshifted", "off by one")
-
-
-# Weights that nothing normalises, or the program itself by their sums.
-UNNORMALISED: dict[str, Scores] = {
-    "sigmoid": lambda s: torch.sigmoid(s - 1),
-    "relu": lambda s: F.relu(s) / s.shape[-1],
-    "elu": lambda s: F.elu(s) + 1,
-    "squared relu": lambda s: F.relu(s).square() / s.shape[-1],
-    "silu": lambda s: F.silu(s) / s.shape[-1],
-    "retention": lambda s: s * torch.exp(-0.1 * _distance(s).abs()).to(s.dtype),
-    "relu of its sum": lambda s: (w := F.relu(s)) / (w.sum(-1, keepdim=True) + 1),
-}
-
-
-def _sink_beside(s: Tensor, sink: Tensor, first: bool) -> Tensor:
-    column = sink[:, None, None].expand(*s.shape[:-1], 1)
-    return torch.cat((column, s) if first else (s, column), -1)
-
-
-# name -> (scores, parameter [H]) -> scores with more columns, and how to drop them
-SINKS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "last": (lambda s, x: _sink_beside(s, x, False), lambda p: p[..., :-1]),
-    "first": (lambda s, x: _sink_beside(s, x, True), lambda p: p[..., 1:]),
-    "zero": (lambda s, x: F.pad(s, (1, 0)), lambda p: p[..., 1:]),
+# Of the scores and of V, along the keys, once the scores are made.
+SLICES: dict[str, Callable[[int], slice]] = {
+    "first": lambda m: slice(0, m - m // 3),
+    "last": lambda m: slice(m // 3, None),
+    "every other": lambda m: slice(0, None, 2),
 }
 
 
@@ -343,25 +288,3 @@ CAPTURED = (
     "slopes",
     "infinite bias",
 )
-
-
-def after(name: str, sizes: Sizes, seed: int):
-    """What follows the softmax: (tensors, (weights, *tensors) -> weights)"""
-
-    def leaf(i, *shape):
-        return normal(seed + i, *shape, device=sizes.device).requires_grad_()
-
-    if name == "key gate":
-        return (leaf(70, sizes.m),), lambda p, x: p * torch.sigmoid(x)
-    if name == "head gate":
-        return (leaf(71, HEADS, 1, 1),), lambda p, x: p * x
-    if name == "dropout":
-        return (), lambda p: dropped(p, 0.25)
-    if name == "nan_to_num":
-        return (), lambda p: p.nan_to_num(0.0)
-    if name == "isnan":
-        return (), lambda p: p.masked_fill(p.isnan(), 0.0)
-    return (), lambda p: p
-
-
-AFTER = ("", "", "", "key gate", "head gate", "dropout", "nan_to_num", "isnan")

@@ -13,6 +13,7 @@ Expected = Literal["fused", "left", "either"]
 class Program:
     """A function of tensors, its arguments, how it is run, and what it was made of.
 
+    again      arguments of other lengths, for a second call
     expected   "either" where fusing is a matter of taste: only the numbers count
     """
 
@@ -23,9 +24,10 @@ class Program:
         made_of: dict[str, str],
         expected: Expected,
         run: dict[str, Any],
+        again: tuple[Tensor, ...] | None = None,
     ):
         self.function, self.arguments, self.made_of = function, arguments, made_of
-        self.expected, self.run = expected, run
+        self.expected, self.run, self.again = expected, run, again
 
     def __repr__(self) -> str:
         return f"Program({self.made_of}, expected={self.expected!r}, run={self.run})"
