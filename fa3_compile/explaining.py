@@ -17,8 +17,8 @@ from fa3_compile.source import of_frame
 
 NOTHING_FOUND = (
     "no attention was found: in no graph is the product of two activations changed, by a softmax "
-    "or otherwise, and multiplied by another. What a compiled extension (flash_attn, xformers) or a "
-    "TorchScript module computes, and what torch.compiler.disable leaves out, is in no graph"
+    "or otherwise, and multiplied by another. What compiled extensions (flash_attn, xformers) and "
+    "TorchScript compute, and what torch.compiler.disable leaves out, is in no graph"
 )
 
 
