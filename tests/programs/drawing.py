@@ -130,8 +130,9 @@ def _keep_finite(made: Recipe) -> None:
         made.after = ""  # the same
     if made.on_gpu and half and made.numbers == "V off zero":
         made.numbers = ""  # dQ is the difference of large numbers: docs/numerics.md
-    if made.numbers == "V off zero" and (made.use in BESIDE or made.after in after.NORMALISES):
-        made.numbers = ""  # two products, each rounded for itself: docs/numerics.md
+    if made.use in BESIDE or made.after in after.NORMALISES:
+        if made.numbers in ("V off zero", "K off zero", "equal keys"):
+            made.numbers = ""  # two products, each rounded for itself: docs/numerics.md
     if made.use == "function beside" and (half or grows or made.scale == "sharp"):
         made.use = "number beside"  # large beside the softmax
     if made.scale == "none" and (made.sizes.dim > 8 or grows):
@@ -158,7 +159,7 @@ def _keep_apart(made: Recipe) -> None:
         made.use = ""
     if made.plain or made.mutant == "softmax over queries":
         made.sink = ""
-    if made.use == "beside a call" and made.mutant in NO_ATTENTION:
+    if made.use in ("beside a call", "shared scores") and made.mutant in NO_ATTENTION:
         made.use = ""
     # Kernels of PyTorch 2.11 for GPUs refuse a transposed K of length 1 ("key is not correctly
     # aligned (strideM)"), and fail with a misaligned address, which ends the process, on a K that
@@ -210,9 +211,15 @@ def _run_as_eager_can(made: Recipe) -> None:
     if made.softmax in softmaxes.NEEDS_KEYS and (dead or made.captured == "infinite bias"):
         # 0 / 0 in eager, where all of a row vanishes: docs/numerics.md.
         made.softmax = "by hand"
+    if made.softmax == "base two" and dead:
+        made.softmax = "power of two"  # finfo.min * log2(e) overflows: docs/numerics.md
     if dead and made.fill in ("-1e4", "-65504"):
         # A row that is all -1e4 has scores of three digits: any other order rounds otherwise.
         made.kernels = ("reference",)
         made.fill = "-1e9" if made.on_gpu else made.fill
     if made.on_gpu:
         made.kernels = None
+        # Gigabytes, for what is left.
+        written_out = made.of_scores == layouts.WRITTEN_OUT, made.of_values == layouts.WRITTEN_OUT
+        made.of_scores = "operator" if written_out[0] else made.of_scores
+        made.of_values = "operator" if written_out[1] else made.of_values

@@ -57,6 +57,8 @@ def _either(made: Recipe) -> bool:
             softmax == "over a clamped sum",
             # Few queries are not worth a copy of V.
             made.after in after.NORMALISES,
+            # Rows that are NaN, and filled in part.
+            made.after == "filled" and made.dead,
             # Nothing is left.
             made.sizes.n == 1 and made.after_masks,
             # Named, and left: a tensor of all queries, keys and numbers of a head.
