@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
 
 from tests.graph.harness import check, specs
@@ -59,6 +62,39 @@ def test_branch_on_the_weights():
 def test_two_breaks_are_one_attention_and_the_later_one_is_named():
     [(_, reason)] = reasons(in_three)
     assert "the softmax and V" in reason and 'print(end="")' in reason
+
+
+def by_a_factor_in_a_tensor(q, k, v):
+    """GPT-NeoX of transformers before 4.48: PyTorch has to know what alpha is."""
+    q, k = q.flatten(0, 1), k.flatten(0, 1)
+    scores = torch.zeros(len(q), q.shape[1], k.shape[1])
+    scores = torch.baddbmm(scores, q, k.mT, alpha=torch.ones(()) / v.new_tensor(16.0).sqrt())
+    return scores.view(v.shape[0], -1, *scores.shape[1:]).softmax(-1) @ v
+
+
+scores_of_eager: Callable[..., torch.Tensor] = torch._dynamo.disable(scores_of)
+
+
+def by_an_eager_function(q, k, v):
+    q, k = 0.5 * q, 0.5 * k
+    return scores_of_eager(q, k).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("function", [by_a_factor_in_a_tensor, by_an_eager_function])
+def test_at_the_product(function):
+    # Lengths of its own: what the breaks before have left is known by its shape.
+    [(code, reason)] = reasons(function, *qkv(2, 3, 20, 8))
+    assert code == "graph-break"
+    assert "at the product of queries and keys, at " in reason and "test_graph_breaks.py" in reason
+
+
+def test_scores_that_come_from_elsewhere_are_no_attention():
+    def function(x, y):
+        y = y * 2
+        torch._dynamo.graph_break()
+        return x.softmax(-1) @ y
+
+    assert not reasons(function, normal(2, 24, 24), normal(2, 24, 16))
 
 
 def broken_elsewhere(q, k, v):
