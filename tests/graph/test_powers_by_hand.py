@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.graph.harness import check, specs
-from tests.graph.inputs import LOWEST, future, normal, qkv, scores_of
+from tests.graph.inputs import LOWEST, S, future, normal, qkv, scores_of
 
 
 @pytest.mark.parametrize("base", [2, 10.0, 0.7])
@@ -29,6 +29,17 @@ def test_powers_of_a_number_less_the_maximum(fill):
         return e / e.sum(-1, keepdim=True) @ v
 
     assert "mask=kv <= q" in specs(check(attention, *qkv()))
+
+
+def test_powers_of_fills_vanish():
+    """The first row is 0 / 0."""
+
+    def attention(q, k, v):
+        hidden = future() | torch.eye(S).bool()
+        e = 2 ** scores_of(q, k).masked_fill(hidden, -1e9)
+        return e / e.sum(-1, keepdim=True) @ v
+
+    assert check(attention, *qkv(), training=False).fused
 
 
 def test_powers_of_what_is_given_are_no_softmax():

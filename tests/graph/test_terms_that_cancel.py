@@ -63,3 +63,23 @@ def test_what_a_function_bounds_cancels():
 
     report = check(attention, *qkv(), normal(S, S).detach())
     assert "aux" not in specs(report)
+
+
+@pytest.mark.parametrize("times", [1.0, 0.3])
+def test_weights_that_are_nan_by_a_bias_that_is_taken_off_are_replaced(times):
+    def attention(q, k, v, bias):
+        scores = scores_of(q, k) + bias - times * bias
+        return scores.softmax(-1).nan_to_num() @ v
+
+    bias = normal(S, S).detach()
+    bias[3] = bias[5, 2] = -INF
+    assert specs(check(attention, *qkv(), bias, training=False)) == "lift: rows-of-nan"
+
+
+def test_two_biases_whose_rows_without_keys_are_replaced():
+    def attention(q, k, v, bias, other):
+        return (scores_of(q, k) + bias + other).softmax(-1).nan_to_num() @ v
+
+    bias, other = normal(S, S).detach(), normal(S, S).detach()
+    bias[3] = other[5, 2] = -INF
+    assert check(attention, *qkv(), bias, other, training=False).fused

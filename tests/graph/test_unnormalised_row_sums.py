@@ -131,6 +131,15 @@ class TestRowSums:
 
         assert len(check(attention, *qkv(), training=False).fused) == 1
 
+    @pytest.mark.parametrize("size", [1e-22, 1e22])
+    def test_sums_whose_square_is_beyond_float32(self, size):
+        def attention(q, k, v, gate):
+            w = F.relu(scores(q, k)) * gate
+            return (w / w.sum(-1, keepdim=True)) @ v
+
+        gate = torch.linspace(1, 2, S) * size
+        assert len(check(attention, *qkv(), gate).fused) == 1
+
     def test_sums_are_returned_too(self):
         def attention(q, k, v):
             w = scores(q, k).sigmoid()

@@ -144,6 +144,10 @@ def _filled_below(score: Expr, lost: float, lost_in_sum: float) -> Expr:
         return where(condition, *(_filled_below(x, lost, lost_in_sum) for x in branches))
     if isinstance(score, sympy.Add):
         return sympy.Add(*(_filled_below(x, lost_in_sum, lost_in_sum) for x in score.args))
+    times, scaled = score.as_coeff_Mul()
+    if times.is_positive and times != 1:
+        low, lower = lost / float(times), lost_in_sum / float(times)
+        return times * _filled_below(scaled, low, lower)
     return -sympy.oo if score.is_number and score < lost else score
 
 

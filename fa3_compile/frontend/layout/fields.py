@@ -16,6 +16,7 @@ from fa3_compile.frontend.detect.row_terms import has_fill, row_of_fills
 from fa3_compile.frontend.dynamo.sizes import hint
 from fa3_compile.frontend.layout import after_softmax
 from fa3_compile.frontend.lift.captured import Captured, Seed, reads_infinite
+from fa3_compile.frontend.lift.elements.finite import opposite_infinities
 from fa3_compile.frontend.shadow.normalize import added_up
 from fa3_compile.spec import unnormalised
 from fa3_compile.spec.expr import KV, Expr, Q, load, loads_in
@@ -38,6 +39,14 @@ def read_fields(
     softmax, at = reading.term.softmax, reading.skeleton.output
     score = in_coordinates(reading.score)
     sinks = tuple(tidy(in_coordinates(x)) for x in reading.scores.sinks)
+    if reading.term.zeroed and opposite_infinities(score, reading.loads):
+        raise Decline(
+            "rows-of-nan",
+            at,
+            "Replace NaN of the scores, before the softmax.",
+            message="the program replaces NaN of the weights, and a score may be NaN itself: what "
+            "is added and what is taken off may both be infinite",
+        )
     how = {
         "half_fill": _scores_dtype(reading) == torch.float16,
         "dead_rows_zero": softmax.dead_rows_zero or reading.term.zeroed,

@@ -134,7 +134,15 @@ def _times(emit: Emitter, x: fx.Node, factor: Expr, writer: _Writer) -> fx.Node:
         return x
     if factor.is_number:
         return emit.function(torch.mul, x, float(factor))
-    return emit.call("type_as", emit.function(torch.mul, x, writer.write(factor)), x)
+    divisors = [y.base for y in sympy.Mul.make_args(factor) if y.is_Pow and y.exp == -1]
+    rest = factor * sympy.Mul(*divisors)
+    found = x
+    # The gradient of 1 / x is of 1 / x**2, which vanishes where x is large.
+    for divisor in divisors:
+        found = emit.function(torch.div, found, writer.write(divisor))
+    if rest != 1:
+        found = emit.function(torch.mul, found, writer.write(rest))
+    return emit.call("type_as", found, x)
 
 
 class _Writer:

@@ -3,12 +3,12 @@ in a sum, product or quotient may be infinite or NaN."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import sympy
 from torch import fx
 
-from fa3_compile.frontend.lift.captured import reads_infinite
+from fa3_compile.frontend.lift.captured import Captured, Seed, reads_infinite
 from fa3_compile.frontend.lift.lift import Lifter, Opaque
 from fa3_compile.spec.expr import KV, Expr, S, depends_on, load, loads_in, where
 from fa3_compile.spec.fills import LOWEST
@@ -40,6 +40,16 @@ def kept_apart(a: Expr, b: Expr, alpha: Expr, ctx: Lifter) -> Expr:
             doubtful = [y for y in loads_in(x) if reads_infinite([y], ctx.loads)]
             again |= {y: _read_again(y, ctx) for y in doubtful}
     return b.xreplace(again)
+
+
+def opposite_infinities(x: Expr, loads: Sequence[Captured | Seed]) -> bool:
+    """Whether what may be infinite is added in it, and what may be infinite is taken off."""
+    signs = {
+        bool(c.is_negative)
+        for c, term in _terms(x)
+        if isinstance(term, load) and reads_infinite([term], loads)
+    }
+    return len(signs) == 2
 
 
 def _terms(x: Expr, times: Expr = sympy.S.One) -> Iterator[tuple[Expr, Expr]]:
