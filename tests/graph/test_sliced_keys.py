@@ -43,6 +43,14 @@ def test_powers_of_a_slice(kept):
     assert check(attention, *qkv()).fused
 
 
+@pytest.mark.parametrize("kept", [slice(2, None), slice(0, 7)])
+def test_a_function_of_a_slice(kept):
+    def attention(q, k, v):
+        return torch.relu(scores_of(q, k)[..., kept]) @ v[..., kept, :]
+
+    assert "normalize=none" in specs(check(attention, *qkv()))
+
+
 def test_every_second_key_is_left():
     def attention(q, k, v):
         return attend(scores_of(q, k)[..., ::2], v[..., ::2, :])

@@ -13,7 +13,7 @@ from fa3_compile.frontend.lift.lift import descendants, shape_of
 from fa3_compile.frontend.shadow.activations import comes_with_data
 from fa3_compile.frontend.shadow.normalize import Softmax, unnormalised
 from fa3_compile.frontend.shadow.operators import DROPOUT
-from fa3_compile.frontend.shadow.trace import Shadow
+from fa3_compile.frontend.shadow.trace import SIZES, Shadow
 
 aten = torch.ops.aten
 ADDING_UP = (aten.add.Tensor, aten.sub.Tensor)
@@ -67,9 +67,24 @@ class PlainWeights:
         """Whether a side, contracted along `axis`, is a changed product of queries and keys."""
         if _unmoved(side).target in PRODUCTS:
             return False
-        keys = shape_of(side)[axis]
+        lengths = _before_slices(side, shape_of(side)[axis])
         found = products_before(side)
-        return any(x not in self.taken and keys in shape_of(x)[-2:] for x in found)
+        return any(x not in self.taken and lengths & {*shape_of(x)[-2:]} for x in found)
+
+
+def _before_slices(side: fx.Node, keys: int) -> set[int]:
+    """So many keys, or of how many they are a slice, on the way from a product to `side`."""
+    lengths, seen, stack = {keys}, set(), [side]
+    while stack:
+        node = stack.pop()
+        if node in seen or node.target in (*PRODUCTS, *SIZES):
+            continue
+        seen.add(node)
+        stack += node.all_input_nodes
+        if node.target is aten.slice.Tensor:
+            before, left = shape_of(moved(node)), shape_of(node)
+            lengths |= {b for b, a in zip(before, left, strict=True) if a in lengths}
+    return lengths
 
 
 def _unmoved(side: fx.Node) -> fx.Node:
