@@ -70,6 +70,26 @@ class TestFused:
 
         assert check(attention, *qkv(), normal(S, S), uniform(H, S, 1)).fused
 
+    @pytest.mark.parametrize(
+        ("changed", "weight"),
+        [
+            (lambda p, gate: p, ""),
+            (lambda p, gate: p.tril(), ", weight=where(kv <= q, 1, 0)"),
+            (lambda p, gate: p.masked_fill(gate < 0, 0), ", weight=where(load(0, q, kv) == 0, 1, 0)"),
+            (lambda p, gate: p * (gate > 0), ", weight=where(load(0, q, kv) != 0, 1, 0)"),
+            (lambda p, gate: p * gate.sigmoid(), ", weight=sigmoid(load(0, q, kv))"),
+            (lambda p, gate: p.nan_to_num() * gate.exp(), ", weight=exp(load(0, q, kv))"),
+        ],
+        ids=["as they are", "a triangle", "filled", "masked", "gated", "by exponentials"],
+    )
+    def test_by_their_sizes(self, changed, weight):
+        # A softmax times what is not negative is its own size.
+        def attention(q, k, v, gate):
+            return F.normalize(changed(weights_of(q, k), gate), p=1, dim=-1) @ v
+
+        spec = specs(check(attention, *qkv(), normal(S, S)))
+        assert spec.startswith("attention(score=0.25*s" + weight)
+
     def test_grouped_heads(self):
         def attention(q, k, v, gate):
             k, v = (x.repeat_interleave(2, 1) for x in (k, v))

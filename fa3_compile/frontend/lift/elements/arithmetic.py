@@ -176,7 +176,27 @@ def _(node, index, ctx: Lifter) -> Element:
 
 @element_of(aten.abs.default)
 def _(node, index, ctx: Lifter) -> Element:
-    return through_where(sympy.Abs, ctx.broadcast(node.args[0], index))
+    return through_where(_size, ctx.broadcast(node.args[0], index))
+
+
+def _size(x: Expr) -> Expr:
+    return x if _weighs(x) else sympy.Abs(x)
+
+
+def _weighs(x: Expr) -> bool:
+    """Whether it is an element of a softmax, perhaps filled with 0 or times what is not negative:
+    where that is 0, it has no gradient, so that the slope of its size at 0 is never met."""
+    if isinstance(x, where):
+        return all(y == 0 or _weighs(y) for y in x.args[1:])
+    factors = sympy.Mul.make_args(x)
+    others = [f for f in factors if not isinstance(f, prob)]
+    return len(others) < len(factors) and all(map(_is_not_negative, others))
+
+
+def _is_not_negative(x: Expr) -> bool:
+    if isinstance(x, where):
+        return all(map(_is_not_negative, x.args[1:]))
+    return bool(x.is_nonnegative)
 
 
 @element_of(aten.sign.default, aten.sgn.default)
