@@ -42,8 +42,7 @@ def _either(made: Recipe) -> bool:
             and made.masks
             and (captured in ("padding", "empty sequence", "lengths") or made.hides and made.given),
             # Eager does not normalise a row of one finite fill, spelled so.
-            softmax == "logsumexp" and (made.masks or captured),
-            softmax == "log of the sum",
+            softmax in ("logsumexp", "log of the sum") and (made.masks or captured),
             made.context == "autocast",
             # A masked score is no small weight where it is multiplied by a decay, and silu(-inf)
             # is NaN.

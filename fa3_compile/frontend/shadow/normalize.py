@@ -100,18 +100,40 @@ def _of(node, scores, dim, *, dead_rows_zero=False) -> Softmax:
 
 
 def _less_logsumexp(node: fx.Node, scores, normaliser) -> Softmax | None:
-    """exp(x - logsumexp(x, dim)), kept or unsqueezed."""
+    """exp(x - logsumexp(x, dim)), kept or unsqueezed, or with a logsumexp by hand."""
     taken, added = unexpanded(normaliser)
-    if not _is(taken, aten.logsumexp.default):
+    summed = taken if _is(taken, aten.logsumexp.default) else _log_of_sum(taken)
+    if summed is None:
         return None
-    source, dims = taken.args[:2]
-    keeps = bool(taken.args[2]) if len(taken.args) > 2 else False
+    dims = summed.args[1]
+    keeps = bool(summed.args[2]) if len(summed.args) > 2 else False
+    source = taken.args[0] if summed is taken else summed.args[0].args[0].args[0]
     if not same_value(source, scores) or len(dims) != 1:
         return None
     at = dimension(dims[0], scores.meta["val"].dim())
     if added != ([] if keeps else [at]):
         return None
     return Softmax(node, scores, at, less_logsumexp=True)
+
+
+def _log_of_sum(node) -> fx.Node | None:
+    """exp(x - m).sum(dim) of m + log(exp(x - m).sum(dim)), a logsumexp of x for its maximum m."""
+    if not _is(node, aten.add.Tensor):
+        return None
+    for top, log in (node.args[:2], node.args[1::-1]):
+        summed = log.args[0] if _is(log, aten.log.default) else None
+        e = summed.args[0] if _is(summed, aten.sum.dim_IntList) else None
+        if not _is(e, aten.exp.default) or not _is(e.args[0], aten.sub.Tensor):
+            continue
+        x, shift = e.args[0].args[:2]
+        maximum = unexpanded(shift)[0]
+        if not row_statistic(maximum) or not same_value(_unsqueezed(top), _unsqueezed(maximum)):
+            continue
+        source, dims = statistic_of(maximum)
+        at = [dimension(d, x.meta["val"].dim()) for d in summed.args[1]]
+        if same_value(source, x) and dims == at:
+            return summed
+    return None
 
 
 def _by_hand(node: fx.Node) -> Softmax | None:
@@ -236,6 +258,14 @@ def unexpanded(node) -> tuple[fx.Node, list[int]]:
             break
         node = node.args[0]
     return node, added
+
+
+def _unsqueezed(node):
+    """The node before dimensions of length 1 were added or left out."""
+    node, _ = unexpanded(node)
+    while isinstance(node, fx.Node) and node.target in (aten.squeeze.dim, aten.squeeze.dims):
+        node, _ = unexpanded(node.args[0])
+    return node
 
 
 def _undetached(node):
