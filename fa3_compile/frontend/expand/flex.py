@@ -22,7 +22,7 @@ from torch import Tensor, fx
 
 from fa3_compile import report
 from fa3_compile.frontend.dynamo.graph import example_value, target_name
-from fa3_compile.frontend.expand import flex_blocks
+from fa3_compile.frontend.expand import flex_blocks, flex_rounding
 
 # The names of flex_attention's arguments in the graph, in order; not all need be given.
 ARGUMENTS = (
@@ -189,9 +189,10 @@ def spelled_out(call: Call, stop: Callable[[Tensor], Tensor]):
         at = [torch.arange(n, device=query.device) for n in scores.shape]
         mask_mod, score_mod = Mod(call.mask_mod), Mod(call.score_mod, call.stopping, stop)
         seen = over_coordinates(lambda *x: mask_mod.run(*x, *call.mask_captures))(*at)
-        scores = over_coordinates(
-            lambda s, *x: score_mod.run(s, *x, *call.score_captures), scored=True
-        )(scores, *at)
+        captures = flex_rounding.widened(call.score_mod, call.score_captures)
+        scores = over_coordinates(lambda s, *x: score_mod.run(s, *x, *captures), scored=True)(
+            scores, *at
+        )
         scores = scores.to(wide).masked_fill(seen.logical_not(), -math.inf)
         weights = torch.ops.aten._safe_softmax(scores, -1)
         out = weights.to(query.dtype) @ value
