@@ -14,6 +14,7 @@ from tests.graph.inputs import (
     H,
     S,
     attend,
+    chance,
     normal,
     qkv,
     scores_of,
@@ -330,3 +331,19 @@ class TestAfter:
         assert_expected_inline(
             declined(lambda *x: attention(*x, hard=True)), """lift: scores-selected"""
         )
+
+
+def test_what_is_added_to_exponentials_and_to_their_sum():
+    """DynamicViT's softmax with a policy (Rao et al. 2021), whose small numbers count where the
+    largest score is of a token that is dropped."""
+
+    def attention(q, k, v, policy):
+        s = scores_of(q, k)
+        policy = policy + (1 - policy) * torch.eye(S)
+        e = (s - s.amax(-1, keepdim=True)).exp() * policy
+        return (e + 1e-6 / S) / (e.sum(-1, keepdim=True) + 1e-6) @ v
+
+    [region] = check(attention, *qkv(), chance(0.5, B, 1, 1, S).float()).regions
+    assert (region.code, region.fused) == ("not-pointwise", False)
+    assert region.reason.startswith("division by") and "Divide weights by" in region.hint
+    assert "/ (e.sum(-1, keepdim=True) + 1e-6) @ v" in region.where

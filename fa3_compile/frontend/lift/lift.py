@@ -337,17 +337,24 @@ def declined(opaque: Opaque, shadow: Shadow) -> Decline:
             stage="lift",
         )
     hint = "Keep what lies between the two products to element-wise operations."
+    described = _described(opaque.node)
+    if described.startswith(DIVISION):
+        hint = (
+            "Divide weights by their own sum: e / e.sum(-1, keepdim=True). What is added to them, "
+            "(e + c) / e.sum(-1, keepdim=True), weigh V by apart, or leave out."
+        )
     if opaque.node.target not in RULES:
         hint += " An element-wise operator takes one rule: docs/extending/operator.md."
     return Decline(
         "not-pointwise",
         at,
         hint,
-        message=f"{_described(opaque.node)}: {opaque.why}",
+        message=f"{described}: {opaque.why}",
         stage="lift",
     )
 
 
+DIVISION = "division by"
 DIVISIONS = (torch.ops.aten.div.Tensor, torch.ops.aten.reciprocal.default)
 ROOTS = (torch.ops.aten.sqrt.default, torch.ops.aten.rsqrt.default)
 
@@ -359,7 +366,7 @@ def _described(node: fx.Node) -> str:
     if not name.startswith("aten.sum.") or ROOTS[0] in (met := _met(node)) or ROOTS[1] in met:
         return name
     if met & {*DIVISIONS}:
-        return f"division by {name}"
+        return f"{DIVISION} {name}"
     keeps = len(node.args) > 2 and node.args[2] is True
     unsqueezed = any(user.target is torch.ops.aten.unsqueeze.default for user in node.users)
     return f"the sum of a row, {name}" if keeps or unsqueezed else name
