@@ -104,6 +104,8 @@ class Region:
     output_axes: list[list[sympy.Symbol]]
     # Dynamo nodes that hold scores or weights: dead once the output is replaced.
     interior: list[fx.Node]
+    # The first of them: products of queries and keys.
+    products: list[fx.Node]
     # s is the sum of their products: several stand side by side along d.
     pairs: list[Pair]
     value: Operand

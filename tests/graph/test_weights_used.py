@@ -99,6 +99,32 @@ class TestWeightsReturned:
         assert specs(check(attention, *qkv())) == f"{PLAIN}\n{PLAIN}"
         assert "softmax" not in graph_of(attention, *qkv())
 
+    def test_scores_of_the_way_there_and_back(self):
+        # Soft MoE (Puigcerver et al. 2023): tokens go to slots and come back by the same scores.
+        def attention(x, slots, _):
+            s = scores_of(x, slots)
+            mixed = s.softmax(-2).transpose(-1, -2) @ x
+            return attend(s, mixed.tanh())
+
+        plain = PLAIN.replace(")", ", out_order=bqhd)")
+        q, k, v = qkv(B, S, 16)
+        assert specs(check(attention, q, k[:, :7].detach(), v)) == f"{plain}\n{plain}"
+        assert "softmax" not in graph_of(attention, q, k, v)
+
+    def test_scores_that_are_also_values(self):
+        def attention(q, k, v):
+            s = scores_of(q, k)
+            return attend(s, s.tanh())
+
+        assert specs(check(attention, *qkv())) == "check: scores-read"
+
+    def test_scores_there_that_are_not_fused(self):
+        def attention(x, slots, _):
+            s = scores_of(x, slots)
+            return attend(s, s.cumsum(-2).softmax(-2).transpose(-1, -2) @ x)
+
+        assert "check: scores-read" in specs(check(attention, *qkv(B, S, 16)))
+
     def test_in_the_scores_of_the_next(self):
         # RealFormer: the scores are added to those of the next layer.
         def attention(q, k, v):

@@ -90,6 +90,7 @@ def region(shadow: Shadow, reading: Reading) -> Region:
         output=skeleton.output,
         output_axes=reading.axes,
         interior=interior,
+        products=_holders(shadow, {dot.node for dot in reading.scores.dots}),
         pairs=[replace(x, factor=factor) for x, factor in zip(reading.pairs, factors)],
         value=reading.value,
         layout=layout,
@@ -118,9 +119,13 @@ def _interior(shadow: Shadow, reading: Reading) -> list[fx.Node]:
             if source not in behind:
                 behind.add(source)
                 stack.append(source)
-    between = behind & descendants(dot.node for dot in reading.scores.dots)
-    held = [d for d, a in shadow.aten_of.items() if a in between]
-    return [*dict.fromkeys([*held, *(d for a, d in shadow.within.items() if a in between)])]
+    return _holders(shadow, behind & descendants(dot.node for dot in reading.scores.dots))
+
+
+def _holders(shadow: Shadow, values: set[fx.Node]) -> list[fx.Node]:
+    """The Dynamo nodes that hold some of the values, or make them inside."""
+    held = [d for d, a in shadow.aten_of.items() if a in values]
+    return [*dict.fromkeys([*held, *(d for a, d in shadow.within.items() if a in values)])]
 
 
 def _checked_operands(reading: Reading, skeleton: Skeleton) -> None:

@@ -11,6 +11,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fa3_compile.frontend.dynamo.gradients import has_gradient, learned_inputs
 from fa3_compile.frontend.dynamo.graph import example_value
+from fa3_compile.frontend.dynamo.liveness import depends_on_values
 from fa3_compile.frontend.dynamo.mutations import written_later
 from fa3_compile.frontend.lift.captured import Captured
 from fa3_compile.frontend.lift.lift import ancestors
@@ -187,7 +188,14 @@ def _same_reads(a: Any, b: Any) -> bool:
 
 
 def follow_replacements(region: Region, replaced: dict[fx.Node, fx.Node]) -> None:
-    """Reads the results of earlier rewrites in place of what they replaced."""
+    """Reads the results of earlier rewrites in place of what they replaced. V that was made of
+    another softmax of the same scores, as in Soft MoE, is then made of them no more."""
+    products, results = {*region.products}, {*replaced.values()}
+    region.interior = [
+        x
+        for x in region.interior
+        if depends_on_values(x, products) or not depends_on_values(x, results)
+    ]
     for operand in region.operands:
         operand.source = replaced.get(operand.source, operand.source)
     for loads in (region.loads, region.coefficient_loads, region.factor_loads):
