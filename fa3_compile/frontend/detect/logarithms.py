@@ -1,13 +1,15 @@
-"""The score that an exponential of a softmax by hand is of."""
+"""The score that an exponential of a softmax by hand is of, and the gate beside it."""
 
 from __future__ import annotations
 
 import sympy
 from torch import fx
 
+from fa3_compile.errors import Decline
 from fa3_compile.frontend.lift.elements.pointwise import through_where
+from fa3_compile.frontend.lift.placeholders import row_stat
 from fa3_compile.frontend.reasons.near_softmax import not_exponential
-from fa3_compile.spec.expr import Expr, S, depends_on, sigmoid, where
+from fa3_compile.spec.expr import KV, Expr, S, depends_on, load, sigmoid, where
 
 
 def logarithm(element: Expr, at: fx.Node) -> Expr:
@@ -34,3 +36,24 @@ def logarithm(element: Expr, at: fx.Node) -> Expr:
     if (element.is_positive or isinstance(element, sigmoid)) and not depends_on(element, [S]):
         return sympy.log(element)
     raise not_exponential(element, at)
+
+
+def without_gates(element: Expr, of_scores: list[sympy.Symbol], at: fx.Node) -> tuple[Expr, Expr]:
+    """(exponentials, what else they are multiplied by, key by key): numbers that are read, of any
+    sign. A softmax of the first is multiplied by those, and divided by its row's sum once more."""
+    factors = sympy.Mul.make_args(element)
+    gates = [x for x in factors if _is_gate(x, of_scores) and not _has_logarithm(x, at)]
+    return sympy.Mul(*(x for x in factors if x not in gates)), sympy.Mul(*gates)
+
+
+def _is_gate(factor: Expr, of_scores: list[sympy.Symbol]) -> bool:
+    free = not depends_on(factor, of_scores) and not factor.has(row_stat)
+    return free and factor.has(load) and depends_on(factor, [KV])
+
+
+def _has_logarithm(element: Expr, at: fx.Node) -> bool:
+    try:
+        logarithm(element, at)
+    except Decline:
+        return False
+    return True

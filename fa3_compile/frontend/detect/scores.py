@@ -15,7 +15,7 @@ from torch import fx
 from fa3_compile.errors import Decline
 from fa3_compile.frontend.detect import beside, row_terms
 from fa3_compile.frontend.detect.joined import joined
-from fa3_compile.frontend.detect.logarithms import logarithm
+from fa3_compile.frontend.detect.logarithms import logarithm, without_gates
 from fa3_compile.frontend.detect.product import (
     Dot,
     Products,
@@ -35,7 +35,7 @@ from fa3_compile.frontend.lift.lift import (
     shape_of,
 )
 from fa3_compile.frontend.lift.placeholders import row_stat, total, without_some
-from fa3_compile.frontend.reasons.near_softmax import check_rows, of_its_row
+from fa3_compile.frontend.reasons.near_softmax import check_rows, not_exponential, of_its_row
 from fa3_compile.frontend.shadow.normalize import (
     Softmax,
     largest_is_one,
@@ -73,6 +73,8 @@ class Scores:
     less_row_terms: bool = False
     # Whether `s` is one of the dots instead, that of the key: they have their keys side by side.
     beside: bool = False
+    # What exponentials are multiplied by before their sum is taken: the softmax is taken without.
+    gates: Expr = sympy.S.One
 
 
 def read_scores(
@@ -84,7 +86,8 @@ def read_scores(
     weights: Weights,
     joins: bool,
 ) -> Scores:
-    """The scores that one term of V's weights is a softmax of. `Decline` where they are none.
+    """The scores that one term of V's weights is a softmax of, its gates made the term's weight.
+    `Decline` where they are none.
 
     batches  the axes of the product with V that are not its rows or columns
     holder   the Dynamo node that stands for a shadow node
@@ -100,7 +103,10 @@ def read_scores(
             shadow, term, products, index, extra, ranges, holder, weights, joins, are_beside
         )
 
-    return _around_a_product(softmax, holder, read, shadow, joins)
+    found = _around_a_product(softmax, holder, read, shadow, joins)
+    if found.gates != 1:
+        term.gate(found.gates)
+    return found
 
 
 def _around_a_product(softmax: Softmax, holder, read, shadow: Shadow, joins: bool) -> Scores:
@@ -219,8 +225,13 @@ def _read(
             message=f"V has {ranges[KV]} keys, and one product of the scores {dots[0].keys}",
         )
 
+    gates: Expr = sympy.S.One
     if softmax.by_hand:
         check_rows(element, holder(x))
+        # Without a maximum taken off, they are weights without a softmax: what is too large is
+        # infinite, as it is in eager.
+        if element.has(row_stat) and term.may_be_gated:
+            element, gates = without_gates(element, [S, *products.dots.values()], holder(x))
 
     def logit(element: Expr) -> Expr:
         return logarithm(element, holder(x)) if softmax.by_hand else element
@@ -243,13 +254,15 @@ def _read(
     if not shifted:
         score = row_terms.without_underflow(score, x.meta["val"].dtype, shift)
     found = Scores(dots, factors, lifter, score, shifted=shifted, less_row_terms=shift != 0)
-    found.beside, found.fills_show = are_beside, fills_show
+    found.beside, found.fills_show, found.gates = are_beside, fills_show, gates
     for position in extra:
         element = number(lifter.element(x, (*index[:dim], position, *index[dim + 1 :])))
         found.sinks.append(logit(element) - shift)
     if softmax.by_hand:
         rest = _rest(softmax, products, index, term.divided_at or index)
         found.sinks += [logarithm(part, holder(x)) - shift for part in rest]
+    if found.sinks and gates != 1:
+        raise not_exponential(gates, holder(x))
     found.sinks = [_of_the_row(sink, products, holder(x)) for sink in found.sinks]
     if found.score.has(row_stat):
         raise of_its_row(found.score, holder(x))

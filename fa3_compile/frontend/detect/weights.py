@@ -50,6 +50,20 @@ class Term:
     # Where the product with V is divided by the rows' sums, if that comes after it.
     divided_at: Index | None = None
 
+    @property
+    def may_be_gated(self) -> bool:
+        """Whether V is weighed by a softmax by hand alone, over sums that gates may have any sign
+        in, whose rows without keys are NaN."""
+        summed = self.softmax.summed
+        if summed is None or added_up(summed).sizes or self.softmax.dead_rows_zero:
+            return False
+        return self.weight == 1 and self.kept == sympy.true and not self.zeroed
+
+    def gate(self, gates: Expr) -> None:
+        """Weighs by the softmax times gates, over the sum of that."""
+        self.weight *= gates
+        self.coefficient /= ROW_SUM
+
     def merge_into(self, score: Expr) -> Expr:
         """What weights without a softmax are, given what they were before their factors, which
         are none of the term's then."""
