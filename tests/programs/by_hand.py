@@ -171,7 +171,7 @@ def _beside(p: Tensor, s: Tensor, made: Recipe) -> Tensor:
         return p + 0.1 * F.relu(s).square().to(p.dtype)
     if made.use == "identity beside":
         return p + torch.eye(*s.shape[-2:], dtype=p.dtype, device=p.device)
-    return p - 1 / p.shape[-1] if made.use == "number beside" else p
+    return p - 0.5 / p.shape[-1] if made.use == "number beside" else p
 
 
 def _in_context(attention: Attention, made: Recipe, device: str) -> Attention:

@@ -211,6 +211,8 @@ def _run_as_eager_can(made: Recipe) -> None:
     if made.softmax in softmaxes.NEEDS_KEYS and (dead or made.captured == "infinite bias"):
         # 0 / 0 in eager, where all of a row vanishes: docs/numerics.md.
         made.softmax = "by hand"
+    if made.softmax in softmaxes.OF_MASKS and (made.expression or made.hides):
+        made.dynamic = None  # a fill that is known when it runs alone may be all that a row sees
     if made.softmax == "base two" and dead:
         made.softmax = "power of two"  # finfo.min * log2(e) overflows: docs/numerics.md
     if dead and made.fill in ("-1e4", "-65504"):
