@@ -100,6 +100,27 @@ def test_heads_of_keys_of_each_query():
     assert [region.fused for region in report.regions] == [True]
 
 
+def of_rows_and_columns(q, k, v):
+    """ProteinMPNN (Dauparas et al. 2022), whose products have the keys among their batches."""
+    q, k, v = (x.unflatten(-1, (2, D // 2)) for x in (q, k, v))
+    s = torch.matmul(q[:, :, None, :, None], k[..., None]).flatten(-3)
+    w = s.transpose(-2, -1).softmax(-1)
+    return torch.matmul(w.unsqueeze(-2), v.transpose(2, 3)).flatten(2)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_keys_among_the_batches(dynamic):
+    assert specs(check(of_rows_and_columns, QUERY, KEYS, VALUES, dynamic=dynamic)) == PLAIN
+
+
+def test_rows_and_columns_of_single_keys():
+    # Each query has one key: there is nothing to attend to.
+    def attention(q, k, v):
+        return (q[..., None, :] @ k[..., None])[..., 0].softmax(-1) * v
+
+    assert not check(attention, *qkv()).regions
+
+
 def one_query(q, k):
     """MAAC's critic, Luong's score "dot"."""
     w = torch.sum(q.unsqueeze(1).expand_as(k) * k, dim=2).softmax(1)

@@ -1,5 +1,6 @@
 """Sums of element-wise products, read as the products of matrices that they are:
-`(q[:, None] * k).sum(-1)` is one of queries and keys, `(w[..., None] * v).sum(-2)` one with V.
+`(q[:, None] * k).sum(-1)` is one of queries and keys, `(w[..., None] * v).sum(-2)` one with V. So
+are products of single rows with single columns, where queries are expanded along batches of keys.
 
 Only those before a softmax and behind it are read so. Both factors come with the data: what is
 multiplied by a vector of the model is a layer.
@@ -57,9 +58,11 @@ def _softmaxes(shadow: Shadow) -> list[Softmax]:
 @dataclass
 class _Contraction:
     """`node` is factor * (left * right).sum(summed). Axes are counted from the last, -1, of
-    left * right: those that are summed, that both factors have, and that only one has."""
+    left * right: those that are summed, that both factors have, and that only one has. `whole` has
+    the sizes of that product."""
 
     node: fx.Node
+    whole: fx.Node
     left: fx.Node
     right: fx.Node
     factor: float
@@ -107,33 +110,30 @@ def _reached(
         if node in seen or node.target in PRODUCTS:
             continue
         seen.add(node)
-        if node.target in SUMS:
+        if node.target in SUMS or _single_rows(node) is not None:
             yield node
         else:
             stack += following(node)
 
 
 def _contraction(node: fx.Node, given: Callable[[fx.Node], bool]) -> _Contraction | None:
-    """The contraction that a sum is; None where it is none of matrices."""
-    dims = node.args[1] if len(node.args) > 1 else None
-    whole = node.args[0]
-    assert isinstance(whole, fx.Node)
-    rank = whole.meta["val"].dim()
-    if not isinstance(dims, (list, tuple)) or not dims or not _widens(whole, node):
-        return None
-    summed = sorted(dimension(d, rank) - rank for d in dims)  # pyright: ignore
-    size = {d: whole.meta["val"].shape[d] for d in range(-rank, 0)}
-    factor = 1.0
-    if node.target is aten.mean.dim:
-        count = math.prod(size[d] for d in summed)
-        if not isinstance(count, int) or not count:
-            return None
-        factor /= count
-    factors = _factors(whole)
-    if factors is None or not all(map(given, factors[:2])):
-        return None
-    left, right, number = factors
+    """The contraction that a node is; None where it is none of matrices."""
     known: dict[fx.Node, set[int]] = {}
+    rows = _single_rows(node)
+    if rows is not None:
+        left, column = rows
+        right, whole, summed, factor = _row_of(column, known), left, [-1], 1.0
+    else:
+        whole, summed, factor = _summed(node)
+        factors = _factors(whole) if summed else None
+        if factors is None:
+            return None
+        left, right, number = factors
+        factor *= number
+    if not given(left) or not given(right):
+        return None
+    shape = whole.meta["val"].shape
+    size = {d: shape[d] for d in range(-len(shape), 0)}
     a, b = varying_axes(left, known), varying_axes(right, known)
     kept = [d for d in size if d not in summed]
     if any(d not in a or d not in b for d in summed):
@@ -144,7 +144,50 @@ def _contraction(node: fx.Node, given: Callable[[fx.Node], bool]) -> _Contractio
     of_left, of_right = ([d for d in kept if d in x - y] for x, y in ((a, b), (b, a)))
     if not of_left and not of_right:
         return None
-    return _Contraction(node, left, right, factor * number, summed, both, of_left, of_right, size)
+    return _Contraction(node, whole, left, right, factor, summed, both, of_left, of_right, size)
+
+
+def _single_rows(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The rows [..., 1, d] and columns [..., d, 1] of `matmul(rows, columns)`, whose batches may
+    have the keys, as ProteinMPNN's do."""
+    product = node.args[0] if node.target is aten.view.default else None
+    if not isinstance(product, fx.Node) or product.target is not aten.bmm.default:
+        return None
+    rows, columns = (_unflattened(x) for x in sides_of(product))
+    before, after, made = (shape_of(x) for x in (rows, columns, node))
+    if len(made) < 3 or before[-2] != 1 or after[-1] != 1 or before[-1] == 1:
+        return None
+    return (rows, columns) if before[:-2] == after[:-2] == made[:-2] else None
+
+
+def _unflattened(side: fx.Node) -> fx.Node:
+    """A side of a product before its batches were made one axis."""
+    return moved(side) if side.target is aten.view.default else side
+
+
+def _row_of(column: fx.Node, known: dict[fx.Node, set[int]]) -> fx.Node:
+    """Columns [..., d, 1] as rows [..., 1, d]."""
+    rank = column.meta["val"].dim()
+    with column.graph.inserting_after(column):
+        row = _permute(column, [*range(rank - 2), rank - 1, rank - 2], [*range(rank)])
+    known[row] = {{-1: -2, -2: -1}.get(d, d) for d in varying_axes(column, known)}
+    return row
+
+
+def _summed(node: fx.Node) -> tuple[fx.Node, list[int], float]:
+    """(what a sum or a mean adds up, along which axes, times what); no axes where that is not
+    known."""
+    whole, *rest = node.args
+    assert isinstance(whole, fx.Node)
+    dims = rest[0] if rest else None
+    shape = whole.meta["val"].shape
+    if not isinstance(dims, (list, tuple)) or not _widens(whole, node):
+        return whole, [], 1.0
+    summed = sorted(dimension(d, len(shape)) - len(shape) for d in dims)  # pyright: ignore
+    if node.target is not aten.mean.dim:
+        return whole, summed, 1.0
+    count = math.prod(shape[d] for d in summed)
+    return (whole, summed, 1 / count) if isinstance(count, int) and count else (whole, [], 1.0)
 
 
 def _factors(node: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
@@ -244,7 +287,6 @@ def _permute(node: fx.Node, wanted: list[int], axes: list[int]) -> fx.Node:
 
 def _view(found: _Contraction, node: fx.Node, groups: list[list[int]]) -> fx.Node:
     """A tensor with each group of axes as one."""
-    whole = found.node.args[0]
     sizes, shape = [], []
     for group in groups:
         size: int | fx.Node = 1
@@ -252,7 +294,9 @@ def _view(found: _Contraction, node: fx.Node, groups: list[list[int]]) -> fx.Nod
         for d in group:
             length: int | fx.Node = found.size[d]  # pyright: ignore
             if not isinstance(length, int):
-                length = node.graph.call_function(aten.sym_size.int, (whole, d + len(found.size)))
+                length = node.graph.call_function(
+                    aten.sym_size.int, (found.whole, d + len(found.size))
+                )
                 length.meta["val"] = found.size[d]
             count *= found.size[d]
             if isinstance(size, int) and isinstance(length, int):
