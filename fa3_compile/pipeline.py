@@ -29,7 +29,7 @@ from fa3_compile.frontend.expand.einsum import expand_products
 from fa3_compile.frontend.expand.encoder_layer import expand_encoder_layers
 from fa3_compile.frontend.expand.flex_captures import detach_captures
 from fa3_compile.frontend.expand.multi_head_attention import expand_calls
-from fa3_compile.frontend.layout import layout
+from fa3_compile.frontend.layout import dense_reads, layout
 from fa3_compile.frontend.reasons.graph_breaks import broken_attention
 from fa3_compile.frontend.reasons.hints import hints
 from fa3_compile.frontend.reasons.opaque_scores import opaque_scores
@@ -211,6 +211,7 @@ def _analyse(
             regions = [layout.region(shadow, reading) for reading in readings]
             for region in regions:
                 rewrite.follow_replacements(region, replaced)
+                dense_reads.keys_side_by_side(region)
                 region.apart = apart
             known |= selection.formulas(regions[0])
             stage = "check"

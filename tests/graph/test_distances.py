@@ -212,7 +212,7 @@ def test_a_row_that_has_no_gradient():
     def made(n, m, w):
         return F.embedding(buckets(distance(n, m)), w, padding_idx=0).permute(2, 0, 1)
 
-    assert read(made, normal(8, H)) == "load(0, q, kv, h)"
+    assert read(made, normal(8, H)) == "load(0, h, q, kv)"
     assert read(made, normal(8, H).detach(), training=False) == "load(0, h, kv - q + 23)"
 
 

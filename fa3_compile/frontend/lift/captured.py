@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from fa3_compile.frontend.dynamo.graph import example_value, may_be_infinite
-from fa3_compile.spec.expr import load
+from fa3_compile.spec.expr import Expr, load
 
 
 class Diagonals(NamedTuple):
@@ -22,12 +22,24 @@ class Diagonals(NamedTuple):
     idle: tuple[int, ...]
 
 
+class Arranged(NamedTuple):
+    """A tensor of queries and keys with its keys side by side.
+
+    split  (dim, queries, keys) of a dimension that is both
+    order  of the dimensions in memory, after that; None for that which they have
+    """
+
+    split: tuple[int, Expr, Expr] | None
+    order: tuple[int, ...] | None
+
+
 class Captured(NamedTuple):
     """What a load reads: a Dynamo node, and the node since which it holds the value.
 
     diagonals  if it is read as a vector by the distance
     places     what is read so, [distances]: the tensor's rows along `dim`, which are gathered from
                there and become its last dimension
+    arranged   if its keys are brought side by side
     """
 
     source: fx.Node
@@ -35,6 +47,7 @@ class Captured(NamedTuple):
     diagonals: Diagonals | None = None
     places: Captured | None = None
     dim: int = 0
+    arranged: Arranged | None = None
 
     @property
     def dtype(self) -> torch.dtype:

@@ -20,7 +20,7 @@ from fa3_compile.frontend.dynamo.graph import (
     target_name,
     unwrapped,
 )
-from fa3_compile.frontend.lift.captured import Captured, Diagonals, Seed
+from fa3_compile.frontend.lift.captured import Arranged, Captured, Diagonals, Seed
 from fa3_compile.frontend.lift.lift import sym
 from fa3_compile.frontend.lift.placeholders import D
 from fa3_compile.frontend.region import Layout, Operand, Region
@@ -114,6 +114,8 @@ class Emitter:
             if x not in self.seeds:
                 self.seeds[x] = self.seed(x, device)
             return self.seeds[x]
+        if x.arranged is not None:
+            return self._arranged(self.captured(x._replace(arranged=None), device), x.arranged)
         if x.diagonals is not None:
             vector = self._by_distance(x, x.diagonals)
             same = example_value(vector).device == device
@@ -143,6 +145,14 @@ class Emitter:
             x.source,
             f"Move it to {device}.",
             message=f"{x.source} is on {value.device}, q on {device}",
+        )
+
+    def _arranged(self, x: fx.Node, how: Arranged) -> fx.Node:
+        if how.split is not None:
+            d, *sizes = how.split
+            x = self.call("unflatten", x, d, [self.size(n) for n in sizes])
+        return (
+            x if how.order is None else self.call("contiguous", self.call("permute", x, how.order))
         )
 
     def _by_distance(self, x: Captured, diagonals: Diagonals) -> fx.Node:

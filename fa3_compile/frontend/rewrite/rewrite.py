@@ -24,6 +24,7 @@ from fa3_compile.frontend.rewrite.coefficient import (
     with_beside,
 )
 from fa3_compile.frontend.rewrite.emit import Emitter
+from fa3_compile.frontend.rewrite.gathers import gather_in_float32
 from fa3_compile.spec.expr import KV, load, where
 
 
@@ -46,6 +47,8 @@ def rewrite(graph: fx.Graph, regions: list[Region], texts: list[str]) -> dict[fx
 
 def _replaced(graph: fx.Graph, regions: list[Region], texts: list[str]) -> dict[fx.Node, fx.Node]:
     output, before = regions[0].output, [*graph.nodes]
+    loads = [x for region in regions for x in region.loads]
+    learned_biases = [x.source for x in loads if isinstance(x, Captured) and x.needs_grad]
     place = place_of(graph, regions)
     replacements: dict[fx.Node, fx.Node] = {}
     with graph.inserting_before(place):
@@ -79,6 +82,8 @@ def _replaced(graph: fx.Graph, regions: list[Region], texts: list[str]) -> dict[
     for replaced, made in replacements.items():
         made.meta.update(replaced.meta)
         replaced.replace_all_uses_with(made)
+    for bias in learned_biases:
+        gather_in_float32(emit, bias)
     return replacements
 
 
@@ -106,9 +111,10 @@ def _attention(
     valued = _valued(region)
     for i, x in enumerate(region.loads):
         read = emit.captured(x, device)
-        if isinstance(x, Captured) and (x.diagonals or x.places):
+        learns = isinstance(x, Captured) and example_value(x.source).requires_grad
+        held_constant = i not in valued and (learns or example_value(read).requires_grad)
+        if isinstance(x, Captured) and (x.diagonals or x.places or x.arranged):
             x = region.loads[i] = Captured(read, read)
-        held_constant = i not in valued and example_value(read).requires_grad
         operands.append(
             (getattr(x, "source", None), emit.call("detach", read) if held_constant else read)
         )
