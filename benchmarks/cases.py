@@ -123,7 +123,7 @@ def _bias(case: Case, device: torch.device) -> tuple[Tensor, ...]:
 
 
 def _table(case: Case, device: torch.device) -> tuple[Tensor, ...]:
-    """A number for each head and distance kv - q."""
+    """A number for each head and distance q - kv."""
     generator = torch.Generator(device).manual_seed(1)
     distances = case.q_len + case.kv_len - 1
     table = torch.randn(1, case.heads, 1, distances, device=device, generator=generator)
@@ -203,10 +203,10 @@ VARIANTS = (
         learned=True,
     ),
     Variant(
-        "table",
-        score=lambda s, q, kv, table: s + table[:, :, 0, kv - q + s.shape[-2] - 1],
+        "relative",
+        score=lambda s, q, kv, table: s + table[:, :, 0, q - kv + s.shape[-1] - 1],
         flex=lambda table: (
-            lambda s, b, h, q, kv: s + table[0, h, 0, kv - q + table.shape[3] // 2],
+            lambda s, b, h, q, kv: s + table[0, h, 0, q - kv + table.shape[3] // 2],
             None,
         ),
         capture=_table,
