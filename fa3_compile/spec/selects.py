@@ -75,11 +75,13 @@ def assuming(
     return remade(expr, [assuming(x, facts, branch) for x in expr.args])
 
 
-def replaced(expr: Expr | Boolean, known: dict) -> Expr | Boolean:
+def replaced(expr: Expr | Boolean, known: dict, in_conditions: bool = True) -> Expr | Boolean:
     """As `expr.xreplace(known)`, by `remade`."""
     if expr in known:
         return known[expr]
-    return remade(expr, [replaced(x, known) for x in expr.args]) if expr.args else expr
+    if not expr.args or isinstance(expr, Boolean) and not in_conditions:
+        return expr
+    return remade(expr, [replaced(x, known, in_conditions) for x in expr.args])
 
 
 def remade(expr, args: list):

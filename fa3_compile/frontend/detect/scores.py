@@ -36,12 +36,8 @@ from fa3_compile.frontend.lift.lift import (
 )
 from fa3_compile.frontend.lift.placeholders import row_stat, total, without_some
 from fa3_compile.frontend.reasons.near_softmax import check_rows, not_exponential, of_its_row
-from fa3_compile.frontend.shadow.normalize import (
-    Softmax,
-    largest_is_one,
-    row_statistic,
-    statistic_of,
-)
+from fa3_compile.frontend.shadow.normalize import Softmax, largest_is_one
+from fa3_compile.frontend.shadow.row_statistics import row_statistic, statistic_of
 from fa3_compile.frontend.shadow.trace import Shadow
 from fa3_compile.spec.expr import KV, Expr, S, depends_on
 from fa3_compile.spec.index import Ranges, same, simplify_index

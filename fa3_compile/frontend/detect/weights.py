@@ -32,7 +32,7 @@ from fa3_compile.frontend.shadow.normalize import Softmax, added_up
 from fa3_compile.frontend.shadow.trace import Shadow
 from fa3_compile.spec.expr import KV, Expr, uniform, where
 from fa3_compile.spec.index import Ranges, same
-from fa3_compile.spec.selects import remade
+from fa3_compile.spec.selects import replaced
 
 
 @dataclass
@@ -130,14 +130,15 @@ def weights(
     for factor, kept, which in found:
         if which is not None:
             entries.setdefault(which, []).append((factor, kept))
-    ones = _sums_that_are_one(entries)
-    beside = _with_ones(beside, ones)
+    ones = _sums_that_are_one(entries)  # or NaN, which conditions tell from 1
+    beside = replaced(beside, ones, in_conditions=False)
     terms = []
     for which, parts in sorted(entries.items(), key=lambda x: str(x[0])):
         softmax = softmaxes[int(which.args[0])]
         kept = sympy.Or(*(k for _, k in parts))
         factor = parts[0][0] if len(parts) == 1 else sympy.Add(*(where(k, f, 0) for f, k in parts))
-        coefficient, weight = apart(_with_ones(without_some(sympy.sympify(factor)), ones))
+        factor = without_some(sympy.sympify(factor))
+        coefficient, weight = apart(replaced(factor, ones, in_conditions=False))
         if softmax.normalizes:
             own = weighed_total.of(weight, kept, which)
             coefficient = coefficient.xreplace({own: ROW_SUM})
@@ -160,15 +161,6 @@ def _sums_that_are_one(entries: dict[prob, list[tuple[Expr, Boolean]]]) -> dict[
     whole = [p for p, parts in entries.items() if sympy.Or(*(k for _, k in parts)) == sympy.true]
     whole = [p for p in whole if not isinstance(p, zeroed_prob)]
     return {weighed_total.of(sympy.S.One, sympy.true, p): sympy.S.One for p in whole}
-
-
-def _with_ones(x: Expr, ones: dict[Expr, Expr]) -> Expr:
-    """The expression with what is 1 or NaN as 1, but in conditions, which tell NaN from 1."""
-    if x in ones:
-        return ones[x]
-    if isinstance(x, Boolean) or not x.args:
-        return x
-    return remade(x, [_with_ones(y, ones) for y in x.args])  # pyright: ignore
 
 
 def _check_no_total(parts: Sequence[Expr | Boolean], at: fx.Node) -> None:

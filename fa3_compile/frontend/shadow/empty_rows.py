@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import operator
 from typing import Any
 
 import torch
 from torch import fx
 
 from fa3_compile.frontend.shadow.operators import STOP
+from fa3_compile.frontend.shadow.row_statistics import MAXIMA, reduction
 from fa3_compile.frontend.shadow.safe_softmax import (
     SAME,
     constant,
@@ -23,7 +23,6 @@ from fa3_compile.frontend.shadow.same import same_value
 aten = torch.ops.aten
 
 EXPONENTIALS = (aten.exp.default, aten.exp2.default)
-MAXIMA = (aten.amax.default, aten.max.default, aten.max.dim)
 PRODUCTS = (aten.bmm.default, aten.mm.default)
 # What is finite where its first operand is. A factor counts as finite.
 KEEP_FINITE = (
@@ -110,9 +109,10 @@ def _filled_alike(e: fx.Node, scores: Any) -> bool:
 def _reduced(shift: Any) -> Any:
     """What a maximum is of; itself of anything else."""
     node = _origin(shift)
-    if isinstance(node, fx.Node) and node.target is operator.getitem:
-        node = node.args[0]
-    return node.args[0] if isinstance(node, fx.Node) and node.target in MAXIMA else node
+    if not isinstance(node, fx.Node):
+        return node
+    reduced = reduction(node)
+    return reduced.args[0] if reduced.target in MAXIMA else reduced
 
 
 def _is_finite(x: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +11,16 @@ from torch import fx
 from fa3_compile.frontend.lift.elements.movement import dimension
 from fa3_compile.frontend.shadow.empty_rows import become_zeros
 from fa3_compile.frontend.shadow.operators import STOP
+from fa3_compile.frontend.shadow.row_statistics import (
+    dims_of,
+    is_call,
+    reduction,
+    row_statistic,
+    statistic_of,
+    undetached,
+    unexpanded,
+    unsqueezed,
+)
 from fa3_compile.frontend.shadow.safe_softmax import hides, made_finite, unmasked
 from fa3_compile.frontend.shadow.same import same_value
 from fa3_compile.frontend.shadow.trace import SIZES, Shadow
@@ -85,10 +94,10 @@ def _softmax(node: fx.Node) -> Softmax | None:
         return _of(node, node.args[0], node.args[1])
     if node.target is aten._safe_softmax.default:
         return _of(node, node.args[0], node.args[1], dead_rows_zero=True)
-    if node.target is aten.exp.default and _is(node.args[0], aten._log_softmax.default):
+    if node.target is aten.exp.default and is_call(node.args[0], aten._log_softmax.default):
         inner = node.args[0]
         return _of(node, inner.args[0], inner.args[1])
-    if node.target is aten.exp.default and _is(node.args[0], aten.sub.Tensor):
+    if node.target is aten.exp.default and is_call(node.args[0], aten.sub.Tensor):
         return _less_logsumexp(node, *node.args[0].args[:2])
     if node.target in (aten.div.Tensor, aten.mul.Tensor):
         return _by_hand(node)
@@ -102,7 +111,7 @@ def _of(node, scores, dim, *, dead_rows_zero=False) -> Softmax:
 def _less_logsumexp(node: fx.Node, scores, normaliser) -> Softmax | None:
     """exp(x - logsumexp(x, dim)), kept or unsqueezed, or with a logsumexp by hand."""
     taken, added = unexpanded(normaliser)
-    summed = taken if _is(taken, aten.logsumexp.default) else _log_of_sum(taken)
+    summed = taken if is_call(taken, aten.logsumexp.default) else _log_of_sum(taken)
     if summed is None:
         return None
     dims = summed.args[1]
@@ -118,16 +127,16 @@ def _less_logsumexp(node: fx.Node, scores, normaliser) -> Softmax | None:
 
 def _log_of_sum(node) -> fx.Node | None:
     """exp(x - m).sum(dim) of m + log(exp(x - m).sum(dim)), a logsumexp of x for its maximum m."""
-    if not _is(node, aten.add.Tensor):
+    if not is_call(node, aten.add.Tensor):
         return None
     for top, log in (node.args[:2], node.args[1::-1]):
-        summed = log.args[0] if _is(log, aten.log.default) else None
-        e = summed.args[0] if _is(summed, aten.sum.dim_IntList) else None
-        if not _is(e, aten.exp.default) or not _is(e.args[0], aten.sub.Tensor):
+        summed = log.args[0] if is_call(log, aten.log.default) else None
+        e = summed.args[0] if is_call(summed, aten.sum.dim_IntList) else None
+        if not is_call(e, aten.exp.default) or not is_call(e.args[0], aten.sub.Tensor):
             continue
         x, shift = e.args[0].args[:2]
         maximum = unexpanded(shift)[0]
-        if not row_statistic(maximum) or not same_value(_unsqueezed(top), _unsqueezed(maximum)):
+        if not row_statistic(maximum) or not same_value(unsqueezed(top), unsqueezed(maximum)):
             continue
         source, dims = statistic_of(maximum)
         at = [dimension(d, x.meta["val"].dim()) for d in summed.args[1]]
@@ -223,14 +232,14 @@ def _summed_dim(summed: fx.Node) -> int:
 def _reciprocal_of(node) -> fx.Node | None:
     """y of 1 / y."""
     node, _ = unexpanded(node)
-    if _is(node, aten.mul.Tensor) and 1 in node.args:
+    if is_call(node, aten.mul.Tensor) and 1 in node.args:
         # 1 / y of a tensor y.
         node = node.args[0] if node.args[1] == 1 else node.args[1]
-    if _is(node, aten.reciprocal.default):
+    if is_call(node, aten.reciprocal.default):
         return node.args[0]
-    if _is(node, aten.div.Tensor) and node.args[0] == 1:
+    if is_call(node, aten.div.Tensor) and node.args[0] == 1:
         return node.args[1]
-    if _is(node, aten.pow.Tensor_Scalar) and node.args[1] == -1:
+    if is_call(node, aten.pow.Tensor_Scalar) and node.args[1] == -1:
         return node.args[0]
     return None
 
@@ -248,84 +257,19 @@ def _behind(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def unexpanded(node) -> tuple[fx.Node, list[int]]:
-    """The node before it was broadcast, and the dimensions that were added."""
-    added: list[int] = []
-    while isinstance(node, fx.Node):
-        if _is(node, aten.unsqueeze.default):
-            added.append(dimension(node.args[1], node.meta["val"].dim()))
-        elif node.target not in (aten.expand.default, aten.detach.default, aten.alias.default):
-            break
-        node = node.args[0]
-    return node, added
-
-
-def _unsqueezed(node):
-    """The node before dimensions of length 1 were added or left out."""
-    node, _ = unexpanded(node)
-    while isinstance(node, fx.Node) and node.target in (aten.squeeze.dim, aten.squeeze.dims):
-        node, _ = unexpanded(node.args[0])
-    return node
-
-
-def _undetached(node):
-    """A node, or what it holds constant."""
-    return unexpanded(node.args[0])[0] if _is(node, STOP) else node
-
-
-def _is(node, target) -> bool:
-    return isinstance(node, fx.Node) and node.target is target
-
-
-def row_statistic(node: fx.Node) -> bool:
-    """Whether the node is a maximum or a logsumexp, which is finite where any score is. It may be
-    detached: a softmax does not depend on what is taken off a whole row, nor does its gradient. It
-    may be made finite elsewhere too."""
-    node = _undetached(node)
-    if not isinstance(node, fx.Node):
-        return False
-    if (inner := made_finite(node)) is not None:
-        return row_statistic(unexpanded(inner)[0])
-    if node.target in (aten.amax.default, aten.max.default, aten.logsumexp.default):
-        return True
-    taken = node.target is operator.getitem and node.args[1] == 0
-    return taken and _is(node.args[0], aten.max.dim)
-
-
 def largest_is_one(softmax: Softmax) -> bool:
     """Whether a softmax by hand divides exp(x - x.max(dim)): each sum is then at least 1, or, of a
     maximum that is made finite, 0 in a row without keys."""
     e, condition, holds = unmasked(softmax.scores)
-    if not _is(e, aten.exp.default) or not _is(e.args[0], aten.sub.Tensor):
+    if not is_call(e, aten.exp.default) or not is_call(e.args[0], aten.sub.Tensor):
         return False
     x, shift = e.args[0].args[:2]
-    statistic = _undetached(unexpanded(shift)[0])
+    statistic = undetached(unexpanded(shift)[0])
     if (inner := made_finite(statistic)) is not None:
-        statistic = _undetached(unexpanded(inner)[0])
+        statistic = undetached(unexpanded(inner)[0])
     if condition is not None and (inner is None or not hides(x, condition, holds)):
         return False
     if not row_statistic(statistic) or statistic.target is aten.logsumexp.default:
         return False
-    reduced = _reduction(statistic)
-    return same_value(reduced.args[0], x) and _dims(reduced) == [softmax.dim]
-
-
-def statistic_of(node: fx.Node) -> tuple[fx.Node, list[int]]:
-    """What a row statistic is of, and along which dimensions; of none where it is of all."""
-    node = _undetached(node)
-    while (inner := made_finite(node)) is not None:
-        node = _undetached(unexpanded(inner)[0])
-    reduced = _reduction(node)
-    return reduced.args[0], _dims(reduced)  # pyright: ignore[reportReturnType]
-
-
-def _reduction(statistic: fx.Node) -> fx.Node:
-    taken = statistic.target is operator.getitem
-    return statistic.args[0] if taken else statistic  # pyright: ignore[reportReturnType]
-
-
-def _dims(reduced: fx.Node) -> list[int]:
-    """The dimensions that a maximum is of; none of the maximum of all elements."""
-    x, *dims = reduced.args[:2]
-    dims = dims[0] if dims and isinstance(dims[0], (list, tuple)) else dims
-    return [dimension(d, x.meta["val"].dim()) for d in dims]
+    reduced = reduction(statistic)
+    return same_value(reduced.args[0], x) and dims_of(reduced) == [softmax.dim]
