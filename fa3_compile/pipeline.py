@@ -157,9 +157,9 @@ def _rewrite_graph(
     live = live_nodes(gm.graph, by_values=True) if rewritten else set()
     for entry, region, output in entries:
         if region is not None:
-            kept = check.hint(region, live)
-            gm.meta[KEEPS_WEIGHTS] = gm.meta.get(KEEPS_WEIGHTS, False) or bool(kept)
-            said = [kept, joined.hint(region), *hints(region.spec)]
+            read = check.reader_of(region.interior, live)
+            gm.meta[KEEPS_WEIGHTS] = gm.meta.get(KEEPS_WEIGHTS, False) or read is not None
+            said = [check.hint(read), joined.hint(region), *hints(region.spec)]
             entry = dataclasses.replace(entry, hint=" ".join(x for x in said if x))
             mask_tensors.keep(gm, region, entry)
         report.record(entry)

@@ -56,15 +56,12 @@ def reads_of(region: Region) -> list[tuple[fx.Node, fx.Node]]:
     return [(x.source, x.since) for x in (*region.operands, *captured, *places)]
 
 
-def hint(region: Region, live: set[fx.Node]) -> str:
-    """What the user of a rewritten region should know: weights that are computed once more.
-
-    live  what the rewritten graph needs, and not for its shape alone
-    """
-    found = _reader(region.interior, live)
-    if found is None:
+def hint(read: tuple[fx.Node, fx.Node] | None) -> str:
+    """What the user of a rewritten region should know: weights, as `reader_of` finds them, that are
+    computed once more."""
+    if read is None:
         return ""
-    held, reader = found
+    held, reader = read
     return (
         f"The scores or weights ({held}) are also used by {target_name(reader)} and computed once "
         "more for it; where that is not needed, do not return them (output_attentions=False)."
@@ -201,7 +198,7 @@ def _check_interior(graph: fx.Graph, regions: Sequence[Region]) -> None:
     live = keep_statistics(graph, regions, read, dropouts)
     statistics = [x.node for region in regions for x in region.statistics]
     interior = [n for n in {n: n for r in regions for n in r.interior} if n not in statistics]
-    found = _reader(interior, live)
+    found = reader_of(interior, live)
     if found is None:
         return
     _, reader = found
@@ -214,7 +211,7 @@ def _check_interior(graph: fx.Graph, regions: Sequence[Region]) -> None:
         )
     dropped = [n for n in interior if n in live and depends_on_values(n, {*dropouts})]
     if dropouts and dropped:
-        _, reader = _reader(dropped, live) or found
+        _, reader = reader_of(dropped, live) or found
         raise Decline(
             "dropped-weights-used",
             reader,
@@ -224,8 +221,11 @@ def _check_interior(graph: fx.Graph, regions: Sequence[Region]) -> None:
         )
 
 
-def _reader(interior: list[fx.Node], live: set[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
-    """(a node of the interior that is live, a live reader outside of the interior)."""
+def reader_of(interior: list[fx.Node], live: set[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
+    """(a node of the interior that is live, a live reader outside of the interior).
+
+    live  what the graph needs, and not for its shape alone
+    """
     inside = {*interior}
     for node in reversed(interior):
         if node in live:
