@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.graph.harness import assert_same, check, declined, specs
-from tests.graph.inputs import INF, SCALE, B, D, S, attend, chance, future, normal, qkv
+from tests.graph.inputs import INF, SCALE, B, D, H, S, attend, chance, future, normal, qkv
 
 PLAIN = "attention(score=s)"
 N, K = 6, 5  # nodes, and neighbours of each
@@ -54,6 +54,26 @@ def test_masks_and_scales():
         return weighed(s.masked_fill(future(), -INF).softmax(-1), v)
 
     assert specs(check(attention, *qkv())) == "attention(score=0.25*s, mask=kv <= q, dead=nan)"
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (H, 1, 1, 1)], ids=str)
+def test_scales_in_tensors(shape):
+    def attention(q, k, v, scale):
+        s = (q[:, :, :, None] * k[:, :, None] / scale.exp()).sum(-1)
+        return (s.softmax(-1)[..., None] * v[:, :, None] * scale).sum(-2)
+
+    report = check(attention, *qkv(), normal(*shape))
+    assert [region.fused for region in report.regions] == [True]
+
+
+def test_scales_of_keys_are_no_scales_of_the_sum():
+    # An infinite one is NaN in a sum of both signs, and would be -inf after it.
+    def attention(q, k, v, scale):
+        return attend((q[:, :, :, None] * k[:, :, None] * scale[..., None, :, :]).sum(-1), v)
+
+    scale = normal(B, H, S, 1).detach()
+    scale[..., 3, :] = INF
+    assert check(attention, *qkv(), scale, training=False).fused == []
 
 
 def test_heads_that_share_keys():
