@@ -323,3 +323,25 @@ def test_rows_multiplied_by_whether_they_have_a_key():
 
     spec = "attention(score=0.25*s, mask=load(0, b, 0, q, kv) == 0, dead=nan, aux=[bool])"
     assert specs(check(attention, *qkv(), hidden())) == spec
+
+
+def test_weights_filled_after_two_fills_that_are_infinite_together():
+    """The first row is NaN, and filled everywhere."""
+
+    def attention(q, k, v):
+        hidden = future() | torch.eye(S).bool()
+        scores = scores_of(q, k).masked_fill(hidden, LOWEST)
+        scores = scores + torch.where(hidden | (torch.arange(S) < 2), LOWEST, 0.0)
+        return scores.softmax(-1).masked_fill(hidden, 0.0) @ v
+
+    check(attention, *qkv(), training=False)
+
+
+def test_weights_filled_after_a_mask_that_is_divided_by():
+    def attention(q, k, v, seen):
+        scores = scores_of(q, k) - (1 / seen - 1)
+        return scores.softmax(-1).masked_fill(seen == 0, 0.0) @ v
+
+    seen = (~future()).float()
+    seen[0] = 0
+    check(attention, *qkv(), seen, training=False)

@@ -76,6 +76,13 @@ def test_weights_that_are_nan_by_a_bias_that_is_taken_off_are_replaced(times):
     assert specs(check(attention, *qkv(), bias, training=False)) == "lift: rows-of-nan"
 
 
+def test_weights_that_are_nan_by_a_fill_of_inf_are_replaced():
+    def attention(q, k, v):
+        return scores_of(q, k).masked_fill(future(), INF).softmax(-1).nan_to_num() @ v
+
+    assert specs(check(attention, *qkv(), training=False)) == "lift: rows-of-nan"
+
+
 def test_two_biases_whose_rows_without_keys_are_replaced():
     def attention(q, k, v, bias, other):
         return (scores_of(q, k) + bias + other).softmax(-1).nan_to_num() @ v

@@ -90,7 +90,10 @@ def read_fields(
         weight=in_coordinates(reading.term.weight),
         kept=in_coordinates(reading.term.kept),
         may_be_infinite=lambda x: (
-            x.has(sympy.oo, -sympy.oo) or reads_infinite(_loads_as_values(x), reading.loads)
+            x.has(sympy.oo, sympy.zoo, sympy.nan)
+            or _divides_by_reads(x)
+            or may_be_minus_inf(x)
+            or reads_infinite(_loads_as_values(x), reading.loads)
         ),
         at=at,
     )
@@ -177,6 +180,12 @@ def _may_be_infinite(separated: Separated, loads: list[Captured | Seed]) -> bool
     above = {x.lhs for x in conditions if isinstance(x, (sympy.Gt, sympy.Ge))}
     keyed = [x for x in loads_in(separated.score) if KV in x.free_symbols and x not in above]
     return reads_infinite(keyed, loads)
+
+
+def _divides_by_reads(expr: Expr) -> bool:
+    """Whether it divides by something that is read, which may be 0."""
+    powers = [x for x in expr.atoms(sympy.Pow) if x.base.has(load) and not x.base.is_positive]
+    return any(x.exp.could_extract_minus_sign() for x in powers)
 
 
 def _loads_as_values(expr: Expr) -> list[load]:

@@ -43,7 +43,10 @@ def kept_apart(a: Expr, b: Expr, alpha: Expr, ctx: Lifter) -> Expr:
 
 
 def opposite_infinities(x: Expr, loads: Sequence[Captured | Seed]) -> bool:
-    """Whether what may be infinite is added in it, and what may be infinite is taken off."""
+    """Whether what may be infinite is added in it, and what may be infinite is taken off; or inf
+    itself is, which a softmax takes off again."""
+    if x.has(sympy.oo, sympy.zoo, sympy.nan):
+        return True
     signs = {
         bool(c.is_negative)
         for c, term in _terms(x)
