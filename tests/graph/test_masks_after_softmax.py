@@ -339,9 +339,9 @@ def test_weights_filled_after_two_fills_that_are_infinite_together():
 
 def test_weights_filled_after_a_mask_that_is_divided_by():
     def attention(q, k, v, seen):
-        scores = scores_of(q, k) - (1 / seen - 1)
-        return scores.softmax(-1).masked_fill(seen == 0, 0.0) @ v
+        scores = scores_of(q, k) - (1 / seen.float() - 1)
+        return scores.softmax(-1).masked_fill(~seen, 0.0) @ v
 
-    seen = (~future()).float()
-    seen[0] = 0
+    seen = ~future()
+    seen[0] = False
     check(attention, *qkv(), seen, training=False)
