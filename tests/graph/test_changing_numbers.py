@@ -3,6 +3,9 @@ sizes."""
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
@@ -221,3 +224,12 @@ def test_floats_of_a_dynamic_program():
         return attend(scores + torch.where(seen, 0.0, max(FLOATS["fill"], LOWEST)), v)
 
     assert len(check(attention, *qkv(), dynamic=True).fused) == 1
+
+
+@pytest.mark.parametrize("log", [math.log, math.log2])
+def test_logarithms_of_numbers_and_lengths(log):
+    def attention(q, k, v, base):
+        return attend(scores_of(q, k) * log(base) * log(k.size(-2)), v)
+
+    inputs = [(*x, c) for x, c in zip(of_lengths(24, 16, 40), (2.5, 7.0, 1.75), strict=True)]
+    assert runs(attention, inputs, dynamic=True).startswith("attention(score=")

@@ -35,6 +35,7 @@ MEANING = {
     "OpaqueUnaryFn_sqrt": sympy.sqrt,
     "OpaqueUnaryFn_exp": sympy.exp,
     "OpaqueUnaryFn_log": sympy.log,
+    "OpaqueUnaryFn_log2": lambda a: sympy.log(a, 2),
     "Identity": lambda x: x,
 }
 
@@ -53,6 +54,7 @@ SCALAR_OPERATORS = {
     operator.neg: lambda a: -a,
     torch.sym_float: lambda a: a,
     torch.sym_sqrt: sympy.sqrt,
+    torch._sym_log2: lambda a: sympy.log(a, 2),
     torch.sym_max: sympy.Max,
     torch.sym_min: sympy.Min,
 }
