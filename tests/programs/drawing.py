@@ -198,6 +198,7 @@ def _run_as_eager_can(made: Recipe) -> None:
     infinite = made.fill == "-inf" or made.fill == "finfo.min" and made.masks and twice
     additive = made.how == "logarithm" or added and infinite
     additive = additive or made.plain and made.mutant == "renormalised weights"
+    additive = additive or made.after in after.NORMALISES
     if made.use in OF_LSE and dead:
         made.use = ""  # of a row of fills eager's gradient is that of no logarithm
     # Autograd refuses a K that is written after it was multiplied. Where NaN is added to a row,

@@ -61,8 +61,6 @@ def _either(made: Recipe) -> bool:
             made.after == "filled" and (made.dead or captured),
             # Numbers that cancel, of a tensor that may hold -inf.
             made.given == "number detached" and not made.training,
-            # The logarithm of a symbol of a float.
-            softmax in ("base two", "power of two") and made.dynamic,
             # Nothing is left.
             made.sizes.n == 1 and made.after_masks,
             # Named, and left: a tensor of all queries, keys and numbers of a head.
