@@ -93,6 +93,29 @@ class TestAxes:
             declined(lambda q, k, v: weights_of(q, k).roll(1, -1) @ v), """detect: softmax-axis"""
         )
 
+    def test_rows_put_together(self):
+        """Each half would be read at rows, or heads, that its tensor has not."""
+        for halves, d in (((0, 0), 1), ((1, 0), 1), ((1, 0), 2), ((1, 1), 2)):
+
+            def attention(q, k, v, halves=halves, d=d):
+                parts = weights_of(q, k).chunk(2, d)
+                return torch.cat([parts[i] for i in halves], d) @ v
+
+            assert declined(attention) == "detect: operand-unclear"
+            assert declined(attention, dynamic=True) == "detect: operand-unclear"
+
+    def test_rows_shifted(self):
+        for at in (slice(1, None), slice(None, -1)):
+            pad = (0, 0, 0, 1) if at.start else (0, 0, 1, 0)
+
+            def of_scores(q, k, v, at=at, pad=pad):
+                return attend(F.pad(scores_of(q, k)[:, :, at], pad), v)
+
+            def of_weights(q, k, v, at=at, pad=pad):
+                return F.pad(weights_of(q, k)[:, :, at], pad) @ v
+
+            assert declined(of_scores) == declined(of_weights) == "detect: operand-unclear"
+
     def test_in_another_order(self):
         # V's heads, rows and keys are not those that the scores are of.
         def flipped(q, k, v):

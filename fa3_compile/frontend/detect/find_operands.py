@@ -17,12 +17,12 @@ from fa3_compile.frontend.detect.operands import Place, keys_as_one, origins, vi
 from fa3_compile.frontend.detect.product import PRODUCTS, Dot
 from fa3_compile.frontend.detect.scores import Scores
 from fa3_compile.frontend.dynamo.mutations import overwrite
-from fa3_compile.frontend.lift.lift import Index, Lifter
+from fa3_compile.frontend.lift.lift import Index, Lifter, shape_of
 from fa3_compile.frontend.lift.placeholders import D
 from fa3_compile.frontend.region import Operand, Pair
 from fa3_compile.frontend.shadow.trace import Shadow
 from fa3_compile.spec.expr import KV, Expr, depends_on, floordiv, mod
-from fa3_compile.spec.index import quotient, same
+from fa3_compile.spec.index import Ranges, bounds, quotient, same
 
 T = TypeVar("T")
 
@@ -183,7 +183,7 @@ class OperandFinder:
                 deeper = Operand(source, since, place, None)
                 continue
             view = view_of(place, self.ranges)
-            if view is not None:
+            if view is not None and not _runs_out(place, self.ranges):
                 best, deeper, best_lost = Operand(source, since, place, view), None, lost
         needed = best is None or best_lost
         if deeper is not None and (needed or not search.is_query):
@@ -205,13 +205,13 @@ class OperandFinder:
                 "Compute it in a call of its own: an einsum of two tensors before that of scores.",
                 message="an operand is itself a product, made by the call that makes the scores",
             )
-        if best is None and any(map(_puts_in_order, index)):
+        if best is None and (any(map(_puts_in_order, index)) or _runs_out(place, self.ranges)):
             raise Decline(
                 "operand-unclear",
                 self.holder(node),
                 "Put queries and keys in that order before their product, or the output after it.",
                 message="scores or weights are put in another order of heads, rows or batches "
-                "before they weigh V, as by flip, roll or an index",
+                "before they weigh V, as by flip, roll, pad or an index",
             )
         if best is None:
             raise Decline(
@@ -227,3 +227,12 @@ def _puts_in_order(i: Expr) -> bool:
     """Whether a place is another than the axes count: backwards, around the end, or read."""
     terms = (x for x in sympy.Add.make_args(i) if x.free_symbols)
     return bool(i.atoms(sympy.Function)) or any(x.could_extract_minus_sign() for x in terms)
+
+
+def _runs_out(place: Place, ranges: Ranges) -> bool:
+    """Whether some of what is read is certainly none of the tensor: rows that were padded."""
+    for x, size in zip(place.index, shape_of(place.node), strict=True):
+        first, last = bounds(x, ranges) or (sympy.S.Zero, sympy.S.Zero)
+        if first.is_negative or sympy.expand(size - 1 - last).is_negative:
+            return True
+    return False

@@ -30,8 +30,8 @@ from fa3_compile.frontend.lift.placeholders import (
 )
 from fa3_compile.frontend.shadow.normalize import Softmax, added_up
 from fa3_compile.frontend.shadow.trace import Shadow
-from fa3_compile.spec.expr import KV, Expr, uniform, where
-from fa3_compile.spec.index import Ranges, same
+from fa3_compile.spec.expr import KV, Expr, depends_on, uniform, where
+from fa3_compile.spec.index import Ranges, same, within
 from fa3_compile.spec.selects import replaced
 
 
@@ -150,6 +150,7 @@ def weights(
             changed = weight != 1 or kept != sympy.true
             if softmax.summed and (coefficient.has(row_total) or changed):
                 raise _other_sums(at)
+        _check_inside(softmax, which.args[1:], kept, ranges, at)
         zeroed = isinstance(which, zeroed_prob)
         terms.append(Term(softmax, which.args[1:], coefficient, weight, kept, zeroed))
     return Weights(terms, without_some(beside), lifter.loads, lifter.dropouts, read_at, dtype)
@@ -161,6 +162,21 @@ def _sums_that_are_one(entries: dict[prob, list[tuple[Expr, Boolean]]]) -> dict[
     whole = [p for p, parts in entries.items() if sympy.Or(*(k for _, k in parts)) == sympy.true]
     whole = [p for p in whole if not isinstance(p, zeroed_prob)]
     return {weighed_total.of(sympy.S.One, sympy.true, p): sympy.S.One for p in whole}
+
+
+def _check_inside(softmax: Softmax, at: Index, kept: Boolean, ranges: Ranges, node: fx.Node):
+    """`Decline` of weights that are read, where they are kept, at places which run out of them
+    elsewhere."""
+    places = enumerate(zip(at, shape_of(softmax.node), strict=True))
+    others = [(x, n) for d, (x, n) in places if d != softmax.dim]
+    if not all(within(x, n, ranges) for x, n in others if depends_on(x, kept.free_symbols)):
+        raise Decline(
+            "operand-unclear",
+            node,
+            "Put queries and keys in that order before their product, or the output after it.",
+            message="weights of other heads, rows or batches are put together before they weigh V, "
+            "as by cat or pad",
+        )
 
 
 def _check_no_total(parts: Sequence[Expr | Boolean], at: fx.Node) -> None:
