@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from fa3_compile import report
-from fa3_compile.lower.choose import TYPICAL_LENGTH, Kernel, KernelBuildError, Problem
+from fa3_compile.lower.choose import Kernel, KernelBuildError, Problem
 from fa3_compile.lower.dispatch import (
     allowed_kernels,
     built,
@@ -65,6 +65,8 @@ def _or_call(op, lowering: Callable, *args):
 def _lower_attention(q, k, v, aux, sizes, text):
     """None to leave the call."""
     fake_q, fake_k, fake_v, fake_aux, fake_sizes, _ = _fake_arguments()
+    if not _known(fake_q, fake_k, fake_v, *fake_aux):
+        return None
     problem = _problem(text, fake_q, fake_k, fake_v, fake_aux)
     problem = replace(problem, wants_lse=_reads_lse())
     options = split_text(text)[1]
@@ -87,6 +89,8 @@ def _lower_backward(dout, dlse, q, k, v, out, lse, aux, sizes, text, needs):
     """None to leave the call."""
     fakes = _fake_arguments()
     _, _, fake_q, fake_k, fake_v, _, _, fake_aux, _, _, _ = fakes
+    if not _known(fake_q, fake_k, fake_v, *fake_aux):
+        return None
     problem = _problem(text, fake_q, fake_k, fake_v, fake_aux, needs)
     options = split_text(text)[1]
     kernel = built_backward(problem, allowed_kernels(options))
@@ -162,9 +166,14 @@ def _problem(text: str, q, k, v, aux, needs: Sequence[bool] = ()) -> Problem:
 
 
 def _hint(size: int | torch.SymInt) -> int:
-    if isinstance(size, int):
-        return size
-    return TYPICAL_LENGTH if size.node.hint is None else int(size.node.hint)
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def _known(*tensors) -> bool:
+    """Whether the lengths are numbers or were while tracing. One that is read from a tensor may be
+    0, which the operator looks at in every call, and Inductor takes no strides made of it."""
+    sizes = (size for x in tensors for size in x.shape)
+    return all(isinstance(x, int) or x.node.hint is not None for x in sizes)
 
 
 def _inline(program: Callable, fakes: tuple, arguments: tuple):
