@@ -173,3 +173,45 @@ def test_another_mask_after_the_maximum():
 
     report = check(attention, *qkv(), padding(S, 9))
     assert "mask=(kv <= q) & (load(0, b, 0, 0, kv) == 0)" in specs(report)
+
+
+def with_sink(scores, sink):
+    return torch.cat([scores, sink[:, None, None].expand(B, H, S, 1)], -1)
+
+
+@pytest.mark.parametrize("fill", [-math.inf, LOWEST])
+def test_weights_beside_a_sink_over_their_sum(fill):
+    """A row of fills is 0 / 0 beside a sink."""
+
+    def attention(q, k, v, sink):
+        scores = scores_of(q, k).masked_fill(future() | own_diagonal(), fill)
+        p = with_sink(scores, sink).softmax(-1)[..., :-1]
+        return p / p.sum(-1, keepdim=True) @ v
+
+    check(attention, *qkv(), normal(H, seed=4), training=False)
+
+
+def test_the_maximum_of_the_keys_beside_a_sink():
+    def attention(q, k, v, sink):
+        scores = scores_of(q, k).masked_fill(future() | own_diagonal(), -math.inf)
+        both = with_sink(scores, sink) - scores.amax(-1, keepdim=True)
+        return both.softmax(-1)[..., :-1] @ v
+
+    assert not check(attention, *qkv(), normal(H, seed=4), training=False).fused
+
+
+def test_the_maximum_of_the_keys_and_a_sink():
+    def attention(q, k, v, sink):
+        both = with_sink(scores_of(q, k).masked_fill(future(), -math.inf), sink)
+        return (both - both.amax(-1, keepdim=True)).softmax(-1)[..., :-1] @ v
+
+    assert check(attention, *qkv(), normal(H, seed=4)).fused
+
+
+def test_weights_behind_a_sink_over_their_sum():
+    def attention(q, k, v, sink):
+        first = sink[:, None, None].expand(B, H, S, 1)
+        p = torch.cat([first, scores_of(q, k)], -1).softmax(-1)[..., 1:]
+        return p / p.sum(-1, keepdim=True) @ v
+
+    assert specs(check(attention, *qkv(), normal(H, seed=4))) == "attention(score=0.25*s)"

@@ -35,10 +35,12 @@ class Statistic(NamedTuple):
 
     of   the element that it is of, less what was taken off that; None where that is not known
     own  whether it is of one row
+    more whether it is of more than the row's keys: of sinks beside them
     """
 
     of: Expr | None
     own: bool
+    more: bool = False
 
 
 def without(score: Expr) -> tuple[Expr, Expr]:
@@ -86,10 +88,12 @@ class RowTerms:
         self.lifter, self.at = lifter, at
         # (factor, what a statistic of this row is of)
         self.own: list[tuple[Expr, Expr | None]] = []
+        # The same of those that are of the keys alone.
+        self.of_keys: list[tuple[Expr, Expr | None]] = []
         for x in sympy.Add.make_args(self.shift):
             for stat in x.atoms(row_stat):
-                of, own = statistic(stat)
-                if of is not None and _strays(of, self.rest, lifter):
+                of, own, more = statistic(stat)
+                if of is not None and not more and _strays(of, self.rest, lifter):
                     raise Decline(
                         "rows-of-fill",
                         at,
@@ -99,6 +103,12 @@ class RowTerms:
                     )
                 if own:
                     self.own.append((-x / stat, of))
+                    self.of_keys += [] if more else self.own[-1:]
+
+    @property
+    def may_be_infinite(self) -> bool:
+        """Whether -inf is taken off what stands beside a row without keys."""
+        return any(of is not None and of.has(-sympy.oo) for _, of in self.of_keys)
 
     @property
     def shows(self) -> bool:
@@ -110,7 +120,7 @@ class RowTerms:
     def keep_fills(self) -> bool | None:
         """Whether exp gives weights to a row of fills alone, because its own maximum is taken off
         it. None where that is known only when it runs."""
-        for times, of in self.own:
+        for times, of in self.of_keys:
             if times.is_positive and of is not None and _same(self.rest, times * of):
                 return True
         if not has_fill(self.rest):

@@ -241,6 +241,8 @@ def _read(
         outer = lifter_of(again, lifter.loads)
         statistic = functools.partial(_statistic, around=around, lifter=outer, key=index[dim])
         taken_off = RowTerms(score, statistic, outer, holder(x))
+        if extra and taken_off.may_be_infinite:
+            raise row_terms.row_of_fills(holder(x))
         kept = taken_off.keep_fills() if softmax.by_hand else True
         shifted, fills_show = kept is not False, taken_off.shows or kept is None
     if not are_beside:
@@ -316,7 +318,8 @@ def _statistic(stat: row_stat, around: list[fx.Node], lifter: Lifter, key: Expr)
         element = number(lifter.element(of, (*index[:dim], key, *behind)))
     except Opaque:
         return Statistic(None, own=True)
-    return Statistic(row_terms.without(without_some(element))[0], own=True)
+    more = not same(shape_of(of)[dim], lifter.ranges[KV])
+    return Statistic(row_terms.without(without_some(element))[0], own=True, more=more)
 
 
 def _less_row_statistic(lifter: Lifter, node: fx.Node, n: int):
