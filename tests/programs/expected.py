@@ -80,6 +80,8 @@ def _either(made: Recipe) -> bool:
             made.use in TWO_ATTENTIONS or made.use in BESIDE,
             # Weights without a softmax whose NaN are replaced.
             made.plain and made.after in after.REPLACES_NAN,
+            # A maximum that is taken off before the scores are scaled, to base two.
+            made.sink == "shifted" and softmax == "base two" and (made.masks or captured),
             # A minimum with infinity, beside -inf, may be NaN as far as is known.
             made.how == "minimum" and made.masks and made.after in after.REPLACES_NAN and captured,
             # Fills of several masks, added in float16, may make a row -inf everywhere.
