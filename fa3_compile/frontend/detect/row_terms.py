@@ -117,10 +117,11 @@ class RowTerms:
         `Decline` where the fills may be in a tensor that is read."""
         return any(_shows(self.rest, times, of, self.lifter, self.at) for times, of in self.own)
 
-    def keep_fills(self) -> bool | None:
+    def keep_fills(self, sinks: bool) -> bool | None:
         """Whether exp gives weights to a row of fills alone, because its own maximum is taken off
-        it. None where that is known only when it runs."""
-        for times, of in self.of_keys:
+        it, that of its `sinks` too where they are in its sum. None where that is known only when
+        it runs."""
+        for times, of in self.own if sinks else self.of_keys:
             if times.is_positive and of is not None and _same(self.rest, times * of):
                 return True
         if not has_fill(self.rest):

@@ -243,7 +243,7 @@ def _read(
         taken_off = RowTerms(score, statistic, outer, holder(x))
         if extra and taken_off.may_be_infinite:
             raise row_terms.row_of_fills(holder(x))
-        kept = taken_off.keep_fills() if softmax.by_hand else True
+        kept = taken_off.keep_fills(sinks=bool(extra)) if softmax.by_hand else True
         shifted, fills_show = kept is not False, taken_off.shows or kept is None
     if not are_beside:
         score, factors = _joined(score, products, joins)
