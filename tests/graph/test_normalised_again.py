@@ -75,7 +75,10 @@ class TestFused:
         [
             (lambda p, gate: p, ""),
             (lambda p, gate: p.tril(), ", weight=where(kv <= q, 1, 0)"),
-            (lambda p, gate: p.masked_fill(gate < 0, 0), ", weight=where(load(0, q, kv) == 0, 1, 0)"),
+            (
+                lambda p, gate: p.masked_fill(gate < 0, 0),
+                ", weight=where(load(0, q, kv) == 0, 1, 0)",
+            ),
             (lambda p, gate: p * (gate > 0), ", weight=where(load(0, q, kv) != 0, 1, 0)"),
             (lambda p, gate: p * gate.sigmoid(), ", weight=sigmoid(load(0, q, kv))"),
             (lambda p, gate: p.nan_to_num() * gate.exp(), ", weight=exp(load(0, q, kv))"),
