@@ -7,13 +7,14 @@ which of the conditions that the weight is made of make it 0, whatever s is?
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import sympy
 from sympy.logic.boolalg import Boolean
 
 from fa3_compile.spec.expr import KV, Expr, Q, S, erf, load, uniform, where
-from fa3_compile.spec.fills import LOWEST, MODERATE, OUT_OF_REACH
+from fa3_compile.spec.fills import BELOW_FLOAT32, LOWEST, MODERATE, OUT_OF_REACH
 from fa3_compile.spec.mask_biases import bias_of, exact_at_one
 from fa3_compile.spec.normal_form import tidy, tidy_mask
 from fa3_compile.spec.selects import assuming, merge_conditions, remade, replaced
@@ -40,8 +41,32 @@ def separate(expr: Expr, huge: float = HUGE) -> tuple[Expr, Boolean]:
     InfiniteWeight where it is NaN or infinite for every finite s, or sums of it are: from `huge`.
     """
     expr = tidy(exact_at_one(merge_conditions(expr)))
-    mask = tidy_mask(sympy.Not(_zero(expr, MOST_CONDITIONS, huge)))
+    mask = tidy_mask(sympy.Not(_zero(_overflowing(expr), MOST_CONDITIONS, huge)))
     return tidy(_where_holds(expr, mask)), mask
+
+
+def _overflowing(expr: Expr) -> Expr:
+    """The expression with -inf where two fills are added whose sum float32 does not hold."""
+    if not expr.args or isinstance(expr, (load, Boolean)):
+        return expr
+    found = remade(expr, [_overflowing(x) for x in expr.args])
+    fills = [x for term in found.args for x in _fills(term)] if isinstance(found, sympy.Add) else []
+    pairs = itertools.combinations(fills, 2)
+    meet = sympy.Or(*(sympy.And(a, b) for (a, x), (b, y) in pairs if x + y < BELOW_FLOAT32))
+    return found if meet == sympy.false else where(tidy_mask(meet), -sympy.oo, found)
+
+
+def _fills(term: Expr) -> list[tuple[Boolean, Expr]]:
+    """(condition, fill) of a term that is a fill out of reach where the condition holds."""
+    factor, select = term.as_coeff_Mul()
+    if not isinstance(select, where):
+        return []
+    if (bias := bias_of(term)) is not None:
+        found = [(bias[1] <= 0, -bias[0])]
+    else:
+        condition, a, b = select.args
+        found = [(condition, factor * a), (tidy_mask(sympy.Not(condition)), factor * b)]
+    return [x for x in found if x[1].is_number and x[1] <= OUT_OF_REACH]
 
 
 def _where_holds(expr: Expr, condition: Boolean) -> Expr:

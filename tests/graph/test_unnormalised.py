@@ -180,6 +180,20 @@ class TestMasks:
         )
         assert_expected_inline(found, """lift: infinite-weight""")
 
+    @pytest.mark.parametrize("is_number", [False, True])
+    @pytest.mark.parametrize(("function", "is_left"), [(torch.sigmoid, False), (F.silu, True)])
+    def test_sums_of_two_fills_are_infinite(self, function, is_left, is_number):
+        # finfo.min twice is -inf: of silu NaN, though one finfo.min is 0.
+        def attention(q, k, v, keep):
+            padded = torch.where(keep > 0, 0.0, LOWEST) if not is_number else (1.0 - keep) * LOWEST
+            s = 5 * torch.tanh(scores(q, k)) + padded
+            return 0.25 * function(s + torch.where(causal(), 0.0, LOWEST)) @ v
+
+        keep = torch.ones(B, 1, 1, S)
+        keep[1, ..., : S // 3] = 0
+        report = check(attention, *qkv(), keep, training=False)
+        assert (specs(report) == "lift: infinite-weight") == is_left
+
     @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
     @pytest.mark.parametrize(
         ("function", "is_left"), [(torch.abs, True), (lambda s: s**3, True), (F.relu, False)]
