@@ -136,3 +136,18 @@ def test_kept_column_has_a_value():
 
     report = check(attention, *qkv(), normal(1, H, 1, D), normal(1, H, 1, D, seed=7))
     assert_expected_inline(specs(report), """attention(score=0.25*s)""")
+
+
+def test_a_sink_before_keys_of_which_one_is_hidden():
+    # `torch.eye` of so many columns compares positions of uint16, of which the CPU has no arange.
+    def attention(q, k, v):
+        own = torch.eye(9, 260, dtype=torch.bool)
+        s = F.pad((q @ k.mT).masked_fill(own, -1e30), (1, 0))
+        e = (s - s.amax(-1, keepdim=True)).exp()
+        return (e / e.sum(-1, keepdim=True))[..., 1:] @ v
+
+    q, k, v = (normal(1, 2, n, 4, seed=i) for i, n in enumerate((9, 260, 260)))
+    assert_expected_inline(
+        specs(check(attention, q, k, v)),
+        """attention(score=s, mask=q != kv, dead=nan, sinks=[0], out_order=bqhd)""",
+    )

@@ -18,6 +18,8 @@ from fa3_compile.frontend.shadow.same import is_random
 # Above this, computing the value would cost more than it can save.
 MOST_ELEMENTS = 1 << 20
 MOST_NODES = 200
+# Of which the CPU has no arange.
+LARGE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 
 
 def fold(node: fx.Node, index: Index) -> Element:
@@ -80,11 +82,23 @@ def _compute(node: fx.Node) -> torch.Tensor:
                 continue
             args, kwargs = fx.node.map_arg((source.args, source.kwargs), values.__getitem__)
             kwargs = {k: cpu if k == "device" else v for k, v in kwargs.items()}
-            values[source] = source.target(*args, **kwargs)
+            values[source] = _call(source, args, kwargs)
     value = values[node]
     if not isinstance(value, torch.Tensor):
         raise Opaque(node, "no tensor")
     return value
+
+
+def _call(node: fx.Node, args: tuple, kwargs: dict) -> object:
+    """What the node's operator returns on the CPU, which may have no kernel for a GPU's types."""
+    dtype = kwargs.get("dtype")
+    if node.target is torch.ops.aten.arange.start_step and dtype in LARGE_UNSIGNED:
+        # As the shadow writes `torch.eye` of more than 256 columns.
+        return node.target(*args, **kwargs | {"dtype": torch.int64}).to(dtype)
+    try:
+        return node.target(*args, **kwargs)
+    except NotImplementedError as error:
+        raise Opaque(node, f"the CPU cannot compute it ({error})") from error
 
 
 def _constant(node: fx.Node) -> torch.Tensor:
