@@ -91,6 +91,7 @@ def _compute(node: fx.Node) -> torch.Tensor:
 
 def _call(node: fx.Node, args: tuple, kwargs: dict) -> object:
     """What the node's operator returns on the CPU, which may have no kernel for a GPU's types."""
+    assert callable(node.target), "what is computed is calls of operators"
     dtype = kwargs.get("dtype")
     if node.target is torch.ops.aten.arange.start_step and dtype in LARGE_UNSIGNED:
         # As the shadow writes `torch.eye` of more than 256 columns.
