@@ -110,6 +110,7 @@ def _attention(
         if made.use == "difference":
             p = p - 0.5 * _weights(scored(q * 0.7), sinks, made)[0]
         p = _beside(p, s, made)
+        every_v = v
         if keys:
             v = v[..., keys(v.shape[-2]), :]
         if made.mutant == "V written after the softmax":
@@ -133,7 +134,7 @@ def _attention(
         if made.use == "shared scores":
             return out, of_v((s * 0.5).softmax(-1).to(v.dtype), v * 2)
         if made.use == "beside a call" and q.shape[:-2] == k.shape[:-2]:
-            return out, F.scaled_dot_product_attention(q, k, v)
+            return out, F.scaled_dot_product_attention(q, k, every_v)
         if made.mutant == "second product":
             return out, p @ (v + 1)
         returned = {"weights returned": p, "scores returned": s, K_WRITTEN: k}

@@ -144,7 +144,9 @@ def _keep_apart(made: Recipe) -> None:
     """Of parts that do not go together one is left out."""
     if made.softmax == "divided late" and (made.mutant or made.sink):
         made.softmax = "by hand"
-    if made.softmax in softmaxes.OF_MASKS and not (made.masks and not made.sink):
+    if made.softmax in softmaxes.OF_MASKS and (
+        not made.masks or made.sink or made.mutant == "softmax over queries"
+    ):
         made.softmax = "by hand"
     if made.after not in after.OF_MASKS:
         made.after_masks = []
@@ -209,6 +211,8 @@ def _run_as_eager_can(made: Recipe) -> None:
     replaced = made.mutant in ("two softmaxes", "weights masked") or made.after in after.FILLS
     if made.softmax == "silu" and replaced and hides:
         made.training = False  # silu(-inf) is NaN, which that hides: docs/numerics.md
+    if made.softmax in softmaxes.OF_MASKS and made.after in after.REPLACES_NAN and dead:
+        made.training = False  # so is 0 / 0 of a row without keys
     if made.softmax in softmaxes.NEEDS_KEYS and (dead or made.captured == "infinite bias"):
         # 0 / 0 in eager, where all of a row vanishes: docs/numerics.md.
         made.softmax = "by hand"

@@ -37,10 +37,14 @@ def _either(made: Recipe) -> bool:
             made.sizes.n == 1 and ("strict" in made.masks or "not own" in made.masks),
             made.sizes.m == 1,
             "CogView" in made.modifiers and (other or made.plain or softmax in softmaxes.WITH_SINK),
-            # 0 * -inf is NaN, and fusing would lose that.
+            # 0 * -inf is NaN, and fusing would lose that: also what a checkpoint is given may be -inf.
             made.how == "both"
             and made.masks
-            and (captured in ("padding", "empty sequence", "lengths") or made.hides and made.given),
+            and (
+                captured in ("padding", "empty sequence", "lengths")
+                or (made.hides or made.context == "checkpoint")
+                and made.given
+            ),
             # Eager does not normalise a row of one finite fill, spelled so.
             softmax in ("logsumexp", "log of the sum") and (made.masks or captured),
             made.context == "autocast",
@@ -84,6 +88,11 @@ def _either(made: Recipe) -> bool:
             made.sink == "shifted" and softmax == "base two" and (made.masks or captured),
             # A minimum with infinity, beside -inf, may be NaN as far as is known.
             made.how == "minimum" and made.masks and made.after in after.REPLACES_NAN and captured,
+            # Numbers of a Python variable, as `math.e` is, are known when it runs: the base, or what
+            # a maximum was taken off before.
+            made.dynamic and softmax in ("power of e", "power of two"),
+            # Rows that are NaN by a mask that is captured, and not filled.
+            made.after == "rows asked for keys" and made.masks and made.hides,
             # Fills of several masks, added in float16, may make a row -inf everywhere.
             made.dtype == torch.float16
             and (made.after in after.REPLACES_NAN or softmax in softmaxes.SAFE)
