@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests.graph.harness import check, specs
 from tests.graph.inputs import INF, S, attend, chance, future, normal, qkv, scores_of
@@ -90,3 +91,17 @@ def test_two_biases_whose_rows_without_keys_are_replaced():
     bias, other = normal(S, S).detach(), normal(S, S).detach()
     bias[3] = other[5, 2] = -INF
     assert check(attention, *qkv(), bias, other, training=False).fused
+
+
+@pytest.mark.parametrize(("hidden", "is_fused"), [(-INF, True), (INF, False)])
+def test_a_minimum_with_inf_is_not_infinite(hidden, is_fused):
+    # Where what is hidden is inf too, so may be what is left.
+    def attention(q, k, v, bias):
+        padded = (scores_of(q, k) + bias).masked_fill(torch.arange(S) == 2, hidden)
+        seen = torch.zeros(S, S).masked_fill(future(), -INF).masked_fill(~future(), INF)
+        return torch.minimum(padded, seen).softmax(-1).nan_to_num() @ v
+
+    bias = normal(S, S).detach()
+    bias[3] = -INF
+    report = check(attention, *qkv(), bias, training=False)
+    assert (specs(report) != "lift: rows-of-nan") == is_fused == bool(report.fused)

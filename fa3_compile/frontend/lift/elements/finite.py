@@ -45,6 +45,7 @@ def kept_apart(a: Expr, b: Expr, alpha: Expr, ctx: Lifter) -> Expr:
 def opposite_infinities(x: Expr, loads: Sequence[Captured | Seed]) -> bool:
     """Whether what may be infinite is added in it, and what may be infinite is taken off; or inf
     itself is, which a softmax takes off again."""
+    x = x.replace(sympy.Min, _without_ceilings)
     if x.has(sympy.oo, sympy.zoo, sympy.nan):
         return True
     signs = {
@@ -53,6 +54,18 @@ def opposite_infinities(x: Expr, loads: Sequence[Captured | Seed]) -> bool:
         if isinstance(term, load) and reads_infinite([term], loads)
     }
     return len(signs) == 2
+
+
+def _without_ceilings(*of: Expr) -> Expr:
+    """The minimum of these without masks, `where(seen, inf, fill)`, which it never takes inf of."""
+    return sympy.Min(*({x for x in of if not _is_constant(x)} or of))
+
+
+def _is_constant(x: Expr) -> bool:
+    """Whether it is a number, or a select of some."""
+    if isinstance(x, where):
+        return all(map(_is_constant, x.args[1:]))
+    return bool(x.is_number and x.is_extended_real)
 
 
 def _terms(x: Expr, times: Expr = sympy.S.One) -> Iterator[tuple[Expr, Expr]]:
