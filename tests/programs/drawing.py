@@ -135,6 +135,8 @@ def _keep_finite(made: Recipe) -> None:
             made.numbers = ""  # two products, each rounded for itself: docs/numerics.md
     if made.use == "function beside" and (half or grows or made.scale == "sharp"):
         made.use = "number beside"  # large beside the softmax
+    if made.softmax == "elu" and made.fill == "-100":
+        made.fill = "-1e4"  # exp(-100) has no digits in float32, and may be all that a row has
     if made.scale == "none" and (made.sizes.dim > 8 or grows):
         # Scores beyond what a softmax without a maximum takes, and of which float32 rounds much off.
         made.scale = "after"
@@ -224,7 +226,8 @@ def _run_as_eager_can(made: Recipe) -> None:
         # A row that is all -1e4 has scores of three digits: any other order rounds otherwise.
         made.kernels = ("reference",)
         made.fill = "-1e9" if made.on_gpu else made.fill
-    if made.given and not made.captured.split(" ")[1].endswith("k"):
+    alone = made.sizes.n == 1 and made.masks  # whose query may see one key
+    if alone or made.given and not made.captured.split(" ")[1].endswith("k"):
         made.frozen = ""  # a gradient that is 0, and nothing to measure its rounding by
     if made.on_gpu:
         made.kernels = None

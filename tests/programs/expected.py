@@ -64,7 +64,8 @@ def _either(made: Recipe) -> bool:
             # Rows that are NaN, and filled in part; a tensor may hold -inf.
             made.after == "filled" and (made.dead or captured),
             # Numbers that cancel, of a tensor that may hold -inf.
-            made.given == "number detached" and not made.training,
+            made.given == "number detached"
+            and (not made.training or made.after in after.REPLACES_NAN),
             # Nothing is left.
             made.sizes.n == 1 and made.after_masks,
             # Named, and left: a tensor of all queries, keys and numbers of a head.
