@@ -87,8 +87,6 @@ def _either(made: Recipe) -> bool:
             made.plain and made.after in after.REPLACES_NAN,
             # A maximum that is taken off before the scores are scaled, to base two.
             made.sink == "shifted" and softmax == "base two" and (made.masks or captured),
-            # A minimum with infinity, beside -inf, may be NaN as far as is known.
-            made.how == "minimum" and made.masks and made.after in after.REPLACES_NAN and captured,
             # Numbers of a Python variable, as `math.e` is, are known when it runs: the base, or what
             # a maximum was taken off before.
             made.dynamic and softmax in ("power of e", "power of two"),
