@@ -371,6 +371,24 @@ def test_rows_of_fill_less_their_logsumexp(value):
     assert specs(check(attention, *qkv(), keep)) == "lift: rows-of-fill"
 
 
+def test_rows_of_a_given_fill_less_their_logsumexp():
+    """A number that is known when it runs, and a mask that is added."""
+
+    def of_scores(scores, v):
+        return (scores - scores.logsumexp(-1, keepdim=True)).exp() @ v
+
+    def filled(q, k, v, fill):
+        return of_scores(scores_of(q, k).masked_fill(torch.ones(S, S).triu().bool(), fill), v)
+
+    def added(q, k, v, mask):
+        return of_scores(scores_of(q, k) + mask, v)
+
+    mask = torch.where(torch.ones(S, S).triu().bool(), LOWEST, 0.0)
+    for function, given in ((filled, -1e9), (added, mask)):
+        report = check(function, *qkv(), given, dynamic=True)
+        assert specs(report) == "lift: rows-of-fill"
+
+
 def test_exponentials_beside_a_sink_without_a_maximum():
     def attention(q, k, v, sink):
         e = beside(scores_of(q, k), sink).exp()

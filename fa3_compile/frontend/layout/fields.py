@@ -19,7 +19,7 @@ from fa3_compile.frontend.lift.captured import Captured, Seed, reads_infinite
 from fa3_compile.frontend.lift.elements.finite import opposite_infinities
 from fa3_compile.frontend.shadow.normalize import added_up
 from fa3_compile.spec import unnormalised
-from fa3_compile.spec.expr import KV, Expr, Q, load, loads_in
+from fa3_compile.spec.expr import KV, Expr, Q, load, loads_in, where
 from fa3_compile.spec.fills import LOWEST, may_be_minus_inf
 from fa3_compile.spec.index import Ranges, is_nonnegative
 from fa3_compile.spec.normal_form import tidy
@@ -74,7 +74,7 @@ def read_fields(
     if reading.scores.fills_show and (separated.fill is not None or has_fill(separated.score)):
         raise row_of_fills(at)
     separated = in_float32(separated)
-    if softmax.less_logsumexp and _has_large_fill(separated):
+    if softmax.less_logsumexp and _has_large_fill(separated, reading.loads):
         raise Decline(
             "rows-of-fill",
             at,
@@ -195,12 +195,23 @@ def _loads_as_values(expr: Expr) -> list[load]:
     return [x for y in expr.args if not isinstance(y, Boolean) for x in _loads_as_values(y)]
 
 
-def _has_large_fill(separated: Separated) -> bool:
-    """Whether a row may be so low that the logarithm of a sum is lost in it."""
-    numbers = separated.score.atoms(sympy.Number)
-    if separated.fill is not None:
-        numbers |= separated.fill.atoms(sympy.Number)
-    return any(x.is_finite and abs(x) > 1e5 for x in numbers)
+def _has_large_fill(separated: Separated, loads: list[Captured | Seed]) -> bool:
+    """Whether a row may be so low that the logarithm of a sum is lost in it: by a number, or by
+    what is given and may be a mask or its fill."""
+    read = [separated.score] if separated.fill is None else [separated.score, separated.fill]
+    numbers = {y for x in read for y in x.atoms(sympy.Number)}
+    given = [y for x in read for y in _given(x)]
+    return any(x.is_finite and abs(x) > 1e5 for x in numbers) or reads_infinite(given, loads)
+
+
+def _given(x: Expr) -> list[load]:
+    """The loads that are added to a score, or stand in its place."""
+    x = x.as_coeff_Mul()[1]
+    if isinstance(x, load):
+        return [x]
+    if isinstance(x, (sympy.Add, sympy.Max, sympy.Min)):
+        return [z for y in x.args for z in _given(y)]
+    return [z for y in x.args[1:] for z in _given(y)] if isinstance(x, where) else []
 
 
 def _read_outside(reading: Reading, interior: list[fx.Node]) -> bool:
