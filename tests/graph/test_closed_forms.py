@@ -123,7 +123,7 @@ per-key mask: 0.25*s where load(0, b, kv) != 0""",
 def test_deberta():
     assert_expected_inline(
         forms(report_of("deberta-v2")),
-        """bias + per-key mask + per-query mask: 0.14433756729740646*load(1, 4*b + h, q, kv) + 0.14433756729740646*load(2, 4*b + h, kv, q) + 0.14433756729740646*s where (load(0, b, kv) != 0) & (load(0, b, q) != 0)""",
+        """bias + per-key mask + per-query mask: 0.14433756729740646*load(1, 4*b + h, q, kv) + 0.14433756729740646*load(2, 4*b + h, q, kv) + 0.14433756729740646*s where (load(0, b, kv) != 0) & (load(0, b, q) != 0)""",
     )
 
 

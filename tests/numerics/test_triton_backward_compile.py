@@ -124,7 +124,7 @@ def test_what_depends_on_the_distance(arch: int, dim: int) -> None:
     asked = problem(RELATIVE, dim, arch)
     config = table_configs(asked).diagonals
     kernel = compiled(asked, "dense0", config, (0,))
-    assert spilled_bytes(kernel) <= 64
+    assert spilled_bytes(kernel) <= 84
     assert kernel.metadata.shared <= SHARED_MEMORY[divmod(arch, 10)]
     assert "atom" not in kernel.asm["ptx"]
     products = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch]

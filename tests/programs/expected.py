@@ -14,7 +14,9 @@ def expected(made: Recipe) -> Expected:
     # The only query does not see the key that is left out.
     unseen = made.sizes.n == 1 and "not own" in made.masks
     if made.mutant in NO_ATTENTION and not (made.mutant in OF_ELEMENTS and made.plain):
-        return "either" if made.mutant == "a key left out" and unseen else "left"
+        # Squares over their sum are a softmax of twice the scores.
+        softmax = made.mutant == "squared weights" and made.after in after.NORMALISES
+        return "either" if made.mutant == "a key left out" and unseen or softmax else "left"
     return "either" if made.mutant or _either(made) else "fused"
 
 
@@ -52,7 +54,7 @@ def _either(made: Recipe) -> bool:
             # is NaN.
             softmax in ("retention", "silu") and (made.masks or made.hides),
             # Conditions of several masks and the score are not told apart.
-            softmax == "elu" and "in place" in made.masks,
+            softmax == "elu" and ("in place" in made.masks or made.masks and made.hides),
             # Of a row without keys what 0 is added to is known for masks alone.
             softmax == "with zero" and (made.masks or captured or made.sink),
             softmax in softmaxes.OF_MASKS
@@ -85,6 +87,8 @@ def _either(made: Recipe) -> bool:
             made.use in TWO_ATTENTIONS or made.use in BESIDE,
             # Weights without a softmax whose NaN are replaced.
             made.plain and made.after in after.REPLACES_NAN,
+            # One query's maximum beside an exponential of its own.
+            made.sink == "shifted" and softmax == "off by one" and made.sizes.n == 1,
             # A maximum that is taken off before the scores are scaled, to base two.
             made.sink == "shifted" and softmax == "base two" and (made.masks or captured),
             # Numbers of a Python variable, as `math.e` is, are known when it runs: the base, or what

@@ -58,7 +58,7 @@ TABLE: dict[tuple[tuple[int, int], int], Configs] = {
     ((10, 0), 256): Configs(C(32, 64, 8, 1), C(64, 32, 8, 1)),
 }
 TABLE |= {((12, 0), d): x for (arch, d), x in list(TABLE.items()) if arch == (8, 9)}
-# For `diagonals`: what spills least (at most 76 bytes), on sm_90 at 128 the fastest of nine. A sum
+# For `diagonals`: what spills least (at most 84 bytes), on sm_90 at 128 the fastest of nine. A sum
 # of a tile's size is kept beside the score and dP.
 ALONG: dict[tuple[tuple[int, int], int], TritonConfig] = {
     ((8, 0), 64): C(64, 32, 4, 2),
