@@ -96,6 +96,14 @@ def expand(gm: fx.GraphModule) -> int:
     return count
 
 
+def traced(gm: fx.GraphModule) -> trace.Shadow | None:
+    """The shadow of an expanded graph, with a product for each sum of products."""
+    shadow = trace.shadow(gm)
+    if shadow:
+        contractions.read_as_products(shadow)
+    return shadow
+
+
 def _rewrite_graph(
     gm: fx.GraphModule,
     options: Options,
@@ -105,11 +113,10 @@ def _rewrite_graph(
     outputs: Outputs,
 ) -> int:
     expanded = expand(gm)
-    shadow = trace.shadow(gm)
+    shadow = traced(gm)
     entries: list[tuple[RegionReport, Region | None, fx.Node | None]] = []
     hidden: tuple[Decline, ...] = ()
     if shadow:
-        contractions.read_as_products(shadow)
         hidden = (*shadow.declined, *opaque_scores(shadow), *opaque_weights(shadow))
     for decline in (*split_attention(gm), *broken_attention(gm), *hidden):
         at = where(decline.node) if decline.node is not None else ""

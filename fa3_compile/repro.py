@@ -24,7 +24,6 @@ from fa3_compile.explaining import explain_with
 from fa3_compile.frontend.detect import skeletons
 from fa3_compile.frontend.dynamo.graph import example_value, opaque_target, storage_of
 from fa3_compile.frontend.dynamo.mutations import is_mutation, mutated_nodes
-from fa3_compile.frontend.shadow import contractions, trace
 from fa3_compile.lower.choose import TYPICAL_LENGTH
 from fa3_compile.report import RegionReport, Report
 
@@ -97,9 +96,7 @@ def _sources(gm: fx.GraphModule) -> dict[fx.Node, str | Fa3Error]:
     found: dict[fx.Node, str | Fa3Error] = {}
     for module in pipeline.graphs(gm):
         pipeline.expand(module)
-        shadow = trace.shadow(module)
-        if shadow is not None:
-            contractions.read_as_products(shadow)
+        shadow = pipeline.traced(module)
         for skeleton in skeletons.skeletons(shadow) if shadow is not None else ():
             try:
                 found[skeleton.output] = _function(module.graph, skeleton.output)

@@ -34,7 +34,7 @@ from fa3_compile.lower.choose import Problem
 from fa3_compile.lower.kernels import cuda_sm90
 from fa3_compile.lower.kernels.cuda_sm90_keys import keys_of, layout_of
 from fa3_compile.lower.render.render_cuda import CudaKey
-from fa3_compile.lower.tiles.config_sm90 import Sm90Config, variations
+from fa3_compile.lower.tiles.config_sm90 import DENSE_COLUMNS, Sm90Config, variations
 from fa3_compile.spec.attention import AttentionSpec
 from tests.numerics.forms import FORMS as FORMS_TESTED
 from tests.numerics.forms import inputs, shape_for
@@ -53,7 +53,7 @@ FORMS = {
     "dense": "score={scale}*s + load(0, 0, h, q, kv), aux=[float]",
     "wide dense": "score={scale}*s + load(0, 0, h, q, kv), aux=[float]",
 }
-DENSE = {"dense": 2, "wide dense": 4}  # bytes of an element
+DENSE = {column: element for element, column in DENSE_COLUMNS.items()}
 
 
 @dataclass(frozen=True)

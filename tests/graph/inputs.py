@@ -105,3 +105,9 @@ def future(first: int = 1) -> Tensor:
 def triangle() -> Tensor:
     """[S, S], 1 at a query's own key and those before it."""
     return torch.ones(S, S).tril()
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Plain attention to the keys up to the query's own, of any length."""
+    n = q.size(-2)
+    return attend(scores_of(q, k).masked_fill(torch.ones(n, n).triu(1).bool(), -INF), v)

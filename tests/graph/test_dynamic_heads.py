@@ -10,22 +10,17 @@ from torch import nn
 
 from tests.graph.harness import check, runs
 from tests.graph.inputs import (
-    INF,
     SCALE,
     B,
     D,
     H,
     attend,
+    causal,
     normal,
     of_lengths,
     qkv,
     scores_of,
 )
-
-
-def causal(q, k, v):
-    n = q.size(-2)
-    return attend(scores_of(q, k).masked_fill(torch.ones(n, n).triu(1).bool(), -INF), v)
 
 
 def test_batch():

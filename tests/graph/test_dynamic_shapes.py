@@ -16,16 +16,12 @@ from tests.graph.inputs import (
     D,
     H,
     attend,
+    causal,
     normal,
     of_lengths,
     qkv,
     scores_of,
 )
-
-
-def causal(q, k, v):
-    n = q.size(-2)
-    return attend(scores_of(q, k).masked_fill(torch.ones(n, n).triu(1).bool(), -INF), v)
 
 
 def test_plain():

@@ -18,6 +18,7 @@ from fa3_compile.lower.kernels.cuda_sm90_keys import keys_of, likely_layout
 from fa3_compile.lower.render.cuda_terms import map_kind, mask_parts
 from fa3_compile.lower.render.render_cuda import CudaKey, render
 from fa3_compile.lower.tiles.config_sm90 import (
+    DENSE_COLUMNS,
     Sm90Config,
     candidates,
     packing,
@@ -134,7 +135,7 @@ def test_tiles_of_the_table_fit() -> None:
     for dim, row in table().items():
         assert list(row) == ["full", "rows", "scores", "masks", "dense", "wide dense"]
         for column, tiles in row.items():
-            dense = {"dense": 2, "wide dense": 4}.get(column, 0)
+            dense = {name: x for x, name in DENSE_COLUMNS.items()}.get(column, 0)
             for tile in tiles:
                 assert Sm90Config(*tile).fits(dim, dim, dense), (dim, column, tile)
 

@@ -14,6 +14,7 @@ from fa3_compile.lower.binaries import build_nvrtc
 from fa3_compile.lower.render.render_cuda import CudaKey, render
 from fa3_compile.lower.tiles.config_sm90 import (
     DENSE,
+    DENSE_COLUMNS,
     Sm90Config,
     candidates,
     table,
@@ -116,10 +117,9 @@ def test_every_tile_of_the_table_is_among_them() -> None:
         if x.config.block_m > 64 and not x.config.split and not x.config.dense_first
         if not x.column.endswith("dense rows")
     }
-    columns = {2: "dense", 4: "wide dense"}
     listed |= {
-        (dim, columns[bytes_], (x.block_m, x.block_n))
-        for (bytes_, dim, masked), x in DENSE.items()
+        (dim, DENSE_COLUMNS[element], (x.block_m, x.block_n))
+        for (element, dim, masked), x in DENSE.items()
         if not masked
     }
     assert here == listed

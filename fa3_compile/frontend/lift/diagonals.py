@@ -38,6 +38,7 @@ from fa3_compile.frontend.lift.same_numbers import INTEGERS, check_same_numbers
 from fa3_compile.frontend.shadow.operators import DROPOUT, STOP, UNKNOWN
 from fa3_compile.frontend.shadow.same import is_random
 from fa3_compile.frontend.shadow.trace import Shadow
+from fa3_compile.frontend.shadow.varying import is_element_wise
 from fa3_compile.spec.expr import Expr, load, where
 from fa3_compile.spec.index import Ranges, bounds
 
@@ -231,4 +232,4 @@ def _is_integer(x: Expr) -> bool:
 
 
 def _is_element_wise(node: fx.Node) -> bool:
-    return node.target in UNTAGGED or torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return node.target in UNTAGGED or is_element_wise(node)

@@ -151,9 +151,9 @@ class Emitter:
         if how.split is not None:
             d, *sizes = how.split
             x = self.call("unflatten", x, d, [self.size(n) for n in sizes])
-        return (
-            x if how.order is None else self.call("contiguous", self.call("permute", x, how.order))
-        )
+        if how.order is None:
+            return x
+        return self.call("contiguous", self.call("permute", x, how.order))
 
     def _by_distance(self, x: Captured, diagonals: Diagonals) -> fx.Node:
         """What is read of a tensor that is the same along its diagonals: made once for all that

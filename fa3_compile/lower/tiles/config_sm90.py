@@ -118,6 +118,8 @@ OPTIMISTIC = {
 BARE = {128: Sm90Config(128, 128, held_queries=True, optimistic=True, ahead=48)}
 _HELD = Sm90Config(128, 128, held_queries=True, optimistic=True)
 _BEGINS = replace(_HELD, dense_first=True)
+# The column of the table of dense inputs, by bytes of an element.
+DENSE_COLUMNS = {2: "dense", 4: "wide dense"}
 # A first tile of dense inputs, and one where scores may begin with them, by bytes of an element,
 # row of the table and whether there is a mask.
 DENSE = {
@@ -182,7 +184,7 @@ def candidates(
     if not plain:
         column = "masks" if asks_mask else "scores"
     if dense:
-        column = "dense" if dense == 2 else "wide dense"
+        column = DENSE_COLUMNS[dense]
     configs = []
     for block_m, block_n in row[column]:
         if block_m == 192 and q_len <= 128:
